@@ -1,0 +1,70 @@
+"""Output conventions: data on stdout, everything else (progress, notes, warnings, errors) on stderr."""
+
+import json
+import os
+import sys
+from typing import Any
+
+from .errors import ClaError
+
+
+def say(message: str = "") -> None:
+    """Print a note for the person watching (stderr)."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def warn(message: str) -> None:
+    """Print a warning (stderr)."""
+    say(f"warning: {message}")
+
+
+def data(text: str) -> None:
+    """Print a result (stdout)."""
+    print(text, flush=True)
+
+
+def data_json(value: dict[str, Any]) -> None:
+    """Print one JSON object (stdout), for `--json`."""
+    data(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def fail(error: ClaError) -> None:
+    """Print a user's error as what / why / how to fix (stderr)."""
+    say(f"error: {error.what}")
+    if error.why:
+        say(f"  why: {error.why}")
+    if error.fix:
+        say(f"  fix: {error.fix}")
+
+
+def debug() -> bool:
+    """Whether CLA_DEBUG asks for tracebacks."""
+    return os.environ.get("CLA_DEBUG", "") not in ("", "0")
+
+
+def progress(total: int, desc: str, unit: str = "it", initial: int = 0, **options: Any) -> Any:
+    """Return a tqdm bar on stderr with rate and ETA; on a log file it refreshes every 10 s instead of 10 times a second."""
+    from tqdm import tqdm
+
+    interval = 0.2 if sys.stderr.isatty() else 10.0
+    return tqdm(
+        total=total, desc=desc, unit=unit, initial=initial, mininterval=interval, maxinterval=max(interval, 10.0),
+        dynamic_ncols=True, unit_scale=total >= 10_000, file=sys.stderr, **options,
+    )  # fmt: skip
+
+
+def human_bytes(n: float) -> str:
+    """`23040` -> `22.5 KiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(n) < 1024 or unit == "TiB":
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1024
+    raise AssertionError
+
+
+def human_count(n: float) -> str:
+    """`26_000_000` -> `26M`; three significant digits."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(n) >= size:
+            return f"{n / size:.3g}{unit}"
+    return f"{n:.3g}"

@@ -1,0 +1,1 @@
+"""What the shared projections start from: sharing maps, plans, pooling, calibration, streaming execution."""

@@ -1,0 +1,175 @@
+"""What a conversion will do, from headers only: `--dry-run` prints it, `convert` executes the same object."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..console import human_bytes, human_count
+from ..errors import InputError
+from ..models.checkpoint import ELEMENT_SIZE, FLOATING, Checkpoint
+from ..models.families import AttentionShape, Family, family_of, shape_of
+from .sharing import groups_of, picture, sharing_map
+
+_DTYPES = {name: code for code, name in FLOATING.items()}
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """What happens to one tensor of the source."""
+
+    name: str
+    layer: int | None
+    action: str
+    """keep, pool (with `members`) or drop."""
+    members: tuple[str, ...] = ()
+    """Tensors to pool, the owner's first."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A conversion, ready to be printed or executed."""
+
+    source: Path
+    family: Family
+    shape: AttentionShape
+    sharing: str
+    init: str
+    kv_source_layers: list[int]
+    tensors: list[TensorPlan]
+    dtype: str
+    """Dtype of the weights written, as torch names it."""
+    kv_bytes_per_token: dict[str, int]
+    parameters: dict[str, int]
+    output_bytes: int
+    memory_bytes: int
+    """Estimate of the peak: one shard and the largest group of tensors."""
+    warnings: list[str]
+
+    @property
+    def groups(self) -> list[list[int]]:
+        """Sharing groups, the owner first."""
+        return groups_of(self.kv_source_layers)
+
+    def count(self, action: str) -> int:
+        """Number of tensors with this action."""
+        return sum(tensor.action == action for tensor in self.tensors)
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys that `convert --json` and plan.json carry."""
+        return {
+            "source": {"folder": str(self.source), "model_type": self.shape.model_type},
+            "sharing": self.sharing,
+            "init": self.init,
+            "kv_source_layers": self.kv_source_layers,
+            "groups": [{"layers": group} for group in self.groups],
+            "kv_bytes_per_token": self.kv_bytes_per_token,
+            "parameters": self.parameters,
+            "dtype": self.dtype,
+            "tensors": {action: self.count(action) for action in ("keep", "pool", "drop")},
+            "output_bytes": self.output_bytes,
+            "memory_bytes": self.memory_bytes,
+            "warnings": self.warnings,
+        }
+
+    def render(self) -> str:
+        """The plan for a person."""
+        before, after = self.kv_bytes_per_token["before"], self.kv_bytes_per_token["after"]
+        owners = len(self.groups)
+        lines = [
+            f"source      {self.source} ({self.shape.model_type}, {self.shape.num_layers} layers, "
+            f"{self.shape.num_attention_heads} query / {self.shape.num_key_value_heads} KV heads of {self.shape.head_dim})",
+            f"sharing     {self.sharing}: {owners} of {self.shape.num_layers} layers own their K/V, init {self.init}",
+            *(f"            {line}" for line in picture(self.kv_source_layers, 90).splitlines()),
+            f"tensors     {self.count('keep')} kept, {self.count('pool')} pooled, {self.count('drop')} dropped",
+            f"parameters  {human_count(self.parameters['before'])} -> {human_count(self.parameters['after'])}",
+            f"KV cache    {before} -> {after} bytes per token in {self.dtype} ({before / after:.2f}x smaller)",
+            f"needs       {human_bytes(self.output_bytes)} of disk, about {human_bytes(self.memory_bytes)} of memory",
+        ]
+        return "\n".join(lines + [f"warning     {warning}" for warning in self.warnings])
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    *,
+    sharing: str | list[int] | list[list[int]],
+    init: str,
+    dtype: str = "auto",
+    max_shard_size: int = 5_000_000_000,
+) -> Plan:
+    """Plan a conversion from the checkpoint's headers.
+
+    Raises:
+        InputError: the architecture is unsupported, or the K/V projections are not where the family has them.
+        UsageError: the sharing is unknown or impossible for this model.
+    """
+    family, shape = family_of(checkpoint.config), shape_of(checkpoint.config)
+    sources = sharing_map(sharing, shape.kinds)
+    tensors = _plan_tensors(checkpoint, family, shape, sources)
+    source_dtype = checkpoint.tensors[next(t.name for t in tensors if family.kv_projection.match(t.name))].dtype
+    out_dtype = FLOATING[source_dtype] if dtype == "auto" else dtype
+    size = ELEMENT_SIZE[_DTYPES[out_dtype]]
+    numel = {name: info.numel for name, info in checkpoint.tensors.items()}
+    written = [numel[tensor.name] for tensor in tensors if tensor.action != "drop"]
+    sidecars = sum(file.stat().st_size for file in checkpoint.sidecars)
+    group = max((sum(checkpoint.tensors[m].numel * 4 for m in t.members) for t in tensors), default=0)
+    return Plan(
+        source=checkpoint.folder,
+        family=family,
+        shape=shape,
+        sharing=sharing if isinstance(sharing, str) else "by hand",
+        init=init,
+        kv_source_layers=sources,
+        tensors=tensors,
+        dtype=out_dtype,
+        kv_bytes_per_token={
+            "before": shape.kv_bytes_per_token(size),
+            "after": shape.kv_bytes_per_token(size, len(set(sources))),
+        },
+        parameters={"before": sum(numel.values()), "after": sum(written)},
+        output_bytes=sum(written) * size + sidecars + 1_000_000,
+        memory_bytes=min(max_shard_size, sum(written) * size) + group,
+        warnings=_warnings(shape, sources),
+    )
+
+
+def _plan_tensors(
+    checkpoint: Checkpoint, family: Family, shape: AttentionShape, sources: list[int]
+) -> list[TensorPlan]:
+    """One entry per tensor of the source: first those outside the layers, then layer by layer."""
+    consumers_of = {group[0]: group for group in groups_of(sources)}
+    by_place = {}
+    for name in checkpoint.tensors:
+        layer = int(match[1]) if (match := family.layer.match(name)) else None
+        if match := family.kv_projection.match(name):
+            by_place[(layer, match[2])] = name
+    if missing := [i for i in range(shape.num_layers) if (i, "k_proj.weight") not in by_place]:
+        raise InputError(
+            f"Layer {missing[0]} has no k_proj.weight",
+            why=f"A {shape.model_type} checkpoint has one in every layer.",
+            fix="Check that the checkpoint is whole and that config.json belongs to it.",
+        )
+    tensors = []
+    for name in checkpoint.tensors:
+        layer = int(match[1]) if (match := family.layer.match(name)) else None
+        kv = family.kv_projection.match(name)
+        if kv is None or layer is None or len(consumers_of.get(sources[layer], [])) == 1:
+            tensors.append(TensorPlan(name, layer, "keep"))
+        elif sources[layer] != layer:
+            tensors.append(TensorPlan(name, layer, "drop"))
+        else:
+            members = tuple(by_place[(member, kv[2])] for member in consumers_of[layer])
+            tensors.append(TensorPlan(name, layer, "pool", members))
+    return sorted(tensors, key=lambda tensor: -1 if tensor.layer is None else tensor.layer)
+
+
+def _warnings(shape: AttentionShape, sources: list[int]) -> list[str]:
+    warnings = []
+    if shape.is_mha:
+        warnings.append(
+            "the model is multi-head attention: grouping its heads (GQA) saves more for less, so do that first"
+        )
+    if len(sources) > 1 and sources.count(0) > 1:
+        warnings.append("layer 0 shares its K/V; that costs far more than any other layer (cla2-keep-ends spares it)")
+    if len(set(sources)) == len(sources):
+        warnings.append("no layer shares: the KV cache stays as it is")
+    return warnings

@@ -1,0 +1,184 @@
+"""A checkpoint folder, read lazily: names, shapes and dtypes from the headers, tensors one at a time. Imports no torch.
+
+Headers are parsed here (8 bytes of length, JSON; https://huggingface.co/docs/safetensors) because a plan must know a
+model of any size without loading it and must name what is wrong with a broken file. Tensors are read by safetensors.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+INDEX = "model.safetensors.index.json"
+ELEMENT_SIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+FLOATING = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".py"}
+_REWRITTEN = {"config.json", "README.md", INDEX, "pytorch_model.bin.index.json", "cla_manifest.json", "cla_source.json"}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies and what it is."""
+
+    file: str
+    dtype: str
+    """safetensors' name: F32, BF16, ..."""
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return self.numel * ELEMENT_SIZE[self.dtype]
+
+
+@dataclass
+class Checkpoint:
+    """A model folder with config.json and safetensors weights (single or sharded)."""
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    _open: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def open(cls, folder: Path) -> "Checkpoint":
+        """Read config.json, the index and all headers. Raises InputError naming the file that is missing or broken."""
+        config = _read_json(folder / "config.json")
+        tensors: dict[str, TensorInfo] = {}
+        for file, promised in _weight_files(folder).items():
+            header = read_header(folder / file)
+            if missing := promised - header.keys():
+                raise InputError(
+                    f"{file} lacks {len(missing)} tensors that the index promises, such as {sorted(missing)[0]!r}",
+                    why="The index and the shards do not belong together.",
+                    fix="Download the model again.",
+                )
+            tensors |= {name: header[name] for name in (promised or header)}
+        return cls(folder, config, tensors)
+
+    def read(self, name: str) -> "Tensor":
+        """Load one tensor (a copy on the CPU)."""
+        from safetensors import safe_open
+
+        file = self.tensors[name].file
+        if file not in self._open:  # one open file: shards are visited in order, and each open one maps its pages
+            self._open = {file: safe_open(self.folder / file, framework="pt")}
+        return self._open[file].get_tensor(name)
+
+    @property
+    def sidecars(self) -> list[Path]:
+        """Files that travel with the model byte for byte: tokenizer, chat template, generation config, licence."""
+        files = (file for file in self.folder.iterdir() if file.is_file() and not file.name.startswith("."))
+        return sorted(f for f in files if f.suffix not in _WEIGHTS and f.name not in _REWRITTEN)
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What `source.py` recorded about where the folder came from (GGUF type, licence, hub id), if anything."""
+        path = self.folder / "cla_source.json"
+        return _read_json(path) if path.exists() else {}
+
+    def fingerprint(self) -> str:
+        """sha256 over config, tensor names, shapes, dtypes and 4 KiB samples of every weight file (fast at any size)."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for name, info in sorted(self.tensors.items()):
+            digest.update(f"{name} {info.dtype} {info.shape}\n".encode())
+        for file in sorted({info.file for info in self.tensors.values()}):
+            digest.update(_samples(self.folder / file))
+        return digest.hexdigest()
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Names, dtypes and shapes of a safetensors file. Raises InputError if it is truncated or not safetensors."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise ValueError(f"its header claims {length} bytes, the file has {size}")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        infos = {
+            name: TensorInfo(path.name, entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()
+        }
+        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if end != size:
+            raise ValueError(f"its header describes {end} bytes, the file has {size}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path} is not a whole safetensors file", why=f"{error}.", fix="Download or copy the file again."
+        ) from error
+    if unknown := {info.dtype for info in infos.values()} - ELEMENT_SIZE.keys():
+        raise InputError(
+            f"{path} holds {', '.join(sorted(unknown))} tensors",
+            why="Weights quantised to these types cannot be pooled.",
+            fix="Use the unquantised checkpoint of this model.",
+        )
+    return infos
+
+
+def _weight_files(folder: Path) -> dict[str, set[str]]:
+    """File name -> tensors the index promises in it (empty for a single file: all it has)."""
+    if (folder / INDEX).exists():
+        files: dict[str, set[str]] = {}
+        weight_map = _read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise InputError(f"{folder / INDEX} has no weight_map", fix="Download the model again.")
+        for name, file in weight_map.items():
+            files.setdefault(str(file), set()).add(name)
+        for file in files:
+            _refuse_outside(folder, file)
+        return files
+    if (folder / "model.safetensors").exists():
+        return {"model.safetensors": set()}
+    raise InputError(
+        f"{folder} has no safetensors weights",
+        why=f"It has neither model.safetensors nor {INDEX}.",
+        fix="Give a folder in Hugging Face format, a .gguf file or a hub id.",
+    )
+
+
+def _refuse_outside(folder: Path, file: str) -> None:
+    if Path(file).name != file or file in (".", ".."):
+        raise InputError(
+            f"The index of {folder} names {file!r}, which is outside the folder",
+            why="A checkpoint must not reach other files of this machine.",
+            fix="Do not use this checkpoint, or mend its index.",
+        )
+    if not (folder / file).is_file():
+        raise InputError(
+            f"{folder / file} is missing", why="The index names it.", fix="Download the model again, with all shards."
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist", fix="Give a model folder in Hugging Face format.") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read", why=str(error)) from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} does not hold a JSON object")
+    return value
+
+
+def _samples(path: Path, count: int = 64) -> bytes:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        parts = [str(size).encode()]
+        for i in range(count):
+            file.seek(size * i // count)
+            parts.append(file.read(4096))
+    return b"".join(parts)

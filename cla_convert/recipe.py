@@ -1,0 +1,297 @@
+"""The recipe: every setting of a run, its default, and where its value came from.
+
+A recipe is a YAML file with the sections below; `--set train.tokens=26M` overrides single values. Unknown keys are
+refused. `load_recipe` returns the resolved recipe together with the origin of every value.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import UsageError, did_you_mean
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+_SIZES = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def parse_count(value: Any) -> Any:
+    """`"26M"` -> 26_000_000 (k, M, B, T; decimals and underscores allowed); other types pass through to pydantic."""
+    return _parse_number(value, _UNITS, "a number of tokens such as 500k, 26M or 2B")
+
+
+def parse_size(value: Any) -> Any:
+    """`"5GB"` -> 5_000_000_000 (KB, MB, GB, KiB, ...); other types pass through to pydantic."""
+    return _parse_number(value, _SIZES, "a size such as 500MB or 5GB")
+
+
+def _parse_number(value: Any, units: dict[str, int], expected: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*([\d_]+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", value)
+    if not match or match[2].lower() not in units:
+        raise ValueError(f"{value!r} is not {expected}")
+    return round(float(match[1].replace("_", "")) * units[match[2].lower()])
+
+
+Count = Annotated[int, BeforeValidator(parse_count), Field(ge=0)]
+Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, docstrings under fields are their documentation."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+
+class Source(Section):
+    """The model to convert."""
+
+    model: str = ""
+    """Hub id, local folder, .gguf file, or `package:NAME/FILE` for a file that an installed Python package carries."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    dtype: Dtype = "auto"
+    """Dtype of the converted weights. auto: as stored; a GGUF file is dequantised to float32."""
+    trust_remote_code: bool = False
+    """Run modelling code that comes with the source model. Off unless you ask for it."""
+    allow_pickle: bool = False
+    """Accept pickled .bin weights (loaded with weights_only=True). Off unless you ask for it."""
+
+
+class TextSource(Section):
+    """One source of text: local files or a hub dataset."""
+
+    path: str | None = None
+    """File, folder or glob: .txt, .md (one document a file), .jsonl(.gz) or .parquet (one document a row)."""
+    dataset: str | None = None
+    """Hub dataset id, streamed."""
+    config: str | None = None
+    """Configuration name of the hub dataset."""
+    split: str = "train"
+    """Split of the hub dataset."""
+    text_field: str = "text"
+    """Column that holds the text, for jsonl, parquet and hub datasets."""
+    document_field: str | None = None
+    """Column that names the work a row is a part of: rows of one work stay on one side of the held-out split."""
+    weight: float = Field(1.0, gt=0)
+    """Share of this source in the mixture (by tokens), relative to the others."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> "TextSource":
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError("give exactly one of `path` and `dataset`")
+        return self
+
+
+class Data(Section):
+    """Text for calibration and uptraining. Without sources, the small public-domain sample shipped with the package."""
+
+    sources: list[TextSource] = []
+    """Where the text comes from; weights make it a mixture."""
+    held_out: float = Field(0.05, gt=0, lt=0.5)
+    """Share of documents kept out of calibration and uptraining, for validation and held-out perplexity."""
+
+
+class Calibration(Section):
+    """Settings of `init: calibrated`."""
+
+    tokens: Count = 65_536
+    """Calibration tokens, taken from `data`."""
+    sequence_length: int = Field(1024, ge=16)
+    """Length of a calibration sequence."""
+
+
+class Convert(Section):
+    """Which layers share K/V, and what the shared projections start from."""
+
+    sharing: str | list[int] | list[list[int]] = "cla2-keep-ends"
+    """Pattern (cla<k>, cla<k>-keep-ends, dense-front[:n], dense-back[:n], trailing:<n>), a list of groups
+    [[0],[1,2],...] or a list of owners, one per layer (kv_source_layers)."""
+    init: Literal["first", "mean"] = "mean"
+    """first: keep the owner's projections. mean: equal-weight mean over the group, in float32 (GQA's and CLA's way)."""
+    calibration: Calibration = Calibration()
+    """Settings of `init: calibrated`."""
+    max_shard_size: Size = 5_000_000_000
+    """Largest safetensors shard to write."""
+
+
+class Train(Section):
+    """Uptraining: recover the quality on a token budget. `tokens: 0` skips it."""
+
+    tokens: Count = 0
+    """Token budget."""
+    loss: Literal["distill", "cross_entropy"] = "distill"
+    """distill: forward KL from the frozen source model at T=1. cross_entropy: next-token loss on the data."""
+    learning_rate: float = Field(1e-3, gt=0)
+    """Peak learning rate of AdamW."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """Learning rate over tokens; wsd: constant, then 1-sqrt decay over the last 20%."""
+    warmup: float = Field(0.02, ge=0, le=1)
+    """Share of the budget for linear warm-up."""
+    final_lr: float = Field(0.1, ge=0, le=1)
+    """Learning rate at the end of a cosine schedule, as a share of the peak."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay on matrices."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Adam's betas."""
+    clip: float = Field(1.0, gt=0)
+    """Largest global gradient norm."""
+    sequence_length: int = Field(1024, ge=8)
+    """Tokens in a packed sequence."""
+    batch_tokens: Count = 65_536
+    """Tokens in an optimiser step (a multiple of sequence_length)."""
+    micro_batch_size: int = Field(8, ge=1)
+    """Sequences in one forward/backward pass; gradients accumulate up to batch_tokens."""
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Compute precision. auto: bfloat16 autocast where the hardware has it; weights and optimiser stay float32."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third slower."""
+    validate_every: Count = 2_000_000
+    """Validation perplexity every so many tokens (and at the end)."""
+    validation_tokens: Count = 32_768
+    """Tokens of held-out text used for it."""
+    checkpoint_every: Count = 2_000_000
+    """Save a resumable checkpoint every so many tokens."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Checkpoints to keep; older ones go once a newer one is whole."""
+
+
+class Evaluate(Section):
+    """The same frozen specification for the source, the converted and the uptrained model."""
+
+    tasks: list[str] = ["hellaswag", "piqa", "winogrande", "openbookqa", "boolq", "arc_easy", "wikitext"]
+    """lm-eval tasks. The names of the offline pack use the shipped rows; any other stock task needs a network."""
+    offline_pack: bool = True
+    """Use the rows shipped with the package for the tasks it has. False: the full stock tasks, from the hub."""
+    limit: int | None = Field(None, ge=1)
+    """Documents per task (the first n). None: all."""
+    num_fewshot: int | None = Field(None, ge=0)
+    """Few-shot examples. None: the task's own default."""
+    batch_size: int = Field(8, ge=1)
+    """Requests per forward pass; fixed, because scores can move with it."""
+    max_length: int = Field(2048, ge=16)
+    """Longest context fed to the model."""
+    margin: float = Field(0.01, ge=0)
+    """Non-inferiority margin for the verdict, in accuracy (0.01 = one point)."""
+
+
+class Recipe(Section):
+    """Everything a run needs."""
+
+    source: Source = Source()
+    convert: Convert = Convert()
+    data: Data = Data()
+    train: Train = Train()
+    eval: Evaluate = Evaluate()
+    seed: int = Field(0, ge=0)
+    """Seed of everything random: sample order, evaluation."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps; auto: the best there is."""
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A validated recipe and, for every value, where it came from: `default`, `recipe` or `--set`."""
+
+    recipe: Recipe
+    origins: dict[str, str]
+
+    def table(self) -> str:
+        """One line per value: name, value, origin."""
+        values = flatten(self.recipe.model_dump(mode="json"))
+        width = max(map(len, values))
+        return "\n".join(
+            f"{name:<{width}}  {value!r:<28}  {self.origins.get(name, 'default')}" for name, value in values.items()
+        )
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` -> `{"a.b": 1}`; lists are values."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
+    return flat
+
+
+def parse_overrides(assignments: list[str]) -> dict[str, Any]:
+    """`["train.tokens=26M"]` -> `{"train.tokens": "26M"}`; values are YAML. Raises UsageError."""
+    overrides: dict[str, Any] = {}
+    for text in assignments:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise UsageError(f"--set {text!r} is not of the form a.b=value", fix="For example --set train.tokens=26M")
+        try:
+            overrides[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UsageError(f"--set {name}: the value is not valid YAML", why=str(error)) from error
+    return overrides
+
+
+def load_recipe(path: str | Path | None, assignments: list[str] | None = None) -> Resolved:
+    """Read a recipe file (None: defaults only), apply `--set` assignments, validate.
+
+    Raises:
+        UsageError: the file is missing or not YAML, or a key or value is not accepted.
+    """
+    tree = _read_yaml(Path(path)) if path is not None else {}
+    origins = dict.fromkeys(flatten(tree), "recipe")
+    for name, value in parse_overrides(assignments or []).items():
+        _assign(tree, name, value)
+        origins |= dict.fromkeys(flatten(value, f"{name}.") if isinstance(value, dict) else [name], "--set")
+    return Resolved(validate(tree), origins)
+
+
+def validate(tree: dict[str, Any]) -> Recipe:
+    """Validate a nested dict. Raises UsageError naming every bad key or value."""
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise UsageError("The recipe is not valid", why="; ".join(map(_explain, error.errors()))) from error
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(
+            f"Cannot read the recipe {str(path)!r}", why=str(error), fix="`cla-convert recipes ls` lists those shipped"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"The recipe {str(path)!r} is not valid YAML", why=str(error)) from error
+    if not isinstance(tree, dict):
+        raise UsageError(f"The recipe {str(path)!r} holds no settings", why="It must be a YAML mapping of sections.")
+    return tree
+
+
+def _assign(tree: dict[str, Any], name: str, value: Any) -> None:
+    *sections, last = name.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise UsageError(f"--set {name}: {section!r} is a value, not a section")
+    tree[last] = value
+
+
+def _explain(error: Any) -> str:
+    name = ".".join(str(part) for part in error["loc"])
+    if error["type"] != "extra_forbidden":
+        return f"{name}: {error['msg'].removeprefix('Value error, ')} (got {error['input']!r})"
+    return f"unknown key {name!r}.{did_you_mean(str(error['loc'][-1]), _fields_at(error['loc'][:-1]))}"
+
+
+def _fields_at(loc: tuple[int | str, ...]) -> list[str]:
+    """Names of the fields of the section at `loc`, for did-you-mean."""
+    section: Any = Recipe
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        annotation = section.model_fields[part].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), Section)
+    return list(section.model_fields)
