@@ -1,0 +1,1 @@
+"""Uptraining to a token budget: data, losses, the loop and its exact checkpoints."""

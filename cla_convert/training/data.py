@@ -1,0 +1,133 @@
+"""Documents -> tokens -> packed sequences.
+
+`prepare_data` tokenises a mixture of sources once, only as far as asked, and keeps the result in a cache keyed by
+everything it depends on; `Sequences` then cuts the stream into rows.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..console import human_count, say
+from ..errors import InputError
+from ..models.source import cache_folder
+from ..recipe import Data, Recipe, TextSource, Train
+from .sequences import Sequences
+from .sources import local_files, sample_source
+from .tokenise import Builder
+
+__all__ = ["Sequences", "TokenStore", "held_out_rows", "prepare_data", "store_for"]
+
+_FORMAT = 2  # raise it when the same settings would give other tokens
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """Tokens of all documents one after another, each ended by EOS; the two sides share no document."""
+
+    train: np.ndarray
+    held_out: np.ndarray
+    digest: str
+    """Hash of the tokens themselves."""
+    info: dict[str, Any]
+    """Documents and tokens, in all and per source."""
+
+
+def prepare_data(
+    data: Data, tokenizer: Any, *, tokens: int, held_out_tokens: int, cache_dir: Path, seed: int
+) -> TokenStore:
+    """Return at most `tokens` training tokens and `held_out_tokens` held-out tokens, as read-only memory maps.
+
+    Fewer where the sources hold less: `Sequences` then goes round again, and a note says so.
+
+    Raises:
+        InputError: a source is missing, unreadable, empty, or has no such column.
+    """
+    sources = data.sources or [sample_source()]
+    key = _cache_key(sources, data.held_out, tokenizer, tokens, held_out_tokens, seed)
+    folder = cache_dir / key
+    if not folder.exists():
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        _publish(Builder(sources, data.held_out, tokenizer, tokens, held_out_tokens, seed), folder)
+    store = _open(folder)
+    if 0 < store.train.size < tokens:
+        passes = tokens / store.train.size
+        say(
+            f"The data holds {human_count(store.train.size)} training tokens for a budget of {human_count(tokens)}: "
+            f"they are repeated, {passes:.1f} passes in all."
+        )
+    return store
+
+
+def store_for(recipe: Recipe, tokenizer: Any) -> TokenStore:
+    """The token store of a recipe, for every stage alike: asking for the same tokens means tokenising once."""
+    return prepare_data(
+        recipe.data,
+        tokenizer,
+        tokens=max(recipe.train.tokens, recipe.convert.calibration.tokens),
+        held_out_tokens=max(recipe.train.validation_tokens, recipe.train.sequence_length + 1),
+        cache_dir=cache_folder() / "tokens",
+        seed=recipe.seed,
+    )
+
+
+def held_out_rows(store: TokenStore, train: Train) -> np.ndarray:
+    """Rows for validation and held-out perplexity, always the same ones: int64 [n, T], T at most sequence_length."""
+    length = min(train.sequence_length, store.held_out.size)
+    if length < 2:
+        raise InputError("There is no held-out text", fix="Give more documents, or raise data.held_out.")
+    rows = Sequences(store.held_out, length, seed=0)
+    return rows.rows(min(rows.count, max(1, train.validation_tokens // length)))
+
+
+def _cache_key(
+    sources: list[TextSource], share: float, tokenizer: Any, tokens: int, held_out_tokens: int, seed: int
+) -> str:
+    stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for s in sources if s.path for f in local_files(s)]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    parts = [
+        _FORMAT, [s.model_dump(mode="json") for s in sources], stats, share, tokens, held_out_tokens, seed,
+        vocabulary, tokenizer.bos_token_id, tokenizer.eos_token_id,
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
+
+
+def _publish(builder: Builder, folder: Path) -> None:
+    """Build under a temporary name, then rename: a cache entry is whole or absent."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        info = builder.build(temporary)
+        digest = hashlib.sha256()
+        for name in ("train.bin", "held_out.bin"):
+            with (temporary / name).open("rb") as file:
+                while chunk := file.read(1 << 22):
+                    digest.update(chunk)
+            digest.update(name.encode())
+        (temporary / "info.json").write_text(json.dumps(info | {"digest": digest.hexdigest()}, indent=2))
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not folder.exists():  # otherwise another process was faster with the same content
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _open(folder: Path) -> TokenStore:
+    info = json.loads((folder / "info.json").read_text())
+
+    def side(name: str) -> np.ndarray:
+        if not info[name]["tokens"]:  # an empty file cannot be mapped
+            return np.empty(0, dtype=info["dtype"])
+        return np.memmap(folder / f"{name}.bin", dtype=info["dtype"], mode="r")
+
+    return TokenStore(side("train"), side("held_out"), info.pop("digest"), info)

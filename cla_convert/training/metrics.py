@@ -1,0 +1,56 @@
+"""metrics.jsonl: one JSON object a row, appended as training goes.
+
+After a resume the file is what an uninterrupted run would have written (times apart): rows beyond the checkpoint are
+dropped, and so is a last line that a kill cut short.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+class Metrics:
+    """Appends rows to a JSON lines file. Every row has a `step`."""
+
+    def __init__(self, path: Path, resume_step: int | None = None) -> None:
+        """Open the file; keep the rows up to `resume_step` (None: start an empty one)."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = [] if resume_step is None else [row for row in read_rows(path) if row["step"] <= resume_step]
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        temporary.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+        self._validated = {row["step"] for row in rows if "validation_perplexity" in row}
+
+    def has_validation(self, step: int) -> bool:
+        """Whether the validation of this step is on file."""
+        return step in self._validated
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row, visible to readers at once."""
+        if "validation_perplexity" in row:
+            self._validated.add(row["step"])
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Force the rows to the disk: a checkpoint must not outlive the rows before it."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file, up to the first line that is not whole; empty if there is no file."""
+    rows: list[dict[str, Any]] = []
+    if not path.exists():
+        return rows
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows

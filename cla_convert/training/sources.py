@@ -1,0 +1,151 @@
+"""Documents from text files, tables and hub datasets, one at a time and in an order that the seed fixes."""
+
+import glob
+import gzip
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import InputError, did_you_mean
+from ..recipe import TextSource
+
+SAMPLE = Path(__file__).parent.parent / "data" / "sample.parquet"
+SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".parquet")
+
+
+class Document(NamedTuple):
+    """A text, and the key that decides on which side of the held-out split it falls."""
+
+    text: str
+    key: str
+
+
+def sample_source() -> TextSource:
+    """The public-domain and openly licensed text shipped with the package (cla_convert/data/README.md)."""
+    return TextSource(path=str(SAMPLE), document_field="document")
+
+
+def documents(source: TextSource, seed: int) -> Iterator[Document]:
+    """Every non-empty document of a source, once. Raises InputError where the source cannot be read."""
+    if source.dataset is not None:
+        yield from _hub(source)
+        return
+    files = local_files(source)
+    # A budget smaller than the folder should not mean "only what sorts first".
+    random.Random(seed).shuffle(files)
+    for file in files:
+        yield from _file(file, source)
+
+
+def local_files(source: TextSource) -> list[Path]:
+    """The files behind `path` (a file, a folder at any depth, or a glob), sorted. Raises InputError."""
+    assert source.path is not None
+    path = Path(source.path).expanduser()
+    if path.is_file():
+        if not path.name.endswith(SUFFIXES):
+            raise InputError(
+                f"Cannot read text from {str(path)!r}", "The kind of a file is told by its ending.", _SUPPORTED
+            )
+        return [path]
+    found = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))  # noqa: PTH207  (absolute too)
+    files = sorted(file for file in found if file.is_file() and file.name.endswith(SUFFIXES))
+    if not files:
+        raise InputError(f"No text files at {source.path!r}", _why_nothing(path), _SUPPORTED)
+    return files
+
+
+_SUPPORTED = f"Supported: {', '.join(SUFFIXES)}; a file, a folder or a glob such as 'corpus/*.parquet'."
+
+
+def _why_nothing(path: Path) -> str:
+    if path.is_dir():
+        return "The folder holds no file with a supported ending."
+    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    return f"There is no such file or folder.{did_you_mean(path.name, siblings)}"
+
+
+def _file(path: Path, source: TextSource) -> Iterator[Document]:
+    try:
+        if path.name.endswith((".txt", ".md")):
+            text = path.read_text(encoding="utf-8")
+            if not text.isspace() and text:
+                yield Document(text, text)
+            return
+        rows = _parquet(path, source) if path.suffix == ".parquet" else _jsonl(path)
+        for number, row in enumerate(rows, 1):
+            yield from _document(row, source, f"row {number} of {str(path)!r}")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise InputError(f"Cannot read {str(path)!r}", str(error), "Text must be UTF-8.") from error
+
+
+def _jsonl(path: Path) -> Iterator[Any]:
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InputError(
+                    f"Line {number} of {str(path)!r} is not JSON", str(error), "One JSON object a line."
+                ) from error
+
+
+def _parquet(path: Path, source: TextSource) -> Iterator[dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            wanted = [name for name in (source.text_field, source.document_field) if name]
+            _require(wanted, file.schema_arrow.names, str(path))
+            for batch in file.iter_batches(batch_size=256, columns=wanted):
+                yield from batch.to_pylist()
+    except pa.ArrowException as error:
+        raise InputError(f"{str(path)!r} is not a parquet file that can be read", str(error)) from error
+
+
+def _hub(source: TextSource) -> Iterator[Document]:
+    import datasets
+
+    name = f"the hub dataset {source.dataset!r}"
+    try:
+        rows = datasets.load_dataset(str(source.dataset), source.config, split=source.split, streaming=True)
+        for number, row in enumerate(rows, 1):
+            yield from _document(row, source, f"row {number} of {name}")
+    except InputError:
+        raise
+    except Exception as error:  # the library raises whatever its many back ends raise
+        raise InputError(
+            f"Cannot read {name}",
+            f"{type(error).__name__}: {error}",
+            "Check its name, config and split, the network and HF_HUB_OFFLINE; or name local files with `path`.",
+        ) from error
+
+
+def _document(row: Any, source: TextSource, where: str) -> Iterator[Document]:
+    """The document in a row, or nothing where the text is empty."""
+    if not isinstance(row, dict):
+        raise InputError(f"{where} is not an object with columns", f"It is a {type(row).__name__}.")
+    _require([name for name in (source.text_field, source.document_field) if name], list(row), where)
+    text = row[source.text_field]
+    if text is not None and not isinstance(text, str):
+        raise InputError(
+            f"{source.text_field!r} in {where} is not text",
+            f"It holds a {type(text).__name__}.",
+            "Name the column of text with `text_field`.",
+        )
+    if text and not text.isspace():
+        yield Document(text, str(row[source.document_field]) if source.document_field else text)
+
+
+def _require(wanted: list[str], present: list[str], where: str) -> None:
+    for name in wanted:
+        if name not in present:
+            raise InputError(
+                f"There is no column {name!r} in {where}",
+                f"It has {', '.join(map(repr, present)) or 'none'}.{did_you_mean(name, present)}",
+                "Name the column of text with `text_field`.",
+            )

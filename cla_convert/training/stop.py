@@ -1,0 +1,38 @@
+"""Stopping politely: the first SIGINT or SIGTERM asks the loop to finish its step, a second one stops at once."""
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+from ..console import say
+
+
+class StopRequest:
+    """Context manager; `requested` is true once the user, or a scheduler, has asked to stop."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        # Python delivers signals to the main thread only; elsewhere the host program decides.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        self.requested = True
+        self._restore()  # the next signal has its usual effect
+        say(f"\n{signal.Signals(number).name}: finishing this step and saving a checkpoint (again: stop at once).")
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}

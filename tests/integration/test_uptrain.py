@@ -1,0 +1,354 @@
+"""The training loop on tiny models: it learns, accumulates, stops, resumes exactly and refuses what it must."""
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cla_convert.conversion.convert import convert
+from cla_convert.conversion.plan import make_plan
+from cla_convert.errors import InputError, Interrupted, TrainingError
+from cla_convert.models.checkpoint import Checkpoint
+from cla_convert.models.export import load_model
+from cla_convert.recipe import Recipe, validate
+from cla_convert.training import loop, state
+from cla_convert.training.metrics import read_rows
+from cla_convert.training.objective import CrossEntropy
+from cla_convert.training.stop import StopRequest
+from cla_convert.training.trainer import set_up
+
+LENGTH, BATCH = 32, 4
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path):
+    """A folder with a converted tiny model, text, and a cache of its own."""
+    folder = tmp_path_factory.mktemp("uptrain")
+    checkpoint = Checkpoint.open(tiny_llama)
+    convert(make_plan(checkpoint, sharing="cla2", init="mean"), checkpoint, folder / "converted")
+    words = ["the", "cat", "sat", "on", "mats", "while", "dogs", "ran", "over", "green", "hills", "to", "see", "ships"]
+    rng = random.Random(0)
+    rows = [{"text": " ".join(rng.choices(words, k=60))} for _ in range(60)]
+    (folder / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CLA_CONVERT_CACHE", str(folder / "cache"))
+        yield folder
+
+
+def recipe(work: Path, steps: int = 12, **train: Any) -> Recipe:
+    settings = dict(
+        tokens=steps * BATCH * LENGTH, sequence_length=LENGTH, batch_tokens=BATCH * LENGTH, micro_batch_size=2,
+        precision="float32", learning_rate=3e-3, validate_every=4 * BATCH * LENGTH, validation_tokens=4 * LENGTH,
+        checkpoint_every=3 * BATCH * LENGTH,
+    )  # fmt: skip
+    return validate(
+        {
+            "data": {"sources": [{"path": str(work / "text.jsonl")}], "held_out": 0.1},
+            "convert": {"calibration": {"tokens": 1000}},
+            "train": settings | train,
+        }
+    )
+
+
+def uptrain(work: Path, teacher: Path, out: Path, settings: Recipe, **options: Any) -> dict[str, Any]:
+    return loop.uptrain(
+        work / "converted", teacher, out / "model", settings, run_dir=out, device="cpu", **options
+    )  # fmt: skip
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Weights bit for bit, and metrics.jsonl but for the times."""
+    mine, theirs = weights(one), weights(other)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert without_times(read_rows(one / "metrics.jsonl")) == without_times(read_rows(other / "metrics.jsonl"))
+
+
+class StopAtOnce(StopRequest):
+    """As if the user pressed Ctrl-C during the first step."""
+
+    def __enter__(self) -> "StopAtOnce":
+        super().__enter__()
+        self.requested = True
+        return self
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(work: Path, tiny_llama: Path) -> tuple[Path, dict[str, Any]]:
+    return work / "whole", uptrain(work, tiny_llama, work / "whole", recipe(work))
+
+
+def test_distillation_recovers_and_the_result_loads(
+    work: Path, tiny_llama: Path, uninterrupted: tuple[Path, dict[str, Any]]
+) -> None:
+    folder, result = uninterrupted
+    assert result["tokens"] == 12 * BATCH * LENGTH and result["steps"] == 12
+    assert result["loss"] < 0.8 * result["first_loss"]
+    rows = read_rows(folder / "metrics.jsonl")
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 13))
+    assert [row["tokens"] for row in result["validation"]] == [n * BATCH * LENGTH for n in (0, 4, 8, 12)]
+    assert {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second"} <= rows[1].keys()
+    model = load_model(folder / "model", dtype=torch.float32, device="cpu")
+    assert model.config.kv_source_layers == [0, 0, 2, 2, 4, 4]
+    before = load_file(work / "converted" / "model.safetensors")
+    assert before.keys() == weights(folder).keys()
+    assert any(not torch.equal(before[name], tensor) for name, tensor in weights(folder).items())
+
+
+def test_cross_entropy_learns_the_text(work: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    settings = recipe(work, steps=40, loss="cross_entropy", learning_rate=1e-2, validate_every=0, checkpoint_every=0)
+    result = uptrain(work, tiny_llama, tmp_path, settings)
+    first, last = (row["validation_perplexity"] for row in result["validation"])
+    assert result["loss"] < 0.6 * result["first_loss"] and last < 0.2 * first
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 1  # only the one at the end
+
+
+def test_the_loss_reported_is_the_models_own(work: Path, tiny_llama: Path) -> None:
+    """The first step's loss against transformers' logits: next-token cross-entropy, and KL to the source model."""
+    student = load_model(work / "converted", dtype=torch.float32)
+    teacher = load_model(tiny_llama, dtype=torch.float32)
+    for loss in ("cross_entropy", "distill"):
+        trainer = set_up(work / "converted", tiny_llama, recipe(work, loss=loss), "cpu")
+        mine = loop._gradients(trainer, 0, BATCH).sum()
+        ids = torch.from_numpy(trainer.sequences.rows(BATCH))
+        with torch.no_grad():
+            logits, target = student(ids).logits[:, :-1], teacher(ids).logits[:, :-1]
+        log_p, log_q = logits.log_softmax(-1), target.log_softmax(-1)
+        kl = (log_q.exp() * (log_q - log_p)).sum(-1).mean()
+        cross_entropy = -log_p.gather(-1, ids[:, 1:, None]).mean()
+        torch.testing.assert_close(mine, kl if loss == "distill" else cross_entropy, rtol=1e-4, atol=1e-5)
+
+
+def grads(work: Path, teacher: Path, **train: Any) -> dict[str, torch.Tensor]:
+    trainer = set_up(work / "converted", teacher, recipe(work, **train), "cpu")
+    loop._gradients(trainer, 0, BATCH)
+    return {name: p.grad for name, p in trainer.parameters.items() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    "changed", [{"micro_batch_size": 1}, {"micro_batch_size": 3}, {"activation_checkpointing": True}]
+)
+@pytest.mark.parametrize("loss", ["distill", "cross_entropy"])
+def test_gradients_do_not_depend_on_how_they_are_computed(
+    work: Path, tiny_llama: Path, loss: str, changed: dict[str, Any]
+) -> None:
+    reference = grads(work, tiny_llama, loss=loss, micro_batch_size=BATCH)
+    other = grads(work, tiny_llama, loss=loss, **({"micro_batch_size": BATCH} | changed))
+    assert reference.keys() == other.keys() and len(reference) > 40
+    for name, gradient in reference.items():
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(other[name], gradient, rtol=1e-5, atol=1e-5 * float(gradient.abs().max()))
+
+
+def test_bfloat16_autocast_trains_float32_weights(work: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    result = uptrain(work, tiny_llama, tmp_path, recipe(work, precision="bfloat16"))
+    assert result["precision"] == "bfloat16" and result["loss"] < 0.8 * result["first_loss"]
+    assert all(
+        t.dtype == torch.float32 for t in load_file(next(tmp_path.glob("checkpoints/*/model.safetensors"))).values()
+    )
+
+
+def test_stopping_after_every_step_changes_nothing(
+    work: Path,
+    tiny_llama: Path,
+    tmp_path: Path,
+    uninterrupted: tuple[Path, dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loop, "StopRequest", StopAtOnce)
+    for _ in range(11):
+        with pytest.raises(Interrupted) as caught:
+            uptrain(work, tiny_llama, tmp_path, recipe(work), resume_command="the-same-command")
+        assert "the-same-command" in caught.value.fix
+        assert len(list((tmp_path / "checkpoints").iterdir())) <= 2
+    result = uptrain(work, tiny_llama, tmp_path, recipe(work))
+    assert_same_run(tmp_path, uninterrupted[0])
+    assert result["first_loss"] == uninterrupted[1]["first_loss"]
+
+
+def test_dropout_resumes_exactly_too(
+    work: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(work / "converted", tmp_path / "converted")
+    config = json.loads((tmp_path / "converted" / "config.json").read_text())
+    (tmp_path / "converted" / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.2}))
+    settings = recipe(work, steps=4)
+    uptrain(tmp_path, tiny_llama, tmp_path / "whole", settings)
+    for _ in range(3):
+        interrupted_run(tmp_path, tiny_llama, tmp_path / "parts", monkeypatch, settings)
+    uptrain(tmp_path, tiny_llama, tmp_path / "parts", settings)
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+PROCESS = """
+import sys
+from pathlib import Path
+import tests.conftest
+from cla_convert.errors import ClaError
+from cla_convert.recipe import Recipe
+from cla_convert.training.loop import uptrain
+student, teacher, out, recipe = sys.argv[1:]
+try:
+    uptrain(Path(student), Path(teacher), Path(out) / "model", Recipe.model_validate_json(recipe), run_dir=Path(out),
+            device="cpu", resume_command="again")
+except ClaError as error:
+    print(error, file=sys.stderr)
+    sys.exit(error.exit_code)
+"""
+
+
+def start(work: Path, teacher: Path, out: Path, settings: Recipe) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", PROCESS, work / "converted", teacher, out, settings.model_dump_json()]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2], env=os.environ)
+
+
+def wait_for_step(process: "subprocess.Popen[str]", metrics: Path, step: int) -> None:
+    while process.poll() is None:
+        if len(read_rows(metrics)) > step:
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"ended early: {process.stderr.read() if process.stderr else ''}")
+
+
+def test_killed_and_stopped_processes_resume_bit_for_bit(work: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    settings = recipe(work, steps=80, checkpoint_every=4 * BATCH * LENGTH, keep_checkpoints=1)
+    uptrain(work, tiny_llama, tmp_path / "whole", settings)
+    for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 130)):
+        folder = tmp_path / number.name
+        process = start(work, tiny_llama, folder, settings)
+        wait_for_step(process, folder / "metrics.jsonl", 10)
+        process.send_signal(number)
+        _, output = process.communicate(timeout=120)
+        assert process.returncode == code, output
+        assert ("Resume with: again" in output) == (number == signal.SIGTERM), output
+        assert not (folder / "model").exists() and list(folder.glob("checkpoints/step-*"))
+        uptrain(work, tiny_llama, folder, settings)
+        assert_same_run(folder, tmp_path / "whole")
+
+
+def interrupted_run(work: Path, teacher: Path, out: Path, patch: pytest.MonkeyPatch, settings: Recipe) -> None:
+    with patch.context() as inner, pytest.raises(Interrupted):
+        inner.setattr(loop, "StopRequest", StopAtOnce)
+        uptrain(work, teacher, out, settings)
+
+
+def test_a_changed_recipe_is_refused_and_fresh_starts_over(
+    work: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted_run(work, tiny_llama, tmp_path, monkeypatch, recipe(work))
+    with pytest.raises(TrainingError, match=r"train.learning_rate: 0.003 -> 0.001"):
+        uptrain(work, tiny_llama, tmp_path, recipe(work, learning_rate=1e-3))
+    (tmp_path / "metrics.jsonl").read_text()  # untouched by the refusal
+    with pytest.raises(TrainingError, match="data: "):
+        other = recipe(work)
+        other.data.held_out = 0.3
+        uptrain(work, tiny_llama, tmp_path, other)
+    result = uptrain(work, tiny_llama, tmp_path, recipe(work, learning_rate=1e-3), fresh=True)
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl") if "loss" in row] == list(range(1, 13))
+    assert result["steps"] == 12
+
+
+def test_how_often_to_save_may_change_on_resume(
+    work: Path,
+    tiny_llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    uninterrupted: tuple[Path, dict[str, Any]],
+) -> None:
+    interrupted_run(work, tiny_llama, tmp_path, monkeypatch, recipe(work))
+    uptrain(work, tiny_llama, tmp_path, recipe(work, checkpoint_every=0, keep_checkpoints=5))
+    assert_same_run(tmp_path, uninterrupted[0])
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_not_finite_stops_the_run(
+    work: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    calls, healthy = 0, CrossEntropy.__call__
+
+    def sick(self: CrossEntropy, student: Any, ids: torch.Tensor, denominator: float) -> torch.Tensor:
+        nonlocal calls
+        calls += 1  # two micro-batches a step: the fourth is the second of step 2
+        loss = healthy(self, student, ids, denominator)
+        return loss * float("nan") if calls == 4 else loss
+
+    # An absurd learning rate leaves weights whose loss is finite (the norms see to that) and whose gradient is not.
+    settings = recipe(work, warmup=0, checkpoint_every=BATCH * LENGTH, loss="cross_entropy",
+                      learning_rate=1e30 if what == "gradient" else 1e-3)  # fmt: skip
+    if what == "loss":
+        monkeypatch.setattr(CrossEntropy, "__call__", sick)
+    with pytest.raises(TrainingError) as caught:
+        uptrain(work, tiny_llama, tmp_path, settings)
+    sequences = "6 to 7" if what == "loss" else "4 to 7"
+    assert caught.value.what == f"The {what} is not finite at step 2, sequences {sequences}"
+    assert "step-00000001" in caught.value.why
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(
+    work: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: tuple[Path, Any]
+) -> None:
+    interrupted_run(work, tiny_llama, tmp_path, monkeypatch, recipe(work))
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        Path(args[1]).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(TrainingError) as caught:
+        patch.setattr(state, "save_file", full)
+        uptrain(work, tiny_llama, tmp_path, recipe(work))
+    assert "step-00000001" in caught.value.why and "No space left" in caught.value.why
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+    uptrain(work, tiny_llama, tmp_path, recipe(work))
+    assert_same_run(tmp_path, uninterrupted[0])
+
+
+def test_a_torn_checkpoint_is_passed_over(
+    work: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: tuple[Path, Any]
+) -> None:
+    for _ in range(2):
+        interrupted_run(work, tiny_llama, tmp_path, monkeypatch, recipe(work))
+    torn = tmp_path / "checkpoints" / "step-00000002" / "optimizer.pt"
+    torn.write_bytes(torn.read_bytes()[:-100])
+    (tmp_path / "checkpoints" / ".tmp-1").mkdir()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "tok')  # cut short by a kill
+    uptrain(work, tiny_llama, tmp_path, recipe(work))
+    assert_same_run(tmp_path, uninterrupted[0])
+    assert not list((tmp_path / "checkpoints").glob(".tmp-*"))
+
+
+def test_an_odd_budget_is_met_exactly(work: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    settings = recipe(work, tokens=LENGTH * 10 + 5, batch_tokens=LENGTH * 4 + 1, validate_every=0)
+    result = uptrain(work, tiny_llama, tmp_path, settings)
+    assert result["tokens"] == LENGTH * 10 and result["steps"] == 3
+    with pytest.raises(InputError, match="smaller than one sequence"):
+        uptrain(work, tiny_llama, tmp_path / "b", recipe(work, tokens=LENGTH - 1))
+
+
+def test_a_folder_that_is_not_ours_is_refused_before_training(work: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "thesis.txt").write_text("precious")
+    with pytest.raises(InputError, match="will not be replaced"):
+        uptrain(work, tiny_llama, tmp_path, recipe(work))
+    assert not (tmp_path / "metrics.jsonl").exists()

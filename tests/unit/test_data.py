@@ -1,0 +1,241 @@
+"""Sources, split, mixture, cache and sample order."""
+
+import gzip
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cla_convert.errors import InputError
+from cla_convert.recipe import Data, TextSource, Train
+from cla_convert.training.data import Sequences, TokenStore, held_out_rows, prepare_data
+from cla_convert.training.sources import SAMPLE, documents
+from tests.conftest import byte_tokenizer
+
+TEXTS = [f"Document {i}: " + chr(97 + i % 26) * (20 + i) for i in range(200)]
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    path = tmp_path / "text.parquet"
+    pq.write_table(pa.table({"text": TEXTS, "title": ["t"] * len(TEXTS)}), path)
+    return path
+
+
+def prepare(tmp_path: Path, *sources: TextSource, seed: int = 0, share: float = 0.2, **options: int) -> TokenStore:
+    limits = {"tokens": 1_000_000, "held_out_tokens": 1_000_000} | options
+    data = Data(sources=list(sources), held_out=share)
+    return prepare_data(data, byte_tokenizer(), cache_dir=tmp_path / "cache", seed=seed, **limits)
+
+
+def texts(tokens: np.ndarray) -> set[str]:
+    """The documents in a token stream, cut at EOS (id 1)."""
+    return {text for text in byte_tokenizer().decode(tokens.tolist()).split("<|eos|>") if text}
+
+
+def test_every_document_lands_on_one_side_whole_and_ended_by_eos(tmp_path: Path, table: Path) -> None:
+    store = prepare(tmp_path, TextSource(path=str(table)))
+    train, held_out = texts(store.train), texts(store.held_out)
+    assert not train & held_out and train | held_out == set(TEXTS)
+    assert 0.1 < len(held_out) / len(TEXTS) < 0.3
+    assert store.train.dtype == np.uint16 and store.train[-1] == 1
+    assert store.info["train"] == {"tokens": store.train.size, "documents": len(train)}
+
+
+def test_the_split_of_a_document_depends_on_itself_and_the_seed_only(tmp_path: Path, table: Path) -> None:
+    before = texts(prepare(tmp_path, TextSource(path=str(table))).held_out)
+    more = tmp_path / "more.parquet"
+    pq.write_table(pa.table({"text": [f"Something else {i}" for i in range(100)] + TEXTS[::-1]}), more)
+    after = texts(prepare(tmp_path, TextSource(path=str(more))).held_out)
+    assert before <= after
+    assert texts(prepare(tmp_path, TextSource(path=str(table)), seed=1).held_out) != before
+
+
+def test_rows_of_one_work_stay_together(tmp_path: Path) -> None:
+    rows = [{"text": f"work {i // 10} part {i}", "work": i // 10} for i in range(300)]
+    path = tmp_path / "works.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    store = prepare(tmp_path, TextSource(path=str(path), document_field="work"))
+
+    def works(tokens: np.ndarray) -> set[str]:
+        return {text.split()[1] for text in texts(tokens)}
+
+    assert works(store.train) and works(store.held_out)
+    assert not works(store.train) & works(store.held_out)
+
+
+def test_no_more_tokens_than_asked_for(tmp_path: Path, table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = prepare(tmp_path, TextSource(path=str(table)), tokens=1000, held_out_tokens=300)
+    assert store.train.size == 1000 and store.held_out.size == 300
+    assert "repeated" not in capsys.readouterr().err
+    full = prepare(tmp_path, TextSource(path=str(table)))
+    assert "repeated" in capsys.readouterr().err
+    assert (full.train[:1000] == store.train).all()
+
+
+def test_held_out_text_comes_from_several_documents(tmp_path: Path) -> None:
+    path = tmp_path / "long.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"{i:02}" * 1000}) for i in range(60)))
+    store = prepare(tmp_path, TextSource(path=str(path)), share=0.4, held_out_tokens=1600)
+    heads = {text[:2] for text in byte_tokenizer().batch_decode(store.held_out.reshape(8, 200).tolist())}
+    assert store.held_out.size == 1600 and len(heads) == 8
+    # Few documents: the rest of the long ones makes up for it.
+    path.write_text("\n".join(json.dumps({"text": f"{i:02}" * 1000}) for i in range(6)))
+    assert prepare(tmp_path, TextSource(path=str(path)), share=0.4, held_out_tokens=1600).held_out.size == 1600
+
+
+def test_every_format_gives_the_same_documents(tmp_path: Path, table: Path) -> None:
+    lines = "\n".join(json.dumps({"text": text}) for text in TEXTS)
+    (tmp_path / "a.jsonl").write_text(lines)
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
+        file.write(lines)
+    folder = tmp_path / "folder" / "deep"
+    folder.mkdir(parents=True)
+    for i, text in enumerate(TEXTS):
+        (folder / f"{i}.{'md' if i % 2 else 'txt'}").write_text(text)
+    (folder / "ignored.bin").write_bytes(b"\xff")
+    for path in (table, tmp_path / "a.jsonl", tmp_path / "b.jsonl.gz", folder.parent, tmp_path / "folder/**/*"):
+        found = [document.text for document in documents(TextSource(path=str(path)), seed=0)]
+        assert sorted(found) == sorted(TEXTS), path
+
+
+def test_a_mixture_is_weighted_by_tokens(tmp_path: Path) -> None:
+    for name, length in (("long", 900), ("short", 30)):
+        rows = [json.dumps({"text": f"{name} {i} " + "x" * length}) for i in range(40_000 // length)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    store = prepare(
+        tmp_path,
+        TextSource(path=str(tmp_path / "long.jsonl"), weight=1),
+        TextSource(path=str(tmp_path / "short.jsonl"), weight=3),
+        tokens=24_000,
+        held_out_tokens=100,
+    )
+    long, short = (source["tokens"] for source in store.info["sources"])
+    assert long + short == 24_000
+    assert 2.0 < short / long < 4.5
+
+
+def test_the_cache_is_used_and_follows_what_it_depends_on(tmp_path: Path, table: Path) -> None:
+    source = TextSource(path=str(table))
+    first = prepare(tmp_path, source, tokens=500)
+    marks = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.bin")}
+    again = prepare(tmp_path, source, tokens=500)
+    assert again.digest == first.digest and len(marks) == 2
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.bin")} == marks
+    pq.write_table(pa.table({"text": [text.upper() for text in TEXTS]}), table)
+    assert prepare(tmp_path, source, tokens=500).digest != first.digest
+    assert prepare(tmp_path, source, tokens=501).train.size == 501
+
+
+def test_a_failed_build_leaves_nothing_behind(tmp_path: Path) -> None:
+    path = tmp_path / "broken.jsonl"
+    path.write_text('{"text": "fine"}\n{"text": \n')
+    with pytest.raises(InputError, match="Line 2"):
+        prepare(tmp_path, TextSource(path=str(path)))
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_one_document_is_held_out_at_its_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "one.txt"
+    path.write_text("".join(f"{i} " for i in range(2000)))
+    store = prepare(tmp_path, TextSource(path=str(path)), share=0.1)
+    assert "held" in capsys.readouterr().err
+    joined = np.concatenate([store.train, store.held_out])
+    assert texts(joined) == {path.read_text()}
+    assert store.held_out.size == pytest.approx(joined.size * 0.1, abs=1)
+
+
+def test_bos_comes_first_if_the_tokenizer_adds_one(tmp_path: Path, table: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|bos|> $A", special_tokens=[("<|bos|>", 0)]
+    )
+    data = Data(sources=[TextSource(path=str(table))])
+    with_bos = prepare_data(data, tokenizer, tokens=5000, held_out_tokens=10, cache_dir=tmp_path / "c", seed=0)
+    without = prepare(tmp_path, TextSource(path=str(table)), share=data.held_out, tokens=5000, held_out_tokens=10)
+    assert with_bos.train[0] == 0 and without.train[0] != 0
+    ends = np.flatnonzero(with_bos.train[:-1] == 1)
+    assert (with_bos.train[ends + 1] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"path": "nowhere/text.parquet"}, "no such file"),
+        ({"path": "text.parqet"}, "Did you mean 'text.parquet'"),
+        ({"path": "text.parquet", "text_field": "txet"}, "Did you mean 'text'"),
+        ({"path": "text.parquet", "text_field": "content"}, "'text', 'title'"),
+        ({"path": "numbers.jsonl"}, "is not text"),
+        ({"path": "empty.jsonl"}, "hold no text"),
+        ({"path": "fake.parquet"}, "not a parquet file"),
+        ({"path": "latin.txt"}, "UTF-8"),
+        ({"path": "data.csv"}, "Supported"),
+        ({"dataset": "no-such-owner/no-such-dataset"}, "hub dataset"),
+    ],
+)
+def test_errors_say_what_is_wrong(tmp_path: Path, table: Path, source: dict[str, Any], message: str) -> None:
+    (tmp_path / "numbers.jsonl").write_text('{"text": 5}')
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n{"text": " "}\n{"text": null}\n')
+    (tmp_path / "fake.parquet").write_text("not parquet")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "data.csv").write_text("a,b")
+    if "path" in source:
+        source = source | {"path": str(tmp_path / source["path"])}
+    with pytest.raises(InputError) as caught:
+        prepare(tmp_path, TextSource(**source))
+    assert message in str(caught.value)
+
+
+def test_each_epoch_shows_every_row_once_in_a_new_order() -> None:
+    tokens = np.arange(103, dtype=np.uint16)
+    sequences = Sequences(tokens, 10, seed=3)
+    epochs = [sequences.rows(10, start) for start in (0, 10, 20)]
+    assert epochs[0].dtype == np.int64 and epochs[0].shape == (10, 10)
+    for epoch in epochs:
+        assert sorted(epoch[:, 0]) == list(range(0, 100, 10))
+        assert (epoch == epoch[:, :1] + np.arange(10)).all()
+    assert not (epochs[0] == epochs[1]).all() and not (epochs[1] == epochs[2]).all()
+
+
+def test_the_order_is_a_pure_function_of_seed_and_index() -> None:
+    tokens = np.arange(1000, dtype=np.uint32)
+    straight = Sequences(tokens, 10, seed=3).rows(250)
+    jumping = Sequences(tokens, 10, seed=3)
+    for index in (249, 0, 120, 99, 100, 5):
+        assert (jumping.row(index) == straight[index]).all()
+    assert not (Sequences(tokens, 10, seed=4).rows(100) == straight[:100]).all()
+
+
+def test_too_short_a_text_is_refused() -> None:
+    with pytest.raises(InputError, match="too short"):
+        Sequences(np.arange(9, dtype=np.uint16), 10, seed=0)
+
+
+def test_held_out_rows_are_never_repeated() -> None:
+    store = TokenStore(np.empty(0), np.arange(100, dtype=np.uint16), "", {})
+    rows = held_out_rows(store, Train(sequence_length=16, validation_tokens=10_000))
+    assert rows.shape == (6, 16) and len(np.unique(rows)) == 96
+    short = TokenStore(np.empty(0), np.arange(12, dtype=np.uint16), "", {})
+    assert held_out_rows(short, Train(sequence_length=16)).shape == (1, 12)
+
+
+def test_the_shipped_sample_is_the_documented_one() -> None:
+    notes = SAMPLE.with_name("README.md").read_text()
+    assert hashlib.sha256(SAMPLE.read_bytes()).hexdigest() in notes
+    table = pq.read_table(SAMPLE)
+    assert {"id", "text", "source", "document"} == set(table.schema.names)
+    for source in set(table["source"].to_pylist()):
+        assert source in notes
+
+
+def test_without_sources_the_sample_is_used(tmp_path: Path) -> None:
+    store = prepare(tmp_path, tokens=20_000, held_out_tokens=5_000)
+    assert store.train.size == 20_000 and store.held_out.size == 5_000
+    assert store.info["sources"][0]["name"] == "sample"
