@@ -1,0 +1,76 @@
+"""The KV cache as it really is: bytes of live tensors after a real `generate`, nothing computed from the config."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..environment import pick_device
+
+PROMPT = 8
+"""Tokens of the prompt; the rest is generated."""
+
+
+def measure_kv_cache(model_dir: Path, *, device: str, tokens: int = 64) -> dict[str, Any]:
+    """Generate up to `tokens` and 2 x `tokens` cached positions and take the difference per token.
+
+    Returns:
+        bytes_per_token: growth of all live cache tensors per cached token, between the two lengths. A sliding-window
+            layer that is full does not grow any more and counts as nothing; `sliding_layers` says how many there are
+            and `full_layers` of those how many had stopped growing.
+        measured_bytes: bytes of the cache at `tokens` tokens.
+        tokens, cached_layers (layers that hold anything), layers, dtype, bytes_at (both lengths).
+    """
+    from ..models.export import load_model
+    from .quiet import quiet
+
+    with quiet():
+        model = load_model(model_dir, dtype="auto", device=pick_device(device)).eval()
+        short, long = _measure(model, tokens), _measure(model, 2 * tokens)
+    full = [b.sliding and 0 < b.bytes == a.bytes for a, b in zip(short, long, strict=True)]
+    sizes = {tokens: sum(layer.bytes for layer in short), 2 * tokens: sum(layer.bytes for layer in long)}
+    return {
+        "bytes_per_token": (sizes[2 * tokens] - sizes[tokens]) / tokens,
+        "measured_bytes": sizes[tokens],
+        "tokens": tokens,
+        "bytes_at": {str(length): size for length, size in sizes.items()},
+        "layers": len(long),
+        "cached_layers": sum(layer.bytes > 0 for layer in long),
+        "sliding_layers": sum(layer.sliding for layer in long),
+        "full_layers": sum(full),
+        "dtype": ", ".join(sorted({layer.dtype for layer in long if layer.bytes})),
+    }
+
+
+class _Layer(NamedTuple):
+    bytes: int
+    sliding: bool
+    dtype: str
+
+
+def _measure(model: Any, tokens: int) -> list[_Layer]:
+    """What every layer of the cache holds after `tokens` positions; the cache itself is freed on return."""
+    found = []
+    for layer in _generate(model, tokens).layers:
+        tensors = [value for value in vars(layer).values() if isinstance(value, torch.Tensor) and value.numel()]
+        # A view keeps all of its storage alive, and two tensors may share one: count distinct storages.
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+        dtype = str(tensors[0].dtype).removeprefix("torch.") if tensors else ""
+        found.append(_Layer(sum(storages.values()), bool(getattr(layer, "is_sliding", False)), dtype))
+    return found
+
+
+@torch.no_grad()
+def _generate(model: Any, tokens: int) -> Any:
+    """The cache of a greedy generation that holds exactly `tokens` positions."""
+    # The last generated token is never fed back, so `tokens` cached positions take one more token in the sequence.
+    prompt = torch.arange(3, 3 + PROMPT, device=model.device)[None] % model.config.get_text_config().vocab_size
+    new = tokens - PROMPT + 1
+    output = model.generate(
+        input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, min_new_tokens=new,
+        do_sample=False, use_cache=True, return_dict_in_generate=True, pad_token_id=0,
+    )  # fmt: skip
+    cache = output.past_key_values
+    if cache.get_seq_length() != tokens:
+        raise RuntimeError(f"the cache holds {cache.get_seq_length()} positions, not {tokens}")
+    return cache

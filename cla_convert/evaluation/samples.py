@@ -1,0 +1,43 @@
+"""lm-eval's output in compact form: scores by metric, and per document only what a paired comparison needs."""
+
+from typing import Any
+
+
+def metric_name(key: str) -> str:
+    """`acc,none` -> `acc`; a filter other than none stays: `exact_match,strict-match`."""
+    return key.removesuffix(",none")
+
+
+def scores(result: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
+    """Split one task's lm-eval result into {metric: value} and {metric: standard error}."""
+    values, errors = {}, {}
+    for key, value in result.items():
+        metric, comma, filter_name = key.partition(",")
+        if not comma or not isinstance(value, (int, float)):
+            continue  # alias, sample_len; a standard error of "N/A"
+        if metric.endswith("_stderr"):
+            errors[metric_name(f"{metric.removesuffix('_stderr')},{filter_name}")] = float(value)
+        else:
+            values[metric_name(key)] = float(value)
+    return values, errors
+
+
+def compact(samples: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """One entry a document (and filter), ordered by task and document.
+
+    Entry: task, doc_id, doc_hash, prompt_hash, target_hash, metrics {name: 0/1, number, or [log-likelihood, units]},
+    and for multiple choice the log-likelihood of every choice in nats.
+    """
+    entries = [_entry(task, sample) for task, rows in samples.items() for sample in rows]
+    return sorted(entries, key=lambda entry: (entry["task"], entry["doc_id"], sorted(entry["metrics"])))
+
+
+def _entry(task: str, sample: dict[str, Any]) -> dict[str, Any]:
+    entry = {"task": task} | {key: sample[key] for key in ("doc_id", "doc_hash", "prompt_hash", "target_hash")}
+    filter_name = sample.get("filter", "none")
+    entry["metrics"] = {metric_name(f"{name},{filter_name}"): sample[name] for name in sample["metrics"]}
+    likelihoods = [response[0] for response in sample["filtered_resps"] if isinstance(response, (list, tuple))]
+    if len(likelihoods) > 1:
+        entry["loglikelihoods"] = [float(value) for value in likelihoods]
+        entry["target"] = sample["target"]
+    return entry

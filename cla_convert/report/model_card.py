@@ -1,0 +1,68 @@
+"""README.md of a converted model: metadata for the Hugging Face hub, how to load it, its numbers and its limits."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .render import environment
+from .run_folder import Json
+
+TAGS = ["cross-layer-attention", "kv-cache", "cla-convert"]
+_EMPTY: Json = {
+    "source": {"model": None}, "converted": {}, "kv": {}, "train": None, "tasks": {}, "perplexity": {}, "caveats": [],
+    "compared": None, "command": None, "verdict": "Not evaluated yet.",
+}  # fmt: skip
+CARRIED = ("license", "license_name", "license_link", "language", "extra_gated_prompt")
+"""Metadata of the source's card that also holds for a derived model."""
+
+
+def write_model_card(folder: Path, report: Json, source_card: str | None = None) -> Path:
+    """Write README.md into the model folder and return its path.
+
+    Args:
+        folder: the converted or uptrained model.
+        report: what build_report returns; stages that did not run leave their part out.
+        source_card: text of the source model's README.md, whose licence and language are carried over.
+    """
+    report = {**_EMPTY, **report}
+    front = yaml.safe_dump(metadata(report, source_card), sort_keys=False, allow_unicode=True, width=110)
+    body = environment().get_template("model_card.md.j2").render(report=report, name=folder.name)
+    path = folder / "README.md"
+    path.write_text(f"---\n{front}---\n\n{body}", encoding="utf-8")
+    return path
+
+
+def metadata(report: Json, source_card: str | None) -> Json:
+    """The YAML front matter: what the hub indexes."""
+    source = report.get("source") or {}
+    carried = {key: value for key, value in front_matter(source_card).items() if key in CARRIED}
+    if "license" not in carried and source.get("license"):
+        carried["license"] = source["license"]
+    found: Json = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if is_hub_id(source.get("model")):
+        found["base_model"] = source["model"]
+        # "finetune" is the hub's word for a model whose weights were changed; there is none for a changed cache.
+        found["base_model_relation"] = "finetune"
+    return {**found, **carried, "tags": [*TAGS, *_source_tags(source_card)]}
+
+
+def is_hub_id(model: Any) -> bool:
+    """Whether `model` names a model on the hub: the hub refuses a card whose base_model is a local path."""
+    return isinstance(model, str) and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", model)) and not Path(model).exists()
+
+
+def _source_tags(source_card: str | None) -> list[str]:
+    tags: Any = front_matter(source_card).get("tags")
+    return [tag for tag in tags if isinstance(tag, str) and tag not in TAGS] if isinstance(tags, list) else []
+
+
+def front_matter(card: str | None) -> Json:
+    """The YAML block at the top of a model card; empty where there is none or it is not valid."""
+    match = re.match(r"\A---\s*\n(.*?)\n---\s*(\n|\Z)", card or "", re.DOTALL)
+    try:
+        value = yaml.safe_load(match[1]) if match else None
+    except yaml.YAMLError:
+        value = None
+    return value if isinstance(value, dict) else {}

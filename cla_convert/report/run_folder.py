@@ -1,0 +1,91 @@
+"""What a run folder holds, read leniently: a stage that did not run is None, never a guess."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import InputError
+from ..files import read_json
+
+POINTS = ("before", "converted", "after")
+"""The three points of measurement: source model, right after conversion, after uptraining."""
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Files of one run. Attributes are empty dicts or lists where a file is missing."""
+
+    path: Path
+    recipe: Json
+    convert: Json
+    train: Json
+    metrics: list[Json]
+    environment: Json
+    results: dict[str, Json]
+    """Point -> eval/<point>/results.json, for the points that were evaluated."""
+    held_out: dict[str, Json]
+    kv_cache: dict[str, Json]
+
+    def task_file(self, point: str, task: str) -> Json | None:
+        """Per-document results of a task, or None."""
+        return read_json(self.path / "eval" / point / "tasks" / f"{task.replace('/', '__')}.json")
+
+    @property
+    def last_point(self) -> str | None:
+        """The point to compare with `before`: `after`, or `converted` when nothing was trained."""
+        return next((point for point in ("after", "converted") if point in self.results), None)
+
+
+def read_run_folder(path: Path) -> RunFolder:
+    """Read a run folder. Raises InputError if it is none."""
+    if not path.is_dir() or not any(
+        (path / name).exists() for name in ("recipe.yaml", "convert.json", "plan.json", "eval")
+    ):
+        raise InputError(
+            f"{str(path)!r} is not a run folder",
+            why="It has none of recipe.yaml, plan.json, convert.json and eval/.",
+            fix="Give the folder that was passed as --out to `cla-convert run`.",
+        )
+    return RunFolder(
+        path=path,
+        recipe=_read_yaml(path / "recipe.yaml"),
+        # Before the conversion has run, the plan already knows the map and the sizes.
+        convert=(read_json(path / "plan.json") or {}) | (read_json(path / "convert.json") or {}),
+        train=read_json(path / "train.json") or {},
+        metrics=_read_lines(path / "metrics.jsonl"),
+        environment=read_json(path / "environment.json") or {},
+        results=_by_point(path, "results.json"),
+        held_out=_by_point(path, "held_out.json"),
+        kv_cache=_by_point(path, "kv_cache.json"),
+    )
+
+
+def _by_point(path: Path, name: str) -> dict[str, Json]:
+    found = {point: read_json(path / "eval" / point / name) for point in POINTS}
+    return {point: value for point, value in found.items() if value is not None}
+
+
+def _read_yaml(path: Path) -> Json:
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _read_lines(path: Path) -> list[Json]:
+    """Rows of a jsonl file. A last line cut off by a crash is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows

@@ -1,0 +1,111 @@
+"""The sentences of a report: the verdict and the caveats, both derived from the numbers."""
+
+from typing import Any
+
+from ..console import human_count
+from .run_folder import Json, RunFolder
+
+_STATUS = {
+    "within_margin": "Within the margin",
+    "margin_broken": "Worse than the margin allows",
+    "not_enough_rows": "Not enough rows to tell",
+}
+
+
+def status(summary: Json | None) -> str:
+    """within_margin, margin_broken, not_enough_rows, or not_measured."""
+    return summary["verdict"] if summary else "not_measured"
+
+
+def verdict_line(summary: Json | None, perplexity: dict[str, Json], point: str | None) -> str:
+    """One sentence or two that a reader may quote: the accuracy verdict, then how perplexity moved."""
+    stage = {"after": "after uptraining", "converted": "right after conversion"}.get(point or "", "")
+    if summary is None:
+        opening = "No verdict on accuracy: the source and the converted model were not both evaluated"
+    else:
+        low, high = (100 * value for value in summary["ci95"])
+        opening = (
+            f"{_STATUS[summary['verdict']]}: {stage}, mean accuracy over {len(summary['tasks'])} tasks "
+            f"({summary['n']} documents) changed by {100 * summary['delta']:+.1f} points "
+            f"(95% CI {low:+.1f} to {high:+.1f}; margin {100 * summary['margin']:g})"
+        )
+    changes = [f"{name} {row['before']:.4g} -> {_last(row):.4g} ({100 * row['relative']:+.3g}%)"
+               for name, row in perplexity.items() if row["relative"] is not None]  # fmt: skip
+    ending = f"Perplexity: {', '.join(changes)}." if changes else "Perplexity was not measured at both points."
+    return f"{opening}. {ending}"
+
+
+def _last(row: Json) -> float:
+    return row["after"] if row["after"] is not None else row["converted"]
+
+
+def caveats(run: RunFolder, kv: Json, problems: list[str]) -> list[str]:
+    """What a sceptical reader should know, each only where it applies."""
+    return [*_comparability(run), *problems, *_task_caveats(run), *_training_caveats(run), *_kv_caveats(kv)]
+
+
+def _comparability(run: RunFolder) -> list[str]:
+    hashes = {point: result.get("specification_hash") for point, result in run.results.items()}
+    found = []
+    if len(set(hashes.values())) > 1:
+        found.append("THE POINTS WERE NOT MEASURED ALIKE: their evaluation specifications differ. Evaluate them again.")
+    quantization = (run.convert.get("source") or {}).get("quantization")
+    if quantization:
+        found.append(
+            f"The source file is quantised ({quantization}). Every number here is about the dequantised model: "
+            "'before' is not the original full-precision model, and what quantisation cost is in all three columns."
+        )
+    return found
+
+
+def _task_caveats(run: RunFolder) -> list[str]:
+    specifications = next((result.get("specification", {}) for result in run.results.values()), {})
+    tasks: dict[str, Any] = specifications.get("tasks", {})
+    packed = [name for name, task in tasks.items() if task.get("source") == "offline pack" and name != "wikitext"]
+    found = []
+    if packed:
+        counts = sorted({tasks[name]["n"] for name in packed})
+        found.append(
+            f"Accuracies are on {' to '.join(map(str, counts))} rows a task, from the 250-row samples of the offline "
+            f"pack ({', '.join(packed)}): good for before against after, not for comparing with published scores."
+        )
+    if "boolq" in packed:
+        found.append("boolq passages lack the article title that the stock task puts in front.")
+    if "wikitext" in tasks and tasks["wikitext"].get("source") == "offline pack" and tasks["wikitext"]["n"] < 62:
+        found.append(
+            f"wikitext is the {tasks['wikitext']['n']} shortest of the 62 pages of the wikitext-2 test set; short "
+            "pages give less context and a higher perplexity than the published figure over all pages."
+        )
+    if tasks:
+        found.append("Several metrics are tested at once; p-values are not corrected for that.")
+    return found
+
+
+def _training_caveats(run: RunFolder) -> list[str]:
+    if not run.train:
+        return ["Nothing was uptrained: the last column is the model right after conversion."] if run.convert else []
+    found = []
+    if (run.recipe.get("train") or {}).get("loss") == "cross_entropy":
+        found.append(
+            "Trained with cross-entropy: held-out perplexity then mixes recovery with learning the new text, and can "
+            "fall below the source's. Only a source model trained on the same tokens would separate the two."
+        )
+    tokens = run.train.get("tokens")
+    if tokens and tokens < 10_000_000:
+        found.append(f"{human_count(tokens)} training tokens show that the path works; recovery takes far more.")
+    return found
+
+
+def _kv_caveats(kv: Json) -> list[str]:
+    found = []
+    if kv["dtype_before"] and kv["dtype_after"] and kv["dtype_before"] != kv["dtype_after"]:
+        found.append(
+            f"The measured caches hold {kv['dtype_before']} before and {kv['dtype_after']} after: part of the "
+            "difference in measured bytes is the number format, not the sharing."
+        )
+    if kv["sliding_layers"]:
+        found.append(
+            f"{kv['sliding_layers']} layers have a sliding window and stop growing once it is full: bytes per token "
+            f"are measured up to {2 * (kv['measured_tokens'] or 0)} tokens."
+        )
+    return found

@@ -1,0 +1,247 @@
+"""A tiny model through lm-eval: files per task, resume, cache, one specification, no network, no noise."""
+
+import json
+import math
+import re
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+import cla_convert.evaluation.model as model_module
+from cla_convert.errors import InputError, UsageError
+from cla_convert.evaluation import harness
+from cla_convert.evaluation.cache import measure_kv_cache
+from cla_convert.evaluation.fingerprint import model_fingerprint
+from cla_convert.evaluation.stats import compare
+from cla_convert.evaluation.tasks import pack
+from cla_convert.models.export import load_model, load_tokenizer
+from cla_convert.recipe import Evaluate
+from tests.conftest import save_tiny_llama
+
+SPEC = Evaluate(tasks=["arc_easy", "openbookqa", "wikitext"], limit=2, batch_size=4, max_length=256)
+
+
+def evaluate(model: Path, out: Path, spec: Evaluate = SPEC, **options) -> dict:
+    return harness.evaluate(model, spec, out, device="cpu", seed=0, **options)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    out = tmp_path_factory.mktemp("eval") / "before"
+    return out, evaluate(tiny_llama, out)
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Every model loaded for evaluation."""
+    seen: list[Path] = []
+    original = model_module.load
+
+    def load(model_dir, **settings):
+        seen.append(model_dir)
+        return original(model_dir, **settings)
+
+    monkeypatch.setattr(model_module, "load", load)
+    return seen
+
+
+def test_results_and_one_file_a_task(finished: tuple[Path, dict]):
+    out, results = finished
+    assert json.loads((out / "results.json").read_text()) == results
+    assert sorted(path.name for path in (out / "tasks").iterdir()) == [
+        "arc_easy.json",
+        "openbookqa.json",
+        "wikitext.json",
+    ]
+    assert results["n"] == {"arc_easy": 2, "openbookqa": 2, "wikitext": 2}
+    assert set(results["tasks"]["wikitext"]) == {"word_perplexity", "byte_perplexity", "bits_per_byte"}
+    assert set(results["stderr"]["arc_easy"]) == {"acc", "acc_norm"}
+    task = json.loads((out / "tasks" / "arc_easy.json").read_text())
+    assert [sample["doc_id"] for sample in task["samples"]] == [0, 1]
+    mean = sum(sample["metrics"]["acc"] for sample in task["samples"]) / 2
+    assert task["scores"]["acc"] == results["tasks"]["arc_easy"]["acc"] == mean
+    assert {"doc_hash", "prompt_hash", "loglikelihoods", "target"} <= task["samples"][0].keys()
+
+
+def test_wikitext_is_the_models_own_likelihood(finished: tuple[Path, dict], tiny_llama: Path):
+    """Recomputed without lm-eval: windows of max_length, each token once, first context the BOS token."""
+    model, tokenizer = load_model(tiny_llama, dtype="float32", device="cpu"), load_tokenizer(tiny_llama)
+    from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
+
+    total, words = 0.0, 0
+    for row in pack.read("wikitext")[:2]:
+        ids = tokenizer(wikitext_detokenizer(row), add_special_tokens=False)["input_ids"]
+        words += len(re.split(r"\s+", row["page"]))
+        for start in range(0, len(ids), 256):
+            target = ids[start : start + 256]
+            # The last, shorter window is filled up with context from the left.
+            context = [0] if start == 0 else ids[start + len(target) - 256 - 1 : start]
+            with torch.no_grad():
+                logits = model(torch.tensor([(context + target)[:-1]])).logits[0, -len(target) :]
+            total += logits.log_softmax(-1).gather(-1, torch.tensor(target)[:, None]).sum().item()
+    assert finished[1]["tasks"]["wikitext"]["word_perplexity"] == pytest.approx(math.exp(-total / words), rel=1e-4)
+
+
+def test_finished_tasks_are_not_run_again(finished: tuple[Path, dict], tiny_llama: Path, tmp_path: Path, loads: list):
+    out = tmp_path / "before"
+    shutil.copytree(finished[0], out)
+    again = evaluate(tiny_llama, out)
+    assert loads == []
+    assert again["tasks"] == finished[1]["tasks"]
+    assert again["specification_hash"] == finished[1]["specification_hash"]
+
+
+def test_after_a_crash_only_the_missing_tasks_run(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: tuple[Path, dict]
+):
+    ran: list[str] = []
+    original = harness._run_task
+
+    def run_task(task, *arguments):
+        if task.name == "wikitext" and not ran.count("crashed"):
+            ran.append("crashed")
+            raise KeyboardInterrupt
+        ran.append(task.name)
+        return original(task, *arguments)
+
+    monkeypatch.setattr(harness, "_run_task", run_task)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(tiny_llama, tmp_path)
+    assert not (tmp_path / "results.json").exists()
+    (tmp_path / "tasks" / "arc_easy.json").write_text('{"task": "arc_easy", "iden')  # a file cut short is no result
+    results = evaluate(tiny_llama, tmp_path)
+    assert ran == ["arc_easy", "openbookqa", "crashed", "arc_easy", "wikitext"]
+    assert results["tasks"] == finished[1]["tasks"]
+
+
+def test_another_model_or_specification_is_evaluated_anew(
+    finished: tuple[Path, dict], tiny_llama: Path, tmp_path: Path, loads: list
+):
+    out = tmp_path / "eval"
+    shutil.copytree(finished[0], out)
+    other = save_tiny_llama(tmp_path / "other", seed=1)
+    spec = Evaluate(**SPEC.model_dump() | {"tasks": ["arc_easy"]})
+    results = evaluate(other, out, spec)
+    assert loads == [other]
+    changed = evaluate(tiny_llama, out, Evaluate(**spec.model_dump() | {"limit": 1}))
+    assert loads == [other, tiny_llama]
+    assert results["specification_hash"] != changed["specification_hash"]
+
+
+def test_two_models_share_the_specification_and_can_be_paired(finished: tuple[Path, dict], tmp_path: Path):
+    other = save_tiny_llama(tmp_path / "other", seed=1)
+    results = evaluate(other, tmp_path / "after")
+    assert results["specification_hash"] == finished[1]["specification_hash"]
+    assert results["model_fingerprint"] != finished[1]["model_fingerprint"]
+    for task in SPEC.tasks:
+        files = [
+            json.loads((folder / "tasks" / f"{task}.json").read_text()) for folder in (finished[0], tmp_path / "after")
+        ]
+        for comparison in compare(*files):
+            expected = results["tasks"][task][comparison.metric] - finished[1]["tasks"][task][comparison.metric]
+            assert comparison.delta == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_source_result_is_cached_by_content(tiny_llama: Path, tmp_path: Path, loads: list):
+    spec = Evaluate(tasks=["openbookqa"], limit=2)
+    first = evaluate(tiny_llama, tmp_path / "run1", spec, cache_dir=tmp_path / "cache")
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(tiny_llama, copy)
+    second = evaluate(copy, tmp_path / "run2", spec, cache_dir=tmp_path / "cache")
+    assert loads == [tiny_llama]
+    assert second["tasks"] == first["tasks"]
+    assert second["from_cache"] == ["openbookqa"]
+    assert first["from_cache"] == []
+
+
+def test_unknown_task_is_refused_before_the_model_is_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from lm_eval.tasks import TaskManager
+
+    original = TaskManager.__init__
+    monkeypatch.setattr(
+        TaskManager, "__init__",
+        lambda self, include_path=None, include_defaults=True: original(
+            self, include_path=include_path, include_defaults=False
+        ),
+    )  # fmt: skip
+    with pytest.raises(UsageError, match="Did you mean 'boolq'"):
+        evaluate(tmp_path / "no model here", tmp_path / "out", Evaluate(tasks=["bolq"]))
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_network_and_no_noise(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    def refuse(*_arguments):
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.chdir(tmp_path)
+    evaluate(tiny_llama, tmp_path / "out", Evaluate(tasks=["hellaswag", "boolq", "wikitext"], limit=1), label="before")
+    output = capfd.readouterr()
+    assert output.out == ""
+    lines = [line for line in output.err.replace("\r", "\n").split("\n") if line.strip()]
+    assert lines
+    assert all(line.startswith("eval before:") for line in lines), lines
+    assert "100%" in lines[-1]
+
+
+def test_an_answer_longer_than_the_context_is_refused_in_words(tiny_llama: Path, tmp_path: Path):
+    with pytest.raises(InputError, match=r"does not fit into the context of 16"):
+        evaluate(tiny_llama, tmp_path, Evaluate(tasks=["piqa"], limit=1, max_length=16))
+
+
+def test_shortened_prompts_are_counted_and_said(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    evaluate(tiny_llama, tmp_path, Evaluate(tasks=["boolq"], limit=1, max_length=64))
+    assert json.loads((tmp_path / "tasks" / "boolq.json").read_text())["truncated"] == 2
+    assert "boolq: 2 requests exceed 64 tokens" in capsys.readouterr().err
+
+
+def test_every_packed_task_runs(tmp_path: Path):
+    model = save_tiny_llama(tmp_path / "model", max_position_embeddings=4096)
+    results = evaluate(model, tmp_path / "out", Evaluate(limit=1))
+    assert list(results["tasks"]) == Evaluate().tasks
+    assert all(math.isfinite(value) for metrics in results["tasks"].values() for value in metrics.values())
+
+
+def test_fingerprint_sees_one_changed_tensor_and_ignores_the_rest(tiny_llama: Path, tmp_path: Path):
+    from safetensors.torch import load_file, save_file
+
+    before = model_fingerprint(tiny_llama)
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_llama, copy)
+    (copy / "README.md").write_text("a card")
+    assert model_fingerprint(copy) == before
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.layers.3.self_attn.k_proj.weight"] *= 1.01
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    assert model_fingerprint(copy) != before
+
+
+def test_kv_cache_is_measured_on_live_tensors(tiny_llama: Path):
+    found = measure_kv_cache(tiny_llama, device="cpu", tokens=16)
+    per_token = 6 * 2 * 2 * 8 * 4  # layers, K and V, heads, channels, bytes of float32
+    assert found["bytes_per_token"] == per_token
+    assert found["measured_bytes"] == 16 * per_token
+    assert (found["layers"], found["cached_layers"], found["sliding_layers"]) == (6, 6, 0)
+    assert found["dtype"] == "float32"
+
+
+def test_a_full_sliding_window_stops_growing(tmp_path: Path):
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=258, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=1, head_dim=8, sliding_window=9, max_position_embeddings=256, bos_token_id=0,
+        eos_token_id=1, pad_token_id=0,
+        layer_types=["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"],
+    )  # fmt: skip
+    Gemma3ForCausalLM(config).save_pretrained(tmp_path)
+    found = measure_kv_cache(tmp_path, device="cpu", tokens=32)
+    assert (found["sliding_layers"], found["full_layers"], found["cached_layers"]) == (3, 3, 4)
+    assert found["bytes_per_token"] == 2 * 8 * 4  # only the full-attention layer grows
+    assert found["measured_bytes"] > 32 * found["bytes_per_token"]

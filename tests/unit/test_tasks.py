@@ -1,0 +1,160 @@
+"""The offline pack is the stock tasks on fewer rows: every prompt, target and metric is compared with lm-eval's own."""
+
+import hashlib
+import logging
+import re
+from pathlib import Path
+
+import lm_eval.tasks
+import pytest
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
+
+from cla_convert.errors import InputError, UsageError
+from cla_convert.evaluation.prepare import prepare
+from cla_convert.evaluation.quiet import quiet
+from cla_convert.evaluation.tasks import pack
+from cla_convert.recipe import Evaluate
+
+STOCK = {
+    "hellaswag": "hellaswag/hellaswag.yaml",
+    "piqa": "piqa/piqa.yaml",
+    "winogrande": "winogrande/default.yaml",
+    "openbookqa": "openbookqa/openbookqa.yaml",
+    "boolq": "super_glue/boolq/default.yaml",
+    "arc_easy": "arc/arc_easy.yaml",
+    "wikitext": "wikitext/wikitext.yaml",
+}
+
+
+@pytest.fixture(scope="module")
+def manager() -> TaskManager:
+    return TaskManager(include_path=str(pack.FOLDER), include_defaults=False)
+
+
+def stock_task(name: str) -> ConfigurableTask:
+    """lm-eval's own task, fed with the shipped rows under every split name that it asks for."""
+    config = load_yaml(Path(lm_eval.tasks.__file__).parent / STOCK[name])
+    config.pop("tag", None)
+    split = config.get("test_split") or config["validation_split"]
+    config |= {"training_split": None, "dataset_kwargs": {"file": name, "split": split}, "custom_dataset": pack.rows}
+    config["validation_split"] = split if split == config["validation_split"] else None
+    return ConfigurableTask(config=config)
+
+
+def requests(task: ConfigurableTask) -> list[tuple]:
+    task.set_config(key="num_fewshot", value=0)
+    task.build_all_requests(rank=0, world_size=1)
+    return [(instance.doc_id, instance.request_type, instance.args) for instance in task.instances]
+
+
+def test_every_stock_name_is_shipped():
+    assert pack.names() == sorted(STOCK)
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_prompts_targets_and_metrics_equal_the_stock_task(name: str, manager: TaskManager):
+    with quiet():
+        ours, stock = manager.load([name])["tasks"][name], stock_task(name)
+        assert requests(ours) == requests(stock)
+        targets = [[task.doc_to_target(doc) for doc in task.eval_docs] for task in (ours, stock)]
+        documents = list(ours.eval_docs)
+    assert targets[0] == targets[1]
+    assert ours.aggregation() == stock.aggregation()
+    assert ours.higher_is_better() == stock.higher_is_better()
+    assert ours.VERSION == stock.VERSION
+    choices = {"multiple_choice": [(-1.0, False), (-2.0, False), (-3.0, False), (-4.0, False), (-5.0, False)]}
+    for doc in documents[:20]:
+        answers = choices["multiple_choice"][: len(ours.doc_to_choice(doc))] if name != "wikitext" else [-7.0]
+        assert ours.process_results(doc, answers) == stock.process_results(doc, answers)
+
+
+def test_rows_are_those_that_the_readme_lists():
+    table = dict(
+        re.findall(r"^\| (\w+) \| \d+ of \d+ \| \d+ \| `(\w{64})` \|$", (pack.FOLDER / "README.md").read_text(), re.M)
+    )
+    assert sorted(table) == pack.names()
+    for name, digest in table.items():
+        assert hashlib.sha256((pack.FOLDER / f"{name}.jsonl").read_bytes()).hexdigest() == digest
+        assert len(pack.read(name)) == (62 if name == "wikitext" else 250)
+    assert sum(path.stat().st_size for path in pack.FOLDER.glob("*.jsonl")) < 2_500_000
+
+
+def test_wikitext_is_complete_and_shortest_first():
+    lengths = [len(row["page"]) for row in pack.read("wikitext")]
+    assert lengths == sorted(lengths)
+    assert sum(len(row["page"].encode()) for row in pack.read("wikitext")) == 1_290_590  # the official wiki.test.raw
+
+
+def test_preparing_freezes_what_is_measured_and_respects_the_limit():
+    first, again, more = (prepare(Evaluate(tasks=["piqa"], limit=n), seed=0)[0] for n in (3, 3, 4))
+    assert first.frozen == again.frozen
+    assert (first.frozen["n"], first.frozen["requests"], first.frozen["source"]) == (3, 6, "offline pack")
+    assert first.frozen["prompts"] != more.frozen["prompts"]
+
+
+def test_a_task_may_have_its_own_limit():
+    found = prepare(Evaluate(tasks=["piqa", "wikitext"], limit=6, limits={"wikitext": 2}), seed=0)
+    assert {task.name: task.frozen["n"] for task in found} == {"piqa": 6, "wikitext": 2}
+
+
+def test_few_shot_examples_depend_on_the_seed_only():
+    spec = Evaluate(tasks=["arc_easy"], limit=2, num_fewshot=2)
+    with quiet():
+        a, b, c = (prepare(spec, seed)[0].frozen for seed in (1, 1, 2))
+    assert a == b
+    assert a["prompts"] != c["prompts"]
+    assert a["num_fewshot"] == [2]
+
+
+@pytest.fixture
+def small_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stock tasks reduced to one folder: indexing all of lm-eval takes several seconds."""
+    original = TaskManager.__init__
+
+    def init(self, include_path=None, include_defaults=True):
+        stock = str(Path(lm_eval.tasks.__file__).parent / "arc")
+        paths = [stock] * include_defaults + [include_path] * (include_path is not None)
+        original(self, include_path=paths, include_defaults=False)
+
+    monkeypatch.setattr(TaskManager, "__init__", init)
+
+
+@pytest.mark.usefixtures("small_index")
+def test_unknown_task_is_refused_with_a_suggestion_and_the_list():
+    with pytest.raises(UsageError) as caught, quiet():
+        prepare(Evaluate(tasks=["piqa", "helaswag"]), seed=0)
+    assert "helaswag" in caught.value.what
+    assert "Did you mean 'hellaswag'?" in caught.value.what
+    assert all(name in caught.value.fix for name in STOCK)
+
+
+@pytest.mark.usefixtures("small_index")
+def test_stock_task_without_network_is_refused_and_names_the_pack(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(InputError) as caught, quiet():
+        prepare(Evaluate(tasks=["arc_challenge"]), seed=0)
+    assert "arc_challenge" in caught.value.what
+    assert "offline" in caught.value.what
+    assert "HF_HUB_OFFLINE" in caught.value.why
+    assert "offline pack" in caught.value.fix
+
+
+@pytest.mark.usefixtures("small_index")
+def test_turning_the_pack_off_means_the_hub():
+    with pytest.raises(InputError, match="arc_easy"), quiet():
+        prepare(Evaluate(tasks=["arc_easy"], offline_pack=False), seed=0)
+
+
+def test_no_tasks_is_refused():
+    with pytest.raises(UsageError, match="No tasks"):
+        prepare(Evaluate(tasks=[]), seed=0)
+
+
+def test_quiet_restores_loggers(capsys: pytest.CaptureFixture[str]):
+    logger = logging.getLogger("lm_eval")
+    logger.setLevel(logging.INFO)
+    with quiet():
+        assert logger.level == logging.ERROR
+    assert logger.level == logging.INFO
