@@ -43,7 +43,7 @@ def debug() -> bool:
 
 
 def progress(total: int, desc: str, unit: str = "it", initial: int = 0, **options: Any) -> Any:
-    """Return a tqdm bar on stderr with rate and ETA; on a log file it refreshes every 10 s instead of 10 times a second."""
+    """Return a tqdm bar on stderr with rate and ETA; in a log file it refreshes every 10 s only."""
     from tqdm import tqdm
 
     interval = 0.2 if sys.stderr.isatty() else 10.0

@@ -78,7 +78,7 @@ class TextSource(Section):
     """Column that holds the text, for jsonl, parquet and hub datasets."""
     document_field: str | None = None
     """Column that names the work a row is a part of: rows of one work stay on one side of the held-out split."""
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0)
     """Share of this source in the mixture (by tokens), relative to the others."""
 
     @model_validator(mode="after")
@@ -93,7 +93,7 @@ class Data(Section):
 
     sources: list[TextSource] = []
     """Where the text comes from; weights make it a mixture."""
-    held_out: float = Field(0.05, gt=0, lt=0.5)
+    held_out: float = Field(default=0.05, gt=0, lt=0.5)
     """Share of documents kept out of calibration and uptraining, for validation and held-out perplexity."""
 
 
@@ -102,7 +102,7 @@ class Calibration(Section):
 
     tokens: Count = 65_536
     """Calibration tokens, taken from `data`."""
-    sequence_length: int = Field(1024, ge=16)
+    sequence_length: int = Field(default=1024, ge=16)
     """Length of a calibration sequence."""
 
 
@@ -127,25 +127,25 @@ class Train(Section):
     """Token budget."""
     loss: Literal["distill", "cross_entropy"] = "distill"
     """distill: forward KL from the frozen source model at T=1. cross_entropy: next-token loss on the data."""
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(default=1e-3, gt=0)
     """Peak learning rate of AdamW."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """Learning rate over tokens; wsd: constant, then 1-sqrt decay over the last 20%."""
-    warmup: float = Field(0.02, ge=0, le=1)
+    warmup: float = Field(default=0.02, ge=0, le=1)
     """Share of the budget for linear warm-up."""
-    final_lr: float = Field(0.1, ge=0, le=1)
+    final_lr: float = Field(default=0.1, ge=0, le=1)
     """Learning rate at the end of a cosine schedule, as a share of the peak."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay on matrices."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Adam's betas."""
-    clip: float = Field(1.0, gt=0)
+    clip: float = Field(default=1.0, gt=0)
     """Largest global gradient norm."""
-    sequence_length: int = Field(1024, ge=8)
+    sequence_length: int = Field(default=1024, ge=8)
     """Tokens in a packed sequence."""
     batch_tokens: Count = 65_536
     """Tokens in an optimiser step (a multiple of sequence_length)."""
-    micro_batch_size: int = Field(8, ge=1)
+    micro_batch_size: int = Field(default=8, ge=1)
     """Sequences in one forward/backward pass; gradients accumulate up to batch_tokens."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     """Compute precision. auto: bfloat16 autocast where the hardware has it; weights and optimiser stay float32."""
@@ -157,7 +157,7 @@ class Train(Section):
     """Tokens of held-out text used for it."""
     checkpoint_every: Count = 2_000_000
     """Save a resumable checkpoint every so many tokens."""
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
     """Checkpoints to keep; older ones go once a newer one is whole."""
 
 
@@ -168,15 +168,17 @@ class Evaluate(Section):
     """lm-eval tasks. The names of the offline pack use the shipped rows; any other stock task needs a network."""
     offline_pack: bool = True
     """Use the rows shipped with the package for the tasks it has. False: the full stock tasks, from the hub."""
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(default=None, ge=1)
     """Documents per task (the first n). None: all."""
-    num_fewshot: int | None = Field(None, ge=0)
+    limits: dict[str, Annotated[int, Field(ge=1)]] = {}
+    """Documents of single tasks, in place of `limit`: a page of wikitext costs as much as dozens of questions."""
+    num_fewshot: int | None = Field(default=None, ge=0)
     """Few-shot examples. None: the task's own default."""
-    batch_size: int = Field(8, ge=1)
+    batch_size: int = Field(default=8, ge=1)
     """Requests per forward pass; fixed, because scores can move with it."""
-    max_length: int = Field(2048, ge=16)
+    max_length: int = Field(default=2048, ge=16)
     """Longest context fed to the model."""
-    margin: float = Field(0.01, ge=0)
+    margin: float = Field(default=0.01, ge=0)
     """Non-inferiority margin for the verdict, in accuracy (0.01 = one point)."""
 
 
@@ -188,7 +190,7 @@ class Recipe(Section):
     data: Data = Data()
     train: Train = Train()
     eval: Evaluate = Evaluate()
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Seed of everything random: sample order, evaluation."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; auto: the best there is."""

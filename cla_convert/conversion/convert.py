@@ -1,17 +1,17 @@
 """Execute a plan: stream tensors from the source's shards into a new folder that loads anywhere."""
 
-import resource
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..console import progress
+from ..environment import peak_memory_bytes
 from ..errors import InputError
+from ..files import write_json
 from ..models.checkpoint import Checkpoint
 from ..models.export import cla_config, write_sidecars
-from ..models.writer import MANIFEST, ShardWriter, check_disk, check_output, publishing, write_json
+from ..models.writer import MANIFEST, ShardWriter, check_disk, check_output, publishing
 from .plan import Plan, TensorPlan
 from .pooling import WEIGHT_SPACE
 
@@ -44,7 +44,7 @@ def convert(
         result = plan.to_json() | {
             "output": str(out),
             "seconds": round(time.monotonic() - started, 3),
-            "peak_rss_bytes": peak_rss_bytes(),
+            "peak_rss_bytes": peak_memory_bytes("cpu"),
         }
         write_json(staging / MANIFEST, manifest(plan, checkpoint))
     return result
@@ -73,12 +73,6 @@ def progress_over(plan: Plan) -> Any:
         for tensor in plan.tensors:
             yield tensor
             bar.update()
-
-
-def peak_rss_bytes() -> int:
-    """Largest resident memory of this process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _execute(tensor: TensorPlan, checkpoint: Checkpoint, plan: Plan) -> "Tensor":

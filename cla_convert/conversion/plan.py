@@ -77,7 +77,7 @@ class Plan:
         owners = len(self.groups)
         lines = [
             f"source      {self.source} ({self.shape.model_type}, {self.shape.num_layers} layers, "
-            f"{self.shape.num_attention_heads} query / {self.shape.num_key_value_heads} KV heads of {self.shape.head_dim})",
+            f"{self.shape.num_attention_heads} query / {self.shape.num_key_value_heads} KV heads)",
             f"sharing     {self.sharing}: {owners} of {self.shape.num_layers} layers own their K/V, init {self.init}",
             *(f"            {line}" for line in picture(self.kv_source_layers, 90).splitlines()),
             f"tensors     {self.count('keep')} kept, {self.count('pool')} pooled, {self.count('drop')} dropped",

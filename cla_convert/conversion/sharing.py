@@ -93,10 +93,11 @@ def _from_name(name: str, kinds: Kinds) -> list[int]:
     if match := re.fullmatch(r"(dense-front|dense-back|trailing)(?::(\d+))?", name):
         n = int(match[2]) if match[2] else None
         return {"dense-front": _dense_front, "dense-back": _dense_back, "trailing": _trailing}[match[1]](n, kinds)
+    hint = did_you_mean(name, ["cla2", "cla3", "cla2-keep-ends", "dense-front", "dense-back", "trailing:4"])
     raise UsageError(
-        f"Unknown sharing pattern {name!r}.{did_you_mean(name, ['cla2', 'cla3', 'cla2-keep-ends', 'dense-front', 'dense-back', 'trailing:4'])}",
+        f"Unknown sharing pattern {name!r}.{hint}",
         fix=f"Patterns: {', '.join(PATTERNS)}; or groups such as [[0],[1,2],[3]].",
-    )  # fmt: skip
+    )
 
 
 def _from_groups(groups: list[list[int]], layers: int) -> list[int]:
@@ -118,7 +119,7 @@ def _layers_by_kind(layers: Sequence[int], kinds: Kinds) -> list[list[int]]:
 
 
 def _grouped(k: int, keep_ends: bool, kinds: Kinds) -> list[int]:
-    """CLA-k: groups of k consecutive layers of a kind, the first owns; a remainder forms a smaller group placed first."""
+    """CLA-k: groups of k consecutive layers of a kind, the first owns; a remainder is a smaller group placed first."""
     if k < 1:
         raise UsageError(f"cla{k} makes no sense", fix="Use cla2 or cla3.")
     sources = list(range(len(kinds)))
@@ -150,13 +151,17 @@ def _trailing(n: int | None, kinds: Kinds) -> list[int]:
     """The last n layers read the last owner of their own kind (as in YOCO and Gemma 3n)."""
     layers = len(kinds)
     if n is None or not 0 < n < layers:
-        raise UsageError("trailing needs the number of trailing consumers", fix=f"Between trailing:1 and trailing:{layers - 1}.")
+        raise UsageError(
+            "trailing needs the number of trailing consumers", fix=f"Between trailing:1 and trailing:{layers - 1}."
+        )
     return [_last_of_kind(layer, layers - n, kinds) if layer >= layers - n else layer for layer in range(layers)]
 
 
 def _kv_layers(pattern: str, n: int, layers: int) -> int:
     if not 3 <= n <= layers:
-        raise UsageError(f"{pattern}:{n} is impossible", why=f"n, the number of KV layers, lies between 3 and {layers}.")
+        raise UsageError(
+            f"{pattern}:{n} is impossible", why=f"n, the number of KV layers, lies between 3 and {layers}."
+        )
     return n
 
 

@@ -90,7 +90,7 @@ class Checkpoint:
         return _read_json(path) if path.exists() else {}
 
     def fingerprint(self) -> str:
-        """sha256 over config, tensor names, shapes, dtypes and 4 KiB samples of every weight file (fast at any size)."""
+        """sha256 over config, headers and 4 KiB samples of every weight file: fast at any size."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for name, info in sorted(self.tensors.items()):
             digest.update(f"{name} {info.dtype} {info.shape}\n".encode())
@@ -109,9 +109,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                 raise ValueError(f"its header claims {length} bytes, the file has {size}")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        infos = {
-            name: TensorInfo(path.name, entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()
-        }
+        infos = {name: TensorInfo(path.name, entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
         end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if end != size:
             raise ValueError(f"its header describes {end} bytes, the file has {size}")

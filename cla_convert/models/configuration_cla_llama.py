@@ -1,4 +1,4 @@
-"""Configuration of a Llama model with Cross-Layer Attention (arXiv 2405.12981). Self-contained: needs transformers only."""
+"""Configuration of Llama with Cross-Layer Attention (arXiv 2405.12981). Self-contained: needs transformers only."""
 
 from transformers import LlamaConfig
 
@@ -23,7 +23,9 @@ class ClaLlamaConfig(LlamaConfig):
             )
         for layer, source in enumerate(self.kv_source_layers):
             if not 0 <= source <= layer or self.kv_source_layers[source] != source:
-                raise ValueError(f"kv_source_layers[{layer}] = {source}, which is not an earlier layer that owns its K/V")
+                raise ValueError(
+                    f"kv_source_layers[{layer}] = {source}, which is not an earlier layer that owns its K/V"
+                )
         super().__post_init__(**kwargs)
 
     @property

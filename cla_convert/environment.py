@@ -1,0 +1,80 @@
+"""Where a run happens: device, versions, hardware. Written into every run folder so that numbers can be judged."""
+
+import platform
+import shlex
+import sys
+from typing import Any
+
+from .errors import UsageError
+
+PACKAGES = ["cla-convert", "torch", "transformers", "safetensors", "lm-eval", "datasets", "tokenizers", "numpy", "gguf"]
+
+
+def pick_device(wanted: str = "auto") -> str:
+    """`auto` -> cuda, mps or cpu, whichever is there first. Raises UsageError for a device that is not."""
+    import torch
+
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=wanted)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(f"The device {wanted!r} cannot be used", why=reason, fix="Use --set device=cpu.") from error
+    return wanted
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide the numbers."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """CPU, cores, memory and GPUs of this machine."""
+    import psutil
+    import torch
+
+    return {
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cores": len(psutil.Process().cpu_affinity())
+        if hasattr(psutil.Process, "cpu_affinity")
+        else psutil.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+def peak_memory_bytes(device: str) -> int:
+    """Peak bytes allocated on a CUDA device; elsewhere the peak resident memory of this process (0 where unknown)."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def command_line() -> str:
+    """The command that started this process, ready to paste."""
+    return shlex.join(["cla-convert", *sys.argv[1:]])
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

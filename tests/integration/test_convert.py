@@ -1,0 +1,188 @@
+"""`cla-convert convert`, `inspect` and `verify` through the command line on tiny checkpoints."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
+
+from cla_convert.models.checkpoint import Checkpoint
+from cla_convert.models.export import export_model, load_model
+from tests.conftest import save_tiny_llama
+
+
+def cla(*arguments, **options) -> subprocess.CompletedProcess:
+    """Run the command line as a user does."""
+    command = [sys.executable, "-m", "cla_convert.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, **options)
+
+
+def convert(source: Path, out: Path, *options) -> dict:
+    done = cla("convert", source, out, "--json", *options)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def logits(folder: Path) -> torch.Tensor:
+    ids = torch.randint(2, 258, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        return load_model(folder, dtype=torch.float32)(ids).logits
+
+
+def test_help_imports_nothing_heavy_and_is_quick():
+    heavy = ("torch", "transformers", "datasets", "lm_eval", "numpy")
+    script = (
+        "import sys, time, contextlib, io; sys.argv = ['cla-convert', '--help']\n"
+        "from cla_convert.cli import main\n"
+        "with contextlib.suppress(SystemExit): main()\n"
+        f"print([m for m in {heavy!r} if m in sys.modules], time.process_time(), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    imported, _, seconds = done.stderr.strip().rpartition(" ")
+    assert imported == "[]"
+    assert float(seconds) < 0.3  # CPU seconds, so other work on the machine hardly matters
+    assert "uptrain" in done.stdout and "..." not in done.stdout.split("Commands:")[1]
+
+
+@pytest.mark.parametrize("init", ["first", "mean"])
+def test_convert_pools_keeps_and_drops(tmp_path, init, tiny_llama):
+    result = convert(tiny_llama, tmp_path / "out", "--sharing", "cla2-keep-ends", "--init", init)
+    assert result["kv_source_layers"] == [0, 1, 1, 3, 3, 5]
+    assert result["kv_bytes_per_token"] == {"before": 6 * 2 * 2 * 8 * 4, "after": 4 * 2 * 2 * 8 * 4}
+    assert {"output", "sharing", "init", "parameters", "seconds", "peak_rss_bytes"} <= result.keys()
+    source, out = load_file(tiny_llama / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    for name, tensor in source.items():
+        layer = int(name.split(".")[2]) if ".layers." in name else 0
+        is_kv = "k_proj" in name or "v_proj" in name
+        if is_kv and layer in (2, 4):
+            assert name not in out
+        elif is_kv and layer in (1, 3) and init == "mean":
+            other = source[name.replace(f".{layer}.", f".{layer + 1}.")]
+            torch.testing.assert_close(out[name], (tensor + other) / 2, rtol=0, atol=0)
+        else:
+            assert torch.equal(out[name], tensor), name
+    assert result["parameters"]["after"] == sum(tensor.numel() for tensor in out.values())
+    for sidecar in ("tokenizer.json", "tokenizer_config.json", "LICENSE", "generation_config.json"):
+        assert (tmp_path / "out" / sidecar).read_bytes() == (tiny_llama / sidecar).read_bytes()
+
+
+def test_identity_map_reproduces_the_source_exactly(tmp_path, tiny_llama):
+    convert(tiny_llama, tmp_path / "out", "--sharing", "cla1")
+    assert torch.equal(logits(tmp_path / "out"), logits(tiny_llama))
+
+
+def test_equal_layers_pool_without_loss(tmp_path):
+    """Where the members of every group already have equal projections, sharing them changes nothing but the input."""
+    folder = save_tiny_llama(tmp_path / "source")
+    model = LlamaForCausalLM.from_pretrained(folder)
+    layers = model.model.layers
+    for owner, consumer in ((1, 2), (3, 4)):
+        for name in ("self_attn.k_proj", "self_attn.v_proj"):
+            layers[consumer].get_submodule(name).load_state_dict(layers[owner].get_submodule(name).state_dict())
+        layers[consumer].input_layernorm.load_state_dict(layers[owner].input_layernorm.state_dict())
+        torch.nn.init.zeros_(layers[owner].self_attn.o_proj.weight)  # the owner adds nothing: both see one input
+        torch.nn.init.zeros_(layers[owner].mlp.down_proj.weight)
+    model.save_pretrained(folder)
+    for init in ("first", "mean"):
+        convert(folder, tmp_path / init, "--sharing", "cla2-keep-ends", "--init", init)
+        torch.testing.assert_close(logits(tmp_path / init), logits(folder), rtol=1e-5, atol=1e-5)
+
+
+def test_sharded_sources_biases_and_shards_out(tmp_path):
+    source = save_tiny_llama(tmp_path / "source", max_shard_size="20KB", attention_bias=True, dtype="bfloat16")
+    convert(source, tmp_path / "out", "--sharing", "cla3", "--max-shard-size", "20KB", "--dtype", "float32")
+    checkpoint, original = Checkpoint.open(tmp_path / "out"), Checkpoint.open(source)
+    assert len({info.file for info in checkpoint.tensors.values()}) > 3
+    assert {info.dtype for info in checkpoint.tensors.values()} == {"F32"}
+    names = [f"model.layers.{i}.self_attn.k_proj.bias" for i in (3, 4, 5)]
+    pooled = torch.stack([original.read(name) for name in names]).mean(0)
+    torch.testing.assert_close(checkpoint.read(names[0]), pooled)
+    assert logits(tmp_path / "out").isfinite().all()
+
+
+def test_dry_run_writes_nothing_and_draws_the_map(tmp_path, tiny_llama):
+    done = cla("convert", tiny_llama, tmp_path / "out", "--dry-run")
+    assert done.returncode == 0
+    assert "[0] [1 ← 2] [3 ← 4] [5]" in done.stdout
+    assert "8 pooled" not in done.stdout and "4 pooled, 4 dropped" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_output_loads_where_cla_convert_is_not_installed(tmp_path, tiny_llama):
+    convert(tiny_llama, tmp_path / "out")
+    done = cla("verify", tmp_path / "out", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["ok"]
+    assert result["module"].startswith("transformers_modules")
+    assert result["cached_layers"] == 4
+
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    weights.pop("model.layers.0.self_attn.k_proj.weight")
+    save_file(weights, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
+    done = cla("verify", tmp_path / "out")
+    assert done.returncode == 3
+    assert "no weights missing" in done.stderr
+
+
+def test_export_of_a_trained_model_round_trips(tmp_path, tiny_llama):
+    convert(tiny_llama, tmp_path / "converted")
+    model = load_model(tmp_path / "converted", dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    export_model(model, tmp_path / "converted", tmp_path / "trained", manifest={"tokens": 5})
+    ids = torch.arange(2, 22)[None]
+    with torch.inference_mode():
+        assert torch.equal(load_model(tmp_path / "trained")(ids).logits, model(ids).logits)
+    assert json.loads((tmp_path / "trained" / "cla_manifest.json").read_text())["tokens"] == 5
+    assert cla("verify", tmp_path / "trained").returncode == 0
+
+
+def test_inspect(tiny_llama):
+    result = json.loads(cla("inspect", tiny_llama, "--json").stdout)
+    assert result["supported"] is True
+    assert (result["num_layers"], result["num_attention_heads"], result["num_key_value_heads"]) == (6, 4, 2)
+    assert result["kv_bytes_per_token"] == 6 * 2 * 2 * 8 * 4
+    assert result["kv_source_layers"] == list(range(6))
+    assert result["patterns"]["cla2"]["kv_bytes_per_token"] * 2 == result["kv_bytes_per_token"]
+
+
+def test_multi_head_attention_is_converted_with_a_warning(tmp_path):
+    source = save_tiny_llama(tmp_path / "mha", num_key_value_heads=4)
+    done = cla("convert", source, tmp_path / "out")
+    assert done.returncode == 0
+    assert "multi-head attention" in done.stderr and "GQA" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["convert", "{model}x", "{out}"], 3, "Did you mean 'llama'"),
+        (["convert", "{model}", "{out}", "--sharing", "[0,2,2,3,4,5]"], 2, "Layer 1 cannot read layer 2"),
+        (["convert", "{model}", "{out}", "--sharing", "cla2-keepends"], 2, "Did you mean"),
+        (["convert", "{model}", "{out}", "--init", "average"], 2, "'first'"),
+        (["convert", "{model}", "{model}"], 3, "not empty"),
+        (["convert", "{model}", "{model}", "--overwrite"], 3, "not written by cla-convert"),
+        (["convert", "{model}"], 2, "Missing argument"),
+        (["convert", "{model}", "{out}", "--sahring", "cla2"], 2, "--sharing"),
+        (["run", "demo", "--out", "{out}", "--set", "train.tokns=5"], 2, "Did you mean 'tokens'"),
+        (["run", "demo", "--out", "{out}", "--until", "evla"], 2, "Did you mean 'eval'"),
+        (["report", "{model}"], 3, "not a run folder"),
+        (["verify", "{out}"], 3, "not a model folder"),
+    ],
+    ids=lambda value: " ".join(value[:2] + value[3:]) if isinstance(value, list) else None,
+)
+def test_mistakes_are_explained_and_lose_nothing(tmp_path, tiny_llama, arguments, code, message):
+    before = sorted(file.name for file in tiny_llama.iterdir())
+    done = cla(*[argument.format(model=tiny_llama, out=tmp_path / "out") for argument in arguments])
+    assert done.returncode == code
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert not (tmp_path / "out").exists()
+    assert sorted(file.name for file in tiny_llama.iterdir()) == before

@@ -1,0 +1,179 @@
+"""Reading checkpoints lazily, refusing broken ones by name; writing whole folders or none."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from cla_convert.errors import InputError
+from cla_convert.models.checkpoint import INDEX, Checkpoint, read_header
+from cla_convert.models.families import family_of, shape_of
+from cla_convert.models.source import resolve_source
+from cla_convert.models.writer import MANIFEST, ShardWriter, check_disk, publishing
+from tests.conftest import save_tiny_llama
+
+
+def copy_of(folder: Path, to: Path) -> Path:
+    to.mkdir()
+    for file in folder.iterdir():
+        (to / file.name).write_bytes(file.read_bytes())
+    return to
+
+
+def test_headers_agree_with_the_tensors(tiny_llama):
+    checkpoint = Checkpoint.open(tiny_llama)
+    for name, info in checkpoint.tensors.items():
+        tensor = checkpoint.read(name)
+        assert tuple(tensor.shape) == info.shape
+        assert tensor.numel() * tensor.element_size() == info.nbytes
+
+
+def test_sharded_equals_single(tmp_path, tiny_llama):
+    sharded = Checkpoint.open(save_tiny_llama(tmp_path / "sharded", max_shard_size="20KB"))
+    assert len({info.file for info in sharded.tensors.values()}) > 3
+    single = Checkpoint.open(tiny_llama)
+    assert sharded.tensors.keys() == single.tensors.keys()
+    assert all(torch.equal(sharded.read(name), single.read(name)) for name in single.tensors)
+
+
+def test_truncated_file_is_refused(tmp_path, tiny_llama):
+    broken = copy_of(tiny_llama, tmp_path / "m")
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(InputError, match="not a whole safetensors file"):
+        Checkpoint.open(broken)
+    for content in (b"", b"\xff" * 8 + b"{}", (5).to_bytes(8, "little") + b"hello", b"\x02" + b"\0" * 7 + b"[]"):
+        weights.write_bytes(content)
+        with pytest.raises(InputError, match="not a whole safetensors file"):
+            read_header(weights)
+
+
+@pytest.mark.parametrize("file", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors", ".."])
+def test_index_that_reaches_outside_is_refused(tmp_path, tiny_llama, file):
+    folder = copy_of(tiny_llama, tmp_path / "m")
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": file}}))
+    with pytest.raises(InputError, match="outside the folder"):
+        Checkpoint.open(folder)
+
+
+def test_index_that_promises_too_much_is_refused(tmp_path, tiny_llama):
+    folder = copy_of(tiny_llama, tmp_path / "m")
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"nothing.weight": "model.safetensors"}}))
+    with pytest.raises(InputError, match="promises, such as 'nothing.weight'"):
+        Checkpoint.open(folder)
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": "model-00002-of-00002.safetensors"}}))
+    with pytest.raises(InputError, match="is missing"):
+        Checkpoint.open(folder)
+
+
+def test_quantised_weights_are_refused(tmp_path):
+    save_file({"w": torch.zeros(4, dtype=torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="F8_E4M3"):
+        read_header(tmp_path / "model.safetensors")
+
+
+def test_missing_model_suggests_a_neighbour(tiny_llama):
+    with pytest.raises(InputError, match="Did you mean 'llama'"):
+        resolve_source(str(tiny_llama.with_name("lama")))
+
+
+def test_no_network_is_said(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError) as caught:
+        resolve_source("nobody/no-such-model")
+    assert "could not be downloaded" in str(caught.value)
+    assert "HF_HUB_OFFLINE" in str(caught.value)
+
+
+def test_pickled_weights_only_when_asked(tmp_path, tiny_llama, monkeypatch):
+    monkeypatch.setenv("CLA_CONVERT_CACHE", str(tmp_path / "cache"))
+    folder = copy_of(tiny_llama, tmp_path / "pickled")
+    state = {name: Checkpoint.open(tiny_llama).read(name) for name in Checkpoint.open(tiny_llama).tensors}
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match="pickled"):
+        resolve_source(str(folder))
+    rewritten = Checkpoint.open(resolve_source(str(folder), allow_pickle=True))
+    assert all(torch.equal(rewritten.read(name), tensor) for name, tensor in state.items())
+    assert "tokenizer.json" in [file.name for file in rewritten.sidecars]
+
+    torch.save({"w": Path}, folder / "pytorch_model.bin")  # a pickle that names a class is not weights
+    os.utime(folder / "pytorch_model.bin", (1, 1))
+    with pytest.raises(InputError, match="weights_only"):
+        resolve_source(str(folder), allow_pickle=True)
+
+
+def test_unsupported_architecture_is_named():
+    with pytest.raises(InputError) as caught:
+        family_of({"model_type": "falcon", "architectures": ["FalconForCausalLM"]})
+    assert "FalconForCausalLM" in str(caught.value)
+    assert "llama" in str(caught.value)
+    with pytest.raises(InputError, match="already"):
+        family_of({"model_type": "cla_llama"})
+    with pytest.raises(InputError, match="num_hidden_layers"):
+        shape_of({"model_type": "llama"})
+
+
+def test_writer_shards_and_index(tmp_path):
+    tensors = {f"t{i}": torch.full((10,), float(i)) for i in range(5)}
+    writer = ShardWriter(tmp_path, max_shard_size=85)
+    for name, tensor in tensors.items():
+        writer.add(name, tensor)
+    writer.finish()
+    index = json.loads((tmp_path / INDEX).read_text())
+    assert index["metadata"]["total_size"] == 5 * 40
+    assert sorted(set(index["weight_map"].values())) == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    (tmp_path / "config.json").write_text("{}")
+    checkpoint = Checkpoint.open(tmp_path)
+    assert all(torch.equal(checkpoint.read(name), tensor) for name, tensor in tensors.items())
+
+
+def test_publishing_is_all_or_nothing(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(RuntimeError), publishing(out) as staging:
+        (staging / "half").write_text("x")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+    with publishing(out) as staging:
+        (staging / MANIFEST).write_text("{}")
+    with pytest.raises(InputError, match="not empty"), publishing(out):
+        pass
+    with pytest.raises(RuntimeError), publishing(out, overwrite=True) as staging:
+        raise RuntimeError
+    assert (out / MANIFEST).exists()  # a failed overwrite loses nothing
+    with publishing(out, overwrite=True) as staging:
+        (staging / "new").write_text("x")
+        (staging / MANIFEST).write_text("{}")
+    assert sorted(file.name for file in out.iterdir()) == [MANIFEST, "new"]
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_of_somebody_else_is_never_replaced(tmp_path):
+    (tmp_path / "precious.txt").write_text("x")
+    with pytest.raises(InputError, match="not written by cla-convert"), publishing(tmp_path, overwrite=True):
+        pass
+    assert (tmp_path / "precious.txt").exists()
+
+
+def test_staging_of_a_killed_process_is_cleaned_up(tmp_path):
+    script = (
+        "import os, sys; from pathlib import Path; from cla_convert.models.writer import publishing\n"
+        f"with publishing(Path({str(tmp_path / 'out')!r})) as staging:\n"
+        "    (staging / 'half').write_text('x'); os.kill(os.getpid(), 9)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script]).returncode == -9
+    assert len(list(tmp_path.iterdir())) == 1  # the staging folder it left
+    with publishing(tmp_path / "out") as staging:
+        (staging / "whole").write_text("x")
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_small_disk_is_said_before_work(tmp_path):
+    with pytest.raises(InputError, match="too small"):
+        check_disk(tmp_path / "not" / "there" / "yet", 10**18)

@@ -1,0 +1,76 @@
+"""The recipe: numbers, overrides, origins, refusals."""
+
+from pathlib import Path
+
+import pytest
+
+from cla_convert.errors import UsageError
+from cla_convert.recipe import flatten, load_recipe, parse_count, parse_size
+from cla_convert.recipes import find_recipe, list_recipes, reference
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("26M", 26_000_000), ("64k", 64_000), ("2B", 2 * 10**9), ("1.5M", 1_500_000), ("1_000", 1000)]
+)
+def test_counts(text, value):
+    assert parse_count(text) == value
+
+
+def test_sizes():
+    assert parse_size("5GB") == 5 * 10**9
+    assert parse_size("2GiB") == 2 * 2**30
+    with pytest.raises(ValueError):
+        parse_size("5 apples")
+
+
+def test_override_beats_recipe_beats_default(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("train: {tokens: 1M, loss: cross_entropy}\nseed: 3\n")
+    resolved = load_recipe(path, ["train.tokens=26M", "convert.sharing=[[0],[1,2]]"])
+    assert resolved.recipe.train.tokens == 26_000_000
+    assert resolved.recipe.convert.sharing == [[0], [1, 2]]
+    assert resolved.origins["train.tokens"] == "--set"
+    assert resolved.origins["train.loss"] == "recipe"
+    table = resolved.table()
+    assert [line.split()[-1] for line in table.splitlines() if line.startswith("train.tokens")] == ["--set"]
+    assert [line.split()[-1] for line in table.splitlines() if line.startswith("train.clip")] == ["default"]
+    assert len(table.splitlines()) == len(flatten(resolved.recipe.model_dump()))  # every value is printed
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.tokns=1", "Did you mean 'tokens'"),
+        ("trian.tokens=1", "Did you mean 'train'"),
+        ("train.tokens=lots", "26M"),
+        ("train.learning_rate=-1", "greater than 0"),
+        ("data.sources=[{pth: a}]", "Did you mean 'path'"),
+        ("data.sources=[{path: a, dataset: b}]", "exactly one"),
+        ("train.tokens", "a.b=value"),
+        ("convert.init=average", "'first'"),
+    ],
+)
+def test_refusals(override, message):
+    with pytest.raises(UsageError) as caught:
+        load_recipe(None, [override])
+    assert message in str(caught.value)
+
+
+def test_missing_and_broken_files(tmp_path):
+    with pytest.raises(UsageError, match="Cannot read"):
+        load_recipe(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(UsageError, match="not valid YAML"):
+        load_recipe(tmp_path / "bad.yaml")
+    with pytest.raises(UsageError, match="Did you mean 'demo'"):
+        find_recipe("dmo")
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_every_shipped_recipe_is_valid(name):
+    assert load_recipe(find_recipe(name)).recipe.source.model
+
+
+def test_the_reference_page_is_the_schema():
+    page = Path(__file__).parents[2] / "docs" / "recipe.md"
+    assert page.read_text(encoding="utf-8") == reference(), "run: cla-convert recipes reference > docs/recipe.md"
