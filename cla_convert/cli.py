@@ -1,15 +1,19 @@
 """The command line. Each verb parses, calls one stage and prints its result; heavy imports happen inside the verbs."""
 
+import json
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .console import data, data_json, debug, fail, say
 from .environment import command_line
 from .errors import ClaError, Interrupted, UsageError
+
+if TYPE_CHECKING:
+    from .recipe import Recipe as Schema
 
 app = typer.Typer(
     name="cla-convert",
@@ -31,6 +35,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 AllowPickle = Annotated[bool, typer.Option(help="Accept pickled .bin weights (loaded with weights_only=True).")]
 Overwrite = Annotated[bool, typer.Option(help="Replace an earlier output.")]
+Recipe = Annotated[str | None, typer.Option(help="Recipe file, or the name of a shipped one.")]
 Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="A.B=VALUE", help="Override a value of the recipe; repeatable."),
@@ -78,10 +83,14 @@ def inspect(model: Model, revision: Revision = None, as_json: Json = False) -> N
 def convert(
     model: Model,
     out: Annotated[Path, typer.Argument(help="Folder for the converted model.", show_default=False)],
-    sharing: Annotated[str, typer.Option(help="Pattern or list of groups; see docs/sharing.md.")] = "cla2-keep-ends",
-    init: Annotated[str, typer.Option(help="What shared projections start from: first or mean.")] = "mean",
-    dtype: Annotated[str, typer.Option(help="Dtype of the output: auto, float32, bfloat16 or float16.")] = "auto",
-    max_shard_size: Annotated[str, typer.Option(help="Largest shard to write.")] = "5GB",
+    sharing: Annotated[
+        str | None, typer.Option(help="Pattern or list of groups (docs/sharing.md); default: cla2-keep-ends.")
+    ] = None,
+    init: Annotated[str | None, typer.Option(help="calibrated (the default), mean or first.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Dtype of the output: auto, float32, bfloat16, float16.")] = None,
+    max_shard_size: Annotated[str | None, typer.Option(help="Largest shard to write, such as 5GB.")] = None,
+    recipe: Recipe = None,
+    sets: Sets = None,
     revision: Revision = None,
     allow_pickle: AllowPickle = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
@@ -93,35 +102,51 @@ def convert(
     The output loads with plain transformers and trust_remote_code=True.
     """
     from .conversion.convert import convert as execute
-    from .conversion.plan import make_plan
+    from .environment import pick_device
     from .models.checkpoint import Checkpoint
     from .models.source import resolve_source
-    from .recipe import validate
+    from .pipeline import calibration_for, plan_for
+    from .report.model_card import source_card, write_model_card
 
-    recipe = validate(
-        {
-            "source": {"model": model, "revision": revision, "dtype": dtype, "allow_pickle": allow_pickle},
-            "convert": {"sharing": sharing, "init": init, "max_shard_size": max_shard_size},
-        }
-    )
-    checkpoint = Checkpoint.open(resolve_source(model, revision=revision, allow_pickle=allow_pickle))
-    plan = make_plan(
-        checkpoint,
-        sharing=recipe.convert.sharing,
-        init=recipe.convert.init,
-        dtype=recipe.source.dtype,
-        max_shard_size=recipe.convert.max_shard_size,
-    )
+    options = {
+        "source.model": model, "source.revision": revision, "source.dtype": dtype, "convert.sharing": sharing,
+        "convert.init": init, "convert.max_shard_size": max_shard_size, "source.allow_pickle": allow_pickle or None,
+    }  # fmt: skip
+    settings = _settings(recipe, sets, options)
+    source = resolve_source(model, revision=settings.source.revision, allow_pickle=settings.source.allow_pickle)
+    checkpoint = Checkpoint.open(source)
+    plan = plan_for(checkpoint, settings)
     if dry_run:
         data_json(plan.to_json()) if as_json else data(plan.render())
         return
     say(plan.render())
-    result = execute(plan, checkpoint, out, max_shard_size=recipe.convert.max_shard_size, overwrite=overwrite)
+    calibration = calibration_for(settings, source, pick_device(settings.device))
+    shard_size = settings.convert.max_shard_size
+    result = execute(plan, checkpoint, out, calibration=calibration, max_shard_size=shard_size, overwrite=overwrite)
+    result["source"] |= settings.source.model_dump(include={"model", "base_model", "revision"}) | checkpoint.origin
+    write_model_card(
+        out,
+        {
+            "converted": result,
+            "source": result["source"],
+            "kv": {f"bytes_per_token_{k}": v for k, v in result["kv_bytes_per_token"].items()},
+        },
+        source_card(source),
+    )
     if as_json:
         data_json(result)
     else:
         data(str(out))
         say(f"done in {result['seconds']:.1f} s. It has lost quality until it is uptrained: cla-convert uptrain --help")
+
+
+def _settings(recipe: str | None, sets: list[str] | None, options: dict[str, Any]) -> "Schema":
+    """A recipe (or the defaults), then --set, then the options of the verb that were given."""
+    from .recipe import load_recipe
+    from .recipes import find_recipe
+
+    given = [f"{name}={json.dumps(value)}" for name, value in options.items() if value is not None]
+    return load_recipe(find_recipe(recipe) if recipe else None, [*(sets or []), *given]).recipe
 
 
 @app.command()

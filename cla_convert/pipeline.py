@@ -140,10 +140,9 @@ def check_before_work(run: Run) -> None:
 
 def plan(run: Run) -> dict[str, Any]:
     """Read the source's headers and say what will happen."""
-    from .conversion.plan import make_plan
     from .models.checkpoint import Checkpoint
 
-    the_plan = _plan(make_plan, Checkpoint.open(run.source), run.recipe)
+    the_plan = plan_for(Checkpoint.open(run.source), run.recipe)
     say(the_plan.render())
     return run.write("plan.json", the_plan.to_json())
 
@@ -151,18 +150,21 @@ def plan(run: Run) -> dict[str, Any]:
 def convert(run: Run) -> dict[str, Any]:
     """Write the converted model."""
     from .conversion.convert import convert as execute
-    from .conversion.plan import make_plan
     from .models.checkpoint import Checkpoint
 
     if run.converted.exists() and (done := run.read("convert.json")):
         say(f"found {run.converted}")
         return done
     checkpoint = Checkpoint.open(run.source)
-    the_plan = _plan(make_plan, checkpoint, run.recipe)
     result = execute(
-        the_plan, checkpoint, run.converted, max_shard_size=run.recipe.convert.max_shard_size, overwrite=True
+        plan_for(checkpoint, run.recipe),
+        checkpoint,
+        run.converted,
+        calibration=calibration_for(run.recipe, run.source, run.device),
+        max_shard_size=run.recipe.convert.max_shard_size,
+        overwrite=True,
     )
-    result["source"] |= {"model": run.recipe.source.model, "revision": run.recipe.source.revision} | checkpoint.origin
+    result["source"] |= run.recipe.source.model_dump(include={"model", "base_model", "revision"}) | checkpoint.origin
     return run.write("convert.json", result)
 
 
@@ -229,14 +231,13 @@ def measure(run: Run, point: str, model: Path) -> None:
 
 def report(run: Run) -> dict[str, Any]:
     """Write report.json, report.md and the model cards."""
-    from .report.model_card import write_model_card
+    from .report.model_card import source_card, write_model_card
     from .report.report import build_report
 
     result = build_report(run.folder)
-    card = run.source / "README.md"
     for folder in (run.converted, run.uptrained):
         if folder.exists():
-            write_model_card(folder, result, card.read_text(encoding="utf-8") if card.exists() else None)
+            write_model_card(folder, result, source_card(run.source))
     say(f"report: {run.folder / 'report.md'}")
     return result
 
@@ -249,14 +250,32 @@ def text(run: Run) -> Any:
     return store_for(run.recipe, load_tokenizer(run.source))
 
 
-def _plan(make_plan: Any, checkpoint: Any, recipe: Recipe) -> Any:
+def plan_for(checkpoint: Any, recipe: Recipe) -> Any:
+    """The conversion plan of a recipe."""
+    from .conversion.plan import make_plan
+
     return make_plan(
         checkpoint,
         sharing=recipe.convert.sharing,
         init=recipe.convert.init,
         dtype=recipe.source.dtype,
         max_shard_size=recipe.convert.max_shard_size,
+        calibration_tokens=recipe.convert.calibration.tokens,
     )
+
+
+def calibration_for(recipe: Recipe, source: Path, device: str) -> Any:
+    """Text for calibrated pooling; None for the other initialisations."""
+    if recipe.convert.init != "calibrated":
+        return None
+    import torch
+
+    from .conversion.convert import Calibration
+    from .models.export import load_tokenizer
+    from .training.data import calibration_rows, store_for
+
+    store = store_for(recipe, load_tokenizer(source))
+    return Calibration(torch.from_numpy(calibration_rows(store, recipe)), store.digest, device, recipe.seed)
 
 
 def _disk_needed(run: Run, size: int) -> int:

@@ -53,6 +53,8 @@ class Source(Section):
 
     model: str = ""
     """Hub id, local folder, .gguf file, or `package:NAME/FILE` for a file that an installed Python package carries."""
+    base_model: str | None = None
+    """Hub id of what a local folder or GGUF file is a copy of, for the model card."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     dtype: Dtype = "auto"
@@ -112,8 +114,9 @@ class Convert(Section):
     sharing: str | list[int] | list[list[int]] = "cla2-keep-ends"
     """Pattern (cla<k>, cla<k>-keep-ends, dense-front[:n], dense-back[:n], trailing:<n>), a list of groups
     [[0],[1,2],...] or a list of owners, one per layer (kv_source_layers)."""
-    init: Literal["first", "mean"] = "mean"
-    """first: keep the owner's projections. mean: equal-weight mean over the group, in float32 (GQA's and CLA's way)."""
+    init: Literal["calibrated", "mean", "first"] = "calibrated"
+    """calibrated: fit the shared projections to the source model's activations on a little text (docs/how-it-works.md).
+    mean: equal-weight mean over the group, in float32 (GQA's and CLA's way). first: keep the owner's projections."""
     calibration: Calibration = Calibration()
     """Settings of `init: calibrated`."""
     max_shard_size: Size = 5_000_000_000

@@ -1,6 +1,8 @@
 """Execute a plan: stream tensors from the source's shards into a new folder that loads anywhere."""
 
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +20,39 @@ from .pooling import WEIGHT_SPACE
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .calibration import GroupFit, LayerPatch
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What calibrated pooling looks at, and where it runs."""
+
+    tokens: "Tensor"
+    """int64 [rows, T]"""
+    digest: str
+    """Hash of the text they come from."""
+    device: str = "cpu"
+    seed: int = 0
+
 
 def convert(
-    plan: Plan, checkpoint: Checkpoint, out: Path, *, max_shard_size: int = 5_000_000_000, overwrite: bool = False
+    plan: Plan,
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    calibration: Calibration | None = None,
+    max_shard_size: int = 5_000_000_000,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write the converted model to `out` and return the result (the keys of `convert --json`).
+
+    Args:
+        plan: what to do, of `checkpoint`.
+        checkpoint: the source model.
+        out: folder to publish; appears whole or not at all.
+        calibration: text and device; needed for `init: calibrated` only.
+        max_shard_size: bytes of a shard at most.
+        overwrite: replace an earlier output of this tool.
 
     Raises:
         InputError: the disk is too small (before anything is written), `out` must not be replaced, or a tensor of a
@@ -31,26 +61,26 @@ def convert(
     started = time.monotonic()
     check_output(out, overwrite=overwrite)
     check_disk(out.parent, plan.output_bytes)
+    fits: list[GroupFit] = []
     with publishing(out, overwrite=overwrite) as staging:
         writer = ShardWriter(staging, max_shard_size)
-        for tensor in progress_over(plan):
-            if tensor.action != "drop":
-                writer.add(tensor.name, _execute(tensor, checkpoint, plan))
+        for name, tensor in _tensors(plan, checkpoint, calibration, fits):
+            writer.add(name, tensor)
         writer.finish()
         write_json(
             staging / "config.json", cla_config(checkpoint.config, plan.family, plan.kv_source_layers, plan.dtype)
         )
         write_sidecars(checkpoint, plan.family, staging)
-        result = plan.to_json() | {
-            "output": str(out),
-            "seconds": round(time.monotonic() - started, 3),
-            "peak_rss_bytes": peak_memory_bytes("cpu"),
-        }
-        write_json(staging / MANIFEST, manifest(plan, checkpoint))
-    return result
+        write_json(staging / MANIFEST, manifest(plan, checkpoint, calibration))
+    return plan.to_json() | {
+        "output": str(out),
+        "groups": _groups(plan, fits),
+        "seconds": round(time.monotonic() - started, 3),
+        "peak_rss_bytes": peak_memory_bytes("cpu"),
+    }
 
 
-def manifest(plan: Plan, checkpoint: Checkpoint) -> dict[str, Any]:
+def manifest(plan: Plan, checkpoint: Checkpoint, calibration: Calibration | None = None) -> dict[str, Any]:
     """cla_manifest.json: where the model comes from and how it was made."""
     return {
         "cla_convert": __version__,
@@ -63,29 +93,74 @@ def manifest(plan: Plan, checkpoint: Checkpoint) -> dict[str, Any]:
         "init": plan.init,
         "kv_source_layers": plan.kv_source_layers,
         "dropped": [tensor.name for tensor in plan.tensors if tensor.action == "drop"],
-        "pooled": [tensor.name for tensor in plan.tensors if tensor.action == "pool"],
+        "changed": [tensor.name for tensor in plan.tensors if tensor.action in ("pool", "fit")],
+        **({"calibration": {"tokens": calibration.tokens.numel(), "text": calibration.digest}} if calibration else {}),
     }
 
 
-def progress_over(plan: Plan) -> Any:
-    """The plan's tensors, under a progress bar."""
+def _tensors(
+    plan: Plan, checkpoint: Checkpoint, calibration: Calibration | None, fits: "list[GroupFit]"
+) -> "Iterator[tuple[str, Tensor]]":
+    """Names and values of the output, in the plan's order, under a progress bar; collects what calibration found."""
+    import torch
+
+    dtype = getattr(torch, plan.dtype)
+    patches = _patches(plan, checkpoint, calibration)
+    layer, fitted = None, {}
     with progress(len(plan.tensors), "converting", unit="tensor") as bar:
         for tensor in plan.tensors:
-            yield tensor
+            if tensor.layer != layer:
+                layer, patch = tensor.layer, next(patches)
+                fitted = patch.tensors
+                fits.extend([patch.fit] if patch.fit else [])
+            if tensor.action != "drop":
+                value = fitted[tensor.name] if tensor.name in fitted else _from_source(tensor, checkpoint, plan.init)
+                yield tensor.name, value.to(dtype) if value.is_floating_point() else value
             bar.update()
 
 
-def _execute(tensor: TensorPlan, checkpoint: Checkpoint, plan: Plan) -> "Tensor":
-    import torch
+def _patches(plan: Plan, checkpoint: Checkpoint, calibration: Calibration | None) -> "Iterator[LayerPatch]":
+    """One patch per layer; weight-space pooling needs none, it reads what it pools."""
+    from .calibration import LayerPatch, calibrated_pooling
 
-    if tensor.action == "keep":
-        value = checkpoint.read(tensor.name)
-    else:
-        members = [checkpoint.read(name) for name in tensor.members]
-        if len({member.shape for member in members}) > 1:
-            raise InputError(
-                f"The tensors pooled into {tensor.name} differ in shape",
-                why=", ".join(f"{name}: {tuple(m.shape)}" for name, m in zip(tensor.members, members, strict=True)),
-            )
-        value = WEIGHT_SPACE[plan.init](members)
-    return value.to(getattr(torch, plan.dtype)) if value.is_floating_point() else value
+    if plan.init != "calibrated" or len(plan.groups) == len(plan.kv_source_layers):
+        return (LayerPatch(layer, {}) for layer in range(len(plan.kv_source_layers)))
+    assert calibration is not None, "init: calibrated needs calibration text"
+    return calibrated_pooling(
+        checkpoint,
+        checkpoint.config,
+        plan.kv_source_layers,
+        calibration.tokens,
+        device=calibration.device,
+        seed=calibration.seed,
+    )
+
+
+def _from_source(tensor: TensorPlan, checkpoint: Checkpoint, init: str) -> "Tensor":
+    """A tensor as it is, or pooled over its group."""
+    if tensor.action != "pool":
+        return checkpoint.read(tensor.name)
+    members = [checkpoint.read(name) for name in tensor.members]
+    if len({member.shape for member in members}) > 1:
+        raise InputError(
+            f"The tensors pooled into {tensor.name} differ in shape",
+            why=", ".join(f"{name}: {tuple(m.shape)}" for name, m in zip(tensor.members, members, strict=True)),
+        )
+    return WEIGHT_SPACE[init](members)
+
+
+def _groups(plan: Plan, fits: "list[GroupFit]") -> list[dict[str, Any]]:
+    """Per group its layers and, where it was calibrated, what that found."""
+    found = {fit.layers[0]: fit for fit in fits}
+    groups: list[dict[str, Any]] = []
+    for layers in plan.groups:
+        group: dict[str, Any] = {"layers": layers}
+        if fit := found.get(layers[0]):
+            group |= {
+                "head_permutation": {str(layer): list(order) for layer, order in fit.head_permutation.items()},
+                "captured_k": round(fit.captured_k, 4),
+                "captured_v": round(fit.captured_v, 4),
+                "damage": round(fit.damage, 5),
+            }
+        groups.append(group)
+    return groups

@@ -1,6 +1,6 @@
 """What a conversion will do, from headers only: `--dry-run` prints it, `convert` executes the same object."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ class TensorPlan:
     name: str
     layer: int | None
     action: str
-    """keep, pool (with `members`) or drop."""
+    """keep, pool (with `members`), fit (on calibration text) or drop."""
     members: tuple[str, ...] = ()
     """Tensors to pool, the owner's first."""
 
@@ -42,7 +42,7 @@ class Plan:
     parameters: dict[str, int]
     output_bytes: int
     memory_bytes: int
-    """Estimate of the peak: one shard and the largest group of tensors."""
+    """Estimate of the peak: one shard, the largest group of tensors, the activations of calibrated pooling."""
     warnings: list[str]
 
     @property
@@ -53,6 +53,10 @@ class Plan:
     def count(self, action: str) -> int:
         """Number of tensors with this action."""
         return sum(tensor.action == action for tensor in self.tensors)
+
+    def _changed(self) -> str:
+        fitted = self.count("fit")
+        return f"{fitted} fitted to calibration text" if fitted else f"{self.count('pool')} pooled"
 
     def to_json(self) -> dict[str, Any]:
         """The keys that `convert --json` and plan.json carry."""
@@ -65,7 +69,7 @@ class Plan:
             "kv_bytes_per_token": self.kv_bytes_per_token,
             "parameters": self.parameters,
             "dtype": self.dtype,
-            "tensors": {action: self.count(action) for action in ("keep", "pool", "drop")},
+            "tensors": {action: self.count(action) for action in ("keep", "pool", "fit", "drop")},
             "output_bytes": self.output_bytes,
             "memory_bytes": self.memory_bytes,
             "warnings": self.warnings,
@@ -80,7 +84,7 @@ class Plan:
             f"{self.shape.num_attention_heads} query / {self.shape.num_key_value_heads} KV heads)",
             f"sharing     {self.sharing}: {owners} of {self.shape.num_layers} layers own their K/V, init {self.init}",
             *(f"            {line}" for line in picture(self.kv_source_layers, 90).splitlines()),
-            f"tensors     {self.count('keep')} kept, {self.count('pool')} pooled, {self.count('drop')} dropped",
+            f"tensors     {self.count('keep')} kept, {self._changed()}, {self.count('drop')} dropped",
             f"parameters  {human_count(self.parameters['before'])} -> {human_count(self.parameters['after'])}",
             f"KV cache    {before} -> {after} bytes per token in {self.dtype} ({before / after:.2f}x smaller)",
             f"needs       {human_bytes(self.output_bytes)} of disk, about {human_bytes(self.memory_bytes)} of memory",
@@ -95,6 +99,7 @@ def make_plan(
     init: str,
     dtype: str = "auto",
     max_shard_size: int = 5_000_000_000,
+    calibration_tokens: int = 0,
 ) -> Plan:
     """Plan a conversion from the checkpoint's headers.
 
@@ -105,6 +110,10 @@ def make_plan(
     family, shape = family_of(checkpoint.config), shape_of(checkpoint.config)
     sources = sharing_map(sharing, shape.kinds)
     tensors = _plan_tensors(checkpoint, family, shape, sources)
+    if init == "calibrated":
+        tensors = _fitted(tensors, family, sources)
+    else:
+        calibration_tokens = 0
     source_dtype = checkpoint.tensors[next(t.name for t in tensors if family.kv_projection.match(t.name))].dtype
     out_dtype = FLOATING[source_dtype] if dtype == "auto" else dtype
     size = ELEMENT_SIZE[_DTYPES[out_dtype]]
@@ -112,6 +121,8 @@ def make_plan(
     written = [numel[tensor.name] for tensor in tensors if tensor.action != "drop"]
     sidecars = sum(file.stat().st_size for file in checkpoint.sidecars)
     group = max((sum(checkpoint.tensors[m].numel * 4 for m in t.members) for t in tensors), default=0)
+    span = max(members[-1] - members[0] + 1 for members in groups_of(sources))
+    streams = (2 * span + 5) * calibration_tokens * int(checkpoint.config.get("hidden_size", 0)) * 4
     return Plan(
         source=checkpoint.folder,
         family=family,
@@ -127,7 +138,7 @@ def make_plan(
         },
         parameters={"before": sum(numel.values()), "after": sum(written)},
         output_bytes=sum(written) * size + sidecars + 1_000_000,
-        memory_bytes=min(max_shard_size, sum(written) * size) + group,
+        memory_bytes=min(max_shard_size, sum(written) * size) + group + streams,
         warnings=_warnings(shape, sources),
     )
 
@@ -160,6 +171,17 @@ def _plan_tensors(
             members = tuple(by_place[(member, kv[2])] for member in consumers_of[layer])
             tensors.append(TensorPlan(name, layer, "pool", members))
     return sorted(tensors, key=lambda tensor: -1 if tensor.layer is None else tensor.layer)
+
+
+def _fitted(tensors: list[TensorPlan], family: Family, sources: list[int]) -> list[TensorPlan]:
+    """Calibrated pooling changes the attention projections of every layer from the first shared one on."""
+    first = min((source for layer, source in enumerate(sources) if source != layer), default=len(sources))
+
+    def refit(tensor: TensorPlan) -> TensorPlan:
+        changes = tensor.layer is not None and tensor.layer >= first and tensor.action != "drop"
+        return replace(tensor, action="fit") if changes and family.attention.match(tensor.name) else tensor
+
+    return [refit(tensor) for tensor in tensors]
 
 
 def _warnings(shape: AttentionShape, sources: list[int]) -> list[str]:

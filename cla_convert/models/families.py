@@ -23,6 +23,8 @@ class Family:
     """Prefix of the transformers classes: `Llama` for LlamaConfig, LlamaModel and LlamaForCausalLM."""
     kv_projection: re.Pattern[str] = re.compile(r"^model\.layers\.(\d+)\.self_attn\.([kv]_proj\.(?:weight|bias))$")
     """Names of the tensors that owners have and consumers lack; group 1 is the layer, group 2 the rest."""
+    attention: re.Pattern[str] = re.compile(r"^model\.layers\.(\d+)\.self_attn\.[qkvo]_proj\.")
+    """Names of the tensors that calibrated pooling may change; group 1 is the layer."""
     layer: re.Pattern[str] = re.compile(r"^model\.layers\.(\d+)\.")
     """Names of the tensors of a layer; group 1 is its number."""
 

@@ -41,11 +41,18 @@ def metadata(report: Json, source_card: str | None) -> Json:
     if "license" not in carried and source.get("license"):
         carried["license"] = source["license"]
     found: Json = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    if is_hub_id(source.get("model")):
-        found["base_model"] = source["model"]
+    base = source.get("base_model") or source.get("model")
+    if is_hub_id(base):
+        found["base_model"] = base
         # "finetune" is the hub's word for a model whose weights were changed; there is none for a changed cache.
         found["base_model_relation"] = "finetune"
     return {**found, **carried, "tags": [*TAGS, *_source_tags(source_card)]}
+
+
+def source_card(folder: Path) -> str | None:
+    """The model card in a folder, if it has one."""
+    path = folder / "README.md"
+    return path.read_text(encoding="utf-8") if path.exists() else None
 
 
 def is_hub_id(model: Any) -> bool:

@@ -28,9 +28,17 @@ def environment() -> jinja2.Environment:
         "cell": cell, "percent": percent, "points": points, "points_interval": points_interval, "number": number,
         "p": p_value, "bytes": lambda value: MISSING if value is None else human_bytes(value), "ratio": ratio,
         "count": lambda value: MISSING if value is None else human_count(value), "yaml": to_yaml,
+        "model_name": model_name,
         "groups": sharing_groups, "change": change, "interval": interval, "hardware": hardware_line,
     }  # fmt: skip
     return env
+
+
+def model_name(source: dict[str, Any] | None) -> str:
+    """What to call the source model: its hub id, or the name of its file without folder and ending."""
+    model = str((source or {}).get("model") or "source model")
+    local = model.startswith((".", "/", "~", "package:")) or model.endswith(".gguf")
+    return model.rsplit("/", 1)[-1].removesuffix(".gguf") if local else model
 
 
 def cell(value: Any) -> str:
@@ -67,8 +75,10 @@ def interval(value: list[float] | None) -> str:
 
 
 def change(value: float | None) -> str:
-    """0.123 -> +12.3%."""
-    return MISSING if value is None else f"{100 * value:+.3g}%"
+    """0.123 -> +12.3%; beyond a doubling as a factor: 15.9 -> x16.9."""
+    if value is None:
+        return MISSING
+    return f"{100 * value:+.1f}%" if value < 1 else f"x{1 + value:.3g}"
 
 
 def p_value(value: float | None) -> str:

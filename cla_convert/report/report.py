@@ -27,7 +27,7 @@ def build_report(run_dir: Path) -> Json:
 
 
 def collect(run: RunFolder) -> Json:
-    """Everything the report says, as one JSON object (keys: docs and DESIGN agree on the names)."""
+    """Everything the report says, as one JSON object (the keys that tools may read)."""
     settings = run.recipe.get("eval") or {}
     seed, margin = int(run.recipe.get("seed") or 0), float(settings.get("margin", 0.01))
     comparisons = compare_points(run, margin, seed)

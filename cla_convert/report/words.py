@@ -3,6 +3,7 @@
 from typing import Any
 
 from ..console import human_count
+from .render import change
 from .run_folder import Json, RunFolder
 
 _STATUS = {
@@ -29,7 +30,7 @@ def verdict_line(summary: Json | None, perplexity: dict[str, Json], point: str |
             f"({summary['n']} documents) changed by {100 * summary['delta']:+.1f} points "
             f"(95% CI {low:+.1f} to {high:+.1f}; margin {100 * summary['margin']:g})"
         )
-    changes = [f"{name} {row['before']:.4g} -> {_last(row):.4g} ({100 * row['relative']:+.3g}%)"
+    changes = [f"{name} {row['before']:.4g} -> {_last(row):.4g} ({change(row['relative'])})"
                for name, row in perplexity.items() if row["relative"] is not None]  # fmt: skip
     ending = f"Perplexity: {', '.join(changes)}." if changes else "Perplexity was not measured at both points."
     return f"{opening}. {ending}"

@@ -22,7 +22,7 @@ from .sequences import Sequences
 from .sources import local_files, sample_source
 from .tokenise import Builder
 
-__all__ = ["Sequences", "TokenStore", "held_out_rows", "prepare_data", "store_for"]
+__all__ = ["Sequences", "TokenStore", "calibration_rows", "held_out_rows", "prepare_data", "store_for"]
 
 _FORMAT = 2  # raise it when the same settings would give other tokens
 
@@ -75,6 +75,17 @@ def store_for(recipe: Recipe, tokenizer: Any) -> TokenStore:
         cache_dir=cache_folder() / "tokens",
         seed=recipe.seed,
     )
+
+
+def calibration_rows(store: TokenStore, recipe: Recipe) -> np.ndarray:
+    """Training rows for calibrated pooling: int64 [n, T]; the same ones for a seed.
+
+    In another order than uptraining visits them, whose first steps would otherwise see the text already fitted to.
+    """
+    settings = recipe.convert.calibration
+    length = min(settings.sequence_length, store.train.size)
+    rows = Sequences(store.train, length, recipe.seed + 1)
+    return rows.rows(min(rows.count, max(1, settings.tokens // length)))
 
 
 def held_out_rows(store: TokenStore, train: Train) -> np.ndarray:

@@ -94,7 +94,7 @@ def test_verdict_is_honest_about_few_rows_and_names_perplexity(run_dir: Path):
     report = build_report(run_dir)
     assert report["status"] == "not_enough_rows"
     assert report["verdict"].startswith("Not enough rows to tell: after uptraining")
-    assert "held_out 30 -> 32 (+6.67%)" in report["verdict"]
+    assert "held_out 30 -> 32 (+6.7%)" in report["verdict"]
 
 
 def test_a_clear_loss_is_called_that(run_dir: Path):

@@ -1,0 +1,196 @@
+"""Calibrated pooling: the walk over the layers, one at a time, with a teacher and a student stream of activations.
+
+Per group: closed form and matching (`group_pooling`). Per layer behind the first shared one: refit of W_O, which
+pulls the student's residual stream back to the teacher's before the walk moves on. Calibration text is the only data
+looked at. Peak memory: the weights of one layer (attention only: of one group) and the streams, see `streams.Store`.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from .blocks import Block, Factory, KVSlot, Source, matmul_dtype
+from .group_pooling import GroupFit, Pooler
+from .matching import Effort
+from .refit import ridge_towards
+from .streams import SecondMoment, Store, batches
+from .teacher import Teacher
+
+W_O = "self_attn.o_proj.weight"
+REFIT_STRENGTH = 0.1
+"""Ridge of the W_O refit, relative to the mean diagonal. 0.03 to 0.3 measured alike."""
+
+
+@dataclass(frozen=True)
+class LayerPatch:
+    """What changes in one layer: full checkpoint names -> float32 values on the CPU. Anything absent stays."""
+
+    layer: int
+    tensors: dict[str, Tensor]
+    fit: GroupFit | None = None
+    """On the owner of a shared group."""
+
+
+def calibrated_pooling(
+    source: Source,
+    config: dict[str, Any],
+    kv_source_layers: list[int],
+    tokens: Tensor,
+    *,
+    device: str = "cpu",
+    seed: int = 0,
+    on_progress: Callable[[int, int], None] | None = None,
+    effort: Effort | None = None,
+    dtype: torch.dtype | None = None,
+    spill: Path | None = None,
+) -> Iterator[LayerPatch]:
+    """Yield one patch per layer, in order: the shared K/V of owners and the re-based Q and O of everybody.
+
+    Args:
+        source: lazily read checkpoint.
+        config: its config.json.
+        kv_source_layers: a validated sharing map.
+        tokens: int64 [rows, T] of calibration text, rows in random order (a small effort uses the first ones only).
+        device: where layers run, `cpu` or `cuda`.
+        seed: of the order of rows; the same seed, device and library versions give the same result.
+        on_progress: called with (layers done, layers in all).
+        effort: tokens and matching steps; with 0 steps the closed form stays. Default: by device.
+        dtype: of matrix products; default bfloat16 where the hardware has it. Linear algebra is float64 in any case.
+        spill: folder for activations that shall not stay in memory.
+
+    Raises:
+        InputError: the family is not supported, q, k and v do not agree on having biases, or there are no tokens.
+    """
+    if tokens.dim() != 2 or not tokens.numel():
+        raise InputError("Calibration needs tokens", why=f"Got a tensor of shape {tuple(tokens.shape)}.")
+    effort = effort or Effort.default(device)
+    if effort.max_tokens is not None:
+        tokens = tokens[: max(1, effort.max_tokens // tokens.shape[1])]
+    factory = Factory(source, config, tokens.shape[1], device, dtype or matmul_dtype(device))
+    walk = Walk(factory, kv_source_layers, tokens, effort, seed, spill)
+    for layer in range(len(kv_source_layers)):
+        with torch.no_grad(), _deterministic():
+            patch = walk.visit(layer)
+        if on_progress:
+            on_progress(layer + 1, len(kv_source_layers))
+        yield patch
+
+
+class Walk:
+    """State of the walk: the student's stream, the K/V of owners still read, and the weights already decided."""
+
+    def __init__(
+        self,
+        factory: Factory,
+        kv_source_layers: Sequence[int],
+        tokens: Tensor,
+        effort: Effort,
+        seed: int,
+        spill: Path | None,
+    ) -> None:
+        self._factory, self._map = factory, list(kv_source_layers)
+        self._groups = {o: [i for i, owner in enumerate(self._map) if owner == o] for o in sorted(set(self._map))}
+        config = factory.config
+        span = max(group[-1] - group[0] + 1 for group in self._groups.values())
+        store = Store.choose(str(factory.device), (2 * span + 5) * tokens.numel() * config.hidden_size * 4, spill)
+        self._store, self._teacher = store, Teacher(factory, tokens, store)
+        self._pooler = Pooler(factory, self._teacher, effort, seed)
+        self._student: Tensor | None = None  # None while it is still the teacher's
+        self._kv: dict[int, tuple[Tensor, Tensor]] = {}
+        self._decided: dict[int, dict[str, Tensor]] = {}
+
+    def visit(self, layer: int) -> LayerPatch:
+        """Decide one layer and move both streams past it."""
+        self._teacher.upto(layer)
+        owner = self._map[layer]
+        group = self._groups[owner]
+        fit = None
+        if owner == layer and len(group) > 1:
+            if self._student is None:
+                self._student = self._store.empty(*self._teacher.inputs[owner].shape)
+                self._student.copy_(self._teacher.inputs[owner])
+            decided, fit = self._pooler.pool(group, self._student)
+            self._decided |= decided
+        elif owner == layer and self._student is not None:
+            block = self._factory.build(layer, self._factory.read_layer(layer, mlp=False), training=True)
+            self._decided |= self._pooler.match([block], group, self._student)[0]
+        patch = LayerPatch(layer, {}) if self._student is None else LayerPatch(layer, self._pass(layer), fit)
+        self._teacher.release(layer)
+        if layer == group[-1]:
+            self._kv.pop(owner, None)
+        return patch
+
+    def _pass(self, layer: int) -> dict[str, Tensor]:
+        """Move the student's stream past a layer, refitting its W_O on the way; returns the patch's tensors."""
+        assert self._student is not None
+        decided = self._decided.pop(layer)
+        weights = self._factory.read_layer(layer) | decided
+        block = self._factory.build(layer, weights, consumer=self._map[layer] != layer)
+        heads, decided[W_O] = self._refit(layer, block, weights[W_O])
+        for part in batches(self._student, self._factory.batch):
+            hidden, head = (stream[part].to(self._factory.device) for stream in (self._student, heads))
+            self._student[part] = block.mlp(block.attend(hidden, head)).to(self._student.device)
+        return {f"model.layers.{layer}.{name}": tensor.cpu() for name, tensor in decided.items()}
+
+    def _refit(self, layer: int, block: Block, output: Tensor) -> tuple[Tensor, Tensor]:
+        """Regress the teacher's post-attention residual minus the student's stream on the student's heads.
+
+        Tokens are weighted by the inverse mean square of the residual. Returns the heads, whose stream is needed again,
+        and the new W_O, which the block has, too.
+        """
+        assert self._student is not None
+        gram, cross = SecondMoment(), SecondMoment()
+        heads = self._store.empty(*self._student.shape[:2], block.o_proj.in_features, dtype=self._factory.dtype)
+        bias = 0 if block.o_proj.bias is None else block.o_proj.bias
+        for part in batches(self._student, self._factory.batch):
+            hidden, target = (s[part].to(self._factory.device) for s in (self._student, self._teacher.residuals[layer]))
+            slot = self._slot(layer, part)
+            head = block.heads(block.norm_in(hidden), slot)
+            self._keep(layer, part, slot)
+            heads[part] = head.to(heads.device, heads.dtype)
+            weight = 1 / target.square().mean(-1).clamp_min(1e-12)
+            gram.add(head, head, weight)
+            cross.add(head, target - hidden - bias, weight)
+        output = ridge_towards(output.double(), gram.value, cross.value, REFIT_STRENGTH).float()
+        block.o_proj.weight.data = output.to(self._factory.dtype)
+        return heads, output
+
+    def _slot(self, layer: int, part: slice) -> KVSlot:
+        """What the layer's attention reads: its own K/V, or its owner's."""
+        if self._map[layer] == layer:
+            return KVSlot()
+        return KVSlot(*(tensor[part].to(self._factory.device) for tensor in self._kv[self._map[layer]]))
+
+    def _keep(self, layer: int, part: slice, slot: KVSlot) -> None:
+        """Keep an owner's K/V if somebody reads them."""
+        if self._map[layer] != layer or len(self._groups[layer]) == 1:
+            return
+        assert slot.keys is not None and slot.values is not None and self._student is not None
+        if layer not in self._kv:
+            shape, dtype = (self._student.shape[0], *slot.keys.shape[1:]), self._factory.dtype
+            self._kv[layer] = self._store.empty(*shape, dtype=dtype), self._store.empty(*shape, dtype=dtype)
+        for kept, new in zip(self._kv[layer], (slot.keys, slot.values), strict=True):
+            kept[part] = new.to(kept.device, kept.dtype)
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Deterministic kernels for a while (attention's backward pass on CUDA is not, by default)."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    switches: Any = torch.utils.deterministic
+    fill = switches.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)  # attention ignores it when it may only warn
+    switches.fill_uninitialized_memory = False  # nothing here reads what it has not written
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn)
+        switches.fill_uninitialized_memory = fill

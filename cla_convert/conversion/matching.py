@@ -1,0 +1,133 @@
+"""A few steps of gradient descent that make a group's attention match the teacher's, from the closed form onwards.
+
+The closed form measures key errors by plain query energy; here they count by what they do to the output, through
+softmax. Only attention runs: consumers read the teacher's residual stream (as if everything before them were right),
+the owner reads the student's, whose errors its K/V must live with.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .blocks import Block, KVSlot
+
+LEARNING_RATE = 0.02
+MOMENTUM = 0.9
+WARMUP = 0.05
+
+
+@dataclass(frozen=True)
+class Member:
+    """One layer of the group being matched."""
+
+    block: Block
+    inputs: Tensor
+    """Residual stream [rows, T, hidden] it reads."""
+    targets: Tensor
+    """The teacher's residual stream after this layer's attention."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much work calibration may be."""
+
+    steps: int
+    """Of matching, per group."""
+    tokens_per_step: int
+    max_tokens: int | None = None
+    """Use only so many of the calibration tokens."""
+
+    @classmethod
+    def default(cls, device: str) -> "Effort":
+        """What a 135M model finishes in seconds on a data-centre GPU, or in minutes on two CPU cores."""
+        return cls(60, 8192) if torch.device(device).type == "cuda" else cls(20, 2048, 24_576)
+
+
+def match_group(members: Sequence[Member], effort: Effort, *, seed: int) -> float:
+    """Train the members' attention in place; returns the mean `mismatch` afterwards, on up to 8 rows.
+
+    Loss: the sum of the members' `mismatch`. Optimiser: Muon (Jordan et al. 2024), whose orthogonalised steps reach the
+    same loss in several times fewer steps than Adam's here; the step of a matrix is relative to its root mean square,
+    with cosine decay. Vectors (biases) move along their normalised gradient by the same rule.
+    """
+    parameters = [p for member in members for p in member.block.trainable().values()]
+    momenta = [torch.zeros_like(p) for p in parameters]
+    sizes = [p.square().mean().sqrt() for p in parameters]
+    rows, length = members[0].inputs.shape[:2]
+    order = _row_order(rows, max(1, effort.tokens_per_step // length), effort.steps, seed)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    for step, chosen in enumerate(order):
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(_loss(members, chosen), parameters)
+        rate = LEARNING_RATE * _schedule(step, effort.steps)
+        for momentum, gradient in zip(momenta, gradients, strict=True):
+            momentum.mul_(MOMENTUM).add_(gradient)
+        updates = _directions([g + MOMENTUM * m for g, m in zip(gradients, momenta, strict=True)])
+        for parameter, update, size in zip(parameters, updates, sizes, strict=True):
+            parameter.data.sub_(rate * size * update)
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    with torch.no_grad():
+        probe = torch.arange(min(rows, 8)).split(max(1, effort.tokens_per_step // length))
+        losses = [_loss(members, part) * len(part) for part in probe]
+        return torch.stack(losses).sum().item() / min(rows, 8) / len(members)
+
+
+def mismatch(block: Block, residual: Tensor, target: Tensor) -> Tensor:
+    """Relative squared error of the normed residual: what the MLP behind it will see.
+
+    The norm makes every token count alike; massive activations would otherwise dominate.
+    """
+    wanted = block.norm_mid(target)
+    return (block.norm_mid(residual) - wanted).square().mean() / wanted.square().mean()
+
+
+def _loss(members: Sequence[Member], rows: Tensor) -> Tensor:
+    slot, losses = KVSlot(), []
+    for member in members:
+        inputs, targets = (t[rows.to(t.device)].to(member.block.device) for t in (member.inputs, member.targets))
+        heads = member.block.heads(member.block.norm_in(inputs), slot)
+        losses.append(mismatch(member.block, member.block.attend(inputs, heads), targets))
+    return torch.stack(losses).sum()
+
+
+def _row_order(rows: int, per_step: int, steps: int, seed: int) -> Sequence[Tensor]:
+    """Row indices of each step: shuffled epochs, one after the other."""
+    generator = torch.Generator().manual_seed(seed)
+    epochs = math.ceil(steps * per_step / rows)
+    order = [torch.randperm(rows, generator=generator) for _ in range(epochs)]
+    return torch.cat(order)[: steps * per_step].split(per_step) if order else []
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Short linear warm-up, then cosine decay towards 0."""
+    return min(1.0, (step + 1) / max(1.0, WARMUP * steps)) * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+def _directions(updates: Sequence[Tensor]) -> list[Tensor]:
+    """Updates scaled to a root mean square of about 1, matrices with all their singular values made alike."""
+    result = [update / update.square().mean().sqrt().clamp_min(1e-12) for update in updates]
+    for shape in {update.shape for update in updates if update.dim() == 2}:
+        indices = [i for i, update in enumerate(updates) if update.shape == shape]
+        stack = orthogonalise(torch.stack([updates[i] for i in indices])) * math.sqrt(max(shape))
+        for i, direction in zip(indices, stack, strict=True):
+            result[i] = direction
+    return result
+
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """Approximate U V^T of each SVD U S V^T, [n, rows, columns], by five Newton-Schulz steps (Muon's quintic).
+
+    Singular values end near 1. bfloat16 is enough: the iteration corrects itself.
+    """
+    tall = matrices.shape[1] > matrices.shape[2]
+    wide = matrices.mT if tall else matrices
+    x = (wide / wide.norm(dim=(1, 2), keepdim=True).clamp_min(1e-12)).bfloat16()
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return (x.mT if tall else x).to(matrices.dtype)

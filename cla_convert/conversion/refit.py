@@ -1,0 +1,20 @@
+"""Ridge regressions that pull towards known weights instead of zero. Pure linear algebra, float64."""
+
+import torch
+from torch import Tensor
+
+
+def ridge_towards(weight: Tensor, gram: Tensor, cross: Tensor, strength: float) -> Tensor:
+    """argmin_W E|y - W x|^2 + lam |W - weight|^2, with lam = strength times the mean diagonal of E[x x^T].
+
+    Args:
+        weight: [outputs, inputs], what W falls back to where the data say nothing.
+        gram: [inputs, inputs], E[x x^T].
+        cross: [inputs, outputs], E[x y^T].
+        strength: dimensionless.
+
+    Shrinking towards `weight` makes the regression exact where nothing needs to change: if y = weight x, W = weight.
+    """
+    penalty = strength * gram.diagonal().mean().clamp_min(1e-30)
+    regular = gram + penalty * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+    return weight + torch.cholesky_solve(cross - gram @ weight.T, torch.linalg.cholesky(regular)).T

@@ -1,0 +1,67 @@
+"""Shared values, and keys without RoPE: any change of basis is free. Pure linear algebra, float64.
+
+A head's values only ever pass through its slices of W_O, so layer b may read v_b ~ A_b^T s of a shared s, with A_b^T
+folded into W_O. Keys of channels without RoPE (partial rotary, NoPE layers) only ever meet their queries, so the same
+holds with A_b folded into W_Q. The best s is a reduced-rank regression (Izenman 1975) of all members' values at once,
+in the metric in which the model sees them. VFOLD (2026) aligns the values of two layers in the same freedom.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class BasisFit:
+    """One shared head of D channels for n members."""
+
+    basis: Tensor
+    """[n * D, D]: the shared vector is s = basis^T [v_1; ...; v_n]."""
+    maps: Tensor
+    """[n, D, D]: v_b ~ maps_b^T s."""
+    captured: float
+    """Energy, in the metric, that the shared vector reproduces."""
+    total: float
+    """Energy of all members in the metric."""
+
+
+def square_roots(metrics: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric square roots of [..., D, D] and their inverses; what a metric barely sees is floored, not dropped."""
+    power, vectors = torch.linalg.eigh(metrics)
+    floor = 1e-6 * power.amax(-1, keepdim=True).clamp_min(1e-30) if power.shape[-1] else power
+    root = power.maximum(floor).sqrt()[..., None, :]
+    return (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT
+
+
+def fit_basis(gram: Tensor, roots: Sequence[Tensor], inverses: Sequence[Tensor]) -> BasisFit:
+    """The D-dimensional s that serves all members best.
+
+    Args:
+        gram: [n * D, n * D], E[v v^T] of the members' stacked vectors.
+        roots: n matrices [D, D], M_b^1/2: an error e in v_b costs e^T M_b e. Values: M_b = sum over the group's query
+            heads of W_O^T W_O. Free keys: M_b = E[q q^T] summed over them.
+        inverses: their inverses.
+
+    With U the top D principal directions of the stacked M_b^1/2 v_b: s = U^T M^1/2 v and v_b ~ M_b^-1/2 U_b s. s is
+    rescaled to the first member's root mean square.
+    """
+    width = roots[0].shape[0]
+    root = torch.block_diag(*roots)
+    power, vectors = torch.linalg.eigh(root @ gram @ root)
+    top = vectors[:, -width:]
+    basis = root @ top
+    maps = torch.stack([(inverse @ part).T for inverse, part in zip(inverses, top.split(width), strict=True)])
+    size = (gram[:width, :width].trace() / (basis.T @ gram @ basis).trace().clamp_min(1e-30)).sqrt()
+    return BasisFit(basis * size, maps / size, power[-width:].sum().item(), power.sum().item())
+
+
+def fold_outputs(columns: Tensor, member_map: Tensor) -> Tensor:
+    """Columns [hidden, D] of W_O, one query head's: W_O v_b = (W_O maps_b^T) s."""
+    return columns @ member_map.T
+
+
+def fold_free_queries(rows: Tensor, member_map: Tensor) -> Tensor:
+    """Rows [D, columns] of W_Q without RoPE: q^T k_b = (maps_b q)^T s."""
+    return member_map @ rows
