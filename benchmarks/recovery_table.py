@@ -1,31 +1,28 @@
-"""Print one line per run folder of recovery.sh."""
+"""Perplexity of a run folder's models on its held-out text and on wikitext-2 raw test, in windows of 1024 tokens."""
 
 import json
 import sys
+from importlib.resources import files
 from pathlib import Path
 
-for path in sorted(Path(sys.argv[1]).glob("*/report.json")):
-    report = json.loads(path.read_text())
-    print(path.parent.name, report["verdict"])
-    print(
-        "  seconds",
-        report["stage_seconds"],
-        "train",
-        {k: report["train"].get(k) for k in ("tokens", "tokens_per_second")},
-    )
-    for name, row in report["perplexity"].items():
-        print(
-            f"  {name:10}", *(f"{point} {row[point]:.2f}" for point in ("before", "converted", "after") if row[point])
-        )
-    for name, row in report["tasks"].items():
-        for metric, values in row.items():
-            if metric in ("acc", "acc_norm"):
-                points = (values[point] for point in ("before", "converted", "after"))
-                print(
-                    f"  {name:12} {metric:9}",
-                    *(f"{v:.3f}" for v in points),
-                    "ci",
-                    values["ci95"],
-                    "p",
-                    values["p_value"],
-                )
+import torch
+
+from cla_convert.evaluation.perplexity import token_perplexity
+from cla_convert.models.export import load_model, load_tokenizer
+from cla_convert.pipeline import Run, measure
+from cla_convert.recipe import load_recipe
+
+out = Path(sys.argv[1])
+run = Run.start(load_recipe(out / "recipe.yaml"), out, overwrite=False)
+lines = (files("cla_convert.evaluation.tasks") / "wikitext.jsonl").read_text(encoding="utf-8").splitlines()
+ids = load_tokenizer(run.source)("".join(json.loads(line)["page"] for line in lines), return_tensors="pt").input_ids[0]
+windows = ids[: len(ids) // 1024 * 1024].view(-1, 1024)
+for point, model in run.points.items():
+    measure(run, point, model)
+    held_out = run.read(f"eval/{point}/held_out.json")
+    loaded = load_model(model, dtype=torch.float32, device=run.device)
+    wikitext = token_perplexity(loaded, windows, batch_size=4)["perplexity"]
+    cache = run.read(f"eval/{point}/kv_cache.json")["bytes_per_token"]
+    print(f"{out.name} {point:9} held-out {held_out['perplexity']:.2f} wikitext-2 {wikitext:.2f} cache {cache:.0f} B/token")
+train = run.read("train.json")
+print(f"{out.name} stages {run.read('environment.json')['stages']} {train['tokens_per_second']:.0f} tokens/s")
