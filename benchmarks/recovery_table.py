@@ -23,6 +23,7 @@ for point, model in run.points.items():
     loaded = load_model(model, dtype=torch.float32, device=run.device)
     wikitext = token_perplexity(loaded, windows, batch_size=4)["perplexity"]
     cache = run.read(f"eval/{point}/kv_cache.json")["bytes_per_token"]
-    print(f"{out.name} {point:9} held-out {held_out['perplexity']:.2f} wikitext-2 {wikitext:.2f} cache {cache:.0f} B/token")
+    scores = f"held-out {held_out['perplexity']:.2f} wikitext-2 {wikitext:.2f}"
+    print(f"{out.name} {point:9} {scores} cache {cache:.0f} B/token")
 train = run.read("train.json")
 print(f"{out.name} stages {run.read('environment.json')['stages']} {train['tokens_per_second']:.0f} tokens/s")
