@@ -59,8 +59,6 @@ class Source(Section):
     """Branch, tag or commit of a hub model."""
     dtype: Dtype = "auto"
     """Dtype of the converted weights. auto: as stored; a GGUF file is dequantised to float32."""
-    trust_remote_code: bool = False
-    """Run modelling code that comes with the source model. Off unless you ask for it."""
     allow_pickle: bool = False
     """Accept pickled .bin weights (loaded with weights_only=True). Off unless you ask for it."""
 

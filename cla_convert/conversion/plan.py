@@ -139,7 +139,7 @@ def make_plan(
         parameters={"before": sum(numel.values()), "after": sum(written)},
         output_bytes=sum(written) * size + sidecars + 1_000_000,
         memory_bytes=min(max_shard_size, sum(written) * size) + group + streams,
-        warnings=_warnings(shape, sources),
+        warnings=_warnings(checkpoint.config, shape, sources),
     )
 
 
@@ -184,8 +184,12 @@ def _fitted(tensors: list[TensorPlan], family: Family, sources: list[int]) -> li
     return [refit(tensor) for tensor in tensors]
 
 
-def _warnings(shape: AttentionShape, sources: list[int]) -> list[str]:
+def _warnings(config: dict[str, Any], shape: AttentionShape, sources: list[int]) -> list[str]:
     warnings = []
+    if "auto_map" in config:
+        warnings.append(
+            f"the model brings code of its own (auto_map), which is not run: it is read as a plain {shape.model_type}"
+        )
     if shape.is_mha:
         warnings.append(
             "the model is multi-head attention: grouping its heads (GQA) saves more for less, so do that first"

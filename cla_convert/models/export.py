@@ -46,10 +46,8 @@ def cla_classes(family: Family) -> dict[str, Any]:
     }
 
 
-def load_model(
-    folder: Path, *, dtype: "torch.dtype | str" = "auto", device: str = "cpu", trust_remote_code: bool = False
-) -> "PreTrainedModel":
-    """Load a causal language model (plain or CLA) from a local folder, in eval mode.
+def load_model(folder: Path, *, dtype: "torch.dtype | str" = "auto", device: str = "cpu") -> "PreTrainedModel":
+    """Load a causal language model (plain or CLA) from a local folder, in eval mode; code in the folder is never run.
 
     Raises:
         InputError: transformers cannot build the model or weights are missing.
@@ -61,7 +59,7 @@ def load_model(
     logging.disable_progress_bar()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+            folder, dtype=dtype, trust_remote_code=False, output_loading_info=True
         )
         model, info = loaded
     except (OSError, ValueError, RuntimeError) as error:
@@ -75,13 +73,13 @@ def load_model(
     return model.to(device).eval()
 
 
-def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     """Load the tokenizer of a local folder. Raises InputError if it has none."""
     from transformers import AutoTokenizer
 
     register()
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
             f"{folder} has no usable tokenizer",

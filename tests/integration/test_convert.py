@@ -27,8 +27,9 @@ def convert(source: Path, out: Path, *options) -> dict:
     return json.loads(done.stdout)
 
 
-def logits(folder: Path) -> torch.Tensor:
-    ids = torch.randint(2, 258, (2, 20), generator=torch.Generator().manual_seed(0))
+def logits(folder: Path, ids: torch.Tensor | None = None) -> torch.Tensor:
+    if ids is None:
+        ids = torch.randint(2, 258, (2, 20), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         return load_model(folder, dtype=torch.float32)(ids).logits
 
@@ -94,7 +95,18 @@ def test_equal_layers_pool_without_loss(tmp_path):
 
 def test_sharded_sources_biases_and_shards_out(tmp_path):
     source = save_tiny_llama(tmp_path / "source", max_shard_size="20KB", attention_bias=True, dtype="bfloat16")
-    convert(source, tmp_path / "out", "--sharing", "cla3", "--max-shard-size", "20KB", "--dtype", "float32")
+    convert(
+        source,
+        tmp_path / "out",
+        "--sharing",
+        "cla3",
+        "--init",
+        "mean",
+        "--max-shard-size",
+        "20KB",
+        "--dtype",
+        "float32",
+    )
     checkpoint, original = Checkpoint.open(tmp_path / "out"), Checkpoint.open(source)
     assert len({info.file for info in checkpoint.tensors.values()}) > 3
     assert {info.dtype for info in checkpoint.tensors.values()} == {"F32"}
@@ -104,16 +116,37 @@ def test_sharded_sources_biases_and_shards_out(tmp_path):
     assert logits(tmp_path / "out").isfinite().all()
 
 
+def test_calibrated_beats_mean_and_reports_its_groups(tmp_path, tiny_llama):
+    """On the byte-level toy model: closer to the source's distribution, from text alone, and the same every time."""
+    small = ["--set", "convert.calibration={tokens: 2048, sequence_length: 128}"]
+    results = [convert(tiny_llama, tmp_path / f"c{i}", "--init", "calibrated", *small) for i in range(2)]
+    convert(tiny_llama, tmp_path / "mean", "--init", "mean")
+    ids = torch.tensor([list(b"The same text that any English reader would expect to see here.")]) + 2
+    logs = {name: logits(folder, ids).log_softmax(-1) for name, folder in
+            {"source": tiny_llama, "calibrated": tmp_path / "c0", "mean": tmp_path / "mean"}.items()}  # fmt: skip
+    kl = {
+        name: (logs["source"].exp() * (logs["source"] - logs[name])).sum(-1).mean() for name in ("calibrated", "mean")
+    }
+    assert kl["calibrated"] < 0.7 * kl["mean"]
+    for name, info in Checkpoint.open(tmp_path / "c0").tensors.items():
+        first, second = (Checkpoint.open(tmp_path / f"c{i}").read(name) for i in range(2))
+        assert torch.equal(first, second), (name, info)
+    groups = {tuple(group["layers"]): group for group in results[0]["groups"]}
+    assert {"head_permutation", "captured_k", "captured_v", "damage"} <= groups[(1, 2)].keys()
+    assert sorted(groups[(1, 2)]["head_permutation"]["2"]) == [0, 1]
+    assert groups[(0,)].keys() == {"layers"}
+
+
 def test_dry_run_writes_nothing_and_draws_the_map(tmp_path, tiny_llama):
-    done = cla("convert", tiny_llama, tmp_path / "out", "--dry-run")
+    done = cla("convert", tiny_llama, tmp_path / "out", "--dry-run", "--init", "mean")
     assert done.returncode == 0
     assert "[0] [1 ← 2] [3 ← 4] [5]" in done.stdout
-    assert "8 pooled" not in done.stdout and "4 pooled, 4 dropped" in done.stdout
+    assert "4 pooled, 4 dropped" in done.stdout
     assert list(tmp_path.iterdir()) == []
 
 
 def test_output_loads_where_cla_convert_is_not_installed(tmp_path, tiny_llama):
-    convert(tiny_llama, tmp_path / "out")
+    convert(tiny_llama, tmp_path / "out", "--init", "mean")
     done = cla("verify", tmp_path / "out", "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
@@ -130,7 +163,7 @@ def test_output_loads_where_cla_convert_is_not_installed(tmp_path, tiny_llama):
 
 
 def test_export_of_a_trained_model_round_trips(tmp_path, tiny_llama):
-    convert(tiny_llama, tmp_path / "converted")
+    convert(tiny_llama, tmp_path / "converted", "--init", "mean")
     model = load_model(tmp_path / "converted", dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -154,9 +187,28 @@ def test_inspect(tiny_llama):
 
 def test_multi_head_attention_is_converted_with_a_warning(tmp_path):
     source = save_tiny_llama(tmp_path / "mha", num_key_value_heads=4)
-    done = cla("convert", source, tmp_path / "out")
+    done = cla("convert", source, tmp_path / "out", "--init", "mean")
     assert done.returncode == 0
     assert "multi-head attention" in done.stderr and "GQA" in done.stderr
+
+
+def test_code_of_the_source_is_never_run_and_never_asked_about(tmp_path):
+    source = save_tiny_llama(tmp_path / "source")
+    (source / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    config = json.loads((source / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    (source / "config.json").write_text(json.dumps(config))
+    done = cla("convert", source, tmp_path / "out", "--init", "mean")
+    assert done.returncode == 0, done.stderr
+    assert "which is not run" in done.stderr and "[y/N]" not in done.stderr
+    assert not (tmp_path / "out" / "evil.py").exists()
+    assert logits(source).isfinite().all() and logits(tmp_path / "out").isfinite().all()
+
+    config |= {"model_type": "evil", "architectures": ["EvilForCausalLM"]}
+    (source / "config.json").write_text(json.dumps(config))
+    done = cla("convert", source, tmp_path / "refused")
+    assert done.returncode == 3 and "EvilForCausalLM" in done.stderr and "Supported: llama" in done.stderr
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(

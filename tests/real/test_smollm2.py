@@ -24,7 +24,7 @@ def ids(smollm2) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
     out = tmp_path_factory.mktemp("real") / "converted"
-    result = convert(MODEL, out)
+    result = convert(MODEL, out, "--init", "mean")
     assert result["kv_source_layers"] == KEEP_ENDS
     assert result["kv_bytes_per_token"] == {"before": 46080, "after": 24576}
     return out
@@ -100,6 +100,7 @@ def test_loads_without_cla_convert(converted):
 def test_the_whole_pipeline_resumes_and_reports(tmp_path):
     """`cla-convert run` on a tiny budget: stop half-way, continue, report; nothing finished is done twice."""
     line = ["run", "demo", "--out", tmp_path / "run", "--set", "train.tokens=2048", "--set", "eval.limit=2"]
+    line += ["--set", "convert.calibration={tokens: 2048, sequence_length: 256}"]
     line += ["--set", "train.validation_tokens=512", "--set", "eval.tasks=[piqa,wikitext]"]
     line += ["--set", "eval.limits={wikitext: 1}"]
     done = cla(*line, "--until", "convert")
