@@ -3,6 +3,7 @@
 import platform
 import shlex
 import sys
+from pathlib import Path
 from typing import Any
 
 from .errors import UsageError
@@ -22,6 +23,19 @@ def pick_device(wanted: str = "auto") -> str:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(f"The device {wanted!r} cannot be used", why=reason, fix="Use --set device=cpu.") from error
     return wanted
+
+
+def has_native_bfloat16(device: str) -> bool:
+    """Whether the hardware multiplies bfloat16 itself; emulated, it is slower than float32."""
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if not device.startswith("cpu"):
+        return False
+    # torch has no public name for this; a missing probe means float32, never a crash.
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, probe, bool)() for probe in probes)
 
 
 def versions() -> dict[str, str]:
@@ -59,6 +73,11 @@ def peak_memory_bytes(device: str) -> int:
         import torch
 
         return torch.cuda.max_memory_allocated(device)
+    try:  # the kernel's high-water mark of this program; ru_maxrss would start from the size of the parent process
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        pass
     try:
         import resource
     except ImportError:  # Windows
@@ -74,7 +93,7 @@ def command_line() -> str:
 
 def _cpu_name() -> str:
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..environment import has_native_bfloat16
 from ..errors import InputError
 from ..models.families import family_of
 
@@ -191,8 +192,4 @@ class Block:
 
 def matmul_dtype(device: str) -> torch.dtype:
     """bfloat16 where the hardware multiplies it faster than float32, else float32."""
-    if torch.device(device).type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # absent in some builds
-    fast = any(getattr(torch.cpu, probe, bool)() for probe in probes)
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if has_native_bfloat16(device) else torch.float32

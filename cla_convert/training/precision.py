@@ -6,6 +6,8 @@ from typing import Literal
 
 import torch
 
+from ..environment import has_native_bfloat16
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -30,15 +32,5 @@ def choose_precision(wanted: Literal["auto", "bfloat16", "float32"], device: str
     """`auto` takes bfloat16 where the hardware multiplies it natively; emulated, it is slower than float32."""
     device_type = torch.device(device).type
     if wanted == "auto":
-        wanted = "bfloat16" if _has_bfloat16(device_type) else "float32"
+        wanted = "bfloat16" if has_native_bfloat16(device_type) else "float32"
     return Precision(device_type, getattr(torch, wanted))
-
-
-def _has_bfloat16(device_type: str) -> bool:
-    if device_type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device_type != "cpu":
-        return False
-    # torch has no public name for this before 2.13; a missing probe means float32, never a crash.
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
