@@ -105,6 +105,7 @@ def convert(
     from .environment import pick_device
     from .models.checkpoint import Checkpoint
     from .models.source import resolve_source
+    from .models.writer import check_output
     from .pipeline import calibration_for, plan_for
     from .report.model_card import source_card, write_model_card
 
@@ -120,6 +121,7 @@ def convert(
         data_json(plan.to_json()) if as_json else data(plan.render())
         return
     say(plan.render())
+    check_output(out, overwrite=overwrite)  # before the minutes that calibration may take
     calibration = calibration_for(settings, source, pick_device(settings.device))
     shard_size = settings.convert.max_shard_size
     result = execute(plan, checkpoint, out, calibration=calibration, max_shard_size=shard_size, overwrite=overwrite)

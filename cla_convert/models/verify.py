@@ -41,6 +41,7 @@ print(json.dumps({
     "cached_difference": (full - cached).abs().max().item(),
     "stepwise_difference": (full - torch.cat(steps, 1)).abs().max().item(),
     "logits_finite": bool(full.isfinite().all()),
+    "largest_logit": full.abs().max().item(),
     "cached_layers": len(states) // 2,
     "owners": len(set(sources)),
     "tokenizer_round_trip": tokenizer.decode(ids[0], skip_special_tokens=True) == text,
@@ -69,12 +70,13 @@ def verify_model(folder: Path) -> dict[str, Any]:
         lines = done.stderr.strip().splitlines() or ["no message"]
         raise InputError(f"{folder} does not load in a clean process", why=lines[-1], fix="Convert it again.")
     result = json.loads(done.stdout.strip().splitlines()[-1])
+    rounding = 1e-3 * result["largest_logit"]  # float32 sums in another order; a wrong cache is off by far more
     checks = {
         "loads with the shipped code": result["module"].startswith("transformers_modules"),
         "no weights missing or unexpected": not (result["missing_keys"] or result["unexpected_keys"]),
         "logits are finite": result["logits_finite"],
-        "logits with and without cache agree": result["cached_difference"] < 1e-3,
-        "logits token by token agree": result["stepwise_difference"] < 1e-3,
+        "logits with and without cache agree": result["cached_difference"] <= rounding,
+        "logits token by token agree": result["stepwise_difference"] <= rounding,
         "the cache holds the owners only": result["cached_layers"] == result["owners"],
         "the tokenizer round-trips": result["tokenizer_round_trip"],
     }

@@ -10,7 +10,7 @@ README = Path(__file__).parents[2] / "README.md"
 SMALL_TRAINING = [
     "train.sequence_length=64", "train.batch_tokens=256", "train.validation_tokens=256", "train.precision=float32",
 ]  # fmt: skip
-SMALL_EVAL = ["eval.limit=1", "eval.tasks=[piqa,wikitext]", "eval.max_length=256", "eval.limits={wikitext: 1}"]
+SMALL_EVAL = ["eval.limit=1", "eval.tasks=[openbookqa,wikitext]", "eval.max_length=512", "eval.limits={wikitext: 1}"]
 SMALL_CALIBRATION = ["convert.calibration={tokens: 512, sequence_length: 64}"]
 EXTRA = {
     "run": [*SMALL_TRAINING, *SMALL_EVAL, *SMALL_CALIBRATION],
