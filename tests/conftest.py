@@ -47,6 +47,14 @@ def save_tiny_llama(folder: Path, seed: int = 0, max_shard_size: str = "5GB", **
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of our own: the tests prove the first run, and nothing of the user's is read or touched."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["CLA_CONVERT_CACHE"] = str(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny random GQA Llama with tokenizer."""

