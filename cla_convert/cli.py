@@ -10,7 +10,7 @@ import typer
 
 from .console import data, data_json, debug, fail, say
 from .environment import command_line
-from .errors import ClaError, Interrupted, UsageError
+from .errors import ClaError, InputError, Interrupted, UsageError
 
 if TYPE_CHECKING:
     from .recipe import Recipe as Schema
@@ -48,9 +48,10 @@ def main() -> None:
         signal.signal(signal_number, _interrupt)
     try:
         app()
-    except ClaError as error:
+    except (ClaError, PermissionError, FileExistsError, NotADirectoryError) as error:
         if debug():
             raise
+        error = error if isinstance(error, ClaError) else InputError(f"A path cannot be used: {error}")
         fail(error)
         sys.exit(error.exit_code)
 
@@ -171,7 +172,6 @@ def uptrain(
     from .environment import pick_device
     from .files import write_json
     from .models.source import resolve_source
-    from .models.writer import check_output
     from .recipe import load_recipe
     from .recipes import find_recipe
     from .training.loop import uptrain as train
@@ -183,7 +183,8 @@ def uptrain(
         raise UsageError("No token budget", fix="Give --tokens, for example --tokens 26M.")
     if not (source := teacher or settings.source.model):
         raise UsageError("No teacher", why="Distillation needs the source model.", fix="Give --teacher MODEL.")
-    check_output(out, overwrite=False)
+    if out.exists():
+        raise InputError(f"{out} exists", fix="Give another folder, or remove it to train again.")
     say(resolved.table())
     state = out.with_name(f"{out.name}.state")
     state.mkdir(parents=True, exist_ok=True)
@@ -242,7 +243,6 @@ def report(
     run_dir: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)], as_json: Json = False
 ) -> None:
     """Rebuild the report from the files of a run folder."""
-    from .errors import InputError
     from .report.report import build_report
 
     if not (run_dir / "recipe.yaml").exists():

@@ -87,8 +87,8 @@ def peak_memory_bytes(device: str) -> int:
 
 
 def command_line() -> str:
-    """The command that started this process, ready to paste."""
-    return shlex.join(["cla-convert", *sys.argv[1:]])
+    """The command that continues this process, ready to paste: its own, without what would start over."""
+    return shlex.join(["cla-convert", *(word for word in sys.argv[1:] if word not in ("--overwrite", "--no-resume"))])
 
 
 def _cpu_name() -> str:

@@ -21,7 +21,7 @@ from .files import read_json, write_json
 from .recipe import Recipe, Resolved, flatten
 
 STAGES = ["plan", "convert", "uptrain", "eval", "report"]
-FREE_TO_CHANGE = ("eval.", "device", "train.keep_checkpoints", "train.checkpoint_every")
+FREE_TO_CHANGE = ("eval.", "device", "train.keep_checkpoints", "train.checkpoint_every", "train.validate_every")
 """Settings that may differ when a run folder is continued: they do not invalidate what earlier stages made."""
 
 
@@ -42,6 +42,9 @@ def run(resolved: Resolved, out: Path, *, until: str = "report", overwrite: bool
     run = Run.start(resolved, out, overwrite=overwrite)
     say(resolved.table())
     check_before_work(run)
+    if overwrite:
+        _clear(out)  # only now: a run that cannot start must not cost the one before it
+    run.save_recipe()
     result: dict[str, Any] = {}
     for number, (name, stage) in enumerate(stages.items(), 1):
         say(f"\n[{number}/{len(stages)}] {name}")
@@ -73,10 +76,15 @@ class Run:
         source = resolve_source(
             recipe.source.model, revision=recipe.source.revision, allow_pickle=recipe.source.allow_pickle
         )
-        folder.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-        (folder / "recipe.yaml").write_text(text, encoding="utf-8")
         return cls(folder, recipe, source, device)
+
+    def save_recipe(self) -> None:
+        """Mark the folder as a run, then write recipe.yaml by rename."""
+        self.write("environment.json", self.read("environment.json") or {"stages": {}})
+        text = yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False)
+        temporary = self.folder / ".recipe.yaml.partial"
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(self.folder / "recipe.yaml")
 
     @property
     def converted(self) -> Path:
@@ -134,8 +142,7 @@ def check_before_work(run: Run) -> None:
     check_tasks(run.recipe.eval)
     load_tokenizer(run.source)
     text(run)
-    size = sum(file.stat().st_size for file in run.source.glob("*.safetensors"))
-    check_disk(run.folder, _disk_needed(run, size))
+    check_disk(run.folder, _disk_needed(run))
 
 
 def plan(run: Run) -> dict[str, Any]:
@@ -271,27 +278,41 @@ def calibration_for(recipe: Recipe, source: Path, device: str) -> Any:
     import torch
 
     from .conversion.convert import Calibration
+    from .conversion.matching import Effort
     from .models.export import load_tokenizer
     from .training.data import calibration_rows, store_for
 
     store = store_for(recipe, load_tokenizer(source))
-    return Calibration(torch.from_numpy(calibration_rows(store, recipe)), store.digest, device, recipe.seed)
+    rows = torch.from_numpy(calibration_rows(store, recipe))
+    limit = Effort.default(device).max_tokens
+    if limit is not None and rows.numel() > limit:
+        rows = rows[: max(1, limit // rows.shape[1])]
+        say(f"calibrating on {rows.numel()} tokens: more would take a CPU too long")
+    return Calibration(rows, store.digest, device, recipe.seed)
 
 
-def _disk_needed(run: Run, size: int) -> int:
-    """Bytes still to be written: converted, uptrained, and checkpoints of float32 weights and two Adam moments."""
+def _disk_needed(run: Run) -> int:
+    """Bytes still to be written: converted, uptrained, and checkpoints (float32 weights and two Adam moments)."""
+    from .models.checkpoint import Checkpoint
+
+    tensors = Checkpoint.open(run.source).tensors.values()
+    size, parameters = sum(info.nbytes for info in tensors), sum(info.numel for info in tensors)
     needed = 0 if run.converted.exists() else size
     if run.recipe.train.tokens and not run.uptrained.exists():
-        needed += size + 12 * (size // 2) * (run.recipe.train.keep_checkpoints + 1) // 2
+        kept = sum(file.stat().st_size for file in run.folder.glob("checkpoints/*/*"))
+        needed += size + max(12 * parameters * (run.recipe.train.keep_checkpoints + 1) - kept, 12 * parameters)
     return needed
 
 
 def _check_same_recipe(folder: Path, recipe: Recipe, overwrite: bool) -> None:
-    """Refuse to continue a run folder under another recipe. With `overwrite`, its stages are removed."""
+    """Refuse to continue a run folder under another recipe, or to take over a folder that holds no run."""
+    if folder.is_file():
+        raise UsageError(f"{folder} is a file", fix="Give a folder for --out.")
     saved = folder / "recipe.yaml"
-    if not saved.exists():
-        if folder.is_dir() and any(folder.iterdir()):
-            raise UsageError(f"{folder} is not empty and holds no run", fix="Give another folder for --out.")
+    if folder.is_dir() and any(folder.iterdir()) and not (saved.exists() and (folder / "environment.json").exists()):
+        raise UsageError(f"{folder} is not empty and holds no run", fix="Give another folder for --out.")
+    made = any((folder / name).exists() for name in ("converted", "checkpoints"))
+    if overwrite or not saved.exists() or not made:
         return
     before = flatten(yaml.safe_load(saved.read_text(encoding="utf-8")) or {})
     after = flatten(recipe.model_dump(mode="json"))
@@ -300,22 +321,21 @@ def _check_same_recipe(folder: Path, recipe: Recipe, overwrite: bool) -> None:
         for name in sorted(before.keys() | after.keys())
         if before.get(name) != after.get(name) and not name.startswith(FREE_TO_CHANGE)
     ]
-    if changed and not overwrite:
+    if changed:
         raise UsageError(
             f"{folder} holds a run of another recipe",
             why="; ".join(changed),
             fix="Give another --out, or --overwrite to start this folder anew.",
         )
-    if overwrite:
-        _clear(folder)
 
 
 def _clear(folder: Path) -> None:
-    """Remove what a run writes, and nothing else."""
+    """Remove what a run writes, by name, and nothing else."""
     import shutil
 
     for name in ("converted", "uptrained", "checkpoints", "eval"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for pattern in ("*.json", "metrics.jsonl", "report.*", "*.png", "recipe.yaml"):
-        for file in folder.glob(pattern):
-            file.unlink()
+    results = ["recipe.yaml", "metrics.jsonl", "report.md", "loss.png", "sharing.png"]
+    results += [f"{name}.json" for name in ("plan", "convert", "train", "environment", "report")]
+    for name in results:
+        (folder / name).unlink(missing_ok=True)

@@ -109,6 +109,12 @@ def make_plan(
     """
     family, shape = family_of(checkpoint.config), shape_of(checkpoint.config)
     sources = sharing_map(sharing, shape.kinds)
+    if "quantization_config" in checkpoint.config or any(t.dtype not in FLOATING for t in checkpoint.tensors.values()):
+        raise InputError(
+            "The model's weights are quantised",
+            why="Packed numbers cannot be pooled or fitted.",
+            fix="Use the unquantised checkpoint of this model, or a GGUF file, which is dequantised.",
+        )
     tensors = _plan_tensors(checkpoint, family, shape, sources)
     if init == "calibrated":
         tensors = _fitted(tensors, family, sources)
@@ -163,7 +169,9 @@ def _plan_tensors(
     for name in checkpoint.tensors:
         layer = int(match[1]) if (match := family.layer.match(name)) else None
         kv = family.kv_projection.match(name)
-        if kv is None or layer is None or len(consumers_of.get(sources[layer], [])) == 1:
+        if name.endswith("rotary_emb.inv_freq"):  # old checkpoints store what transformers computes
+            tensors.append(TensorPlan(name, layer, "drop"))
+        elif kv is None or layer is None or len(consumers_of.get(sources[layer], [])) == 1:
             tensors.append(TensorPlan(name, layer, "keep"))
         elif sources[layer] != layer:
             tensors.append(TensorPlan(name, layer, "drop"))

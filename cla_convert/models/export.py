@@ -55,6 +55,7 @@ def load_model(folder: Path, *, dtype: "torch.dtype | str" = "auto", device: str
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    Checkpoint.open(folder)  # names a truncated shard or an index that reaches outside; transformers would not
     register()
     logging.disable_progress_bar()
     try:
@@ -130,9 +131,7 @@ def export_model(
     import torch
 
     tensors = state.state_dict() if isinstance(state, torch.nn.Module) else state
-    source = Checkpoint.open(template)
-    if missing := source.tensors.keys() - tensors.keys():
-        raise InputError(f"The weights to export lack {len(missing)} tensors, such as {sorted(missing)[0]!r}")
+    source = check_exportable(tensors, template)
     with publishing(out, overwrite=overwrite) as staging:
         writer = ShardWriter(staging, SHARD_SIZE)
         for name, info in source.tensors.items():
@@ -142,6 +141,17 @@ def export_model(
             if file.exists():
                 shutil.copyfile(file, staging / file.name)
         write_json(staging / MANIFEST, read_manifest(template) | dict(manifest or {}))
+
+
+def check_exportable(tensors: "Mapping[str, torch.Tensor]", template: Path) -> Checkpoint:
+    """The template, opened. Raises InputError if it stores a tensor that `tensors` lacks."""
+    source = Checkpoint.open(template)
+    if missing := source.tensors.keys() - tensors.keys():
+        raise InputError(
+            f"The model in {template} stores {len(missing)} tensors that it does not use, such as {min(missing)!r}",
+            fix="Remove them from the source model, and convert again.",
+        )
+    return source
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

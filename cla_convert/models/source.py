@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..console import say
-from ..errors import InputError, did_you_mean
+from ..errors import ClaError, InputError, did_you_mean
 from ..files import write_json
 from .checkpoint import INDEX
 from .writer import ShardWriter, publishing
@@ -77,7 +77,12 @@ def _download(model: str, revision: str | None, allow_pickle: bool) -> Path:
         hint = did_you_mean(Path(model).name, names)
         raise InputError(f"There is no model at {model!r}.{hint}", fix="Check the path, or give a hub id (owner/name).")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     patterns = _HUB_FILES + (["*.bin"] if allow_pickle else [])
     try:
@@ -86,7 +91,7 @@ def _download(model: str, revision: str | None, allow_pickle: bool) -> Path:
         raise InputError(
             f"{model!r} is gated", why="Its licence must be accepted on the hub.", fix="Accept it, then set HF_TOKEN."
         ) from error
-    except (LocalEntryNotFoundError, OSError, RepositoryNotFoundError) as error:
+    except (LocalEntryNotFoundError, HFValidationError, OSError, RepositoryNotFoundError) as error:
         missing = isinstance(error, RepositoryNotFoundError)
         raise InputError(
             f"The model {model!r} was not found" if missing else f"The model {model!r} could not be downloaded",
@@ -99,14 +104,16 @@ def _download(model: str, revision: str | None, allow_pickle: bool) -> Path:
 def _with_safetensors(folder: Path, allow_pickle: bool) -> Path:
     if (folder / INDEX).exists() or (folder / "model.safetensors").exists():
         return folder
-    ggufs, pickles = sorted(folder.glob("*.gguf")), sorted(folder.glob("*.bin"))
+    ggufs, pickles = sorted(folder.glob("*.gguf")), sorted(folder.glob("pytorch_model*.bin"))
     if len(ggufs) == 1:
         return _from_gguf(ggufs[0])
     if not pickles:
         raise InputError(
             f"{folder} has no weights that can be read",
             why="It has no safetensors, " + (f"and {len(ggufs)} GGUF files." if ggufs else "GGUF or .bin file."),
-            fix="Name one of the .gguf files." if ggufs else "Give a model folder in Hugging Face format.",
+            fix="Name one of the .gguf files."
+            if ggufs
+            else "Give a model folder in Hugging Face format; pickled weights of a hub model need --allow-pickle.",
         )
     if not allow_pickle:
         raise InputError(
@@ -124,7 +131,9 @@ def _from_pickle(folder: Path, pickles: list[Path]) -> Path:
 
     import torch
 
-    key = hashlib.sha256("".join(f"{p.resolve()} {p.stat()}" for p in pickles).encode()).hexdigest()[:16]
+    key = hashlib.sha256(
+        "".join(f"{p.resolve()} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in pickles).encode()
+    ).hexdigest()[:16]
     out = cache_folder() / "sources" / f"{folder.name}-{key}"
     if out.exists():
         return out
@@ -189,7 +198,7 @@ def _load_gguf(path: Path) -> Any:
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.float32,
         )
-    except InputError:
+    except ClaError:
         raise
     except Exception as error:
         raise InputError(
@@ -221,6 +230,8 @@ def _gguf_origin(path: Path) -> dict[str, Any]:
             if quantisation is not None
             else None,
         }
+    except ClaError:
+        raise
     except Exception as error:
         raise InputError(
             f"{path} is not a whole GGUF file", why=f"{type(error).__name__}: {error}", fix="Download it again."

@@ -70,6 +70,7 @@ def publishing(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         InputError: `out` exists with content and `overwrite` is off, or it is not a folder that this tool wrote.
     """
+    out = out.absolute()
     check_output(out, overwrite=overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(out)
@@ -150,7 +151,8 @@ def _remove_stale(out: Path) -> None:
 
     for folder in out.parent.glob(f".{out.name}.*-*"):
         _, kind, pid = folder.name.rsplit(".", 1)[0], *folder.name.rsplit(".", 1)[1].split("-", 1)
-        if not pid.isdigit() or psutil.pid_exists(int(pid)):
+        # In a container the next process often has the same number as the one that was killed.
+        if not pid.isdigit() or (int(pid) != os.getpid() and psutil.pid_exists(int(pid))):
             continue
         if kind == "old" and not out.exists():
             folder.rename(out)

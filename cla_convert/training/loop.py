@@ -17,7 +17,7 @@ from ..console import human_count, progress, say
 from ..environment import peak_memory_bytes
 from ..errors import Interrupted, TrainingError
 from ..evaluation.perplexity import token_perplexity
-from ..models.export import export_model
+from ..models.export import check_exportable, export_model
 from ..models.writer import check_output
 from ..recipe import Recipe
 from .metrics import Metrics, read_rows
@@ -60,6 +60,7 @@ def uptrain(
     """
     check_output(out_dir, overwrite=True)  # before hours of work, not after
     trainer = set_up(student_dir, teacher_dir, recipe, device)
+    check_exportable(trainer.student.state_dict(), student_dir)
     identity = run_identity(student_dir, teacher_dir, recipe, trainer)
     checkpoints = Checkpoints(run_dir / "checkpoints", identity, recipe.train.keep_checkpoints)
     if fresh:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import InputError, did_you_mean
+from ..errors import ClaError, InputError, did_you_mean
 from ..recipe import TextSource
 
 SAMPLE = Path(__file__).parent.parent / "data" / "sample.parquet"
@@ -115,7 +115,7 @@ def _hub(source: TextSource) -> Iterator[Document]:
         rows = datasets.load_dataset(str(source.dataset), source.config, split=source.split, streaming=True)
         for number, row in enumerate(rows, 1):
             yield from _document(row, source, f"row {number} of {name}")
-    except InputError:
+    except ClaError:
         raise
     except Exception as error:  # the library raises whatever its many back ends raise
         raise InputError(

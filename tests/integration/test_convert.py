@@ -192,6 +192,30 @@ def test_multi_head_attention_is_converted_with_a_warning(tmp_path):
     assert "multi-head attention" in done.stderr and "GQA" in done.stderr
 
 
+def test_stored_rotary_frequencies_are_dropped_and_quantised_weights_refused(tmp_path):
+    source = save_tiny_llama(tmp_path / "source")
+    weights = load_file(source / "model.safetensors")
+    weights["model.layers.1.self_attn.rotary_emb.inv_freq"] = torch.ones(4)  # Llama-1 era checkpoints
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    convert(source, tmp_path / "out", "--init", "mean")
+    assert not [name for name in Checkpoint.open(tmp_path / "out").tensors if "inv_freq" in name]
+
+    weights["model.layers.1.self_attn.k_proj.weight"] = torch.zeros(4, dtype=torch.uint8)  # bitsandbytes
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    done = cla("convert", source, tmp_path / "refused", "--dtype", "bfloat16")
+    assert done.returncode == 3 and "quantised" in done.stderr
+
+
+def test_broken_weights_are_refused_by_every_verb(tmp_path):
+    source = save_tiny_llama(tmp_path / "source")
+    weights = source / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    for verb in (["inspect", source], ["convert", source, tmp_path / "out"], ["eval", source, "--limit", "1"]):
+        done = cla(*verb)
+        assert done.returncode == 3 and "not a whole safetensors file" in done.stderr, verb
+        assert "Traceback" not in done.stderr
+
+
 def test_code_of_the_source_is_never_run_and_never_asked_about(tmp_path):
     source = save_tiny_llama(tmp_path / "source")
     (source / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")

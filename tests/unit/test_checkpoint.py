@@ -174,6 +174,13 @@ def test_staging_of_a_killed_process_is_cleaned_up(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
+def test_staging_of_an_earlier_process_with_our_number_is_cleaned_up(tmp_path):
+    (tmp_path / f".out.partial-{os.getpid()}").mkdir()  # as in a container, where every process is number 1
+    with publishing(tmp_path / "out") as staging:
+        (staging / "whole").write_text("x")
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_small_disk_is_said_before_work(tmp_path):
     with pytest.raises(InputError, match="too small"):
         check_disk(tmp_path / "not" / "there" / "yet", 10**18)

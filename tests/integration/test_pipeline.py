@@ -1,0 +1,76 @@
+"""`cla-convert run` as a whole on a tiny model: stop, resume, refuse, start anew, lose nothing."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from cla_convert.errors import UsageError
+from cla_convert.pipeline import _check_same_recipe, _clear
+from cla_convert.recipe import load_recipe
+from tests.integration.test_convert import cla
+
+SMALL = [
+    "train.tokens=4k", "train.sequence_length=64", "train.batch_tokens=256", "train.validation_tokens=256",
+    "train.precision=float32", "convert.init=mean", "eval.limit=1", "eval.tasks=[openbookqa]", "eval.max_length=512",
+]  # fmt: skip
+
+
+def line(model, out, *more) -> list[str]:
+    sets = [word for value in [f"source.model={model}", *SMALL] for word in ("--set", value)]
+    return ["run", "demo", "--out", str(out), *sets, *more]
+
+
+def test_ctrl_c_saves_and_the_printed_command_resumes(tmp_path, tiny_llama):
+    arguments = line(tiny_llama, tmp_path / "run", "--overwrite", "--set", "train.tokens=60k")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cla_convert.cli", *arguments],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("grad_norm") > 2) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130, stderr
+    resume = stderr.strip().splitlines()[-1]
+    assert "cla-convert run demo" in resume and "--overwrite" not in resume  # which would throw away what was saved
+    before = [json.loads(row) for row in metrics.read_text().splitlines()]
+
+    arguments.remove("--overwrite")
+    done = cla(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert "resuming from" in done.stderr
+    after = [json.loads(row) for row in metrics.read_text().splitlines()]
+    losses = [row["loss"] for row in before if "loss" in row]
+    assert [row["loss"] for row in after if "loss" in row][: len(losses)] == losses  # nothing was done twice
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["train"]["tokens"] == 59904  # whole sequences of 64 within 60k
+
+
+def test_a_run_that_cannot_start_costs_nothing(tmp_path, tiny_llama):
+    out = tmp_path / "run"
+    assert cla(*line(tiny_llama, out), "--until", "convert").returncode == 0
+    made = (out / "converted" / "model.safetensors").stat().st_mtime_ns
+    for wrong in ("eval.tasks=[no-such-task]", "data.sources=[{path: nowhere}]", f"source.model={tiny_llama}x"):
+        done = cla(*line(tiny_llama, out, "--overwrite", "--set", wrong))
+        assert done.returncode in (2, 3) and "Traceback" not in done.stderr, done.stderr
+        assert (out / "converted" / "model.safetensors").stat().st_mtime_ns == made
+    assert cla(*line(tiny_llama, out), "--until", "convert").returncode == 0  # and the old line still continues
+
+
+def test_only_a_run_folder_is_ever_cleared(tmp_path):
+    recipe = load_recipe(None).recipe
+    for name in ("recipe.yaml", "package.json", "photo.png"):
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(UsageError, match="holds no run"):
+        _check_same_recipe(tmp_path, recipe, overwrite=True)
+    (tmp_path / "environment.json").write_text("{}")
+    _clear(tmp_path)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["package.json", "photo.png"]
