@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Quality recovered per token: calibrated against mean pooling, same data, same loss, one GPU (about 10 minutes there).
+# Quality recovered per token: calibrated against mean pooling, same data, same loss, one GPU.
 # usage: recovery.sh MODEL CORPUS OUT     MODEL: folder, hub id or .gguf; CORPUS: text for data.sources
 set -euo pipefail
 model=$1 corpus=$2 out=$3 here=$(dirname "$0")

@@ -42,12 +42,6 @@ class TrainingError(ClaError):
     exit_code = ExitCode.INPUT
 
 
-class GateError(ClaError):
-    """The quality gate failed: the converted model lost more than the margin allows."""
-
-    exit_code = ExitCode.GATE
-
-
 class Interrupted(ClaError):
     """Stopped by the user; a checkpoint is saved and `fix` says how to resume."""
 
