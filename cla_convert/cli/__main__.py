@@ -1,0 +1,5 @@
+"""`python -m cla_convert.cli`."""
+
+from . import main
+
+main()

@@ -1,0 +1,56 @@
+"""The Typer application, and the options that several verbs have."""
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..console import data
+
+if TYPE_CHECKING:
+    from ..recipe import Recipe as Schema
+
+app = typer.Typer(
+    name="cla-convert",
+    help="Give a pretrained MQA/GQA model Cross-Layer Attention: a KV cache half the size, uptrained and proven.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda token: token.replace("_", "-"),
+    },
+)
+recipes_app = typer.Typer(help="List, show or copy the recipes that ship with the package.", no_args_is_help=True)
+app.add_typer(recipes_app, name="recipes")
+
+Model = Annotated[str, typer.Argument(help="Hub id, local folder or .gguf file.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
+AllowPickle = Annotated[bool, typer.Option(help="Accept pickled .bin weights (loaded with weights_only=True).")]
+Overwrite = Annotated[bool, typer.Option(help="Replace an earlier output.")]
+Recipe = Annotated[str | None, typer.Option(help="Recipe file, or the name of a shipped one.")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="A.B=VALUE", help="Override a value of the recipe; repeatable."),
+]
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Handle the options that come before a verb."""
+    if version:
+        from .. import __version__
+
+        data(f"cla-convert {__version__}")
+        raise typer.Exit
+
+
+def settings_of(recipe: str | None, sets: list[str] | None, options: dict[str, Any]) -> "Schema":
+    """A recipe (or the defaults), then --set, then the options of the verb that were given."""
+    from ..recipe import load_recipe
+    from ..recipes import find_recipe
+
+    given = [f"{name}={json.dumps(value)}" for name, value in options.items() if value is not None]
+    return load_recipe(find_recipe(recipe) if recipe else None, [*(sets or []), *given]).recipe

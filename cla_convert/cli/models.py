@@ -1,0 +1,96 @@
+"""Verbs about a model folder: inspect, convert, verify."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..console import data, data_json, say
+from .app import AllowPickle, Json, Model, Overwrite, Recipe, Revision, Sets, app, settings_of
+
+
+@app.command()
+def inspect(model: Model, revision: Revision = None, as_json: Json = False) -> None:
+    """Say what a model is and what each sharing pattern would save."""
+    from ..conversion.inspect import inspect_model, render
+
+    result = inspect_model(model, revision=revision)
+    data_json(result) if as_json else data(render(result))
+
+
+@app.command()
+def convert(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Folder for the converted model.", show_default=False)],
+    sharing: Annotated[
+        str | None, typer.Option(help="Pattern or list of groups (docs/sharing.md); default: cla2-keep-ends.")
+    ] = None,
+    init: Annotated[str | None, typer.Option(help="calibrated (the default), mean or first.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Dtype of the output: auto, float32, bfloat16, float16.")] = None,
+    max_shard_size: Annotated[str | None, typer.Option(help="Largest shard to write, such as 5GB.")] = None,
+    recipe: Recipe = None,
+    sets: Sets = None,
+    revision: Revision = None,
+    allow_pickle: AllowPickle = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Share K/V projections between layers and write the model.
+
+    The output loads with plain transformers and trust_remote_code=True.
+    """
+    from ..conversion.convert import convert as execute
+    from ..environment import pick_device
+    from ..models.checkpoint import Checkpoint
+    from ..models.source import resolve_source
+    from ..models.writer import check_output
+    from ..pipeline import calibration_for, plan_for
+    from ..report.model_card import source_card, write_model_card
+
+    options = {
+        "source.model": model, "source.revision": revision, "source.dtype": dtype, "convert.sharing": sharing,
+        "convert.init": init, "convert.max_shard_size": max_shard_size, "source.allow_pickle": allow_pickle or None,
+    }  # fmt: skip
+    settings = settings_of(recipe, sets, options)
+    source = resolve_source(model, revision=settings.source.revision, allow_pickle=settings.source.allow_pickle)
+    checkpoint = Checkpoint.open(source)
+    plan = plan_for(checkpoint, settings)
+    if dry_run:
+        data_json(plan.to_json()) if as_json else data(plan.render())
+        return
+    say(plan.render())
+    check_output(out, overwrite=overwrite)  # before the minutes that calibration may take
+    calibration = calibration_for(settings, source, pick_device(settings.device))
+    shard_size = settings.convert.max_shard_size
+    result = execute(plan, checkpoint, out, calibration=calibration, max_shard_size=shard_size, overwrite=overwrite)
+    result["source"] |= settings.source.model_dump(include={"model", "base_model", "revision"}) | checkpoint.origin
+    write_model_card(
+        out,
+        {
+            "converted": result,
+            "source": result["source"],
+            "kv": {f"bytes_per_token_{k}": v for k, v in result["kv_bytes_per_token"].items()},
+        },
+        source_card(source),
+    )
+    if as_json:
+        data_json(result)
+    else:
+        data(str(out))
+        say(f"done in {result['seconds']:.1f} s. It has lost quality until it is uptrained: cla-convert uptrain --help")
+
+
+@app.command()
+def verify(
+    model: Annotated[Path, typer.Argument(help="Output folder.", show_default=False)], as_json: Json = False
+) -> None:
+    """Check that an output loads and works without cla-convert.
+
+    It is loaded in a clean process, from another folder, offline: weights, logits with and without cache, the size of
+    the cache, tokenizer, generation.
+    """
+    from ..models.verify import render, verify_model
+
+    result = verify_model(model)
+    data_json(result) if as_json else data(render(result))

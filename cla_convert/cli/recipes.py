@@ -1,0 +1,61 @@
+"""Verbs that inform: env, recipes ls|show|reference|cp."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..console import data, data_json
+from ..errors import UsageError
+from .app import Json, app, recipes_app
+
+
+@app.command()
+def env(as_json: Json = False) -> None:
+    """Print versions and hardware, for bug reports."""
+    from ..environment import hardware, versions
+
+    result = {"versions": versions(), "hardware": hardware()}
+    if as_json:
+        data_json(result)
+    else:
+        data("\n".join(f"{name:<14}{value}" for part in result.values() for name, value in part.items()))
+
+
+@recipes_app.command("ls")
+def recipes_ls() -> None:
+    """List the shipped recipes."""
+    from ..recipes import list_recipes
+
+    data("\n".join(f"{name:<16}{title}" for name, title in list_recipes().items()))
+
+
+@recipes_app.command("show")
+def recipes_show(name: Annotated[str, typer.Argument(help="Name of a shipped recipe.", show_default=False)]) -> None:
+    """Print a shipped recipe."""
+    from ..recipes import find_recipe
+
+    data(find_recipe(name).read_text(encoding="utf-8").rstrip())
+
+
+@recipes_app.command("reference")
+def recipes_reference() -> None:
+    """Print every setting of a recipe, as Markdown."""
+    from ..recipes import reference
+
+    data(reference().rstrip())
+
+
+@recipes_app.command("cp")
+def recipes_cp(
+    name: Annotated[str, typer.Argument(help="Name of a shipped recipe.", show_default=False)],
+    to: Annotated[Path, typer.Argument(help="File or folder.", show_default=False)] = Path(),
+) -> None:
+    """Copy a shipped recipe, to edit it."""
+    import shutil
+
+    from ..recipes import find_recipe
+
+    if to.exists() and not to.is_dir():
+        raise UsageError(f"{to} exists", fix="Give another name.")
+    data(str(shutil.copy(find_recipe(name), to)))

@@ -1,0 +1,96 @@
+"""Verbs that train: uptrain, and run, which does everything."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..console import data, data_json, say
+from ..environment import command_line
+from ..errors import InputError, UsageError
+from .app import Json, Sets, app
+
+
+@app.command()
+def uptrain(
+    model: Annotated[Path, typer.Argument(help="Folder of a converted model.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="Folder for the uptrained model.", show_default=False)],
+    recipe: Annotated[str | None, typer.Option(help="Recipe file, or the name of a shipped one.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="Token budget, such as 26M.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Source model; default: the recipe's.")] = None,
+    resume: Annotated[
+        bool, typer.Option(help="Continue from the last checkpoint (the default if there is one).")
+    ] = True,
+    sets: Sets = None,
+    as_json: Json = False,
+) -> None:
+    """Recover a converted model's quality on a token budget.
+
+    Interrupted? The same command line resumes.
+    """
+    from ..environment import pick_device
+    from ..files import write_json
+    from ..models.source import resolve_source
+    from ..recipe import load_recipe
+    from ..recipes import find_recipe
+    from ..training.loop import uptrain as train
+
+    overrides = [*(sets or []), *([f"train.tokens={tokens}"] if tokens else [])]
+    resolved = load_recipe(find_recipe(recipe) if recipe else None, overrides)
+    settings = resolved.recipe
+    if not settings.train.tokens:
+        raise UsageError("No token budget", fix="Give --tokens, for example --tokens 26M.")
+    if not (source := teacher or settings.source.model):
+        raise UsageError("No teacher", why="Distillation needs the source model.", fix="Give --teacher MODEL.")
+    if out.exists():
+        raise InputError(f"{out} exists", fix="Give another folder, or remove it to train again.")
+    say(resolved.table())
+    state = out.with_name(f"{out.name}.state")
+    state.mkdir(parents=True, exist_ok=True)
+    result = train(
+        model,
+        resolve_source(source, revision=settings.source.revision, allow_pickle=settings.source.allow_pickle),
+        out,
+        settings,
+        run_dir=state,
+        device=pick_device(settings.device),
+        resume_command=command_line(),
+        fresh=not resume,
+    )
+    write_json(state / "train.json", result)
+    data_json(result) if as_json else data(str(out))
+
+
+@app.command()
+def run(
+    recipe: Annotated[
+        str, typer.Argument(help="Recipe file, or the name of a shipped one (demo).", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="Run folder; rerunning the same line resumes.", show_default=False)],
+    sets: Sets = None,
+    until: Annotated[
+        str, typer.Option(help="Stop after this stage: plan, convert, uptrain, eval or report.")
+    ] = "report",
+    overwrite: Annotated[bool, typer.Option(help="Start the run folder anew.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Do it all: plan, convert, uptrain, evaluate, report.
+
+    Rerunning the same line resumes where it stopped.
+    """
+    from ..errors import did_you_mean
+    from ..recipe import load_recipe
+    from ..recipes import find_recipe
+
+    resolved = load_recipe(find_recipe(recipe), sets or [])
+    from .. import pipeline
+
+    if until not in pipeline.STAGES:
+        raise UsageError(
+            f"There is no stage {until!r}.{did_you_mean(until, pipeline.STAGES)}", fix=", ".join(pipeline.STAGES)
+        )
+    result = pipeline.run(resolved, out, until=until, overwrite=overwrite)
+    if as_json:
+        data_json(result)
+    elif until == "report":
+        data((out / "report.md").read_text(encoding="utf-8"))
