@@ -1,142 +1,94 @@
-"""One decoder layer at a time, out of transformers' own classes, with its attention split where calibration needs it.
+"""One decoder layer at a time, out of the shipped CLA classes, split where calibration needs it.
 
-An attention layer is used as `heads` (normed input -> concatenated heads) followed by `o_proj`. A consumer reads its
-owner's post-RoPE K/V through the cache argument that every transformers attention has.
+An attention layer is used as `heads` (normed input -> concatenated heads) followed by its output projection. What the
+layer is told about positions and masks is what `Shell` saw the whole model tell it.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from importlib import import_module
-from typing import Any, Protocol
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..environment import has_native_bfloat16
-from ..errors import InputError
-from ..models.families import family_of
+from .shell import Shell, Source
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-
-
-class Source(Protocol):
-    """A lazily read checkpoint."""
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """Contents of config.json."""
-        ...
-
-    @property
-    def tensors(self) -> Mapping[str, Any]:
-        """Everything the checkpoint holds, by name."""
-        ...
-
-    def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU."""
-        ...
-
-
-class KVSlot:
-    """Stands in for a cache: keeps what the owner computes, hands it to consumers. Tensors [rows, KV heads, T, D]."""
-
-    def __init__(self, keys: Tensor | None = None, values: Tensor | None = None) -> None:
-        self.keys, self.values = keys, values
-
-    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Called by the attention with its own K/V; returns those it shall attend to."""
-        if self.keys is None or self.values is None:
-            self.keys, self.values = keys, values
-        return self.keys, self.values
-
-
-class _Absent(nn.Module):
-    """A consumer's k_proj and v_proj: costs nothing; the result is never read."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.width = width
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.new_zeros(()).expand(*x.shape[:-1], self.width)
+SharedKV = dict[int, tuple[Tensor, Tensor]]
+"""Owner -> its post-RoPE keys and values, [rows, KV heads, T, D] each: what consumers read."""
 
 
 class Factory:
     """Builds the layers of one model on one device."""
 
-    def __init__(self, source: Source, config: dict[str, Any], length: int, device: str, dtype: torch.dtype) -> None:
-        """Read the config. Raises InputError for a family that is unsupported or normalises q or k.
+    def __init__(
+        self, source: Source, config: dict[str, Any], tokens: Tensor, device: str, dtype: torch.dtype | None = None
+    ) -> None:
+        """Read the config. Raises InputError for a family that is not supported.
 
         Args:
             source: where weights are read from.
             config: config.json of the source model.
-            length: tokens per calibration row.
+            tokens: every row that will be looked at, int64 [rows, T].
             device: where layers live and run.
-            dtype: of matrix products; weights and residual streams stay float32.
+            dtype: of matrix products; weights and residual streams stay float32. Default: `matmul_dtype`.
         """
-        from transformers import AutoConfig
-
-        family = family_of(config)
-        module = import_module(f"transformers.models.{family.model_type}.modeling_{family.model_type}")
-        self._layer_class = getattr(module, f"{family.class_prefix}DecoderLayer")
-        self._norm_class = getattr(module, f"{family.class_prefix}RMSNorm")
-        self.source, self.device, self.dtype = source, torch.device(device), dtype
+        self.device, self.dtype = torch.device(device), dtype or matmul_dtype(device)
         self.batch = 8192 if self.device.type == "cuda" else 2048  # tokens at a time: fills a GPU, fits a CPU's caches
-        self.config = AutoConfig.for_model(**config)
-        self.config._attn_implementation = "sdpa"
-        rotary = getattr(module, f"{family.class_prefix}RotaryEmbedding")(self.config).to(self.device)
-        self.rotary_dim = 2 * rotary.inv_freq.numel()
-        positions = torch.arange(length, device=self.device)[None]
-        self.rope: tuple[Tensor, Tensor] = rotary(torch.empty(0, device=self.device, dtype=dtype), positions)
-        if any(name.endswith(("q_norm.weight", "k_norm.weight")) for name in source.tensors):
-            raise InputError(
-                f"--init calibrated does not yet support models that normalise queries or keys ({family.model_type})",
-                why="A change of basis does not fold exactly into W_Q behind a norm.",
-                fix="Use --init mean.",
-            )
+        self.shell = Shell(source, config, tokens, self.device)
+        self.source, self.family, self.config = source, self.shell.family, self.shell.config
+        self._calls = [_for_layers(call, self.dtype) for call in self.shell.calls]
+
+    def rotary_dim(self, layer: int) -> int:
+        """Channels of a head that RoPE turns in this layer: the first ones."""
+        positions = self._calls[layer].get("position_embeddings")
+        turns = getattr(self.config, "no_rope_layers", None) or [1] * (layer + 1)
+        return positions[0].shape[-1] if positions is not None and turns[layer] else 0
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads of an attention layer."""
+        return getattr(self.config, "num_key_value_heads", None) or 1  # GPT-BigCode: multi-query by definition
 
     def read_layer(self, index: int, *, mlp: bool = True) -> dict[str, Tensor]:
         """Weights of a layer in float32, by their name inside the layer."""
-        prefix = f"model.layers.{index}."
+        prefix = f"{self.family.layers}.{index}."
         names = [n for n in self.source.tensors if n.startswith(prefix) and (mlp or ".mlp." not in n)]
         weights = ((name.removeprefix(prefix), self.source.read(name)) for name in names)
         return {name: weight.to(self.device, torch.float32, copy=True) for name, weight in weights}  # trained in place
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Embeddings [rows, T, hidden] of token ids, on the CPU."""
-        return self.source.read("model.embed_tokens.weight")[tokens].float()
-
-    def head(self) -> Callable[[Tensor], Tensor]:
-        """The end of the model: residual [T, hidden] -> log-probabilities [T, vocabulary], float32."""
-        tied = "lm_head.weight" not in self.source.tensors
-        weight = self.source.read("model.embed_tokens.weight" if tied else "lm_head.weight").to(self.device, self.dtype)
-        last = self._norm_class(self.config.hidden_size, self.config.rms_norm_eps).to(self.device)
-        last.weight.data = self.source.read("model.norm.weight").to(self.device, torch.float32)
-        return lambda residual: (last(residual).to(self.dtype) @ weight.T).float().log_softmax(-1)
-
     def build(
-        self, index: int, weights: Mapping[str, Tensor], *, consumer: bool = False, training: bool = False
+        self, index: int, weights: Mapping[str, Tensor], group: Sequence[int] = (), *, training: bool = False
     ) -> "Block":
         """A runnable layer from `read_layer`'s weights (without the mlp: only its attention runs).
 
-        Norms stay float32 and so do, if they are to be trained, the matrices.
+        In a `group` (owner first) the layer is its owner or a consumer. Vectors stay float32 and so do, if they are to
+        be trained, the matrices.
         """
+        config = copy.copy(self.config)
+        config.kv_source_layers = [group[0] if i in group else i for i in range(config.num_hidden_layers)]
         with torch.device("meta"):
-            layer = self._layer_class(self.config, index)
-        cast = {n: w if training or "norm" in n else w.to(self.dtype) for n, w in weights.items()}
+            layer = self.shell.layer_class(config, index)
+        cast = {n: w if training or w.dim() < 2 else w.to(self.dtype) for n, w in weights.items()}
         layer.load_state_dict(cast, strict=False, assign=True)
-        return Block(layer.eval().requires_grad_(False), self, consumer=consumer)
+        return Block(layer.eval().requires_grad_(False), self, self._calls[index])
 
 
 class Block:
     """A decoder layer on float32 residual streams [rows, T, hidden]."""
 
-    def __init__(self, layer: Any, factory: Factory, *, consumer: bool) -> None:
-        self.layer, self._factory = layer, factory
-        self.o_proj: nn.Linear = layer.self_attn.o_proj
-        layer.self_attn.o_proj = nn.Identity()
-        if consumer:
-            width = layer.self_attn.k_proj.out_features
-            layer.self_attn.k_proj, layer.self_attn.v_proj = _Absent(width), _Absent(width)
+    def __init__(self, layer: Any, factory: Factory, call: dict[str, Any]) -> None:
+        self.names = names = factory.family.block
+        part = lambda name: layer.get_submodule(name) if name else None  # noqa: E731
+        self._factory, self._call = factory, call
+        self.attention: Any = layer.get_submodule(names.attention)
+        self._mlp = layer.mlp
+        self._norm_in, self._norm_mid = part(names.norm_in), part(names.norm_mid)
+        self._norm_attention, self._norm_mlp = part(names.norm_attention), part(names.norm_mlp)
+        self._multiplier = getattr(layer, "residual_multiplier", 1.0)
+        self.output: nn.Linear = getattr(self.attention, names.output)
+        setattr(self.attention, names.output, nn.Identity())
 
     def precision(self) -> torch.autocast:
         """Context of all matrix products: casts the float32 weights of a layer in training."""
@@ -149,47 +101,76 @@ class Block:
         return self._factory.device
 
     def norm_in(self, hidden: Tensor) -> Tensor:
-        """Normed attention input x."""
-        return self.layer.input_layernorm(hidden)
+        """Attention input x; normed where the family does that."""
+        return self._norm_in(hidden) if self._norm_in else hidden
 
-    def norm_mid(self, residual: Tensor) -> Tensor:
-        """Normed MLP input."""
-        return self.layer.post_attention_layernorm(residual)
+    def view(self, residual: Tensor) -> Tensor:
+        """Residual after attention as the MLP sees it; a family without that norm: scaled to unit mean square."""
+        return self._norm_mid(residual) if self._norm_mid else F.rms_norm(residual, residual.shape[-1:])
 
-    def heads(self, normed: Tensor, slot: KVSlot) -> Tensor:
-        """Concatenated heads [rows, T, heads * head_dim], the input of o_proj."""
+    def heads(self, normed: Tensor, shared: SharedKV) -> Tensor:
+        """Concatenated heads [rows, T, heads * head_dim], the input of the output projection."""
         with self.precision():
-            return self.layer.self_attn(
-                hidden_states=normed.to(self._factory.dtype),
-                position_embeddings=self._factory.rope,
-                attention_mask=None,  # sdpa is then causal
-                past_key_values=slot,
-            )[0]
+            return self.attention(normed.to(self._factory.dtype), shared_kv_states=shared, **self._call)[0]
 
     def attend(self, hidden: Tensor, heads: Tensor) -> Tensor:
         """Residual after attention."""
         with self.precision():
-            return hidden + self.o_proj(heads)
+            return hidden + _added(self.output(heads), self._norm_attention, self._multiplier)
 
     def mlp(self, residual: Tensor) -> Tensor:
         """Residual after the MLP: the next layer's input."""
         with self.precision():
-            return residual + self.layer.mlp(self.norm_mid(residual).to(self._factory.dtype))
+            normed = self._norm_mid(residual) if self._norm_mid else residual
+            return residual + _added(self._mlp(normed.to(self._factory.dtype)), self._norm_mlp, self._multiplier)
+
+    def wanted_output(self, hidden: Tensor, target: Tensor, heads: Tensor) -> tuple[Tensor, Tensor]:
+        """What the output projection's matrix should give for `attend(hidden, heads)` to be `target`, and weights.
+
+        Behind a norm only the direction counts: the wanted vector gets the length that the present one has. Weights
+        [rows, T] make an error count relative to the residual.
+        """
+        change, weight = (target - hidden) / self._multiplier, 1 / target.square().mean(-1).clamp_min(1e-12)
+        if self._norm_attention:
+            with self.precision():
+                size = self.output(heads).float().square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
+            gain, _ = gain_of(self._norm_attention)
+            change = change / gain.where(gain.abs() > 1e-3, torch.inf) * size
+            weight = weight / size[..., 0].square()
+        return change - (0 if self.output.bias is None else self.output.bias), weight
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Attention projections that this layer has (a consumer: q and o), by their name inside the layer."""
-        modules: Iterable[tuple[str, Any]] = [
-            *((name, getattr(self.layer.self_attn, name)) for name in ATTENTION[:3]),
-            ("o_proj", self.o_proj),
-        ]
-        return {
-            f"self_attn.{name}.{kind}": parameter
-            for name, module in modules
-            if isinstance(module, nn.Linear)
-            for kind, parameter in module.named_parameters()
-        }
+        """What matching may change (projections and norms of queries and keys), by name inside the layer."""
+        names = self.names
+        found = {f"{names.attention}.{name}": p for name, p in self.attention.named_parameters()}
+        found |= {f"{names.attention}.{names.output}.{name}": p for name, p in self.output.named_parameters()}
+        return found
+
+
+def gain_of(norm: nn.Module) -> tuple[Tensor, float]:
+    """What a norm multiplies by, per channel, and how much of it is not in its weight (Gemma's weight is gain - 1)."""
+    weight: Any = norm.weight
+    gain = norm(torch.full_like(weight, 1e3, dtype=torch.float32)).float()
+    return gain, round((gain - weight).mean().item())
 
 
 def matmul_dtype(device: str) -> torch.dtype:
     """bfloat16 where the hardware multiplies it faster than float32, else float32."""
     return torch.bfloat16 if has_native_bfloat16(device) else torch.float32
+
+
+def _added(branch: Tensor, norm: nn.Module | None, multiplier: float) -> Tensor:
+    """What a branch adds to the residual stream."""
+    branch = norm(branch.float()) if norm else branch
+    return branch if multiplier == 1 else branch.float() * multiplier
+
+
+def _for_layers(call: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """A recorded call without cache and shared K/V, floating tensors (rotary tables, masks) in the compute dtype."""
+    dropped = ("shared_kv_states", "past_key_values", "layer_past", "use_cache")
+    cast = lambda value: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value  # noqa: E731
+    return {
+        name: tuple(map(cast, value)) if isinstance(value, tuple) else cast(value)
+        for name, value in call.items()
+        if name not in dropped
+    }

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .blocks import Block, Factory, KVSlot, Source, matmul_dtype
+from .blocks import Block, Factory, SharedKV
 from .group_pooling import GroupFit, Pooler
 from .matching import Effort
 from .refit import ridge_towards
+from .shell import Source
 from .streams import SecondMoment, Store, batches
 from .teacher import Teacher
 
-W_O = "self_attn.o_proj.weight"
 REFIT_STRENGTH = 0.1
 """Ridge of the W_O refit, relative to the mean diagonal. 0.03 to 0.3 measured alike."""
 
@@ -57,11 +57,11 @@ def calibrated_pooling(
         source: lazily read checkpoint.
         config: its config.json.
         kv_source_layers: a validated sharing map.
-        tokens: int64 [rows, T] of calibration text, rows in random order (a small effort uses the first ones only).
+        tokens: int64 [rows, T] of calibration text, rows in random order.
         device: where layers run, `cpu` or `cuda`.
         seed: of the order of rows; the same seed, device and library versions give the same result.
         on_progress: called with (layers done, layers in all).
-        effort: tokens and matching steps; with 0 steps the closed form stays. Default: by device.
+        effort: matching steps; with 0 the closed form stays. Default: by device.
         dtype: of matrix products; default bfloat16 where the hardware has it. Linear algebra is float64 in any case.
         spill: folder for activations that shall not stay in memory.
 
@@ -71,9 +71,7 @@ def calibrated_pooling(
     if tokens.dim() != 2 or not tokens.numel():
         raise InputError("Calibration needs tokens", why=f"Got a tensor of shape {tuple(tokens.shape)}.")
     effort = effort or Effort.default(device)
-    if effort.max_tokens is not None:
-        tokens = tokens[: max(1, effort.max_tokens // tokens.shape[1])]
-    factory = Factory(source, config, tokens.shape[1], device, dtype or matmul_dtype(device))
+    factory = Factory(source, config, tokens, device, dtype)
     walk = Walk(factory, kv_source_layers, tokens, effort, seed, spill)
     for layer in range(len(kv_source_layers)):
         with torch.no_grad(), _deterministic():
@@ -132,51 +130,52 @@ class Walk:
         assert self._student is not None
         decided = self._decided.pop(layer)
         weights = self._factory.read_layer(layer) | decided
-        block = self._factory.build(layer, weights, consumer=self._map[layer] != layer)
-        heads, decided[W_O] = self._refit(layer, block, weights[W_O])
+        block = self._factory.build(layer, weights, self._groups[self._map[layer]])
+        output = block.names.output_weight
+        heads, decided[output] = self._refit(layer, block, weights[output])
         for part in batches(self._student, self._factory.batch):
             hidden, head = (stream[part].to(self._factory.device) for stream in (self._student, heads))
             self._student[part] = block.mlp(block.attend(hidden, head)).to(self._student.device)
-        return {f"model.layers.{layer}.{name}": tensor.cpu() for name, tensor in decided.items()}
+        return {f"{self._factory.family.layers}.{layer}.{name}": tensor.cpu() for name, tensor in decided.items()}
 
     def _refit(self, layer: int, block: Block, output: Tensor) -> tuple[Tensor, Tensor]:
-        """Regress the teacher's post-attention residual minus the student's stream on the student's heads.
+        """Regress what would bring the student onto the teacher's post-attention residual on the student's heads.
 
-        Tokens are weighted by the inverse mean square of the residual. Returns the heads, whose stream is needed again,
-        and the new W_O, which the block has, too.
+        Returns the heads, whose stream is needed again, and the new W_O, which the block has, too.
         """
         assert self._student is not None
         gram, cross = SecondMoment(), SecondMoment()
-        heads = self._store.empty(*self._student.shape[:2], block.o_proj.in_features, dtype=self._factory.dtype)
-        bias = 0 if block.o_proj.bias is None else block.o_proj.bias
+        heads = self._store.empty(*self._student.shape[:2], block.output.in_features, dtype=self._factory.dtype)
         for part in batches(self._student, self._factory.batch):
             hidden, target = (s[part].to(self._factory.device) for s in (self._student, self._teacher.residuals[layer]))
-            slot = self._slot(layer, part)
-            head = block.heads(block.norm_in(hidden), slot)
-            self._keep(layer, part, slot)
+            shared = self._shared(layer, part)
+            head = block.heads(block.norm_in(hidden), shared)
+            self._keep(layer, part, shared)
             heads[part] = head.to(heads.device, heads.dtype)
-            weight = 1 / target.square().mean(-1).clamp_min(1e-12)
+            wanted, weight = block.wanted_output(hidden, target, head)
             gram.add(head, head, weight)
-            cross.add(head, target - hidden - bias, weight)
+            cross.add(head, wanted, weight)
         output = ridge_towards(output.double(), gram.value, cross.value, REFIT_STRENGTH).float()
-        block.o_proj.weight.data = output.to(self._factory.dtype)
+        block.output.weight.data = output.to(self._factory.dtype)
         return heads, output
 
-    def _slot(self, layer: int, part: slice) -> KVSlot:
-        """What the layer's attention reads: its own K/V, or its owner's."""
-        if self._map[layer] == layer:
-            return KVSlot()
-        return KVSlot(*(tensor[part].to(self._factory.device) for tensor in self._kv[self._map[layer]]))
+    def _shared(self, layer: int, part: slice) -> SharedKV:
+        """What a consumer's attention reads; an owner writes into it."""
+        owner = self._map[layer]
+        if owner == layer:
+            return {}
+        keys, values = (tensor[part].to(self._factory.device) for tensor in self._kv[owner])
+        return {owner: (keys, values)}
 
-    def _keep(self, layer: int, part: slice, slot: KVSlot) -> None:
+    def _keep(self, layer: int, part: slice, shared: SharedKV) -> None:
         """Keep an owner's K/V if somebody reads them."""
         if self._map[layer] != layer or len(self._groups[layer]) == 1:
             return
-        assert slot.keys is not None and slot.values is not None and self._student is not None
+        assert self._student is not None
         if layer not in self._kv:
-            shape, dtype = (self._student.shape[0], *slot.keys.shape[1:]), self._factory.dtype
+            shape, dtype = (self._student.shape[0], *shared[layer][0].shape[1:]), self._factory.dtype
             self._kv[layer] = self._store.empty(*shape, dtype=dtype), self._store.empty(*shape, dtype=dtype)
-        for kept, new in zip(self._kv[layer], (slot.keys, slot.values), strict=True):
+        for kept, new in zip(self._kv[layer], shared[layer], strict=True):
             kept[part] = new.to(kept.device, kept.dtype)
 
 

@@ -41,6 +41,10 @@ class Projections:
     v: Tensor
     o: Tensor
 
+    def to(self, device: torch.device) -> "Projections":
+        """The same on another device."""
+        return Projections(*(tensor.to(device) for tensor in (self.q, self.k, self.v, self.o)))
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -116,9 +120,7 @@ def fit_group(
     spread = (moments.owner - (1 - mean_weight) * moments.owner_mean.outer(moments.owner_mean)).cpu()
     second = _second_moments(shape, members, moments, keys, values, spread)
     permutations = [_match(second, index) for index in range(len(members))]
-    return _assemble(
-        second, [Projections(m.q.cpu(), m.k.cpu(), m.v.cpu(), m.o.cpu()) for m in members], keys, values, permutations
-    )
+    return _assemble(second, [member.to(torch.device("cpu")) for member in members], keys, values, permutations)
 
 
 def _second_moments(

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from .attention_weights import AttentionWeights, expand, has_biases
 from .blocks import Block, Factory
-from .group_fit import HeadShape, Moments, Projections, fit_group
+from .group_fit import ClosedForm, HeadShape, Moments, fit_group
 from .matching import Effort, Member, match_group
+from .norms import temperature_error
 from .streams import SecondMoment, batches
 from .teacher import Teacher
 
@@ -27,6 +28,8 @@ class GroupFit:
     """Share of the W_O-weighted value energy that the closed form keeps."""
     damage: float
     """Relative squared error of the members' normed post-attention residual on calibration text, after matching."""
+    temperature_error: float | None
+    """Families with norms on queries and keys: what of the closed form does not fold, in nats (see `norms`)."""
 
 
 class Pooler:
@@ -34,41 +37,33 @@ class Pooler:
 
     def __init__(self, factory: Factory, teacher: Teacher, effort: Effort, seed: int) -> None:
         self._factory, self._teacher, self._effort, self._seed = factory, teacher, effort, seed
-        config, self._batch = factory.config, factory.batch
-        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self._shape = HeadShape(config.num_attention_heads, config.num_key_value_heads, dim, factory.rotary_dim)
 
     def pool(self, group: Sequence[int], student: Tensor) -> tuple[dict[int, dict[str, Tensor]], GroupFit]:
         """New attention weights per layer (a consumer has no k and v), by their name inside the layer."""
-        owner = group[0]
         self._teacher.upto(group[-1])
         weights = {layer: self._factory.read_layer(layer, mlp=False) for layer in group}
-        biased = has_biases(weights[owner])
-        moments = self._moments(weights, biased, student)
-        closed = fit_group(self._shape, [projections(weights[layer], biased) for layer in group], moments)
-        blocks = []
-        for layer, member in zip(group, closed.members, strict=True):
-            new = weights[layer] | {k: v.to(self._factory.device) for k, v in tensors_of(member, biased).items()}
-            blocks.append(self._factory.build(layer, new, consumer=layer != owner, training=True))
-        decided, damage = self.match(blocks, group, student)
+        blocks = [self._factory.build(layer, weights[layer]) for layer in group]
+        sources = [AttentionWeights.of(block, weights[layer]) for block, layer in zip(blocks, group, strict=True)]
+        with_bias = has_biases(weights[group[0]], f"{blocks[0].names.attention}.")
+        moments = self._moments(blocks, group, with_bias, student)
+        linear = [source.linear(second) for source, second in zip(sources, moments.member, strict=True)]
+        shape = self._shape(group[0])
+        closed = fit_group(shape, linear, moments)
+        seconds = [moments.owner, *moments.member[1:]]  # of what each member will see, as far as is known yet
+        new = [
+            source.with_linear(wanted.to(second.device), shape, permutation, second, keys=i == 0)
+            for i, (source, wanted, permutation, second) in enumerate(
+                zip(sources, closed.members, closed.permutations, seconds, strict=True)
+            )
+        ]
+        ready = [
+            self._factory.build(layer, weights[layer] | attention.tensors(block, weights[layer]), group, training=True)
+            for layer, block, attention in zip(group, blocks, new, strict=True)
+        ]
+        error = self._temperature_error(group, sources, new, closed, seconds) if new[0].norms else None
+        decided, damage = self.match(ready, group, student)
         permutations = dict(zip(group, closed.permutations, strict=True))
-        return decided, GroupFit(tuple(group), permutations, closed.captured_k, closed.captured_v, damage)
-
-    def _moments(self, weights: dict[int, dict[str, Tensor]], biased: bool, student: Tensor) -> Moments:
-        """Moments of the normed inputs: the owner's in the student, the members' in the teacher."""
-        blocks = {layer: self._factory.build(layer, tensors) for layer, tensors in weights.items()}
-        owner, *_ = blocks
-        own, cross, member = SecondMoment(), [SecondMoment() for _ in blocks], [SecondMoment() for _ in blocks]
-        mean = SecondMoment()
-        for part in batches(student, self._batch):
-            x = _append_one(blocks[owner].norm_in(student[part].to(self._factory.device)), biased)
-            own.add(x, x)
-            mean.add(x, torch.ones_like(x[..., :1]))
-            for i, (layer, block) in enumerate(blocks.items()):
-                y = _append_one(block.norm_in(self._teacher.inputs[layer][part].to(x.device)), biased)
-                cross[i].add(x, y)
-                member[i].add(y, y)
-        return Moments(own.value, mean.value[:, 0], [c.value for c in cross], [m.value for m in member])
+        return decided, GroupFit(tuple(group), permutations, closed.captured_k, closed.captured_v, damage, error)
 
     def match(
         self, blocks: Sequence[Block], group: Sequence[int], student: Tensor
@@ -81,38 +76,46 @@ class Pooler:
         trained = [{name: p.data for name, p in block.trainable().items()} for block in blocks]
         return dict(zip(group, trained, strict=True)), damage
 
+    def _shape(self, layer: int) -> HeadShape:
+        config = self._factory.config
+        heads = config.num_attention_heads
+        dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return HeadShape(heads, self._factory.kv_heads, dim, self._factory.rotary_dim(layer))
 
-def has_biases(weights: dict[str, Tensor]) -> bool:
-    """Whether q, k and v have biases. Raises InputError if only some do."""
-    found = {f"self_attn.{name}_proj.bias" in weights for name in "qkv"}
-    if len(found) > 1:
-        raise InputError(
-            "--init calibrated needs biases on all of q_proj, k_proj and v_proj, or on none",
-            fix="Use --init mean.",
-        )
-    return found.pop()
+    def _moments(self, blocks: Sequence[Block], group: Sequence[int], with_bias: bool, student: Tensor) -> Moments:
+        """Moments of the normed inputs: the owner's in the student, the members' in the teacher."""
+        own, mean = SecondMoment(), SecondMoment()
+        cross, member = [SecondMoment() for _ in blocks], [SecondMoment() for _ in blocks]
+        for part in batches(student, self._factory.batch):
+            x = _append_one(blocks[0].norm_in(student[part].to(self._factory.device)), with_bias)
+            own.add(x, x)
+            mean.add(x, torch.ones_like(x[..., :1]))
+            for i, (layer, block) in enumerate(zip(group, blocks, strict=True)):
+                y = _append_one(block.norm_in(self._teacher.inputs[layer][part].to(x.device)), with_bias)
+                cross[i].add(x, y)
+                member[i].add(y, y)
+        return Moments(own.value, mean.value[:, 0], [c.value for c in cross], [m.value for m in member])
+
+    def _temperature_error(
+        self,
+        group: Sequence[int],
+        before: Sequence[AttentionWeights],
+        after: Sequence[AttentionWeights],
+        closed: ClosedForm,
+        seconds: Sequence[Tensor],
+    ) -> float:
+        """Mean over the members of `temperature_error` of their queries, on the first rows of the teacher's streams."""
+        shape, errors = self._shape(group[0]), []
+        for i, layer in enumerate(group):
+            block = self._factory.build(layer, self._factory.read_layer(layer, mlp=False))
+            x = block.norm_in(self._teacher.inputs[layer][:1].to(self._factory.device)).double().flatten(0, 1)
+            old, new = before[i].norm_inputs(seconds[i])["q"], after[i].projections.q
+            x = _append_one(x, old.shape[1] > x.shape[1])
+            order = expand(torch.tensor(closed.permutations[i]), shape.repeat)
+            old = old.view(len(order), shape.head_dim, -1)[order].flatten(0, 1)
+            errors.append(temperature_error(x, old, new, len(after[i].norms["q"].gain)))
+        return sum(errors) / len(errors)
 
 
-def projections(weights: dict[str, Tensor], biased: bool) -> Projections:
-    """float64 projections of a layer; biases become the last column of q, k and v."""
-    parts = [weights[f"self_attn.{name}_proj.weight"].double() for name in "qkvo"]
-    if biased:
-        for i, name in enumerate("qkv"):
-            bias = weights[f"self_attn.{name}_proj.bias"].double()
-            parts[i] = torch.cat([parts[i], bias[:, None]], 1)
-    return Projections(*parts)
-
-
-def tensors_of(member: Projections, biased: bool) -> dict[str, Tensor]:
-    """The inverse of `projections`, float32."""
-    tensors = {"self_attn.o_proj.weight": member.o.float()}
-    for name, value in (("q", member.q), ("k", member.k), ("v", member.v)):
-        weight = value[:, :-1] if biased else value
-        tensors[f"self_attn.{name}_proj.weight"] = weight.float().contiguous()
-        if biased:
-            tensors[f"self_attn.{name}_proj.bias"] = value[:, -1].float().contiguous()
-    return tensors
-
-
-def _append_one(x: Tensor, biased: bool) -> Tensor:
-    return torch.cat([x, torch.ones_like(x[..., :1])], -1) if biased else x
+def _append_one(x: Tensor, with_bias: bool) -> Tensor:
+    return torch.cat([x, torch.ones_like(x[..., :1])], -1) if with_bias else x

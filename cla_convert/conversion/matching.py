@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .blocks import Block, KVSlot
+from .blocks import Block, SharedKV
 
 LEARNING_RATE = 0.02
 MOMENTUM = 0.9
@@ -82,15 +82,16 @@ def mismatch(block: Block, residual: Tensor, target: Tensor) -> Tensor:
 
     The norm makes every token count alike; massive activations would otherwise dominate.
     """
-    wanted = block.norm_mid(target)
-    return (block.norm_mid(residual) - wanted).square().mean() / wanted.square().mean()
+    wanted = block.view(target)
+    return (block.view(residual) - wanted).square().mean() / wanted.square().mean()
 
 
 def _loss(members: Sequence[Member], rows: Tensor) -> Tensor:
-    slot, losses = KVSlot(), []
+    shared: SharedKV = {}
+    losses = []
     for member in members:
         inputs, targets = (t[rows.to(t.device)].to(member.block.device) for t in (member.inputs, member.targets))
-        heads = member.block.heads(member.block.norm_in(inputs), slot)
+        heads = member.block.heads(member.block.norm_in(inputs), shared)
         losses.append(mismatch(member.block, member.block.attend(inputs, heads), targets))
     return torch.stack(losses).sum()
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .blocks import Block, Factory, KVSlot, Source, matmul_dtype
+from .blocks import Block, Factory, SharedKV
 from .group_pooling import Pooler
 from .matching import Effort
+from .shell import Source
 from .streams import Store
 from .teacher import Teacher
 
@@ -106,7 +107,7 @@ def measure_damage(
     if tokens.dim() != 2 or tokens.shape[0] <= probe_rows:
         raise InputError(f"Choosing a sharing map needs more than {probe_rows} rows of calibration text")
     effort = effort or (Effort(20, 8192, 32_768) if torch.device(device).type == "cuda" else Effort(4, 2048, 8192))
-    factory = Factory(source, config, tokens.shape[1], device, matmul_dtype(device))
+    factory = Factory(source, config, tokens, device)
     fit, probe = tokens[:-probe_rows], tokens[-probe_rows:]
     fit = fit[: max(1, (effort.max_tokens or fit.numel()) // fit.shape[1])]
     with torch.no_grad():
@@ -125,49 +126,49 @@ class _Race:
 
     def __init__(self, factory: Factory, pooler: Pooler, teacher: Teacher, probe: Tensor) -> None:
         self._factory, self._pooler, self._teacher, self._probe = factory, pooler, teacher, probe
-        self._clean = factory.embed(probe).to(factory.device)
+        self._clean = factory.shell.embed(probe)
         self._streams: dict[tuple[int, ...], Tensor] = {}
         self._weights: dict[tuple[int, ...], dict[int, dict[str, Tensor]]] = {}
-        self._slots: dict[tuple[int, ...], KVSlot] = {}
+        self._shared: dict[tuple[int, ...], SharedKV] = {}
 
     def step(self, layer: int, starting: Sequence[tuple[int, ...]]) -> None:
         """Pool the groups that start here; move all streams past the layer."""
         self._teacher.upto(layer)
         for group in starting:
             self._weights[group], _ = self._pooler.pool(group, self._teacher.inputs[layer])
-            self._streams[group], self._slots[group] = self._clean, KVSlot()
+            self._streams[group], self._shared[group] = self._clean, {}
         weights = self._factory.read_layer(layer)
         unchanged = self._factory.build(layer, weights)
         for group, stream in self._streams.items():
-            block, slot = unchanged, KVSlot()
+            block, shared = unchanged, {}
             if layer in group:
                 changed = weights | self._weights[group].pop(layer)
-                block, slot = self._factory.build(layer, changed, consumer=layer != group[0]), self._slots[group]
+                block, shared = self._factory.build(layer, changed, group), self._shared[group]
             if layer == group[-1]:
-                self._slots.pop(group)
-            self._streams[group] = _through(block, stream, slot)
-        self._clean = _through(unchanged, self._clean, KVSlot())
+                self._shared.pop(group)
+            self._streams[group] = _through(block, stream, shared)
+        self._clean = _through(unchanged, self._clean, {})
         self._teacher.release(layer)
 
     def finish(self) -> list[Damage]:
         """Compare next-token distributions, one row at a time."""
         kl, nll = dict.fromkeys(self._streams, 0.0), dict.fromkeys(self._streams, 0.0)
-        head = self._factory.head()
+        head = self._factory.shell.head(self._factory.dtype)
         rows, length = self._probe.shape
         for row in range(rows):
             labels = self._probe[row, 1:, None].to(self._factory.device)
-            wanted = head(self._clean[row, :-1])
+            wanted = head(self._clean[row : row + 1])[0, :-1]
             base = wanted.gather(1, labels).sum().item()
             for group, stream in self._streams.items():
-                found = head(stream[row, :-1])
+                found = head(stream[row : row + 1])[0, :-1]
                 kl[group] += (wanted.exp() * (wanted - found)).sum().item()
                 nll[group] += base - found.gather(1, labels).sum().item()
         count = rows * (length - 1)
         return [Damage(group, kl[group] / count, nll[group] / count) for group in kl]
 
 
-def _through(block: Block, stream: Tensor, slot: KVSlot) -> Tensor:
-    return block.mlp(block.attend(stream, block.heads(block.norm_in(stream), slot)))
+def _through(block: Block, stream: Tensor, shared: SharedKV) -> Tensor:
+    return block.mlp(block.attend(stream, block.heads(block.norm_in(stream), shared)))
 
 
 def _by_kind(kinds: Sequence[str]) -> list[list[int]]:

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .blocks import Factory, KVSlot
+from .blocks import Factory
 from .streams import Store, batches
 
 
@@ -12,7 +12,8 @@ class Teacher:
     def __init__(self, factory: Factory, tokens: Tensor, store: Store) -> None:
         self._factory, self._store, self._next = factory, store, 0
         first = store.empty(*tokens.shape, factory.config.hidden_size)
-        first.copy_(factory.embed(tokens))
+        for part in batches(tokens, factory.batch):
+            first[part] = factory.shell.embed(tokens[part]).to(first.device)
         self.inputs: dict[int, Tensor] = {0: first}
         """Layer -> stream it reads."""
         self.residuals: dict[int, Tensor] = {}
@@ -26,7 +27,7 @@ class Teacher:
             residual, output = (self._store.empty(*hidden.shape) for _ in range(2))
             for part in batches(hidden, self._factory.batch):
                 h = hidden[part].to(self._factory.device)
-                r = block.attend(h, block.heads(block.norm_in(h), KVSlot()))
+                r = block.attend(h, block.heads(block.norm_in(h), {}))
                 residual[part] = r.to(residual.device)
                 output[part] = block.mlp(r).to(output.device)
             self.residuals[index], self.inputs[index + 1] = residual, output

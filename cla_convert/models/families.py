@@ -11,6 +11,28 @@ CODE_FOLDER = Path(__file__).parent
 
 
 @dataclass(frozen=True)
+class BlockNames:
+    """Where a decoder layer keeps its parts, by their name inside the layer; None for what a family lacks."""
+
+    attention: str = "self_attn"
+    output: str = "o_proj"
+    """Output projection, inside the attention."""
+    norm_in: str | None = "input_layernorm"
+    """Before the attention."""
+    norm_mid: str | None = "post_attention_layernorm"
+    """Between the residual after attention and the MLP."""
+    norm_attention: str | None = None
+    """On what the attention adds to the residual stream."""
+    norm_mlp: str | None = None
+    """On what the MLP adds."""
+
+    @property
+    def output_weight(self) -> str:
+        """Name of W_O."""
+        return f"{self.attention}.{self.output}.weight"
+
+
+@dataclass(frozen=True)
 class Family:
     """One row: the transformers family and the CLA code that replaces it.
 
@@ -27,6 +49,11 @@ class Family:
     """Names of the tensors that calibrated pooling may change; group 1 is the layer."""
     layer: re.Pattern[str] = re.compile(r"^model\.layers\.(\d+)\.")
     """Names of the tensors of a layer; group 1 is its number."""
+
+    layers: str = "model.layers"
+    """Name of the list of decoder layers."""
+    block: BlockNames = BlockNames()
+    """Names inside a decoder layer."""
 
     @property
     def cla_type(self) -> str:

@@ -178,13 +178,6 @@ def test_bfloat16_products_stay_close(tokens: Tensor) -> None:
     assert damage[1] == pytest.approx(damage[0], rel=0.1)
 
 
-def test_families_that_normalise_queries_are_refused(tokens: Tensor) -> None:
-    source = Memory(source_model())
-    source.tensors["model.layers.0.self_attn.q_norm.weight"] = torch.ones(8)
-    with pytest.raises(InputError, match="normalise queries"):
-        next(calibrated_pooling(source, source.config, [0, 0, 2, 2, 4, 4], tokens))
-
-
 def test_no_tokens_are_refused() -> None:
     source = Memory(source_model())
     with pytest.raises(InputError, match="needs tokens"):

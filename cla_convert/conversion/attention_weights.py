@@ -1,0 +1,95 @@
+"""A layer's attention weights as the linear maps that calibrated pooling works on, and back."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from .blocks import Block, gain_of
+from .group_fit import HeadShape, Projections
+from .norms import Norm
+
+
+@dataclass(frozen=True)
+class AttentionWeights:
+    """One layer's attention: float64 projections, biases as the last column of q, k and v, and norms if it has some."""
+
+    projections: Projections
+    norms: dict[str, Norm]
+    """Of `q` and `k`; empty in most families."""
+
+    @classmethod
+    def of(cls, block: Block, weights: Mapping[str, Tensor]) -> "AttentionWeights":
+        """From a layer's weights by name; `block` was built from them."""
+        prefix = f"{block.names.attention}."
+        parts = [weights[f"{prefix}{name}_proj.weight"].double() for name in "qkv"]
+        if has_biases(weights, prefix):
+            biases = (weights[f"{prefix}{name}_proj.bias"].double() for name in "qkv")
+            parts = [torch.cat([part, bias[:, None]], 1) for part, bias in zip(parts, biases, strict=True)]
+        modules = {name: getattr(block.attention, f"{name}_norm", None) for name in "qk"}
+        norms = {name: Norm(gain_of(module)[0].double()) for name, module in modules.items() if module is not None}
+        q, k, v = parts
+        return cls(Projections(q, k, v, weights[block.names.output_weight].double()), norms)
+
+    def linear(self, second: Tensor) -> Projections:
+        """Stand-ins without norms, for inputs x with E[x x^T] = `second`."""
+        maps = {name: norm.linear(getattr(self.projections, name), second) for name, norm in self.norms.items()}
+        return replace(self.projections, **maps)
+
+    def norm_inputs(self, second: Tensor) -> dict[str, Tensor]:
+        """What the norms see, as rows scaled to a mean square of 1."""
+        weights = {name: getattr(self.projections, name) for name in self.norms}
+        return {name: self.norms[name].scale(weight, second)[:, None] * weight for name, weight in weights.items()}
+
+    def with_linear(
+        self, wanted: Projections, shape: HeadShape, permutation: Sequence[int], second: Tensor, *, keys: bool
+    ) -> "AttentionWeights":
+        """Weights and norms that give about the stand-ins `wanted`.
+
+        Args:
+            wanted: what pooling found.
+            shape: sizes.
+            permutation: which KV head of this layer sits on each shared head.
+            second: E[x x^T].
+            keys: whether the layer owns its keys; a consumer's norm of keys goes.
+        """
+        before, kv_order = self.linear(second), torch.tensor(permutation)
+        orders = {"q": expand(kv_order, shape.repeat), "k": kv_order}
+        maps, norms = {}, {}
+        for name in self.norms if keys else self.norms.keys() - {"k"}:
+            maps[name], norms[name] = self.norms[name].split(
+                getattr(wanted, name), getattr(before, name), second, shape.head_dim, shape.rotary_dim, orders[name]
+            )
+        return AttentionWeights(replace(wanted, **maps), norms)
+
+    def tensors(self, block: Block, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of `of`, float32, by name."""
+        prefix = f"{block.names.attention}."
+        tensors = {block.names.output_weight: self.projections.o}
+        for name in "qkv":
+            weight = getattr(self.projections, name)
+            if has_biases(weights, prefix):
+                weight, tensors[f"{prefix}{name}_proj.bias"] = weight[:, :-1], weight[:, -1]
+            tensors[f"{prefix}{name}_proj.weight"] = weight
+        for name, norm in self.norms.items():
+            _, offset = gain_of(getattr(block.attention, f"{name}_norm"))
+            tensors[f"{prefix}{name}_norm.weight"] = norm.gain - offset
+        return {name: tensor.to(block.device, torch.float32).contiguous() for name, tensor in tensors.items()}
+
+
+def expand(order: Tensor, repeat: int) -> Tensor:
+    """Order of query heads that goes with an order of KV heads."""
+    return (order[:, None] * repeat + torch.arange(repeat)).flatten()
+
+
+def has_biases(weights: Mapping[str, Tensor], prefix: str) -> bool:
+    """Whether q, k and v have biases. Raises InputError if only some do."""
+    found = {f"{prefix}{name}_proj.bias" in weights for name in "qkv"}
+    if len(found) > 1:
+        raise InputError(
+            "--init calibrated needs biases on all of q_proj, k_proj and v_proj, or on none",
+            fix="Use --init mean.",
+        )
+    return found.pop()
