@@ -5,7 +5,8 @@ from typing import Any
 
 from ..errors import ClaError, InputError
 from ..models.checkpoint import FLOATING, Checkpoint
-from ..models.families import AttentionShape, family_of, shape_of
+from ..models.families import family_of
+from ..models.shape import AttentionShape, shape_of
 from ..models.source import resolve_source
 from .sharing import groups_of, sharing_map
 

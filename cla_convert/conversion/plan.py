@@ -7,9 +7,12 @@ from typing import Any
 from ..console import human_bytes, human_count
 from ..errors import InputError
 from ..models.checkpoint import ELEMENT_SIZE, FLOATING, Checkpoint
-from ..models.families import AttentionShape, Family, family_of, shape_of
+from ..models.families import KV_MODULES, Family, family_of
+from ..models.shape import AttentionShape, shape_of
 from .sharing import groups_of, picture, sharing_map
 
+_COMPUTED = "rotary_emb.inv_freq"
+"""Ends the names of tensors that old checkpoints store and transformers computes."""
 _DTYPES = {name: code for code, name in FLOATING.items()}
 
 
@@ -120,7 +123,7 @@ def make_plan(
         tensors = _fitted(tensors, family, sources)
     else:
         calibration_tokens = 0
-    source_dtype = checkpoint.tensors[next(t.name for t in tensors if family.kv_projection.match(t.name))].dtype
+    source_dtype = checkpoint.tensors[family.tensor(0, "k_proj")].dtype
     out_dtype = FLOATING[source_dtype] if dtype == "auto" else dtype
     size = ELEMENT_SIZE[_DTYPES[out_dtype]]
     numel = {name: info.numel for name, info in checkpoint.tensors.items()}
@@ -153,32 +156,40 @@ def _plan_tensors(
     checkpoint: Checkpoint, family: Family, shape: AttentionShape, sources: list[int]
 ) -> list[TensorPlan]:
     """One entry per tensor of the source: first those outside the layers, then layer by layer."""
-    consumers_of = {group[0]: group for group in groups_of(sources)}
-    by_place = {}
-    for name in checkpoint.tensors:
-        layer = int(match[1]) if (match := family.layer.match(name)) else None
-        if match := family.kv_projection.match(name):
-            by_place[(layer, match[2])] = name
-    if missing := [i for i in range(shape.num_layers) if (i, "k_proj.weight") not in by_place]:
-        raise InputError(
-            f"Layer {missing[0]} has no k_proj.weight",
-            why=f"A {shape.model_type} checkpoint has one in every layer.",
-            fix="Check that the checkpoint is whole and that config.json belongs to it.",
-        )
+    _check_projections(checkpoint, family, shape)
+    groups = {group[0]: group for group in groups_of(sources)}
     tensors = []
     for name in checkpoint.tensors:
-        layer = int(match[1]) if (match := family.layer.match(name)) else None
-        kv = family.kv_projection.match(name)
-        if name.endswith("rotary_emb.inv_freq"):  # old checkpoints store what transformers computes
+        place = family.place(name)
+        layer = place.layer if place else None
+        if name.endswith(_COMPUTED):
             tensors.append(TensorPlan(name, layer, "drop"))
-        elif kv is None or layer is None or len(consumers_of.get(sources[layer], [])) == 1:
+        elif place is None or place.module not in KV_MODULES or len(groups.get(sources[place.layer], [])) == 1:
             tensors.append(TensorPlan(name, layer, "keep"))
-        elif sources[layer] != layer:
+        elif sources[place.layer] != place.layer:
             tensors.append(TensorPlan(name, layer, "drop"))
         else:
-            members = tuple(by_place[(member, kv[2])] for member in consumers_of[layer])
+            members = tuple(family.tensor(member, place.module, place.part) for member in groups[place.layer])
             tensors.append(TensorPlan(name, layer, "pool", members))
     return sorted(tensors, key=lambda tensor: -1 if tensor.layer is None else tensor.layer)
+
+
+def _check_projections(checkpoint: Checkpoint, family: Family, shape: AttentionShape) -> None:
+    """Every layer has the q, k and v that config.json describes, so that any two layers can be pooled."""
+    for layer in range(shape.num_layers):
+        for module, rows in shape.projection_rows.items():
+            info = checkpoint.tensors.get(family.tensor(layer, module))
+            if info is None:
+                raise InputError(
+                    f"Layer {layer} has no {module}.weight",
+                    why=f"A {shape.model_type} checkpoint has one in every layer.",
+                    fix="Check that the checkpoint is whole and that config.json belongs to it.",
+                )
+            if info.shape[0] != rows:
+                raise InputError(
+                    f"{family.tensor(layer, module)} has {info.shape[0]} rows where config.json promises {rows}",
+                    fix="Check that config.json belongs to the weights.",
+                )
 
 
 def _fitted(tensors: list[TensorPlan], family: Family, sources: list[int]) -> list[TensorPlan]:
@@ -186,8 +197,9 @@ def _fitted(tensors: list[TensorPlan], family: Family, sources: list[int]) -> li
     first = min((source for layer, source in enumerate(sources) if source != layer), default=len(sources))
 
     def refit(tensor: TensorPlan) -> TensorPlan:
-        changes = tensor.layer is not None and tensor.layer >= first and tensor.action != "drop"
-        return replace(tensor, action="fit") if changes and family.attention.match(tensor.name) else tensor
+        place = family.place(tensor.name)
+        changes = place is not None and place.layer >= first and place.module in family.attention_modules
+        return replace(tensor, action="fit") if changes and tensor.action != "drop" else tensor
 
     return [refit(tensor) for tensor in tensors]
 

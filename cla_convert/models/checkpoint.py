@@ -6,12 +6,15 @@ model of any size without loading it and must name what is wrong with a broken f
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
+from .families import FAMILIES, Family
+from .shape import shape_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +34,10 @@ class TensorInfo:
     dtype: str
     """safetensors' name: F32, BF16, ..."""
     shape: tuple[int, ...]
+    fused: str | None = None
+    """Name of the stored tensor of which this is a block of rows."""
+    first_row: int = 0
+    """Where that block begins."""
 
     @property
     def numel(self) -> int:
@@ -45,7 +52,10 @@ class TensorInfo:
 
 @dataclass
 class Checkpoint:
-    """A model folder with config.json and safetensors weights (single or sharded)."""
+    """A model folder with config.json and safetensors weights (single or sharded).
+
+    A projection that a family stores fused is shown as q_proj, k_proj and v_proj, so that nobody else knows of it.
+    """
 
     folder: Path
     config: dict[str, Any]
@@ -53,8 +63,13 @@ class Checkpoint:
     _open: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def open(cls, folder: Path) -> "Checkpoint":
-        """Read config.json, the index and all headers. Raises InputError naming the file that is missing or broken."""
+    def open(cls, folder: Path, *, as_stored: bool = False) -> "Checkpoint":
+        """Read config.json, the index and all headers. Raises InputError naming the file that is missing or broken.
+
+        Args:
+            folder: in Hugging Face format.
+            as_stored: show fused projections as they are.
+        """
         config = _read_json(folder / "config.json")
         tensors: dict[str, TensorInfo] = {}
         for file, promised in _weight_files(folder).items():
@@ -66,16 +81,21 @@ class Checkpoint:
                     fix="Download the model again.",
                 )
             tensors |= {name: header[name] for name in (promised or header)}
+        family = FAMILIES.get(str(config.get("model_type")))
+        if family and family.fused and not as_stored:
+            tensors = _split_fused(tensors, family, config)
         return cls(folder, config, tensors)
 
     def read(self, name: str) -> "Tensor":
         """Load one tensor (a copy on the CPU)."""
         from safetensors import safe_open
 
-        file = self.tensors[name].file
-        if file not in self._open:  # one open file: shards are visited in order, and each open one maps its pages
-            self._open = {file: safe_open(self.folder / file, framework="pt")}
-        return self._open[file].get_tensor(name)
+        info = self.tensors[name]
+        if info.file not in self._open:  # one open file: shards are visited in order, and each maps its pages
+            self._open = {info.file: safe_open(self.folder / info.file, framework="pt")}
+        if info.fused:
+            return self._open[info.file].get_slice(info.fused)[info.first_row : info.first_row + info.shape[0]]
+        return self._open[info.file].get_tensor(name)
 
     @property
     def sidecars(self) -> list[Path]:
@@ -124,6 +144,27 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             fix="Use the unquantised checkpoint of this model.",
         )
     return infos
+
+
+def _split_fused(tensors: dict[str, TensorInfo], family: Family, config: dict[str, Any]) -> dict[str, TensorInfo]:
+    """Replace every fused projection by its blocks of rows: q, then k, then v. Raises InputError if they do not fit."""
+    rows = shape_of(config).projection_rows
+    split: dict[str, TensorInfo] = {}
+    for name, info in tensors.items():
+        place = family.place(name)
+        if place is None or place.module != family.fused:
+            split[name] = info
+            continue
+        if info.shape[0] != sum(rows.values()):
+            raise InputError(
+                f"{name} has {info.shape[0]} rows where config.json promises {sum(rows.values())}",
+                why=f"It should hold {', '.join(f'{count} of {module}' for module, count in rows.items())}.",
+                fix="Check that config.json belongs to the weights.",
+            )
+        for (module, count), end in zip(rows.items(), accumulate(rows.values()), strict=True):
+            block = replace(info, shape=(count, *info.shape[1:]), fused=name, first_row=end - count)
+            split[family.tensor(place.layer, module, place.part)] = block
+    return split
 
 
 def _weight_files(folder: Path) -> dict[str, set[str]]:

@@ -15,6 +15,7 @@ class ClaLlamaConfig(LlamaConfig):
     kv_source_layers: list[int] | None = None
 
     def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
         if self.kv_source_layers is None:
             self.kv_source_layers = list(range(self.num_hidden_layers))
         if len(self.kv_source_layers) != self.num_hidden_layers:
@@ -26,7 +27,6 @@ class ClaLlamaConfig(LlamaConfig):
                 raise ValueError(
                     f"kv_source_layers[{layer}] = {source}, which is not an earlier layer that owns its K/V"
                 )
-        super().__post_init__(**kwargs)
 
     @property
     def kv_sharing_modes(self) -> list[str | None]:

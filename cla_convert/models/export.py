@@ -37,12 +37,12 @@ def register() -> None:
 
 
 def cla_classes(family: Family) -> dict[str, Any]:
-    """The CLA classes of a family: `Config`, `Model` and `ForCausalLM`."""
+    """The CLA classes of a family: `Config`, `DecoderLayer`, `Model` and `ForCausalLM`."""
     config, modeling = (importlib.import_module(f"{__package__}.{file.stem}") for file in family.code_files)
+    kinds = ("DecoderLayer", "Model", "ForCausalLM")
     return {
         "Config": getattr(config, family.class_name("Config")),
-        "Model": getattr(modeling, family.class_name("Model")),
-        "ForCausalLM": getattr(modeling, family.class_name("ForCausalLM")),
+        **{kind: getattr(modeling, family.class_name(kind)) for kind in kinds},
     }
 
 
@@ -145,7 +145,7 @@ def export_model(
 
 def check_exportable(tensors: "Mapping[str, torch.Tensor]", template: Path) -> Checkpoint:
     """The template, opened. Raises InputError if it stores a tensor that `tensors` lacks."""
-    source = Checkpoint.open(template)
+    source = Checkpoint.open(template, as_stored=True)
     if missing := source.tensors.keys() - tensors.keys():
         raise InputError(
             f"The model in {template} stores {len(missing)} tensors that it does not use, such as {min(missing)!r}",

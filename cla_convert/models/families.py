@@ -1,13 +1,31 @@
-"""The table of supported families, and what a config.json says about a model's attention. Imports no torch."""
+"""The table of supported families: where their attention lies, and the CLA code that replaces it. Imports no torch.
+
+A new family is one row here, its two code files beside this one, and its name in the tests.
+"""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import InputError
+from . import kinds
+from .kinds import Kinds
 
 CODE_FOLDER = Path(__file__).parent
+KV_MODULES = ("k_proj", "v_proj", "k_norm")
+"""What owners have and consumers lack, by its name inside the attention."""
+
+
+class Place(NamedTuple):
+    """Where a tensor of a layer belongs."""
+
+    layer: int
+    module: str
+    """Name inside the attention, such as `k_proj`; empty for the rest of the layer."""
+    part: str
+    """What follows: `weight` or `bias`."""
 
 
 @dataclass(frozen=True)
@@ -34,21 +52,29 @@ class BlockNames:
 
 @dataclass(frozen=True)
 class Family:
-    """One row: the transformers family and the CLA code that replaces it.
+    """One row: the transformers family and what conversion must know of it.
 
     The two code files `configuration_<cla_type>.py` and `modeling_<cla_type>.py` lie beside this one and are copied
-    into every output.
+    into every output. In the CLA model q, k and v are always separate, as `q_proj`, `k_proj` and `v_proj`.
     """
 
     model_type: str
     class_prefix: str
-    """Prefix of the transformers classes: `Llama` for LlamaConfig, LlamaModel and LlamaForCausalLM."""
-    kv_projection: re.Pattern[str] = re.compile(r"^model\.layers\.(\d+)\.self_attn\.([kv]_proj\.(?:weight|bias))$")
-    """Names of the tensors that owners have and consumers lack; group 1 is the layer, group 2 the rest."""
-    attention: re.Pattern[str] = re.compile(r"^model\.layers\.(\d+)\.self_attn\.[qkvo]_proj\.")
-    """Names of the tensors that calibrated pooling may change; group 1 is the layer."""
-    layer: re.Pattern[str] = re.compile(r"^model\.layers\.(\d+)\.")
-    """Names of the tensors of a layer; group 1 is its number."""
+    """The CLA classes are Cla<prefix>Config, ...DecoderLayer, ...Model and ...ForCausalLM."""
+    kinds: Kinds = kinds.full
+    """config.json (with `defaults`) -> attention kind of each layer."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """What transformers assumes where a config.json leaves it out."""
+    layers: str = "model.layers"
+    """Name of the list of layers."""
+    attention: str = "self_attn"
+    """Name of the attention inside a layer."""
+    o_proj: str = "o_proj"
+    """Name of the output projection inside the attention."""
+    qk_norm: bool = False
+    """Whether the attention has `q_norm` and `k_norm`."""
+    fused: str | None = None
+    """Name inside the attention of one projection whose rows are those of q, then k, then v."""
 
     layers: str = "model.layers"
     """Name of the list of decoder layers."""
@@ -65,6 +91,11 @@ class Family:
         """The modelling code that ships in an output."""
         return [CODE_FOLDER / f"configuration_{self.cla_type}.py", CODE_FOLDER / f"modeling_{self.cla_type}.py"]
 
+    @property
+    def attention_modules(self) -> tuple[str, ...]:
+        """Names inside the attention of all that calibrated pooling may change."""
+        return ("q_proj", "k_proj", "v_proj", self.o_proj, *(("q_norm", "k_norm") if self.qk_norm else ()))
+
     def class_name(self, kind: str) -> str:
         """`class_name("Config")` -> `ClaLlamaConfig`."""
         return f"Cla{self.class_prefix}{kind}"
@@ -78,36 +109,38 @@ class Family:
             "AutoModelForCausalLM": f"{modeling}.{self.class_name('ForCausalLM')}",
         }
 
+    def tensor(self, layer: int, module: str, part: str = "weight") -> str:
+        """`tensor(3, "k_proj")` -> `model.layers.3.self_attn.k_proj.weight`."""
+        return f"{self.layers}.{layer}.{self.attention}.{module}.{part}"
 
-FAMILIES = {family.model_type: family for family in (Family("llama", "Llama"),)}
-
-
-@dataclass(frozen=True)
-class AttentionShape:
-    """What conversion needs to know about a model, read from its config.json."""
-
-    model_type: str
-    num_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    kinds: tuple[str, ...]
-    """Attention kind of each layer; only layers of one kind may share."""
-    kv_source_layers: tuple[int, ...]
-    """Map of the model as it stands: the identity, unless it already shares."""
-
-    @property
-    def is_mha(self) -> bool:
-        """Whether every query head has a KV head of its own."""
-        return self.num_key_value_heads == self.num_attention_heads > 1
-
-    def kv_bytes_per_token(self, element_size: int, owners: int | None = None) -> int:
-        """Bytes of K and V that one token adds to the cache, for `owners` layers (default: as the model stands)."""
-        owners = len(set(self.kv_source_layers)) if owners is None else owners
-        return 2 * owners * self.num_key_value_heads * self.head_dim * element_size
+    def place(self, name: str) -> Place | None:
+        """The reverse of `tensor`, for any tensor of a layer; None outside the layers."""
+        match = re.match(rf"{re.escape(self.layers)}\.(\d+)\.(.*)", name)
+        if match is None:
+            return None
+        inside = re.fullmatch(rf"{self.attention}\.(\w+)\.(\w+)", match[2])
+        return Place(int(match[1]), inside[1] if inside else "", inside[2] if inside else match[2])
 
 
-def family_of(config: dict[str, Any]) -> Family:
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        Family("llama", "Llama"),
+        Family("mistral", "Mistral", kinds.windowed, {"num_key_value_heads": 8, "sliding_window": 4096}),
+        Family(
+            "qwen2", "Qwen2", kinds.late_windows,
+            {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
+        ),
+        Family(
+            "qwen3", "Qwen3", kinds.late_windows,
+            {"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
+            qk_norm=True,
+        ),
+    )
+}  # fmt: skip
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
     """The family of a config.json. Raises InputError naming the architecture and those supported."""
     model_type = str(config.get("model_type", "(none)"))
     if model_type in FAMILIES:
@@ -124,25 +157,3 @@ def family_of(config: dict[str, Any]) -> Family:
         why="Cross-Layer Attention needs modelling code for each family.",
         fix=f"Supported: {', '.join(FAMILIES)}.",
     )
-
-
-def shape_of(config: dict[str, Any]) -> AttentionShape:
-    """Read the attention shape from a config.json. Raises InputError if a size is missing."""
-    try:
-        layers, heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
-        head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
-        kinds = config.get("layer_types") or ["full_attention"] * layers
-        return AttentionShape(
-            model_type=str(config.get("model_type")),
-            num_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=head_dim,
-            kinds=tuple(kinds),
-            kv_source_layers=tuple(config.get("kv_source_layers") or range(layers)),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            "config.json does not describe a decoder-only transformer",
-            why=f"A size is missing or not a number: {error}",
-        ) from error

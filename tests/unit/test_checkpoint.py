@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 from cla_convert.errors import InputError
 from cla_convert.models.checkpoint import INDEX, Checkpoint, read_header
-from cla_convert.models.families import family_of, shape_of
+from cla_convert.models.families import family_of
+from cla_convert.models.shape import shape_of
 from cla_convert.models.source import resolve_source
 from cla_convert.models.writer import MANIFEST, ShardWriter, check_disk, publishing
 from tests.conftest import save_tiny_llama

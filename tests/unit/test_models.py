@@ -3,35 +3,22 @@
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, Trainer, TrainingArguments
-from transformers import LlamaForCausalLM as SourceModel
 
-from cla_convert.models.configuration_cla_llama import ClaLlamaConfig
-from cla_convert.models.modeling_cla_llama import ClaLlamaForCausalLM
-from tests.conftest import byte_tokenizer, tiny_llama_config
+from cla_convert.conversion.sharing import sharing_map
+from cla_convert.models.checkpoint import Checkpoint
+from cla_convert.models.export import register
+from cla_convert.models.families import FAMILIES, KV_MODULES
+from cla_convert.models.shape import shape_of
+from tests.conftest import byte_tokenizer
+from tests.tiny import CASES, cla_model, save_tiny, source_model, tiny_config
 
-MAPS = {
-    "cla2": [0, 0, 2, 2, 4, 4],
-    "cla2-keep-ends": [0, 1, 1, 3, 3, 5],
-    "cla3": [0, 0, 0, 3, 3, 3],
-    "interleaved": [0, 1, 0, 1, 4, 1],
-}
-SHAPES = {
-    "gqa": {},
-    "mqa": {"num_key_value_heads": 1},
-    "biases": {"attention_bias": True, "tie_word_embeddings": False},
-    "odd": {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 48},
-}
+MAPS = {"cla2-keep-ends": [0, 1, 1, 3, 3, 5], "cla3": [0, 0, 0, 3, 3, 3], "interleaved": [0, 1, 0, 1, 4, 1]}
+PATTERNS = ["cla2", "cla3-keep-ends"]
 
 
-def build(sources: list[int] | None, seed: int = 0, **shape) -> ClaLlamaForCausalLM:
-    torch.manual_seed(seed)
-    settings = tiny_llama_config(**shape).to_dict()
-    settings.pop("model_type")
-    model = ClaLlamaForCausalLM(ClaLlamaConfig(**settings, kv_source_layers=sources)).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter, std=0.2)
-    return model
+def share(case: str, pattern: str) -> list[int]:
+    """A named pattern on the layers of a case, whatever their kinds."""
+    return sharing_map(pattern, shape_of(tiny_config(case).to_dict()).kinds)
 
 
 @pytest.fixture
@@ -39,20 +26,27 @@ def ids() -> torch.Tensor:
     return torch.randint(2, 258, (2, 24), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_identity_map_is_the_source_model_exactly(shape, ids):
-    torch.manual_seed(0)
-    source = SourceModel(tiny_llama_config(**SHAPES[shape])).eval()
-    model = build(None, **SHAPES[shape])
-    assert model.load_state_dict(source.state_dict()).missing_keys == []
+def test_every_family_is_tested():
+    assert {family for family, _ in CASES.values()} == FAMILIES.keys()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_identity_map_is_the_source_model_exactly(case, ids, tmp_path):
+    """Through the reader that conversion uses, which splits fused projections."""
+    source = Checkpoint.open(save_tiny(case, tmp_path))
+    model = cla_model(case, None)
+    loaded = model.load_state_dict({name: source.read(name) for name in source.tensors}, strict=False)
+    assert loaded.unexpected_keys == []
+    assert loaded.missing_keys == (["lm_head.weight"] if model.config.tie_word_embeddings else [])
     with torch.inference_mode():
-        assert torch.equal(model(ids).logits, source(ids).logits)
+        assert torch.equal(model(ids).logits, source_model(case)(ids).logits)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("sources", MAPS.values(), ids=MAPS)
-def test_cached_uncached_stepwise_and_static_agree(sources, shape, ids):
-    model = build(sources, **SHAPES[shape]).double()
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_cached_uncached_stepwise_and_static_agree(pattern, case, ids):
+    model = cla_model(case, share(case, pattern)).double()
+    generation = dict(attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
     with torch.inference_mode():
         full = model(ids, use_cache=False).logits
         torch.testing.assert_close(model(ids, use_cache=True).logits, full, rtol=0, atol=0)
@@ -62,20 +56,14 @@ def test_cached_uncached_stepwise_and_static_agree(sources, shape, ids):
             cache = out.past_key_values
             steps.append(out.logits)
         torch.testing.assert_close(torch.cat(steps, 1), full, rtol=1e-6, atol=1e-6)
-        dynamic = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
-        static = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=8,
-            do_sample=False,
-            cache_implementation="static",
-            disable_compile=True,
-        )
+        dynamic = model.generate(ids, **generation)
+        static = model.generate(ids, **generation, cache_implementation="static", disable_compile=True)
     assert torch.equal(dynamic, static)
 
 
-def test_generate_is_greedy_token_by_token(ids):
-    model = build(MAPS["cla2-keep-ends"])
+@pytest.mark.parametrize("case", CASES)
+def test_generate_is_greedy_token_by_token(case, ids):
+    model = cla_model(case, share(case, "cla2-keep-ends"))
     with torch.inference_mode():
         tokens = ids
         for _ in range(8):
@@ -86,23 +74,34 @@ def test_generate_is_greedy_token_by_token(ids):
     assert torch.equal(generated, tokens)
 
 
-@pytest.mark.parametrize("sources", MAPS.values(), ids=MAPS)
-def test_cache_holds_exactly_the_owners(sources, ids):
-    def cache_bytes(model) -> int:
-        with torch.inference_mode():
-            cache = model(ids, use_cache=True).past_key_values
-        states = [state for layer in cache.layers for state in (layer.keys, layer.values) if state is not None]
-        return sum(state.numel() * state.element_size() for state in states)
+@pytest.mark.parametrize("implementation", [None, "static"])
+@pytest.mark.parametrize("case", CASES)
+def test_cache_holds_exactly_the_owners(case, implementation, ids):
+    """Layer by layer: an owner's cache is as large as in the source model, a consumer's is empty."""
 
-    assert cache_bytes(build(sources)) * len(sources) == cache_bytes(build(None)) * len(set(sources))
+    def sizes(model) -> list[int]:
+        cache = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, return_dict_in_generate=True,
+            cache_implementation=implementation, disable_compile=True, eos_token_id=None,
+        ).past_key_values  # fmt: skip
+        states = [[state for state in (layer.keys, layer.values) if state is not None] for layer in cache.layers]
+        return [sum(state.numel() * state.element_size() for state in layer) for layer in states]
+
+    sources = share(case, "cla2-keep-ends")
+    with torch.inference_mode():
+        before, after = sizes(source_model(case)), sizes(cla_model(case, sources))
+    assert min(before) > 0
+    assert after == [size if sources[layer] == layer else 0 for layer, size in enumerate(before)]
 
 
-@pytest.mark.parametrize("sources", MAPS.values(), ids=MAPS)
-def test_gradients_do_not_depend_on_activation_checkpointing(sources, ids):
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_gradients_do_not_depend_on_activation_checkpointing(pattern, case, ids):
     def gradients(checkpointing: bool) -> dict[str, torch.Tensor]:
-        model = build(sources).train()
+        model = cla_model(case, share(case, pattern)).train()
         if checkpointing:
             model.activation_checkpointing_enable()
+        torch.manual_seed(0)  # of dropout
         model(ids, labels=ids, use_cache=False).loss.backward()
         return {name: parameter.grad for name, parameter in model.named_parameters()}
 
@@ -111,32 +110,54 @@ def test_gradients_do_not_depend_on_activation_checkpointing(sources, ids):
         assert torch.equal(gradient, checkpointed[name]), name
 
 
-def test_owners_receive_gradient_through_their_consumers(ids):
-    model = build(MAPS["cla3"])
-    for layer in (0, 3):  # cut the owner's own use of its keys and values
-        torch.nn.init.zeros_(model.model.layers[layer].self_attn.o_proj.weight)
+@pytest.mark.parametrize("case", CASES)
+def test_owners_receive_gradient_through_their_consumers(case, ids):
+    sources = share(case, "cla2")
+    owner = next(source for layer, source in enumerate(sources) if source != layer)
+    model, family = cla_model(case, sources), FAMILIES[CASES[case][0]]
+    parameters = dict(model.named_parameters())
+    torch.nn.init.zeros_(parameters[family.tensor(owner, family.o_proj)])  # cut the owner's own use of its K/V
     model(ids, labels=ids, use_cache=False).loss.backward()
-    assert model.model.layers[0].self_attn.k_proj.weight.grad.abs().sum() > 0
-    assert model.model.layers[3].self_attn.v_proj.weight.grad.abs().sum() > 0
+    for module in ("k_proj", "v_proj"):
+        assert parameters[family.tensor(owner, module)].grad.abs().sum() > 0
 
 
-def test_reentrant_checkpointing_is_refused():
+@pytest.mark.parametrize("case", CASES)
+def test_consumers_have_no_kv_parameters(case):
+    sources, family = share(case, "cla2"), FAMILIES[CASES[case][0]]
+    kept = {family.place(name) for name, _ in cla_model(case, sources).named_parameters()}
+    assert {place.layer for place in kept if place and place.module in KV_MODULES} == set(sources)
+    assert {place.layer for place in kept if place and place.module == "q_proj"} == set(range(len(sources)))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_reentrant_checkpointing_is_refused(case):
     with pytest.raises(ValueError, match="use_reentrant"):
-        build(MAPS["cla2"]).activation_checkpointing_enable({"use_reentrant": True})
+        cla_model(case, share(case, "cla2")).activation_checkpointing_enable({"use_reentrant": True})
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "flex_attention"])
-def test_attention_implementations_agree(implementation, ids):
-    model = build(MAPS["cla2-keep-ends"], head_dim=16)
+@pytest.mark.parametrize("case", CASES)
+def test_attention_implementations_agree(case, ids):
+    model = cla_model(case, share(case, "cla2-keep-ends"))
     with torch.inference_mode():
         model.set_attn_implementation("eager")
         eager = model(ids).logits
-        model.set_attn_implementation(implementation)
+        model.set_attn_implementation("sdpa")
         torch.testing.assert_close(model(ids).logits, eager, rtol=1e-4, atol=1e-5)
 
 
-def test_padding_does_not_change_real_tokens(ids):
-    model = build(MAPS["cla2-keep-ends"])
+def test_flex_attention_agrees(ids):
+    model = cla_model("llama", MAPS["cla2-keep-ends"], head_dim=16)
+    with torch.inference_mode():
+        model.set_attn_implementation("eager")
+        eager = model(ids).logits
+        model.set_attn_implementation("flex_attention")
+        torch.testing.assert_close(model(ids).logits, eager, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_padding_does_not_change_real_tokens(case, ids):
+    model = cla_model(case, share(case, "cla2-keep-ends"))
     padded = torch.cat([torch.full((2, 5), 1), ids], 1)
     mask = torch.cat([torch.zeros(2, 5, dtype=torch.long), torch.ones_like(ids)], 1)
     with torch.inference_mode():
@@ -144,23 +165,29 @@ def test_padding_does_not_change_real_tokens(ids):
         torch.testing.assert_close(out, model(ids).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_consumers_have_no_kv_parameters():
-    names = {name for name, _ in build(MAPS["cla2"], attention_bias=True).named_parameters()}
-    assert "model.layers.0.self_attn.k_proj.bias" in names
-    assert not [name for name in names if name.startswith("model.layers.1.") and ("k_proj" in name or "v_proj" in name)]
-
-
 @pytest.mark.parametrize("sources", [[0, 0, 2], [0, 2, 2, 3, 4, 5], [0, 0, 1, 3, 4, 5], [0, 1, 2, 3, 4, -1]], ids=str)
-def test_impossible_maps_are_refused(sources):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_impossible_maps_are_refused(family, sources):
+    case = next(case for case, (name, _) in CASES.items() if name == family)
     with pytest.raises(ValueError, match="kv_source_layers"):
-        build(sources)
+        cla_model(case, sources)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_layers_of_different_kinds_cannot_share(case):
+    kinds = shape_of(tiny_config(case).to_dict()).kinds
+    other = next((layer for layer, kind in enumerate(kinds) if kind != kinds[0]), None)
+    if other is None:
+        pytest.skip("all layers are of one kind")
+    sources = list(range(len(kinds)))
+    sources[other] = 0
+    with pytest.raises(ValueError, match="kv_source_layers"):
+        cla_model(case, sources)
 
 
 def test_save_and_load_keep_the_map(tmp_path, ids):
-    from cla_convert.models.export import register
-
     register()
-    model = build(MAPS["cla3"])
+    model = cla_model("llama", MAPS["cla3"])
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert loaded.config.kv_source_layers == MAPS["cla3"]
@@ -172,7 +199,7 @@ def test_trains_under_the_stock_trainer(tmp_path):
     rows = [{"input_ids": torch.randint(2, 12, (16,)).tolist()} for _ in range(16)]
     tokenizer = byte_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
-    model = build(MAPS["cla2-keep-ends"], initializer_range=0.02)
+    model = cla_model("llama", MAPS["cla2-keep-ends"], initializer_range=0.02)
     arguments = TrainingArguments(
         output_dir=str(tmp_path), max_steps=12, per_device_train_batch_size=4, learning_rate=1e-2, logging_steps=1,
         gradient_checkpointing=True, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True,

@@ -1,0 +1,70 @@
+"""What a config.json says about a model's attention. Imports no torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import InputError
+from .families import FAMILIES
+from .kinds import SLIDING
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What conversion needs to know about a model, read from its config.json."""
+
+    model_type: str
+    num_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    kinds: tuple[str, ...]
+    """Attention kind of each layer; only layers of one kind may share."""
+    kv_source_layers: tuple[int, ...]
+    """Map of the model as it stands: the identity, unless it already shares."""
+    sliding_window: int | None = None
+    """Tokens that a sliding layer sees, itself included; None without sliding layers."""
+
+    @property
+    def is_mha(self) -> bool:
+        """Whether every query head has a KV head of its own."""
+        return self.num_key_value_heads == self.num_attention_heads > 1
+
+    @property
+    def projection_rows(self) -> dict[str, int]:
+        """Rows of q_proj, k_proj and v_proj."""
+        keys = self.num_key_value_heads * self.head_dim
+        return {"q_proj": self.num_attention_heads * self.head_dim, "k_proj": keys, "v_proj": keys}
+
+    def kv_bytes_per_token(self, element_size: int, owners: int | None = None) -> int:
+        """Bytes of K and V that one token adds to the cache, for `owners` layers (default: as the model stands)."""
+        owners = len(set(self.kv_source_layers)) if owners is None else owners
+        return 2 * owners * self.num_key_value_heads * self.head_dim * element_size
+
+
+def shape_of(config: Mapping[str, Any]) -> AttentionShape:
+    """Read the attention shape from a config.json, of a source or a CLA model. Raises InputError if a size is missing.
+
+    A model of an unsupported family is described as far as the usual keys go.
+    """
+    model_type = str(config.get("model_type"))
+    family = FAMILIES.get(model_type.removeprefix("cla_"))
+    config = {**(family.defaults if family else {}), **config}
+    try:
+        layers, heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
+        kinds = family.kinds(config) if family else config.get("layer_types") or ["full_attention"] * layers
+        return AttentionShape(
+            model_type=model_type,
+            num_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=int(config.get("num_key_value_heads") or heads),
+            head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
+            kinds=tuple(kinds),
+            kv_source_layers=tuple(config.get("kv_source_layers") or range(layers)),
+            sliding_window=config.get("sliding_window") if any(kind.startswith(SLIDING) for kind in kinds) else None,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            "config.json does not describe a decoder-only transformer",
+            why=f"A size is missing or not a number: {error}",
+        ) from error

@@ -1,0 +1,67 @@
+"""A tiny random model of every supported family: 6 layers or so, 4 query heads, windows shorter than the test texts."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from cla_convert.models.export import cla_classes
+from cla_convert.models.families import FAMILIES
+
+COMMON: dict[str, Any] = dict(
+    vocab_size=258, hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, max_position_embeddings=512, bos_token_id=0, eos_token_id=1, pad_token_id=None,
+    initializer_range=0.2,
+)  # fmt: skip
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"tie_word_embeddings": True}),
+    "llama-mqa": ("llama", {"num_key_value_heads": 1}),
+    "llama-biases": ("llama", {"attention_bias": True, "tie_word_embeddings": False}),
+    "llama-odd": ("llama", {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 48}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "mistral-window": ("mistral", {"sliding_window": 8}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}),
+    "qwen3": ("qwen3", {}),
+}
+"""Name of the case -> family and what differs from COMMON."""
+
+
+def tiny_config(case: str, **overrides: Any) -> PreTrainedConfig:
+    """Configuration of the source model."""
+    family, settings = CASES[case]
+    return AutoConfig.for_model(family, **(COMMON | settings | overrides))
+
+
+def shake(model: PreTrainedModel) -> PreTrainedModel:
+    """Biases start at 0 and norms at one value: make all of them count."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator).to(parameter)
+    return model
+
+
+def source_model(case: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """The plain transformers model."""
+    torch.manual_seed(seed)
+    return shake(AutoModelForCausalLM.from_config(tiny_config(case, **overrides))).eval()
+
+
+def cla_model(case: str, sources: list[int] | None, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """The CLA model with a sharing map (None: the identity)."""
+    settings = tiny_config(case, **overrides).to_dict()
+    settings.pop("model_type")
+    classes = cla_classes(FAMILIES[CASES[case][0]])
+    torch.manual_seed(seed)
+    return shake(classes["ForCausalLM"](classes["Config"](**settings, kv_source_layers=sources))).eval()
+
+
+def save_tiny(case: str, folder: Path, **overrides: Any) -> Path:
+    """Save a source model and its tokenizer into `folder`."""
+    from .conftest import byte_tokenizer
+
+    source_model(case, **overrides).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
