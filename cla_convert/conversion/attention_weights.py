@@ -23,7 +23,7 @@ class AttentionWeights:
     @classmethod
     def of(cls, block: Block, weights: Mapping[str, Tensor]) -> "AttentionWeights":
         """From a layer's weights by name; `block` was built from them."""
-        prefix = f"{block.names.attention}."
+        prefix = f"{block.family.attention}."
         parts = [weights[f"{prefix}{name}_proj.weight"].double() for name in "qkv"]
         if has_biases(weights, prefix):
             biases = (weights[f"{prefix}{name}_proj.bias"].double() for name in "qkv")
@@ -31,7 +31,7 @@ class AttentionWeights:
         modules = {name: getattr(block.attention, f"{name}_norm", None) for name in "qk"}
         norms = {name: Norm(gain_of(module)[0].double()) for name, module in modules.items() if module is not None}
         q, k, v = parts
-        return cls(Projections(q, k, v, weights[block.names.output_weight].double()), norms)
+        return cls(Projections(q, k, v, weights[block.family.output_weight].double()), norms)
 
     def linear(self, second: Tensor) -> Projections:
         """Stand-ins without norms, for inputs x with E[x x^T] = `second`."""
@@ -66,8 +66,8 @@ class AttentionWeights:
 
     def tensors(self, block: Block, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inverse of `of`, float32, by name."""
-        prefix = f"{block.names.attention}."
-        tensors = {block.names.output_weight: self.projections.o}
+        prefix = f"{block.family.attention}."
+        tensors = {block.family.output_weight: self.projections.o}
         for name in "qkv":
             weight = getattr(self.projections, name)
             if has_biases(weights, prefix):

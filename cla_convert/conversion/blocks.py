@@ -13,6 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..environment import has_native_bfloat16
+from ..models.kinds import NOPE
+from ..models.shape import shape_of
+from .group_fit import HeadShape
 from .shell import Shell, Source
 
 SharedKV = dict[int, tuple[Tensor, Tensor]]
@@ -38,18 +41,15 @@ class Factory:
         self.batch = 8192 if self.device.type == "cuda" else 2048  # tokens at a time: fills a GPU, fits a CPU's caches
         self.shell = Shell(source, config, tokens, self.device)
         self.source, self.family, self.config = source, self.shell.family, self.shell.config
+        self._attention = shape_of(config)
         self._calls = [_for_layers(call, self.dtype) for call in self.shell.calls]
 
-    def rotary_dim(self, layer: int) -> int:
-        """Channels of a head that RoPE turns in this layer: the first ones."""
+    def head_shape(self, layer: int) -> HeadShape:
+        """Sizes of a layer's attention."""
         positions = self._calls[layer].get("position_embeddings")
-        turns = getattr(self.config, "no_rope_layers", None) or [1] * (layer + 1)
-        return positions[0].shape[-1] if positions is not None and turns[layer] else 0
-
-    @property
-    def kv_heads(self) -> int:
-        """KV heads of an attention layer."""
-        return getattr(self.config, "num_key_value_heads", None) or 1  # GPT-BigCode: multi-query by definition
+        turns = positions is not None and not self._attention.kinds[layer].endswith(NOPE)
+        heads, kv_heads = self._attention.num_attention_heads, self._attention.num_key_value_heads
+        return HeadShape(heads, kv_heads, self._attention.head_dim, positions[0].shape[-1] if turns else 0)
 
     def read_layer(self, index: int, *, mlp: bool = True) -> dict[str, Tensor]:
         """Weights of a layer in float32, by their name inside the layer."""
@@ -79,16 +79,13 @@ class Block:
     """A decoder layer on float32 residual streams [rows, T, hidden]."""
 
     def __init__(self, layer: Any, factory: Factory, call: dict[str, Any]) -> None:
-        self.names = names = factory.family.block
-        part = lambda name: layer.get_submodule(name) if name else None  # noqa: E731
-        self._factory, self._call = factory, call
-        self.attention: Any = layer.get_submodule(names.attention)
-        self._mlp = layer.mlp
-        self._norm_in, self._norm_mid = part(names.norm_in), part(names.norm_mid)
-        self._norm_attention, self._norm_mlp = part(names.norm_attention), part(names.norm_mlp)
+        self.family, self._factory, self._call = factory.family, factory, call
+        norms = (layer.get_submodule(name) if name else None for name in self.family.norms)
+        self._norm_in, self._norm_mid, self._norm_attention, self._norm_mlp = norms
         self._multiplier = getattr(layer, "residual_multiplier", 1.0)
-        self.output: nn.Linear = getattr(self.attention, names.output)
-        setattr(self.attention, names.output, nn.Identity())
+        self._mlp, self.attention = layer.mlp, layer.get_submodule(self.family.attention)
+        self.output: nn.Linear = getattr(self.attention, self.family.o_proj)
+        setattr(self.attention, self.family.o_proj, nn.Identity())
 
     def precision(self) -> torch.autocast:
         """Context of all matrix products: casts the float32 weights of a layer in training."""
@@ -141,10 +138,9 @@ class Block:
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """What matching may change (projections and norms of queries and keys), by name inside the layer."""
-        names = self.names
-        found = {f"{names.attention}.{name}": p for name, p in self.attention.named_parameters()}
-        found |= {f"{names.attention}.{names.output}.{name}": p for name, p in self.output.named_parameters()}
-        return found
+        prefix = self.family.attention
+        found = {f"{prefix}.{name}": p for name, p in self.attention.named_parameters()}
+        return found | {f"{prefix}.{self.family.o_proj}.{name}": p for name, p in self.output.named_parameters()}
 
 
 def gain_of(norm: nn.Module) -> tuple[Tensor, float]:

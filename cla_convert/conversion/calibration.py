@@ -131,7 +131,7 @@ class Walk:
         decided = self._decided.pop(layer)
         weights = self._factory.read_layer(layer) | decided
         block = self._factory.build(layer, weights, self._groups[self._map[layer]])
-        output = block.names.output_weight
+        output = block.family.output_weight
         heads, decided[output] = self._refit(layer, block, weights[output])
         for part in batches(self._student, self._factory.batch):
             hidden, head = (stream[part].to(self._factory.device) for stream in (self._student, heads))

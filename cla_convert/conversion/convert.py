@@ -162,5 +162,7 @@ def _groups(plan: Plan, fits: "list[GroupFit]") -> list[dict[str, Any]]:
                 "captured_v": round(fit.captured_v, 4),
                 "damage": round(fit.damage, 5),
             }
+            if fit.temperature_error is not None:
+                group["temperature_error"] = round(fit.temperature_error, 4)
         groups.append(group)
     return groups

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .attention_weights import AttentionWeights, expand, has_biases
 from .blocks import Block, Factory
-from .group_fit import ClosedForm, HeadShape, Moments, fit_group
+from .group_fit import ClosedForm, Moments, fit_group
 from .matching import Effort, Member, match_group
 from .norms import temperature_error
 from .streams import SecondMoment, batches
@@ -44,10 +44,10 @@ class Pooler:
         weights = {layer: self._factory.read_layer(layer, mlp=False) for layer in group}
         blocks = [self._factory.build(layer, weights[layer]) for layer in group]
         sources = [AttentionWeights.of(block, weights[layer]) for block, layer in zip(blocks, group, strict=True)]
-        with_bias = has_biases(weights[group[0]], f"{blocks[0].names.attention}.")
+        with_bias = has_biases(weights[group[0]], f"{blocks[0].family.attention}.")
         moments = self._moments(blocks, group, with_bias, student)
         linear = [source.linear(second) for source, second in zip(sources, moments.member, strict=True)]
-        shape = self._shape(group[0])
+        shape = self._factory.head_shape(group[0])
         closed = fit_group(shape, linear, moments)
         seconds = [moments.owner, *moments.member[1:]]  # of what each member will see, as far as is known yet
         new = [
@@ -76,12 +76,6 @@ class Pooler:
         trained = [{name: p.data for name, p in block.trainable().items()} for block in blocks]
         return dict(zip(group, trained, strict=True)), damage
 
-    def _shape(self, layer: int) -> HeadShape:
-        config = self._factory.config
-        heads = config.num_attention_heads
-        dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        return HeadShape(heads, self._factory.kv_heads, dim, self._factory.rotary_dim(layer))
-
     def _moments(self, blocks: Sequence[Block], group: Sequence[int], with_bias: bool, student: Tensor) -> Moments:
         """Moments of the normed inputs: the owner's in the student, the members' in the teacher."""
         own, mean = SecondMoment(), SecondMoment()
@@ -105,7 +99,7 @@ class Pooler:
         seconds: Sequence[Tensor],
     ) -> float:
         """Mean over the members of `temperature_error` of their queries, on the first rows of the teacher's streams."""
-        shape, errors = self._shape(group[0]), []
+        shape, errors = self._factory.head_shape(group[0]), []
         for i, layer in enumerate(group):
             block = self._factory.build(layer, self._factory.read_layer(layer, mlp=False))
             x = block.norm_in(self._teacher.inputs[layer][:1].to(self._factory.device)).double().flatten(0, 1)

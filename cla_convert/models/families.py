@@ -28,26 +28,19 @@ class Place(NamedTuple):
     """What follows: `weight` or `bias`."""
 
 
-@dataclass(frozen=True)
-class BlockNames:
-    """Where a decoder layer keeps its parts, by their name inside the layer; None for what a family lacks."""
+class LayerNorms(NamedTuple):
+    """Names of the norms of a layer, by where they stand; None where a family has none."""
 
-    attention: str = "self_attn"
-    output: str = "o_proj"
-    """Output projection, inside the attention."""
-    norm_in: str | None = "input_layernorm"
-    """Before the attention."""
-    norm_mid: str | None = "post_attention_layernorm"
-    """Between the residual after attention and the MLP."""
-    norm_attention: str | None = None
+    before_attention: str | None = "input_layernorm"
+    before_mlp: str | None = "post_attention_layernorm"
+    after_attention: str | None = None
     """On what the attention adds to the residual stream."""
-    norm_mlp: str | None = None
+    after_mlp: str | None = None
     """On what the MLP adds."""
 
-    @property
-    def output_weight(self) -> str:
-        """Name of W_O."""
-        return f"{self.attention}.{self.output}.weight"
+
+PRE_NORM = LayerNorms()
+"""As in Llama: a norm before each branch."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +68,8 @@ class Family:
     """Whether the attention has `q_norm` and `k_norm`."""
     fused: str | None = None
     """Name inside the attention of one projection whose rows are those of q, then k, then v."""
-
-    layers: str = "model.layers"
-    """Name of the list of decoder layers."""
-    block: BlockNames = BlockNames()
-    """Names inside a decoder layer."""
+    norms: LayerNorms = PRE_NORM
+    """Names of a layer's norms."""
 
     @property
     def cla_type(self) -> str:
@@ -108,6 +98,11 @@ class Family:
             "AutoModel": f"{modeling}.{self.class_name('Model')}",
             "AutoModelForCausalLM": f"{modeling}.{self.class_name('ForCausalLM')}",
         }
+
+    @property
+    def output_weight(self) -> str:
+        """Name of W_O inside a layer."""
+        return f"{self.attention}.{self.o_proj}.weight"
 
     def tensor(self, layer: int, module: str, part: str = "weight") -> str:
         """`tensor(3, "k_proj")` -> `model.layers.3.self_attn.k_proj.weight`."""

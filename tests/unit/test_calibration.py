@@ -6,21 +6,21 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
+from cla_convert.conversion.blocks import Factory
 from cla_convert.conversion.calibration import LayerPatch, calibrated_pooling
 from cla_convert.conversion.matching import Effort, orthogonalise
+from cla_convert.conversion.sharing import sharing_map
+from cla_convert.conversion.streams import Store
+from cla_convert.conversion.teacher import Teacher
 from cla_convert.errors import InputError
-from cla_convert.models.configuration_cla_llama import ClaLlamaConfig
-from cla_convert.models.modeling_cla_llama import ClaLlamaForCausalLM
-from tests.conftest import tiny_llama_config
+from cla_convert.models.checkpoint import Checkpoint
+from cla_convert.models.families import family_of
+from cla_convert.models.shape import shape_of
+from tests.tiny import CASES, cla_model, source_model
 
-SHAPES = {
-    "gqa": {},
-    "mqa": {"num_key_value_heads": 1},
-    "biases": {"attention_bias": True},
-    "odd": {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 48},
-}
+LLAMAS = [case for case, (family, _) in CASES.items() if family == "llama"]
 CLOSED = Effort(0, 64)
 
 
@@ -33,24 +33,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-class Memory:
-    """A checkpoint in memory."""
+@pytest.fixture
+def saved(tmp_path: Path) -> Callable[[PreTrainedModel], Checkpoint]:
+    """Saves a model and opens it as conversion does."""
 
-    def __init__(self, model: LlamaForCausalLM) -> None:
-        self.config = model.config.to_dict()
-        self.tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    def save(model: PreTrainedModel) -> Checkpoint:
+        model.save_pretrained(tmp_path / "source")
+        return Checkpoint.open(tmp_path / "source")
 
-    def read(self, name: str) -> Tensor:
-        return self.tensors[name]
-
-
-def source_model(**shape) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(tiny_llama_config(**shape)).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter, std=0.2)
-    return model
+    return save
 
 
 @pytest.fixture
@@ -58,22 +49,22 @@ def tokens() -> Tensor:
     return torch.randint(2, 258, (16, 32), generator=torch.Generator().manual_seed(1))
 
 
-def patches_of(model: LlamaForCausalLM, sources: list[int], tokens: Tensor, **settings) -> list[LayerPatch]:
-    source = Memory(model)
+def patches_of(source: Checkpoint, sources: list[int], tokens: Tensor, **settings) -> list[LayerPatch]:
     settings = {"effort": CLOSED, "dtype": torch.float32} | settings
     return list(calibrated_pooling(source, source.config, sources, tokens, **settings))
 
 
-def converted(model: LlamaForCausalLM, sources: list[int], patches: list[LayerPatch]) -> ClaLlamaForCausalLM:
+def converted(case: str, source: Checkpoint, sources: list[int], patches: list[LayerPatch]) -> PreTrainedModel:
     """The model that the patches describe; fails if they name a tensor that it lacks."""
-    settings = model.config.to_dict()
-    settings.pop("model_type")
-    student = ClaLlamaForCausalLM(ClaLlamaConfig(**settings, kv_source_layers=sources)).eval()
-    state = model.state_dict()
+    student = cla_model(case, sources)
+    state = {name: source.read(name) for name in source.tensors}
     for patch in patches:
         assert patch.tensors.keys() <= student.state_dict().keys()
         state |= patch.tensors
-    student.load_state_dict({name: state[name] for name in student.state_dict()})
+    state = {name: tensor for name, tensor in state.items() if name in student.state_dict()}
+    missing, _ = student.load_state_dict(state, strict=False)
+    assert not [name for name in missing if name != "lm_head.weight"]
+    student.tie_weights()
     return student
 
 
@@ -82,7 +73,7 @@ def logits(model: Callable, tokens: Tensor) -> Tensor:
         return model(input_ids=tokens, use_cache=False).logits
 
 
-def plant(model: LlamaForCausalLM, member: int, owner: int) -> None:
+def plant(model: PreTrainedModel, member: int, owner: int) -> None:
     """Let layers owner..member-1 add nothing, and make `member` the owner in other bases: both see the same input."""
     config, layers = model.config, model.model.layers
     for layer in layers[owner:member]:
@@ -90,13 +81,22 @@ def plant(model: LlamaForCausalLM, member: int, owner: int) -> None:
         layer.mlp.down_proj.weight.data.zero_()
         if layer.self_attn.o_proj.bias is not None:
             layer.self_attn.o_proj.bias.data.zero_()
+    layers[member].input_layernorm.load_state_dict(layers[owner].input_layernorm.state_dict())
     dim, half = config.head_dim, config.head_dim // 2
     order = torch.randperm(config.num_key_value_heads).tolist()
+    normed = hasattr(layers[member].self_attn, "k_norm")
+    for gain in [
+        getattr(layers[i].self_attn, f"{n}_norm").weight.data for i in (owner, member) for n in "qk" if normed
+    ]:
+        gain[half:] = gain[:half]
+    if normed:
+        layers[member].self_attn.k_norm.load_state_dict(layers[owner].self_attn.k_norm.state_dict())
     for name in ("weight", "bias") if config.attention_bias else ("weight",):
         get = lambda index, projection: getattr(getattr(layers[index].self_attn, projection), name).data  # noqa: E731, B023
         for slot, head in enumerate(order):
             generator = torch.Generator().manual_seed(slot)
             scale = torch.randn(half, dtype=torch.complex64, generator=generator)
+            scale = scale / scale.abs() if normed else scale  # a norm undoes what is no rotation
             new, old = slice(slot * dim, (slot + 1) * dim), slice(head * dim, (head + 1) * dim)
             rows = get(owner, "k_proj")[old].view(dim, -1)
             turned = torch.complex(rows[:half], rows[half:]) * scale[:, None]
@@ -104,39 +104,65 @@ def plant(model: LlamaForCausalLM, member: int, owner: int) -> None:
             get(member, "v_proj")[new] = torch.randn(dim, dim, generator=generator) @ get(owner, "v_proj")[old]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a_planted_change_of_basis_is_recovered(shape: str, tokens: Tensor) -> None:
-    model, sources = source_model(**SHAPES[shape]), [0, 1, 1, 3, 4, 5]
+@pytest.mark.parametrize("case", [*LLAMAS, "qwen3"])
+def test_a_planted_change_of_basis_is_recovered(case: str, tokens: Tensor, saved) -> None:
+    model, sources = source_model(case), [0, 1, 1, 3, 4, 5]
     plant(model, member=2, owner=1)
-    patches = patches_of(model, sources, tokens)
+    source = saved(model)
+    patches = patches_of(source, sources, tokens)
     fit = patches[1].fit
     assert fit and fit.captured_k == pytest.approx(1, abs=1e-5) and fit.captured_v == pytest.approx(1, abs=1e-5)
-    assert fit.damage < 1e-8
+    assert fit.damage < 1e-8 and (fit.temperature_error or 0) < 1e-5
     torch.testing.assert_close(
-        logits(converted(model, sources, patches), tokens), logits(model, tokens), rtol=1e-4, atol=1e-4
+        logits(converted(case, source, sources, patches), tokens), logits(model, tokens), rtol=1e-4, atol=1e-4
     )
 
 
-def test_without_sharing_nothing_changes(tokens: Tensor) -> None:
-    patches = patches_of(source_model(), [0, 1, 2, 3, 4, 5], tokens)
+@pytest.mark.parametrize("case", CASES)
+def test_the_layers_one_by_one_are_the_model(case: str, tokens: Tensor, saved) -> None:
+    model = source_model(case)
+    source = saved(model)
+    factory = Factory(source, source.config, tokens, "cpu", torch.float32)
+    teacher, last = Teacher(factory, tokens, Store(torch.device("cpu"))), model.config.num_hidden_layers
+    with torch.no_grad():
+        teacher.upto(last - 1)
+        found = factory.shell.head(torch.float32)(teacher.inputs[last])
+    torch.testing.assert_close(found, logits(model, tokens).log_softmax(-1), rtol=1e-4, atol=1e-4)
+
+
+def test_without_sharing_nothing_changes(tokens: Tensor, saved) -> None:
+    patches = patches_of(saved(source_model("llama")), [0, 1, 2, 3, 4, 5], tokens)
     assert [patch.tensors for patch in patches] == [{}] * 6
 
 
-@pytest.mark.parametrize("sources", [[0, 1, 1, 3, 3, 5], [0, 0, 0, 3, 3, 3], [0, 1, 0, 1, 4, 1]])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_calibration_beats_the_owners_own_projections(shape: str, sources: list[int], tokens: Tensor) -> None:
-    model = source_model(**SHAPES[shape])
-    patches = patches_of(model, sources, tokens)
-    wanted = logits(model, tokens).log_softmax(-1)
-    divergence = [
-        (wanted.exp() * (wanted - logits(converted(model, sources, p), tokens).log_softmax(-1))).sum(-1).mean()
-        for p in ([], patches)
-    ]
-    assert divergence[1] < 0.8 * divergence[0]
+def divergence(model: PreTrainedModel, other: PreTrainedModel, tokens: Tensor) -> float:
+    wanted, found = (logits(m, tokens).log_softmax(-1) for m in (model, other))
+    return (wanted.exp() * (wanted - found)).sum(-1).mean().item()
 
 
-def test_patches_name_what_each_kind_of_layer_has(tokens: Tensor) -> None:
-    patches = patches_of(source_model(), [0, 1, 1, 3, 4, 4], tokens)
+@pytest.mark.parametrize("sources", [[0, 0, 0, 3, 3, 3], [0, 1, 0, 1, 4, 1]])
+@pytest.mark.parametrize("case", LLAMAS)
+def test_any_map_is_calibrated(case: str, sources: list[int], tokens: Tensor, saved) -> None:
+    model = source_model(case)
+    source = saved(model)
+    before, after = (converted(case, source, sources, p) for p in ([], patches_of(source, sources, tokens)))
+    assert divergence(model, after, tokens) < 0.8 * divergence(model, before, tokens)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_calibration_beats_the_owners_own_projections(case: str, tokens: Tensor, saved) -> None:
+    model = source_model(case)
+    source = saved(model)
+    sources = sharing_map("cla2-keep-ends", shape_of(source.config).kinds)
+    patches = patches_of(source, sources, tokens)
+    before, after = (converted(case, source, sources, p) for p in ([], patches))
+    assert divergence(model, after, tokens) < 0.8 * divergence(model, before, tokens)
+    norms = [patch.fit.temperature_error is not None for patch in patches if patch.fit]
+    assert norms == [family_of(source.config).qk_norm] * len(norms)
+
+
+def test_patches_name_what_each_kind_of_layer_has(tokens: Tensor, saved) -> None:
+    patches = patches_of(saved(source_model("llama")), [0, 1, 1, 3, 4, 4], tokens)
     names = [sorted(name.split(".")[4] for name in patch.tensors) for patch in patches]
     everything = ["k_proj", "o_proj", "q_proj", "v_proj"]
     assert names == [[], everything, ["o_proj", "q_proj"], everything, everything, ["o_proj", "q_proj"]]
@@ -144,42 +170,44 @@ def test_patches_name_what_each_kind_of_layer_has(tokens: Tensor) -> None:
     assert all(t.dtype == torch.float32 for patch in patches for t in patch.tensors.values())
 
 
-def test_matching_lowers_the_damage(tokens: Tensor) -> None:
-    model, sources = source_model(), [0, 1, 1, 3, 3, 5]
+def test_matching_lowers_the_damage(tokens: Tensor, saved) -> None:
+    source, sources = saved(source_model("llama")), [0, 1, 1, 3, 3, 5]
     before, after = (
-        [patch.fit.damage for patch in patches_of(model, sources, tokens, effort=Effort(steps, 128)) if patch.fit]
+        [patch.fit.damage for patch in patches_of(source, sources, tokens, effort=Effort(steps, 128)) if patch.fit]
         for steps in (0, 20)
     )
     assert all(b < 0.8 * a for a, b in zip(before, after, strict=True))
 
 
-def test_the_same_seed_gives_the_same_weights_wherever_streams_are_kept(tokens: Tensor, tmp_path: Path) -> None:
-    model, sources = source_model(), [0, 1, 1, 3, 3, 5]
-    settings = [{"seed": 1}, {"seed": 1, "spill": tmp_path}, {"seed": 2}]
-    first, spilled, other = (patches_of(model, sources, tokens, effort=Effort(3, 64), **s) for s in settings)
+def test_the_same_seed_gives_the_same_weights_wherever_streams_are_kept(tokens: Tensor, tmp_path: Path, saved) -> None:
+    source, sources = saved(source_model("llama")), [0, 1, 1, 3, 3, 5]
+    spill = tmp_path / "spill"
+    spill.mkdir()
+    settings = [{"seed": 1}, {"seed": 1, "spill": spill}, {"seed": 2}]
+    first, spilled, other = (patches_of(source, sources, tokens, effort=Effort(3, 64), **s) for s in settings)
     name = "model.layers.3.self_attn.q_proj.weight"
     assert torch.equal(first[3].tensors[name], spilled[3].tensors[name])
     assert not torch.equal(first[3].tensors[name], other[3].tensors[name])
-    assert not list(tmp_path.iterdir())
+    assert not list(spill.iterdir())
 
 
-def test_progress_is_reported_layer_by_layer(tokens: Tensor) -> None:
+def test_progress_is_reported_layer_by_layer(tokens: Tensor, saved) -> None:
     seen: list[tuple[int, int]] = []
-    patches_of(source_model(), [0, 0, 2, 2, 4, 4], tokens, on_progress=lambda *done: seen.append(done))
+    patches_of(saved(source_model("llama")), [0, 0, 2, 2, 4, 4], tokens, on_progress=lambda *done: seen.append(done))
     assert seen == [(i + 1, 6) for i in range(6)]
 
 
-def test_bfloat16_products_stay_close(tokens: Tensor) -> None:
-    model, sources = source_model(), [0, 1, 1, 3, 3, 5]
+def test_bfloat16_products_stay_close(tokens: Tensor, saved) -> None:
+    source, sources = saved(source_model("llama")), [0, 1, 1, 3, 3, 5]
     damage = [
-        [p.fit.damage for p in patches_of(model, sources, tokens, dtype=dtype) if p.fit]
+        [p.fit.damage for p in patches_of(source, sources, tokens, dtype=dtype) if p.fit]
         for dtype in (torch.float32, torch.bfloat16)
     ]
     assert damage[1] == pytest.approx(damage[0], rel=0.1)
 
 
-def test_no_tokens_are_refused() -> None:
-    source = Memory(source_model())
+def test_no_tokens_are_refused(saved) -> None:
+    source = saved(source_model("llama"))
     with pytest.raises(InputError, match="needs tokens"):
         next(calibrated_pooling(source, source.config, [0, 0, 2, 2, 4, 4], torch.empty(0, 8, dtype=torch.int64)))
 
