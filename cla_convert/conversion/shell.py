@@ -78,7 +78,7 @@ class Shell:
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> Tensor:
         """What the first layer reads, float32 [rows, T, hidden] on the device."""
-        known = torch.searchsorted(self._known, tokens).to(self.device)
+        known = torch.searchsorted(self._known, tokens.contiguous()).to(self.device)
         self._model.base_model(input_ids=known, use_cache=False)
         return self._stack[0].seen
 
