@@ -23,6 +23,10 @@ from .recipe import Recipe, Resolved, flatten
 STAGES = ["plan", "convert", "uptrain", "eval", "report"]
 FREE_TO_CHANGE = ("eval.", "device", "train.keep_checkpoints", "train.checkpoint_every", "train.validate_every")
 """Settings that may differ when a run folder is continued: they do not invalidate what earlier stages made."""
+DEFAULT_BUDGET = 0.5
+"""Of `sharing: auto`."""
+CPU_CALIBRATION = 24_576
+"""Calibration tokens at most on a CPU: minutes for a 135M model on two cores."""
 
 
 def run(resolved: Resolved, out: Path, *, until: str = "report", overwrite: bool = False) -> dict[str, Any]:
@@ -149,7 +153,7 @@ def plan(run: Run) -> dict[str, Any]:
     """Read the source's headers and say what will happen."""
     from .models.checkpoint import Checkpoint
 
-    the_plan = plan_for(Checkpoint.open(run.source), run.recipe)
+    the_plan = plan_for(Checkpoint.open(run.source), run.recipe, run.device)
     say(the_plan.render())
     return run.write("plan.json", the_plan.to_json())
 
@@ -164,7 +168,7 @@ def convert(run: Run) -> dict[str, Any]:
         return done
     checkpoint = Checkpoint.open(run.source)
     result = execute(
-        plan_for(checkpoint, run.recipe),
+        plan_for(checkpoint, run.recipe, run.device),
         checkpoint,
         run.converted,
         calibration=calibration_for(run.recipe, run.source, run.device),
@@ -257,17 +261,27 @@ def text(run: Run) -> Any:
     return store_for(run.recipe, load_tokenizer(run.source))
 
 
-def plan_for(checkpoint: Any, recipe: Recipe) -> Any:
-    """The conversion plan of a recipe."""
+def plan_for(checkpoint: Any, recipe: Recipe, device: str) -> Any:
+    """The conversion plan of a recipe; `sharing: auto` measures first, on `device`."""
+    from .conversion.auto import choose
     from .conversion.plan import make_plan
+    from .models.shape import shape_of
+    from .models.source import cache_folder
 
+    sharing, choice = recipe.convert.sharing, None
+    if sharing == "auto":
+        budget = DEFAULT_BUDGET if recipe.convert.kv_budget is None else recipe.convert.kv_budget
+        calibration = calibration_for(recipe, checkpoint.folder, device)
+        choice = choose(checkpoint, shape_of(checkpoint.config).kinds, budget, calibration, cache_folder() / "damage")
+        sharing = choice.kv_source_layers
     return make_plan(
         checkpoint,
-        sharing=recipe.convert.sharing,
+        sharing=sharing,
         init=recipe.convert.init,
         dtype=recipe.source.dtype,
         max_shard_size=recipe.convert.max_shard_size,
         calibration_tokens=recipe.convert.calibration.tokens,
+        choice=choice,
     )
 
 
@@ -278,15 +292,13 @@ def calibration_for(recipe: Recipe, source: Path, device: str) -> Any:
     import torch
 
     from .conversion.convert import Calibration
-    from .conversion.matching import Effort
     from .models.export import load_tokenizer
     from .training.data import calibration_rows, store_for
 
     store = store_for(recipe, load_tokenizer(source))
     rows = torch.from_numpy(calibration_rows(store, recipe))
-    limit = Effort.default(device).max_tokens
-    if limit is not None and rows.numel() > limit:
-        rows = rows[: max(1, limit // rows.shape[1])]
+    if device == "cpu" and rows.numel() > CPU_CALIBRATION:
+        rows = rows[: max(1, CPU_CALIBRATION // rows.shape[1])]
         say(f"calibrating on {rows.numel()} tokens: more would take a CPU too long")
     return Calibration(rows, store.digest, device, recipe.seed)
 

@@ -111,7 +111,10 @@ class Convert(Section):
 
     sharing: str | list[int] | list[list[int]] = "cla2-keep-ends"
     """Pattern (cla<k>, cla<k>-keep-ends, dense-front[:n], dense-back[:n], trailing:<n>), a list of groups
-    [[0],[1,2],...] or a list of owners, one per layer (kv_source_layers)."""
+    [[0],[1,2],...], a list of owners, one per layer (kv_source_layers), or auto: the map that costs least under
+    `kv_budget`, by measurements on calibration text."""
+    kv_budget: float | None = Field(default=None, gt=0, le=1)
+    """Share of the source's KV cache that `sharing: auto` may keep; 0.5 if not given."""
     init: Literal["calibrated", "mean", "first"] = "calibrated"
     """calibrated: fit the shared projections to the source model's activations on a little text (docs/how-it-works.md).
     mean: equal-weight mean over the group, in float32 (GQA's and CLA's way). first: keep the owner's projections."""
@@ -119,6 +122,14 @@ class Convert(Section):
     """Settings of `init: calibrated`."""
     max_shard_size: Size = 5_000_000_000
     """Largest safetensors shard to write."""
+
+    @model_validator(mode="after")
+    def _auto(self) -> "Convert":
+        if self.kv_budget is not None and self.sharing != "auto":
+            raise ValueError("kv_budget is for `sharing: auto`; a pattern or map says itself what it keeps")
+        if self.sharing == "auto" and self.init != "calibrated":
+            raise ValueError("`sharing: auto` measures calibrated pooling: `init` must be calibrated")
+        return self
 
 
 class Train(Section):

@@ -23,7 +23,10 @@ def convert(
     model: Model,
     out: Annotated[Path, typer.Argument(help="Folder for the converted model.", show_default=False)],
     sharing: Annotated[
-        str | None, typer.Option(help="Pattern or list of groups (docs/sharing.md); default: cla2-keep-ends.")
+        str | None, typer.Option(help="Pattern, list of groups or auto (docs/sharing.md); default: cla2-keep-ends.")
+    ] = None,
+    kv_budget: Annotated[
+        float | None, typer.Option(help="With --sharing auto: share of the KV cache to keep (0.5).")
     ] = None,
     init: Annotated[str | None, typer.Option(help="calibrated (the default), mean or first.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Dtype of the output: auto, float32, bfloat16, float16.")] = None,
@@ -50,12 +53,13 @@ def convert(
 
     options = {
         "source.model": model, "source.revision": revision, "source.dtype": dtype, "convert.sharing": sharing,
+        "convert.kv_budget": kv_budget,
         "convert.init": init, "convert.max_shard_size": max_shard_size, "source.allow_pickle": allow_pickle or None,
     }  # fmt: skip
     settings = settings_of(recipe, sets, options)
     source = resolve_source(model, revision=settings.source.revision, allow_pickle=settings.source.allow_pickle)
     checkpoint = Checkpoint.open(source)
-    plan = plan_for(checkpoint, settings)
+    plan = plan_for(checkpoint, settings, pick_device(settings.device))
     if dry_run:
         data_json(plan.to_json()) if as_json else data(plan.render())
         return

@@ -47,9 +47,9 @@ class Factory:
     def head_shape(self, layer: int) -> HeadShape:
         """Sizes of a layer's attention."""
         positions = self._calls[layer].get("position_embeddings")
-        turns = positions is not None and not self._attention.kinds[layer].endswith(NOPE)
+        turned = 0 if positions is None or self._attention.kinds[layer].endswith(NOPE) else positions[0].shape[-1]
         heads, kv_heads = self._attention.num_attention_heads, self._attention.num_key_value_heads
-        return HeadShape(heads, kv_heads, self._attention.head_dim, positions[0].shape[-1] if turns else 0)
+        return HeadShape(heads, kv_heads, self._attention.head_dim, turned)
 
     def read_layer(self, index: int, *, mlp: bool = True) -> dict[str, Tensor]:
         """Weights of a layer in float32, by their name inside the layer."""

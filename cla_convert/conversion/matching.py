@@ -37,13 +37,11 @@ class Effort:
     steps: int
     """Of matching, per group."""
     tokens_per_step: int
-    max_tokens: int | None = None
-    """Use only so many of the calibration tokens."""
 
     @classmethod
     def default(cls, device: str) -> "Effort":
         """What a 135M model finishes in seconds on a data-centre GPU, or in minutes on two CPU cores."""
-        return cls(60, 8192) if torch.device(device).type == "cuda" else cls(20, 2048, 24_576)
+        return cls(60, 8192) if torch.device(device).type == "cuda" else cls(20, 2048)
 
 
 def match_group(members: Sequence[Member], effort: Effort, *, seed: int) -> float:

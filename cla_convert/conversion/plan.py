@@ -9,6 +9,7 @@ from ..errors import InputError
 from ..models.checkpoint import ELEMENT_SIZE, FLOATING, Checkpoint
 from ..models.families import KV_MODULES, Family, family_of
 from ..models.shape import AttentionShape, shape_of
+from .auto import Choice
 from .sharing import groups_of, picture, sharing_map
 
 _COMPUTED = "rotary_emb.inv_freq"
@@ -47,6 +48,8 @@ class Plan:
     memory_bytes: int
     """Estimate of the peak: one shard, the largest group of tensors, the activations of calibrated pooling."""
     warnings: list[str]
+    choice: Choice | None = None
+    """What `sharing: auto` measured."""
 
     @property
     def groups(self) -> list[list[int]]:
@@ -76,6 +79,7 @@ class Plan:
             "output_bytes": self.output_bytes,
             "memory_bytes": self.memory_bytes,
             "warnings": self.warnings,
+            **({"auto": self.choice.to_json()} if self.choice else {}),
         }
 
     def render(self) -> str:
@@ -87,6 +91,7 @@ class Plan:
             f"{self.shape.num_attention_heads} query / {self.shape.num_key_value_heads} KV heads)",
             f"sharing     {self.sharing}: {owners} of {self.shape.num_layers} layers own their K/V, init {self.init}",
             *(f"            {line}" for line in picture(self.kv_source_layers, 90).splitlines()),
+            *(self.choice.render().splitlines() if self.choice else []),
             f"tensors     {self.count('keep')} kept, {self._changed()}, {self.count('drop')} dropped",
             f"parameters  {human_count(self.parameters['before'])} -> {human_count(self.parameters['after'])}",
             f"KV cache    {before} -> {after} bytes per token in {self.dtype} ({before / after:.2f}x smaller)",
@@ -103,6 +108,7 @@ def make_plan(
     dtype: str = "auto",
     max_shard_size: int = 5_000_000_000,
     calibration_tokens: int = 0,
+    choice: Choice | None = None,
 ) -> Plan:
     """Plan a conversion from the checkpoint's headers.
 
@@ -136,7 +142,7 @@ def make_plan(
         source=checkpoint.folder,
         family=family,
         shape=shape,
-        sharing=sharing if isinstance(sharing, str) else "by hand",
+        sharing=_sharing_name(sharing, choice),
         init=init,
         kv_source_layers=sources,
         tensors=tensors,
@@ -149,7 +155,14 @@ def make_plan(
         output_bytes=sum(written) * size + sidecars + 1_000_000,
         memory_bytes=min(max_shard_size, sum(written) * size) + group + streams,
         warnings=_warnings(checkpoint.config, shape, sources),
+        choice=choice,
     )
+
+
+def _sharing_name(sharing: str | list[int] | list[list[int]], choice: Choice | None) -> str:
+    if choice:
+        return f"auto, at most {choice.kv_budget:.0%} of the KV cache"
+    return sharing if isinstance(sharing, str) else "by hand"
 
 
 def _plan_tensors(

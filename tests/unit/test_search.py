@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
+from cla_convert.conversion.damage import Search, measure_damage
 from cla_convert.conversion.matching import Effort
-from cla_convert.conversion.search import candidate_groups, choose_map, measure_damage, owners_for
+from cla_convert.conversion.search import candidate_groups, choose_map, owners_for
 from cla_convert.errors import InputError
 from tests.conftest import tiny_llama_config
 
@@ -66,7 +67,8 @@ def test_a_group_that_loses_nothing_ranks_lowest() -> None:
             return self.tensors[name]
 
     tokens = torch.randint(2, 258, (12, 32))
-    table = measure_damage(Memory(), Memory.config, ["full"] * 6, tokens, largest=3, probe_rows=3, effort=Effort(0, 64))
+    search = Search(largest=3, probe_rows=3, effort=Effort(0, 64), fit_tokens=9 * 32)
+    table = measure_damage(Memory(), Memory.config, ["full"] * 6, tokens, search=search)
     assert [entry.layers for entry in table] == candidate_groups(["full"] * 6, 3)
     costs = {entry.layers: entry.kl for entry in table}
     assert min(costs, key=lambda group: costs[group]) == (2, 3)
