@@ -14,6 +14,7 @@ COMMON: dict[str, Any] = dict(
     num_key_value_heads=2, head_dim=8, max_position_embeddings=512, bos_token_id=0, eos_token_id=1, pad_token_id=None,
     initializer_range=0.2,
 )  # fmt: skip
+ABSENT = object()
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"tie_word_embeddings": True}),
     "llama-mqa": ("llama", {"num_key_value_heads": 1}),
@@ -24,6 +25,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}),
     "qwen3": ("qwen3", {}),
+    "gemma2": ("gemma2", {"sliding_window": 8, "query_pre_attn_scalar": 4}),
+    "gemma3": ("gemma3_text", {"sliding_window": 8, "query_pre_attn_scalar": 4, "sliding_window_pattern": 3}),
+    "phi3": ("phi3", {"num_attention_heads": 2, "num_key_value_heads": 1}),
+    "phi3-partial": ("phi3", {"partial_rotary_factor": 0.5, "sliding_window": 8, "tie_word_embeddings": True}),
+    "olmo2": ("olmo2", {}),
+    "granite": ("granite", {"attention_multiplier": 0.3, "residual_multiplier": 0.5, "logits_scaling": 2.0}),
+    "smollm3": ("smollm3", {"no_rope_layer_interval": 3}),
+    "starcoder2": ("starcoder2", {"sliding_window": 8}),
+    "gpt_bigcode": ("gpt_bigcode", {"num_key_value_heads": ABSENT, "head_dim": ABSENT}),
 }
 """Name of the case -> family and what differs from COMMON."""
 
@@ -31,7 +41,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 def tiny_config(case: str, **overrides: Any) -> PreTrainedConfig:
     """Configuration of the source model."""
     family, settings = CASES[case]
-    return AutoConfig.for_model(family, **(COMMON | settings | overrides))
+    settings = COMMON | settings | overrides
+    return AutoConfig.for_model(family, **{key: value for key, value in settings.items() if value is not ABSENT})
 
 
 def shake(model: PreTrainedModel) -> PreTrainedModel:

@@ -137,7 +137,7 @@ def make_plan(
     sidecars = sum(file.stat().st_size for file in checkpoint.sidecars)
     group = max((sum(checkpoint.tensors[m].numel * 4 for m in t.members) for t in tensors), default=0)
     span = max(members[-1] - members[0] + 1 for members in groups_of(sources))
-    streams = (2 * span + 5) * calibration_tokens * int(checkpoint.config.get("hidden_size", 0)) * 4
+    streams = (2 * span + 5) * calibration_tokens * shape.hidden_size * 4
     return Plan(
         source=checkpoint.folder,
         family=family,

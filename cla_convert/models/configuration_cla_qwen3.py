@@ -1,4 +1,4 @@
-"""Configuration of Qwen3 with Cross-Layer Attention (arXiv 2405.12981). Self-contained: needs transformers only."""
+"""Configuration of Qwen3 with Cross-Layer Attention (arXiv 2405.12981). Needs transformers only."""
 
 from transformers import Qwen3Config
 

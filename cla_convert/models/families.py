@@ -41,6 +41,22 @@ class LayerNorms(NamedTuple):
 
 PRE_NORM = LayerNorms()
 """As in Llama: a norm before each branch."""
+SANDWICH = LayerNorms(
+    "input_layernorm", "pre_feedforward_layernorm", "post_attention_layernorm", "post_feedforward_layernorm"
+)
+"""As in Gemma 2 and 3: before and after."""
+POST_NORM = LayerNorms(None, None, "post_attention_layernorm", "post_feedforward_layernorm")
+"""As in OLMo 2: after each branch only."""
+
+
+class Requirement(NamedTuple):
+    """What a config.json must say for the family's CLA code to fit."""
+
+    key: str
+    value: bool
+    """Also what transformers assumes where the key is missing."""
+    why: str
+    fix: str
 
 
 @dataclass(frozen=True)
@@ -70,6 +86,9 @@ class Family:
     """Name inside the attention of one projection whose rows are those of q, then k, then v."""
     norms: LayerNorms = PRE_NORM
     """Names of a layer's norms."""
+    keys: Mapping[str, str] = field(default_factory=dict)
+    """Usual key of a config.json -> this family's name for it."""
+    requires: tuple[Requirement, ...] = ()
 
     @property
     def cla_type(self) -> str:
@@ -117,28 +136,63 @@ class Family:
         return Place(int(match[1]), inside[1] if inside else "", inside[2] if inside else match[2])
 
 
-FAMILIES = {
-    family.model_type: family
-    for family in (
-        Family("llama", "Llama"),
-        Family("mistral", "Mistral", kinds.windowed, {"num_key_value_heads": 8, "sliding_window": 4096}),
-        Family(
-            "qwen2", "Qwen2", kinds.late_windows,
-            {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
-        ),
-        Family(
-            "qwen3", "Qwen3", kinds.late_windows,
-            {"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
-            qk_norm=True,
-        ),
-    )
-}  # fmt: skip
+_CAUSAL = Requirement(
+    "use_bidirectional_attention", False,
+    "It attends in both directions (an encoder such as EmbeddingGemma), so it has no KV cache to make smaller.",
+    "Give a causal language model.",
+)  # fmt: skip
+_MULTI_QUERY = Requirement(
+    "multi_query", True,
+    "With multi_query: false this family is multi-head attention, and interleaves the heads of q, k and v.",
+    "Give a multi-query checkpoint (SantaCoder, StarCoder).",
+)  # fmt: skip
+_QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
+_GEMMA = {"num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096}
+_GPT2_KEYS = {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "hidden_size": "n_embd"}
+
+_ROWS = [
+    Family("llama", "Llama"),
+    Family("mistral", "Mistral", kinds.windowed, {"num_key_value_heads": 8, "sliding_window": 4096}),
+    Family("qwen2", "Qwen2", kinds.late_windows, _QWEN),
+    Family("qwen3", "Qwen3", kinds.late_windows, _QWEN | {"head_dim": 128}, qk_norm=True),
+    Family("gemma2", "Gemma2", kinds.alternating, _GEMMA, norms=SANDWICH, requires=(_CAUSAL,)),
+    Family("gemma3_text", "Gemma3", kinds.five_to_one, _GEMMA, qk_norm=True, norms=SANDWICH, requires=(_CAUSAL,)),
+    Family("phi3", "Phi3", kinds.windowed, fused="qkv_proj"),
+    Family("olmo2", "Olmo2", qk_norm=True, norms=POST_NORM),
+    Family("granite", "Granite"),
+    Family(
+        "smollm3", "SmolLM3", kinds.some_without_rope, {"num_key_value_heads": 4, "no_rope_layer_interval": 4}
+    ),
+    Family("starcoder2", "Starcoder2", kinds.windowed, {"num_key_value_heads": 2}),
+    Family(
+        "gpt_bigcode", "GPTBigCode", defaults={"num_key_value_heads": 1}, layers="transformer.h", attention="attn",
+        o_proj="c_proj", fused="c_attn", norms=LayerNorms("ln_1", "ln_2"), keys=_GPT2_KEYS, requires=(_MULTI_QUERY,),
+    ),
+]  # fmt: skip
+FAMILIES = {family.model_type: family for family in _ROWS}
+
+_SHARES_ALREADY = "Its last layers read the K/V of earlier ones as it is."
+_LATENT = "It caches one compressed vector per token (multi-head latent attention) instead of keys and values."
+REFUSED = {
+    "falcon": "Its attention is code of its own in transformers, outside the attention interface that CLA code calls, "
+    "and it copies K/V to every query head before caching them, so its cache is as large as with multi-head attention.",
+    "gemma3n": _SHARES_ALREADY,
+    "gemma3n_text": _SHARES_ALREADY,
+    "gemma4": _SHARES_ALREADY,
+    "gemma4_text": _SHARES_ALREADY,
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
+}
+"""Families that people ask for, and why there is no row for them."""
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
     """The family of a config.json. Raises InputError naming the architecture and those supported."""
     model_type = str(config.get("model_type", "(none)"))
     if model_type in FAMILIES:
+        for key, value, why, fix in FAMILIES[model_type].requires:
+            if bool(config.get(key, value)) != value:
+                raise InputError(f"This model of type {model_type!r} is not supported", why=why, fix=fix)
         return FAMILIES[model_type]
     if any(model_type == family.cla_type for family in FAMILIES.values()):
         raise InputError(
@@ -149,6 +203,6 @@ def family_of(config: Mapping[str, Any]) -> Family:
     architecture = ", ".join(config.get("architectures") or []) or "unknown architecture"
     raise InputError(
         f"Models of type {model_type!r} ({architecture}) are not supported",
-        why="Cross-Layer Attention needs modelling code for each family.",
+        why=REFUSED.get(model_type, "Cross-Layer Attention needs modelling code for each family."),
         fix=f"Supported: {', '.join(FAMILIES)}.",
     )

@@ -36,3 +36,29 @@ def late_windows(config: Config) -> list[str]:
         SLIDING if slides and layer >= config["max_window_layers"] else FULL
         for layer in range(config["num_hidden_layers"])
     ]
+
+
+def alternating(config: Config) -> list[str]:
+    """Sliding and full layers take turns (Gemma 2)."""
+    return _every(2, config)
+
+
+def five_to_one(config: Config) -> list[str]:
+    """Every sixth layer is full (Gemma 3; the number is `sliding_window_pattern` in older files)."""
+    return _every(config.get("sliding_window_pattern") or 6, config)
+
+
+def some_without_rope(config: Config) -> list[str]:
+    """Layers that `no_rope_layers` marks with 0 do not rotate; only those slide, if any does (SmolLM3)."""
+    count, interval = config["num_hidden_layers"], config["no_rope_layer_interval"]
+    rotates = config.get("no_rope_layers") or [(layer + 1) % interval for layer in range(count)]
+    slides = bool(config.get("use_sliding_window")) and config.get("sliding_window") is not None
+    kinds = config.get("layer_types") or [SLIDING if slides and not rotates[i] else FULL for i in range(count)]
+    return [kind + ("" if rotated else NOPE) for kind, rotated in zip(kinds, rotates, strict=False)]
+
+
+def _every(n: int, config: Config) -> list[str]:
+    """`layer_types`, or else one full layer in n."""
+    if config.get("layer_types"):
+        return list(config["layer_types"])
+    return [SLIDING if (layer + 1) % n else FULL for layer in range(config["num_hidden_layers"])]

@@ -14,6 +14,7 @@ class AttentionShape:
     """What conversion needs to know about a model, read from its config.json."""
 
     model_type: str
+    hidden_size: int
     num_layers: int
     num_attention_heads: int
     num_key_value_heads: int
@@ -49,12 +50,15 @@ def shape_of(config: Mapping[str, Any]) -> AttentionShape:
     """
     model_type = str(config.get("model_type"))
     family = FAMILIES.get(model_type.removeprefix("cla_"))
-    config = {**(family.defaults if family else {}), **config}
+    if family:
+        renamed = {key: config[name] for key, name in family.keys.items() if name in config}
+        config = {**family.defaults, **config, **renamed}
     try:
         layers, heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
         kinds = family.kinds(config) if family else config.get("layer_types") or ["full_attention"] * layers
         return AttentionShape(
             model_type=model_type,
+            hidden_size=int(config["hidden_size"]),
             num_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=int(config.get("num_key_value_heads") or heads),

@@ -21,6 +21,15 @@ def share(case: str, pattern: str) -> list[int]:
     return sharing_map(pattern, shape_of(tiny_config(case).to_dict()).kinds)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models this small only wait for each other's threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def ids() -> torch.Tensor:
     return torch.randint(2, 258, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -34,12 +43,13 @@ def test_every_family_is_tested():
 def test_identity_map_is_the_source_model_exactly(case, ids, tmp_path):
     """Through the reader that conversion uses, which splits fused projections."""
     source = Checkpoint.open(save_tiny(case, tmp_path))
-    model = cla_model(case, None)
+    model, tolerance = cla_model(case, None), 1e-6 if FAMILIES[CASES[case][0]].fused else 0
     loaded = model.load_state_dict({name: source.read(name) for name in source.tensors}, strict=False)
     assert loaded.unexpected_keys == []
     assert loaded.missing_keys == (["lm_head.weight"] if model.config.tie_word_embeddings else [])
     with torch.inference_mode():
-        assert torch.equal(model(ids).logits, source_model(case)(ids).logits)
+        expected = source_model(case).double()(ids).logits
+        torch.testing.assert_close(model.double()(ids).logits, expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -55,7 +65,7 @@ def test_cached_uncached_stepwise_and_static_agree(pattern, case, ids):
             out = model(ids[:, i : i + 1], past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             steps.append(out.logits)
-        torch.testing.assert_close(torch.cat(steps, 1), full, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(torch.cat(steps, 1), full, rtol=1e-5, atol=1e-5)  # norms are float32
         dynamic = model.generate(ids, **generation)
         static = model.generate(ids, **generation, cache_implementation="static", disable_compile=True)
     assert torch.equal(dynamic, static)
@@ -142,6 +152,8 @@ def test_attention_implementations_agree(case, ids):
     with torch.inference_mode():
         model.set_attn_implementation("eager")
         eager = model(ids).logits
+        if not model._supports_sdpa:
+            pytest.skip("transformers has no sdpa with softcap")
         model.set_attn_implementation("sdpa")
         torch.testing.assert_close(model(ids).logits, eager, rtol=1e-4, atol=1e-5)
 

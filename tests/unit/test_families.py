@@ -1,0 +1,133 @@
+"""The family table against transformers itself: sizes, kinds of layers, names of tensors, code that ships."""
+
+import ast
+
+import pytest
+import torch
+from transformers import AutoConfig
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+from cla_convert.conversion.sharing import groups_of, sharing_map
+from cla_convert.errors import InputError
+from cla_convert.models.checkpoint import Checkpoint
+from cla_convert.models.families import FAMILIES, REFUSED, family_of
+from cla_convert.models.kinds import NOPE, SLIDING
+from cla_convert.models.shape import shape_of
+from tests.tiny import CASES, cla_model, save_tiny, source_model
+
+SIZES = {"num_hidden_layers": 30, "num_attention_heads": 8, "hidden_size": 256}
+CONFIGS = [
+    *({"model_type": family} for family in FAMILIES),
+    {"model_type": "mistral", "sliding_window": None},
+    {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 21},
+    {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 32768},
+    {"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 128},
+    {"model_type": "gemma3_text", "sliding_window_pattern": 4, "sliding_window": 512},
+    {"model_type": "gemma3_text", "layer_types": ["full_attention", "sliding_attention"] * 15},
+    {"model_type": "phi3", "sliding_window": 2047},
+    {"model_type": "starcoder2", "sliding_window": 4096},
+    {"model_type": "smollm3", "no_rope_layer_interval": 5},
+    {"model_type": "smollm3", "no_rope_layers": [0, 1] * 15, "use_sliding_window": True, "sliding_window": 64},
+]
+"""config.json as older and newer versions of transformers wrote them: what is left out is left to the defaults."""
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_shape_and_kinds_are_those_of_transformers(config):
+    ours = config | SIZES
+    for key, name in FAMILIES[config["model_type"]].keys.items():
+        ours[name] = ours.pop(key)
+    shape, theirs = shape_of(ours), AutoConfig.for_model(**ours)
+    layer_types, cache_arguments = get_layer_types_and_kwargs(theirs)
+    head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+    assert (shape.num_layers, shape.num_attention_heads, shape.hidden_size) == (30, 8, 256)
+    assert (shape.num_key_value_heads, shape.head_dim) == (theirs.num_key_value_heads, head_dim)
+    assert [kind.removesuffix(NOPE) for kind in shape.kinds] == layer_types
+    assert [not kind.endswith(NOPE) for kind in shape.kinds] == [
+        bool(rope) for rope in getattr(theirs, "no_rope_layers", [True] * 30)
+    ]
+    for kind, arguments in zip(shape.kinds, cache_arguments, strict=True):
+        assert arguments.get("sliding_window") == (shape.sliding_window if kind.startswith(SLIDING) else None)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_the_default_pattern_halves_every_kind(config):
+    config = config | SIZES | {"n_layer": 30, "n_head": 8, "n_embd": 256}
+    kinds = shape_of(config).kinds
+    groups = groups_of(sharing_map("cla2-keep-ends", kinds))
+    assert all(len({kinds[layer] for layer in group}) == 1 for group in groups)
+    assert len(groups) <= 16 + len(set(kinds))
+    assert groups[0] == [0] and groups[-1] == [29]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_names_of_the_table_are_those_of_the_models(case):
+    """Every parameter of a layer has a place, and the attention has nothing that the table does not name."""
+    family = FAMILIES[CASES[case][0]]
+    places = {name: family.place(name) for name, _ in cla_model(case, None).named_parameters()}
+    attention = {name: place for name, place in places.items() if place and place.module}
+    assert {place.layer for place in places.values() if place} == set(range(6))
+    assert {place.module for place in attention.values()} == set(family.attention_modules)
+    assert all(family.tensor(*place) == name for name, place in attention.items())
+
+
+@pytest.mark.parametrize("case", ["phi3", "gpt_bigcode"])
+def test_fused_projections_are_read_as_three(case, tmp_path):
+    family = FAMILIES[CASES[case][0]]
+    folder = save_tiny(case, tmp_path)
+    split, stored = Checkpoint.open(folder), Checkpoint.open(folder, as_stored=True)
+    fused = {name for name in stored.tensors if name not in split.tensors}
+    assert {family.place(name).module for name in fused} == {family.fused}
+    for name in fused:
+        layer, _, part = family.place(name)
+        blocks = [split.read(family.tensor(layer, module, part)) for module in ("q_proj", "k_proj", "v_proj")]
+        assert torch.equal(torch.cat(blocks), source_model(case).state_dict()[name])
+    assert sum(info.nbytes for info in split.tensors.values()) == sum(i.nbytes for i in stored.tensors.values())
+
+    (folder / "config.json").write_text((folder / "config.json").read_text().replace('_heads": 2', '_heads": 1'))
+    (folder / "config.json").write_text((folder / "config.json").read_text().replace('n_head": 4', 'n_head": 2'))
+    with pytest.raises(InputError, match="rows where config.json promises"):
+        Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_shipped_code_is_as_vllm_reads_it(family):
+    """One literal get_interface, one call of what it returns, `scaling=self...`; the model spells its arguments out."""
+    tree = ast.parse(family.code_files[1].read_text())
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    forward = {
+        name: next(f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "forward")
+        for name, node in classes.items()
+        if name in (family.class_name("Attention"), family.class_name("Model"))
+    }
+    calls = [node for node in ast.walk(forward[family.class_name("Attention")]) if isinstance(node, ast.Call)]
+    assert [ast.unparse(call.func) for call in calls].count("ALL_ATTENTION_FUNCTIONS.get_interface") == 1
+    (interface,) = [call for call in calls if ast.unparse(call.func) == "attention_interface"]
+    scaling = next(keyword.value for keyword in interface.keywords if keyword.arg == "scaling")
+    assert ast.unparse(scaling).startswith("self.")
+    arguments = {argument.arg for argument in forward[family.class_name("Model")].args.args}
+    assert {"input_ids", "position_ids", "inputs_embeds", "attention_mask", "past_key_values"} <= arguments
+    for file in family.code_files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            modules = [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert {module.split(".")[0] for module in modules} <= {"torch", "transformers", "collections"}
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"model_type": "falcon", "architectures": ["FalconForCausalLM"]}, "code of its own"),
+        ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "modelling code for each family"),
+        ({"model_type": "gpt_bigcode", "multi_query": False}, "interleaves the heads"),
+        ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "both directions"),
+        ({"model_type": "cla_qwen3"}, "hide how much was lost"),
+        *(({"model_type": name}, reason[:20]) for name, reason in REFUSED.items()),
+    ],
+    ids=str,
+)
+def test_refusals_say_why_and_what_is_supported(config, reason):
+    with pytest.raises(InputError, match=reason) as caught:
+        family_of(config)
+    if config["model_type"] not in FAMILIES and not config["model_type"].startswith("cla_"):
+        assert all(name in str(caught.value) for name in FAMILIES)
