@@ -9,6 +9,7 @@ from cla_convert.models.checkpoint import Checkpoint
 from cla_convert.models.export import register
 from cla_convert.models.families import FAMILIES, KV_MODULES
 from cla_convert.models.shape import shape_of
+from cla_convert.training.objective import CrossEntropy
 from tests.conftest import byte_tokenizer
 from tests.tiny import CASES, cla_model, save_tiny, source_model, tiny_config
 
@@ -19,15 +20,6 @@ PATTERNS = ["cla2", "cla3-keep-ends"]
 def share(case: str, pattern: str) -> list[int]:
     """A named pattern on the layers of a case, whatever their kinds."""
     return sharing_map(pattern, shape_of(tiny_config(case).to_dict()).kinds)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small only wait for each other's threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -195,6 +187,16 @@ def test_layers_of_different_kinds_cannot_share(case):
     sources[other] = 0
     with pytest.raises(ValueError, match="kv_source_layers"):
         cla_model(case, sources)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_loss_of_uptraining_is_the_models_own(case, ids):
+    """Its logits come in chunks from `base_model` and the head, so it must know what a family does after the head."""
+    model = cla_model(case, share(case, "cla2-keep-ends"))
+    with torch.inference_mode():
+        expected = model(ids, labels=ids).loss
+        found = CrossEntropy()(model, ids, denominator=ids.numel() - len(ids))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_save_and_load_keep_the_map(tmp_path, ids):

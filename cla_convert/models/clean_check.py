@@ -1,0 +1,79 @@
+"""What `verify` runs in a clean process: `python -P clean_check.py FOLDER...` prints one JSON line per folder.
+
+Nothing of this package is imported, and nothing can be: the code that ships in the folder is what loads.
+"""
+
+import json
+import sys
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+sys.modules["cla_convert"] = None  # type: ignore[assignment]
+
+TEXT = "The quick brown fox jumps over the lazy dog."
+LARGEST_WINDOW = 1024
+"""Sliding windows up to this many tokens are checked beyond their end; larger ones would take minutes on a CPU."""
+
+
+def check(folder: str) -> dict[str, Any]:
+    """Load a model and compare what it computes in several ways."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, dtype=torch.float32, output_loading_info=True
+    )
+    model, info = loaded
+    model.eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    ids = tokenizer(TEXT, return_tensors="pt").input_ids
+    with torch.inference_mode():
+        new = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+        found = compare(model, ids)
+    return found | {
+        "module": type(model).__module__,
+        "missing_keys": sorted(info["missing_keys"]),
+        "unexpected_keys": sorted(info["unexpected_keys"]),
+        "tokenizer_round_trip": tokenizer.decode(ids[0], skip_special_tokens=True) == TEXT,
+        "generated_tokens": new.shape[1] - ids.shape[1],
+        "generated": tokenizer.decode(new[0, ids.shape[1] :]),
+    }
+
+
+def compare(model: Any, ids: torch.Tensor) -> dict[str, Any]:
+    """Logits without a cache, with one, and token by token at the end; what the cache holds."""
+    ids = beyond_the_window(model, ids)
+    full = model(ids, use_cache=False).logits
+    cached = model(ids, use_cache=True).logits
+    cache: Any = None
+    steps = []
+    start = max(0, ids.shape[1] - 24)
+    for part in [slice(0, start)] * bool(start) + [slice(i, i + 1) for i in range(start, ids.shape[1])]:
+        out = model(ids[:, part], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        steps.append(out.logits)
+    held = [sum(t.nbytes for t in (layer.keys, layer.values) if t is not None) for layer in cache.layers]
+    owners = sorted(set(getattr(model.config, "kv_source_layers", range(len(held)))))
+    return {
+        "tokens": ids.shape[1],
+        "cached_difference": (full - cached).abs().max().item(),
+        "stepwise_difference": (full - torch.cat(steps, 1)).abs().max().item(),
+        "logits_finite": bool(full.isfinite().all()),
+        "largest_logit": full.abs().max().item(),
+        "owners": len(owners),
+        "cached_layers": sum(size > 0 for size in held),
+        "owners_only": [layer for layer, size in enumerate(held) if size] == owners,
+        "cache_bytes": sum(held),
+    }
+
+
+def beyond_the_window(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """The tokens, repeated until a sliding window (if there is one) has to let go of some."""
+    sliding = any(getattr(layer, "is_sliding", False) for layer in model(ids, use_cache=True).past_key_values.layers)
+    if not sliding or model.config.sliding_window > LARGEST_WINDOW:
+        return ids
+    repeats = 2 + model.config.sliding_window // ids.shape[1]
+    return ids.repeat(1, repeats)[:, : model.config.max_position_embeddings]
+
+
+for argument in sys.argv[1:]:
+    print(json.dumps(check(argument)), flush=True)
