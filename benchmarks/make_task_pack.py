@@ -3,9 +3,10 @@
     python benchmarks/make_task_pack.py FOLDER [--rows 250] [--seed 0] [--out cla_convert/evaluation/tasks]
 
 FOLDER holds hellaswag/validation.jsonl, piqa/validation.jsonl, winogrande/validation.jsonl, openbookqa/test.jsonl,
-boolq/validation.jsonl, arc_easy/test.jsonl and wikitext/test_documents.jsonl, with the columns of the data sets on the
-Hugging Face hub. Rows are a seeded sample in random order, so that the first n are a random sample too. The wikitext
-pages are all kept, shortest first, so that a small `limit` stays affordable. Prints name, rows, bytes and sha256.
+boolq/validation.jsonl, arc_easy/test.jsonl, lambada_openai/test.jsonl and wikitext/test_documents.jsonl, with the
+columns of the data sets on the Hugging Face hub. Rows are a seeded sample in random order, so that the first n are a
+random sample too. The wikitext pages are all kept, shortest first, so that a small `limit` stays affordable. Prints
+name, rows, bytes and sha256.
 """
 
 import argparse
@@ -24,6 +25,7 @@ SOURCES = {
     "openbookqa": "openbookqa/test.jsonl",
     "boolq": "boolq/validation.jsonl",
     "arc_easy": "arc_easy/test.jsonl",
+    "lambada_openai": "lambada_openai/test.jsonl",
     "wikitext": "wikitext/test_documents.jsonl",
 }
 

@@ -5,10 +5,28 @@ file imports nothing of the package, because lm-eval loads it by path.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent
+
+
+class Rows(list[dict[str, Any]]):
+    """A list of rows with what lm-eval uses of a `datasets.Dataset`: column names and `map`.
+
+    A Dataset takes a fingerprint of itself by pickling it, which fails where the package lies outside of
+    `site-packages` (`pip install --target`): dill then pickles the module pyarrow by value. Rows need no cache.
+    """
+
+    @property
+    def features(self) -> dict[str, None]:
+        """The columns; lm-eval reads the keys only."""
+        return dict.fromkeys(self[0])
+
+    def map(self, change: Callable[[dict[str, Any]], dict[str, Any]]) -> "Rows":
+        """Every row with the columns that `change` returns added or replaced, as `Dataset.map` does."""
+        return Rows({**row, **change(row)} for row in self)
 
 
 def names() -> list[str]:
@@ -16,14 +34,12 @@ def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
-def read(name: str) -> list[dict[str, Any]]:
+def read(name: str) -> Rows:
     """Rows of one task, in the order in which `limit` takes them."""
     text = (FOLDER / f"{name}.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.split("\n") if line]
+    return Rows(json.loads(line) for line in text.split("\n") if line)
 
 
-def rows(file: str, split: str, **_metadata: Any) -> dict[str, Any]:
-    """Return `{split: Dataset}` for lm-eval, which calls this with the task's `dataset_kwargs` and metadata."""
-    from datasets import Dataset
-
-    return {split: Dataset.from_list(read(file))}
+def rows(file: str, split: str, **_metadata: Any) -> dict[str, Rows]:
+    """Return `{split: rows}` for lm-eval, which calls this with the task's `dataset_kwargs` and metadata."""
+    return {split: read(file)}
