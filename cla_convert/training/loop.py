@@ -24,7 +24,7 @@ from ..models.export import check_exportable, export_model
 from ..models.writer import check_output
 from ..recipe import Recipe
 from .metrics import Metrics, NoMetrics, read_rows
-from .parallel import check_device, share, team, whole
+from .parallel import check_team, share, team, whole
 from .schedule import crossed, learning_rate
 from .state import Checkpoints, Position
 from .stop import StopRequest
@@ -72,7 +72,7 @@ def uptrain(
     """
     arguments = dict(locals())
     check_output(out_dir, overwrite=True)  # before hours of work, not after
-    check_device(device)
+    check_team(device)
     call_the_others(arguments)
     with team(device) as crew:
         trainer = set_up(student_dir, teacher_dir, recipe, crew.device, crew)

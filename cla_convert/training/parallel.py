@@ -148,17 +148,14 @@ def team(device: str) -> Iterator[Team]:
         yield Team(device)
         return
     device = _own_device(device)
-    options: dict[str, Any] = {}
-    if device.startswith("cuda"):
+    if device != "cpu":
         torch.cuda.set_device(device)
-        options["device_id"] = torch.device(device)
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if options else "gloo",
+        "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl",
         store=dist.PrefixStore("team", store()),
         rank=rank(),
         world_size=world_size(),
         timeout=_COLLECTIVE_TIMEOUT,
-        **options,
     )
     try:
         yield Team(device, rank(), world_size(), dist.new_group(backend="gloo", timeout=PATIENCE))
@@ -168,10 +165,13 @@ def team(device: str) -> Iterator[Team]:
     dist.destroy_process_group()  # not after other errors: the rest may never answer
 
 
-def check_device(device: str) -> None:
-    """Refuse a device that the processes which torchrun started cannot share. Raises UsageError."""
-    if world_size() > 1:
-        _own_device(device)
+def check_team(device: str) -> None:
+    """Raises UsageError if the processes that torchrun started cannot train together on the device."""
+    if world_size() == 1:
+        return
+    if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
+        raise UsageError(f"Several processes need torch 2.9 or later, this is {torch.__version__}")
+    _own_device(device)
 
 
 def share(first: int, end: int, micro_batch: int, rank: int, size: int) -> list[range]:
