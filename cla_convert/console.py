@@ -3,9 +3,20 @@
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from .errors import ClaError
+
+
+def mute() -> None:
+    """Print nothing any more, whoever asks: one of several processes speaks for all."""
+    sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115  (as long as the process lives)
+
+
+def unmute() -> None:
+    """Undo `mute`: this process has something to say that no other one said."""
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
 
 
 def say(message: str = "") -> None:

@@ -1,5 +1,6 @@
 """Where a run happens: device, versions, hardware. Written into every run folder so that numbers can be judged."""
 
+import os
 import platform
 import shlex
 import sys
@@ -86,9 +87,22 @@ def peak_memory_bytes(device: str) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def world_size() -> int:
+    """Processes that torchrun started; 1 without torchrun."""
+    return int(os.environ["WORLD_SIZE"]) if "LOCAL_RANK" in os.environ else 1
+
+
+def rank() -> int:
+    """Number of this process among those that torchrun started; 0 without torchrun."""
+    return int(os.environ["RANK"]) if "LOCAL_RANK" in os.environ else 0
+
+
 def command_line() -> str:
     """The command that continues this process, ready to paste: its own, without what would start over."""
-    return shlex.join(["cla-convert", *(word for word in sys.argv[1:] if word not in ("--overwrite", "--no-resume"))])
+    program = ["cla-convert"]
+    if world_size() > 1:
+        program = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], "-m", "cla_convert.cli"]
+    return shlex.join([*program, *(word for word in sys.argv[1:] if word not in ("--overwrite", "--no-resume"))])
 
 
 def _cpu_name() -> str:

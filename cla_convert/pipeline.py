@@ -5,7 +5,7 @@ line resumes after any interruption. This file holds the order of things; each s
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,7 +18,7 @@ from .console import say
 from .environment import command_line, hardware, pick_device, versions
 from .errors import UsageError
 from .files import read_json, write_json
-from .recipe import Recipe, Resolved, flatten
+from .recipe import Recipe, Resolved, flatten, is_named
 
 STAGES = ["plan", "convert", "uptrain", "eval", "report"]
 FREE_TO_CHANGE = ("eval.", "device", "train.keep_checkpoints", "train.checkpoint_every", "train.validate_every")
@@ -27,9 +27,18 @@ DEFAULT_BUDGET = 0.5
 """Of `sharing: auto`."""
 CPU_CALIBRATION = 24_576
 """Calibration tokens at most on a CPU: minutes for a 135M model on two cores."""
+ALLOWED_TO_CHANGE = ("train.", "data.")
+"""Settings that may differ once the user names them, while uptraining is not finished; it records what changed."""
 
 
-def run(resolved: Resolved, out: Path, *, until: str = "report", overwrite: bool = False) -> dict[str, Any]:
+def run(
+    resolved: Resolved,
+    out: Path,
+    *,
+    until: str = "report",
+    overwrite: bool = False,
+    allow_changes: Collection[str] = (),
+) -> dict[str, Any]:
     """Do the stages up to `until` in the run folder `out` and return what the last one made.
 
     Raises:
@@ -43,7 +52,7 @@ def run(resolved: Resolved, out: Path, *, until: str = "report", overwrite: bool
         "eval": evaluate,
         "report": report,
     }
-    run = Run.start(resolved, out, overwrite=overwrite)
+    run = Run.start(resolved, out, overwrite=overwrite, allow_changes=allow_changes)
     say(resolved.table())
     check_before_work(run)
     if overwrite:
@@ -68,19 +77,20 @@ class Run:
     source: Path
     """The source model as a local safetensors folder."""
     device: str
+    allow_changes: Collection[str] = ()
 
     @classmethod
-    def start(cls, resolved: Resolved, folder: Path, *, overwrite: bool) -> "Run":
+    def start(cls, resolved: Resolved, folder: Path, *, overwrite: bool, allow_changes: Collection[str] = ()) -> "Run":
         """Open or create the run folder, save the resolved recipe, find the source model."""
         from .models.source import resolve_source
 
         recipe = resolved.recipe
-        _check_same_recipe(folder, recipe, overwrite)
+        _check_same_recipe(folder, recipe, overwrite, allow_changes)
         device = pick_device(recipe.device)
         source = resolve_source(
             recipe.source.model, revision=recipe.source.revision, allow_pickle=recipe.source.allow_pickle
         )
-        return cls(folder, recipe, source, device)
+        return cls(folder, recipe, source, device, allow_changes)
 
     def save_recipe(self) -> None:
         """Mark the folder as a run, then write recipe.yaml by rename."""
@@ -182,13 +192,17 @@ def convert(run: Run) -> dict[str, Any]:
 def uptrain(run: Run) -> dict[str, Any]:
     """Train the converted model on the token budget."""
     from .training.loop import uptrain as train
+    from .training.state import finish
 
     if not run.recipe.train.tokens:
         say("train.tokens is 0: nothing to train")
         return {}
+    keep = run.recipe.train.keep_checkpoints_after_success
     if run.uptrained.exists() and (done := run.read("train.json")):
         say(f"found {run.uptrained}")
+        finish(run.folder, keep=keep)  # in case the end of it was interrupted
         return done
+    (run.folder / "train.json").unlink(missing_ok=True)  # of a model that was removed since
     result = train(
         run.converted,
         run.source,
@@ -197,8 +211,11 @@ def uptrain(run: Run) -> dict[str, Any]:
         run_dir=run.folder,
         device=run.device,
         resume_command=command_line(),
+        allow_changes=run.allow_changes,
     )
-    return run.write("train.json", result)
+    run.write("train.json", result)
+    finish(run.folder, keep=keep)
+    return result
 
 
 def evaluate(run: Run) -> dict[str, Any]:
@@ -316,7 +333,7 @@ def _disk_needed(run: Run) -> int:
     return needed
 
 
-def _check_same_recipe(folder: Path, recipe: Recipe, overwrite: bool) -> None:
+def _check_same_recipe(folder: Path, recipe: Recipe, overwrite: bool, allow_changes: Collection[str] = ()) -> None:
     """Refuse to continue a run folder under another recipe, or to take over a folder that holds no run."""
     if folder.is_file():
         raise UsageError(f"{folder} is a file", fix="Give a folder for --out.")
@@ -328,16 +345,20 @@ def _check_same_recipe(folder: Path, recipe: Recipe, overwrite: bool) -> None:
         return
     before = flatten(yaml.safe_load(saved.read_text(encoding="utf-8")) or {})
     after = flatten(recipe.model_dump(mode="json"))
-    changed = [
-        f"{name}: {before.get(name)!r} -> {after.get(name)!r}"
+    changed = {
+        name: f"{name}: {before.get(name)!r} -> {after.get(name)!r}"
         for name in sorted(before.keys() | after.keys())
         if before.get(name) != after.get(name) and not name.startswith(FREE_TO_CHANGE)
-    ]
-    if changed:
+    }
+    can_be_allowed = () if (folder / "train.json").exists() else ALLOWED_TO_CHANGE
+    refused = [n for n in changed if not (n.startswith(can_be_allowed) and is_named(n, allow_changes))]
+    if refused:
+        options = " ".join(f"--allow-change {name}" for name in refused if name.startswith(can_be_allowed))
         raise UsageError(
             f"{folder} holds a run of another recipe",
-            why="; ".join(changed),
-            fix="Give another --out, or --overwrite to start this folder anew.",
+            why="; ".join(changed[name] for name in refused),
+            fix=f"{f'Accept it with {options}, give' if options else 'Give'} another --out, or --overwrite to start "
+            "this folder anew.",
         )
 
 

@@ -5,6 +5,7 @@ refused. `load_recipe` returns the resolved recipe together with the origin of e
 """
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -171,6 +172,8 @@ class Train(Section):
     """Save a resumable checkpoint every so many tokens."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Checkpoints to keep; older ones go once a newer one is whole."""
+    keep_checkpoints_after_success: bool = False
+    """Keep them once the uptrained model is published too; three times its float32 size each."""
 
 
 class Evaluate(Section):
@@ -231,6 +234,11 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         name = f"{prefix}{key}"
         flat |= flatten(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
     return flat
+
+
+def is_named(name: str, given: Collection[str]) -> bool:
+    """Whether a setting is among those given, itself or by its section: `train` stands for `train.*`."""
+    return any(name == one or name.startswith(f"{one}.") for one in given)
 
 
 def parse_overrides(assignments: list[str]) -> dict[str, Any]:

@@ -3,9 +3,9 @@
 import signal
 import sys
 
-from ..console import debug, fail
-from ..environment import command_line
-from ..errors import ClaError, InputError, Interrupted
+from ..console import debug, fail, mute, unmute
+from ..environment import command_line, rank, world_size
+from ..errors import ClaError, ExitCode, InputError, Interrupted
 from .app import app
 
 from . import models, training, evaluation, recipes  # isort: skip  (the order of --help)
@@ -15,16 +15,42 @@ __all__ = ["app", "evaluation", "main", "models", "recipes", "training"]
 
 def main() -> None:
     """Entry point: run the app and turn errors into what / why / how to fix and an exit code."""
+    leads, alone = rank() == 0, world_size() == 1
     for signal_number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signal_number, _interrupt)
+        # A process that waits to be called cannot run a handler, and has nothing to lose.
+        signal.signal(signal_number, _interrupt if leads else signal.SIG_DFL)
     try:
-        app()
+        if leads:
+            app()
+        else:
+            mute()
+            training.take_part()
     except (ClaError, PermissionError, FileExistsError, NotADirectoryError) as error:
         if debug():
             raise
         error = error if isinstance(error, ClaError) else InputError(f"A path cannot be used: {error}")
-        fail(error)
+        if alone or _speaks():
+            fail(error)
         sys.exit(error.exit_code)
+    except Exception:
+        if alone or _speaks():
+            raise
+        sys.exit(ExitCode.BUG)
+    finally:
+        if leads and not alone:
+            from ..training.torchrun import dismiss_the_others
+
+            dismiss_the_others()
+
+
+def _speaks() -> bool:
+    """Whether this process, of several that torchrun started, is the first to fail: only that one says why."""
+    from ..training.torchrun import first_to_fail
+
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends all processes once one has failed
+    if speaks := first_to_fail():
+        unmute()
+    return speaks
 
 
 def _interrupt(number: int, frame: object) -> None:

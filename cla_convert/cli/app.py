@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..console import data
+from ..environment import world_size
+from ..errors import UsageError
 
 if TYPE_CHECKING:
     from ..recipe import Recipe as Schema
@@ -31,6 +33,14 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a h
 AllowPickle = Annotated[bool, typer.Option(help="Accept pickled .bin weights (loaded with weights_only=True).")]
 Overwrite = Annotated[bool, typer.Option(help="Replace an earlier output.")]
 Recipe = Annotated[str | None, typer.Option(help="Recipe file, or the name of a shipped one.")]
+AllowChanges = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-change",
+        metavar="A.B",
+        help="Resume although this setting (or section) changed; repeatable. The result records it.",
+    ),
+]
 Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="A.B=VALUE", help="Override a value of the recipe; repeatable."),
@@ -38,8 +48,13 @@ Sets = Annotated[
 
 
 @app.callback(invoke_without_command=True)
-def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
     """Handle the options that come before a verb."""
+    if world_size() > 1 and context.invoked_subcommand not in ("run", "uptrain"):
+        raise UsageError("Only run and uptrain use several processes", fix="Start cla-convert without torchrun.")
     if version:
         from .. import __version__
 

@@ -8,7 +8,7 @@ import typer
 from ..console import data, data_json, say
 from ..environment import command_line
 from ..errors import InputError, UsageError
-from .app import Json, Sets, app
+from .app import AllowChanges, Json, Sets, app
 
 
 @app.command()
@@ -21,12 +21,13 @@ def uptrain(
     resume: Annotated[
         bool, typer.Option(help="Continue from the last checkpoint (the default if there is one).")
     ] = True,
+    allow_changes: AllowChanges = None,
     sets: Sets = None,
     as_json: Json = False,
 ) -> None:
     """Recover a converted model's quality on a token budget.
 
-    Interrupted? The same command line resumes.
+    Interrupted? The same command line resumes. Several GPUs? torchrun --nproc-per-node N -m cla_convert.cli uptrain
     """
     from ..environment import pick_device
     from ..files import write_json
@@ -34,6 +35,7 @@ def uptrain(
     from ..recipe import load_recipe
     from ..recipes import find_recipe
     from ..training.loop import uptrain as train
+    from ..training.state import finish
 
     overrides = [*(sets or []), *([f"train.tokens={tokens}"] if tokens else [])]
     resolved = load_recipe(find_recipe(recipe) if recipe else None, overrides)
@@ -42,11 +44,13 @@ def uptrain(
         raise UsageError("No token budget", fix="Give --tokens, for example --tokens 26M.")
     if not (source := teacher or settings.source.model):
         raise UsageError("No teacher", why="Distillation needs the source model.", fix="Give --teacher MODEL.")
-    if out.exists():
+    state = out.with_name(f"{out.name}.state")
+    done = (state / "train.json").exists()
+    if out.exists() and (done or not (state / "checkpoints").exists()):  # else it was interrupted at the very end
         raise InputError(f"{out} exists", fix="Give another folder, or remove it to train again.")
     say(resolved.table())
-    state = out.with_name(f"{out.name}.state")
     state.mkdir(parents=True, exist_ok=True)
+    (state / "train.json").unlink(missing_ok=True)
     result = train(
         model,
         resolve_source(source, revision=settings.source.revision, allow_pickle=settings.source.allow_pickle),
@@ -56,8 +60,10 @@ def uptrain(
         device=pick_device(settings.device),
         resume_command=command_line(),
         fresh=not resume,
+        allow_changes=allow_changes or (),
     )
     write_json(state / "train.json", result)
+    finish(state, keep=settings.train.keep_checkpoints_after_success)
     data_json(result) if as_json else data(str(out))
 
 
@@ -72,11 +78,12 @@ def run(
         str, typer.Option(help="Stop after this stage: plan, convert, uptrain, eval or report.")
     ] = "report",
     overwrite: Annotated[bool, typer.Option(help="Start the run folder anew.")] = False,
+    allow_changes: AllowChanges = None,
     as_json: Json = False,
 ) -> None:
     """Do it all: plan, convert, uptrain, evaluate, report.
 
-    Rerunning the same line resumes where it stopped.
+    Rerunning the same line resumes where it stopped. Several GPUs? torchrun --nproc-per-node N -m cla_convert.cli run
     """
     from ..errors import did_you_mean
     from ..recipe import load_recipe
@@ -89,8 +96,19 @@ def run(
         raise UsageError(
             f"There is no stage {until!r}.{did_you_mean(until, pipeline.STAGES)}", fix=", ".join(pipeline.STAGES)
         )
-    result = pipeline.run(resolved, out, until=until, overwrite=overwrite)
+    result = pipeline.run(resolved, out, until=until, overwrite=overwrite, allow_changes=allow_changes or ())
     if as_json:
         data_json(result)
     elif until == "report":
         data((out / "report.md").read_text(encoding="utf-8"))
+
+
+def take_part() -> None:
+    """What every process but the first does under torchrun: wait for its call, uptrain with it, leave."""
+    from ..training.torchrun import wait_for_call
+
+    arguments = wait_for_call()
+    if arguments is not None:
+        from ..training.loop import uptrain
+
+        uptrain(**arguments)

@@ -7,10 +7,13 @@ checkpoint. The same command line therefore resumes after Ctrl-C, SIGTERM or a c
 the very same weights.
 """
 
+import errno
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..console import human_count, progress, say
@@ -20,11 +23,15 @@ from ..evaluation.perplexity import token_perplexity
 from ..models.export import check_exportable, export_model
 from ..models.writer import check_output
 from ..recipe import Recipe
-from .metrics import Metrics, read_rows
+from .metrics import Metrics, NoMetrics, read_rows
+from .parallel import check_team, share, team, whole
 from .schedule import crossed, learning_rate
 from .state import Checkpoints, Position
 from .stop import StopRequest
+from .torchrun import call_the_others
 from .trainer import Trainer, run_identity, set_up
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def uptrain(
@@ -37,6 +44,7 @@ def uptrain(
     device: str,
     resume_command: str = "",
     fresh: bool = False,
+    allow_changes: Collection[str] = (),
 ) -> dict[str, Any]:
     """Train the model in `student_dir` on the recipe's token budget and publish it as `out_dir`.
 
@@ -49,31 +57,48 @@ def uptrain(
         device: `cpu`, `cuda`, `cuda:1`, ...
         resume_command: shown to the user on interruption.
         fresh: start over instead of resuming.
+        allow_changes: settings that may differ from those of the checkpoint; see `Checkpoints`.
+
+    Under torchrun all processes take part; the first one calls the others, writes the files and has the result.
 
     Returns:
         tokens, steps, seconds, tokens_per_second, loss, first_loss, validation, peak_memory_bytes and what was used.
 
     Raises:
+        UsageError: several processes cannot share the device.
         InputError: data, models or `out_dir` are not usable, before any training.
         TrainingError: the loss is not finite, the disk is full, or the checkpoints are of another run.
         Interrupted: on SIGINT or SIGTERM, after saving.
     """
+    arguments = dict(locals())
     check_output(out_dir, overwrite=True)  # before hours of work, not after
-    trainer = set_up(student_dir, teacher_dir, recipe, device)
-    check_exportable(trainer.student.state_dict(), student_dir)
-    identity = run_identity(student_dir, teacher_dir, recipe, trainer)
-    checkpoints = Checkpoints(run_dir / "checkpoints", identity, recipe.train.keep_checkpoints)
-    if fresh:
-        checkpoints.clear()
-    position = _resume(trainer, checkpoints)
-    metrics = Metrics(run_dir / "metrics.jsonl", position.step if position.step else None)
-    try:
-        with StopRequest() as stop:
-            position = _train(trainer, position, checkpoints, metrics, stop, resume_command)
-    finally:
-        metrics.close()
-    result = _result(trainer, position, read_rows(run_dir / "metrics.jsonl"))
-    export_model(trainer.student, student_dir, out_dir, manifest={"uptraining": result | identity}, overwrite=True)
+    check_team(device)
+    call_the_others(arguments)
+    with team(device) as crew:
+        trainer = set_up(student_dir, teacher_dir, recipe, crew.device, crew)
+        check_exportable(trainer.student.state_dict(), student_dir)
+        identity = run_identity(student_dir, teacher_dir, recipe, trainer)
+        checkpoints = Checkpoints(
+            run_dir / "checkpoints", identity, recipe.train.keep_checkpoints, team=crew, allow_changes=allow_changes
+        )
+        if fresh:
+            checkpoints.clear()
+        position = _resume(trainer, checkpoints)
+        log = run_dir / "metrics.jsonl"
+        metrics = Metrics(log, position.step if position.step else None) if crew.leads else NoMetrics()
+        try:
+            with StopRequest() as stop:
+                position = _train(trainer, position, checkpoints, metrics, stop, resume_command)
+        except OSError as error:
+            if error.errno not in _DISK_FULL:
+                raise
+            raise checkpoints.disk_trouble(str(error)) from error
+        finally:
+            metrics.close()
+        result = _result(trainer, position, read_rows(log)) | {"changes": checkpoints.changes}
+        state = crew.whole_state(trainer.student)
+    if crew.leads:
+        export_model(state, student_dir, out_dir, manifest={"uptraining": result | identity}, overwrite=True)
     return result
 
 
@@ -81,7 +106,7 @@ def _resume(trainer: Trainer, checkpoints: Checkpoints) -> Position:
     path = checkpoints.latest()
     if path is None:
         return Position()
-    position = checkpoints.load(path, trainer.parameters, trainer.optimizer)
+    position = checkpoints.load(path, trainer.student, trainer.optimizer)
     say(f"resuming from {path} at {human_count(position.tokens)} of {human_count(trainer.budget.tokens)} tokens")
     return position
 
@@ -104,11 +129,11 @@ def _train(
             metrics.write(row)
             bar.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{row['lr']:.1e}", refresh=False)
             bar.update(position.tokens - before.tokens)
-            last = position.step == budget.steps
-            if last or stop.requested or crossed(settings.checkpoint_every, before.tokens, position.tokens):
+            last, stopping = position.step == budget.steps, trainer.team.any(stop.requested)
+            if last or stopping or crossed(settings.checkpoint_every, before.tokens, position.tokens):
                 metrics.sync()
-                saved = checkpoints.save(position, trainer.parameters, trainer.optimizer)
-                if stop.requested and not last:
+                saved = checkpoints.save(position, trainer.student, trainer.optimizer)
+                if stopping and not last:
                     raise Interrupted(
                         f"Interrupted at {human_count(position.tokens)} of {human_count(budget.tokens)} tokens",
                         f"Everything is saved in {saved}.",
@@ -131,8 +156,10 @@ def _step(trainer: Trainer, position: Position, checkpoints: Checkpoints) -> tup
         warmup=settings.warmup,
         final=settings.final_lr,
     )
+    # What is random in a step (dropout) depends on its number too: no generator has to be saved.
+    torch.manual_seed(_step_seed(trainer, position.step))
     losses = _gradients(trainer, *budget.step_range(position.step))
-    norm = torch.nn.utils.clip_grad_norm_(trainer.parameters.values(), settings.clip)
+    norm = whole(torch.nn.utils.clip_grad_norm_(trainer.parameters.values(), settings.clip))
     loss = losses.sum().item()
     if not (torch.isfinite(losses).all() and torch.isfinite(norm)):
         raise _not_finite(trainer, position, losses, norm.item(), checkpoints)
@@ -155,20 +182,27 @@ def _step(trainer: Trainer, position: Position, checkpoints: Checkpoints) -> tup
 
 
 def _gradients(trainer: Trainer, first: int, end: int) -> torch.Tensor:
-    """Accumulate the gradients of sequences first .. end-1; returns each micro-batch's share of the loss.
+    """Accumulate the gradients of sequences first .. end-1.
 
     Every micro-batch is divided by the targets of the whole step: the sum is the mean over tokens however it is cut.
+
+    Returns:
+        Each micro-batch's part of the loss, of every process: [processes, passes].
     """
     denominator = (end - first) * trainer.objective.targets(trainer.budget.length)
     losses = []
-    for start in range(first, end, trainer.settings.micro_batch_size):
-        size = min(trainer.settings.micro_batch_size, end - start)
-        ids = torch.from_numpy(trainer.sequences.rows(size, start)).to(trainer.device)
+    for part in trainer.team.share(first, end, trainer.settings.micro_batch_size):
+        rows = trainer.sequences.rows(max(1, len(part)), part.start if part else first)
+        ids = torch.from_numpy(rows).to(trainer.device)
         with trainer.precision.autocast():
-            loss = trainer.objective(trainer.student, ids, denominator)
+            loss = trainer.team.run(trainer.objective, trainer.student, ids, denominator) * bool(part)
         loss.backward()
         losses.append(loss.detach())
-    return torch.stack(losses)
+    return trainer.team.gather(torch.stack(losses))
+
+
+def _step_seed(trainer: Trainer, step: int) -> int:
+    return int(np.random.SeedSequence([trainer.seed, step, trainer.team.rank]).generate_state(1)[0])
 
 
 def _validate_if_due(trainer: Trainer, position: Position, metrics: Metrics) -> None:
@@ -177,10 +211,11 @@ def _validate_if_due(trainer: Trainer, position: Position, metrics: Metrics) -> 
     ends = position.step in (0, trainer.budget.steps)
     if not (ends or crossed(trainer.settings.validate_every, before, position.tokens)):
         return
-    if metrics.has_validation(position.step):
+    if trainer.team.decide(metrics.has_validation(position.step)):
         return
-    with trainer.precision.autocast():
-        score = token_perplexity(trainer.student, trainer.validation, batch_size=trainer.settings.micro_batch_size)
+    with trainer.precision.autocast():  # every process does it all: the sequences are few, and the result is one
+        size = trainer.settings.micro_batch_size
+        score = trainer.team.run(token_perplexity, trainer.student, trainer.validation, batch_size=size)
     metrics.write({"step": position.step, "tokens": position.tokens, "validation_perplexity": score["perplexity"]})
 
 
@@ -188,12 +223,13 @@ def _not_finite(
     trainer: Trainer, position: Position, losses: torch.Tensor, norm: float, checkpoints: Checkpoints
 ) -> TrainingError:
     first, end = trainer.budget.step_range(position.step)
-    bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
+    bad = (~torch.isfinite(losses)).nonzero().tolist()
     if bad:
-        first += bad[0] * trainer.settings.micro_batch_size
-        end = min(end, first + trainer.settings.micro_batch_size)
-    whole = checkpoints.all()
-    kept = f"The last good checkpoint is {whole[-1]}." if whole else "There is no checkpoint yet."
+        rank, number = bad[0]
+        part = share(first, end, trainer.settings.micro_batch_size, rank, trainer.team.size)[number]
+        first, end = (part.start, part.stop) if part else (first, end)
+    saved = checkpoints.all()
+    kept = f"The last good checkpoint is {saved[-1]}." if saved else "There is no checkpoint yet."
     what = "loss" if bad else "gradient"
     return TrainingError(
         f"The {what} is not finite at step {position.step + 1}, sequences {first} to {end - 1}",
@@ -215,6 +251,7 @@ def _result(trainer: Trainer, position: Position, rows: list[dict[str, Any]]) ->
         "parameters_trained": sum(p.numel() for p in trainer.parameters.values()),
         "peak_memory_bytes": peak_memory_bytes(trainer.device),
         "device": trainer.device,
+        "processes": trainer.team.size,
         "precision": trainer.precision.name,
         "data_digest": trainer.data.digest,
         "data": trainer.data.info,

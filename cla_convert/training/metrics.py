@@ -43,6 +43,26 @@ class Metrics:
         self._file.close()
 
 
+class NoMetrics(Metrics):
+    """For all processes of a run but the first, which writes for them."""
+
+    def __init__(self) -> None:
+        """Open nothing."""
+
+    def has_validation(self, step: int) -> bool:
+        """Never asked: the first process decides."""
+        return False
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Drop the row."""
+
+    def sync(self) -> None:
+        """Nothing to force."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics file, up to the first line that is not whole; empty if there is no file."""
     rows: list[dict[str, Any]] = []

@@ -1,30 +1,40 @@
 """Exact checkpoints: everything that the next step depends on, published by rename.
 
-A checkpoint is a folder `step-00000120` with the trained parameters in float32 (safetensors), the optimiser and the
-random number generators (torch, loaded with weights_only), and state.json: step, tokens, what the run was started
-with, and the sizes of the other files. It is written under a temporary name, synced and renamed, so a folder with the
-final name is whole; the sizes guard against a disk that lost data anyway. Data order and learning rate need nothing
-here: both are functions of the step.
+A checkpoint is a folder `step-00000120` with one safetensors file for each kind of state (the trained parameters and
+each of the optimiser's moments, all float32) and process, and state.json: step, tokens, what the run was started with,
+and the sizes of the other files. It is written under a temporary name, synced and renamed, so a folder with the final
+name is whole; the sizes guard against a disk that lost data anyway. Data order, learning rate and dropout need nothing
+here: all are functions of the step.
+
+Every process writes and reads its own rows of each tensor. A checkpoint of several processes loads in one and the
+other way round: then the rows are put together and cut again. safetensors rather than torch.distributed.checkpoint,
+whose index is a pickle: resuming in a folder from elsewhere must not run code from it.
 """
 
 import json
-import os
+import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from ..console import human_bytes, warn
 from ..errors import TrainingError
 from ..files import sync
+from ..recipe import is_named
+from .parallel import Team, own_rows
 
-_MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.pt", "state.json"
+_STATE = "state.json"
 _TEMPORARY = ".tmp-"
+_FIXED = ("model", "train.sequence_length", "train.batch_tokens")
+"""A run whose weights or place in the data mean something else is not this run any more."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +50,25 @@ class Position:
 
 
 class Checkpoints:
-    """The checkpoints of one run, in `folder`."""
+    """The checkpoints of one run, in `folder`. All processes of the team call the same methods."""
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any], keep: int) -> None:
-        """`identity` is what the results depend on (settings, data, models), as flat JSON values."""
-        self.folder, self.keep = folder, keep
+    def __init__(
+        self,
+        folder: Path,
+        identity: Mapping[str, Any],
+        keep: int,
+        *,
+        team: Team = Team(),  # noqa: B008  (immutable)
+        allow_changes: Collection[str] = (),
+    ) -> None:
+        """`identity` is what the results depend on (settings, data, models), as flat JSON values.
+
+        `allow_changes` names entries of it that may differ from those of the checkpoint; `train` means `train.*`.
+        """
+        self.folder, self.keep, self.team, self.allow_changes = folder, keep, team, allow_changes
         self.identity: dict[str, Any] = json.loads(json.dumps(dict(identity)))
+        self.changes: list[dict[str, Any]] = []
+        """What was changed in mid-run, and at which step."""
 
     def all(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
@@ -54,90 +77,133 @@ class Checkpoints:
 
     def clear(self) -> None:
         """Remove every checkpoint: start over."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self.team.barrier()
+        if self.team.leads:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.team.barrier()
 
-    def save(
-        self, position: Position, parameters: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer
-    ) -> Path:
+    def save(self, position: Position, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Path:
         """Publish a checkpoint, then prune. Raises TrainingError if the disk is full; earlier ones are untouched."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for stale in self.folder.glob(f"{_TEMPORARY}*"):
-            shutil.rmtree(stale, ignore_errors=True)
-        temporary, final = self.folder / f"{_TEMPORARY}{os.getpid()}", self.folder / f"step-{position.step:08d}"
-        try:
-            self._write(temporary, position, parameters, optimizer)
-            if final.exists():  # only a broken one can be there: the loop never saves a step twice
-                shutil.rmtree(final)
-            temporary.rename(final)
-            sync(self.folder)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise self._cannot_save(error) from error
-        self._prune()
+        final = self.folder / f"step-{position.step:08d}"
+        temporary = self.folder / f"{_TEMPORARY}{final.name}"
+        if self.team.leads:
+            for stale in self.folder.glob(f"{_TEMPORARY}*"):
+                shutil.rmtree(stale, ignore_errors=True)
+        self.team.barrier()
+        self._together(temporary, lambda: self._write_rows(temporary, model, optimizer))
+        self._together(temporary, lambda: self._publish(temporary, final, position))
         return final
 
     def latest(self) -> Path | None:
-        """The newest whole checkpoint, None if there is none. Raises TrainingError if its run was another one."""
-        whole = self.all()
-        if not whole:
-            return None
-        saved = json.loads((whole[-1] / _STATE).read_text())["identity"]
-        if changed := differences(saved, self.identity):
-            raise TrainingError(
-                f"The checkpoints in {self.folder} belong to another run",
-                "Changed since: " + "; ".join(changed),
-                "Set it back to resume, give another folder, or start over (uptrain: --no-resume; run: --overwrite).",
-            )
-        return whole[-1]
+        """The newest whole checkpoint, None if there is none.
 
-    def load(self, path: Path, parameters: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> Position:
-        """Put a checkpoint into the parameters (in place), the optimiser and the random number generators."""
+        Raises:
+            TrainingError: its run was another one, and not all that changed was allowed to.
+        """
+        return self.team.decide(self._latest() if self.team.leads else None)
+
+    def load(self, path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Position:
+        """Put a checkpoint into the parameters and the optimiser, in place."""
         try:
-            tensors = load_file(path / _MODEL)
-            rest = torch.load(path / _OPTIMIZER, map_location="cpu", weights_only=True)
             state = json.loads((path / _STATE).read_text())
-        except (OSError, RuntimeError, SafetensorError, ValueError) as error:
+            for kind, tensors in _state_tensors(model, optimizer).items():
+                self._read_rows(path, kind, tensors, state["environment"]["processes"])
+        except (OSError, RuntimeError, SafetensorError, ValueError, KeyError) as error:
             raise TrainingError(
                 f"The checkpoint {path} cannot be read", str(error), "Remove it to resume from the one before."
             ) from error
-        if tensors.keys() != parameters.keys():
-            raise TrainingError(f"The checkpoint {path} is of another model", "Its parameters have other names.")
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(tensors[name])
-        optimizer.load_state_dict(rest["optimizer"])
-        _restore_rng(rest["rng"])
-        if state["environment"] != environment():
-            warn(f"resuming under {environment()}, saved under {state['environment']}: not bit-exact")
+        if state["environment"] != (now := environment(self.team)):
+            warn(f"resuming under {now}, saved under {state['environment']}: not bit-exact")
         return Position(**state["position"])
 
-    def _write(
-        self,
-        folder: Path,
-        position: Position,
-        parameters: Mapping[str, torch.Tensor],
-        optimizer: torch.optim.Optimizer,
-    ) -> None:
-        folder.mkdir()
-        save_file({name: tensor.detach().contiguous() for name, tensor in parameters.items()}, folder / _MODEL)
-        torch.save({"optimizer": optimizer.state_dict(), "rng": _rng()}, folder / _OPTIMIZER)
+    def _together(self, temporary: Path, work: Callable[[], None]) -> None:
+        """Do it on every process; if one fails, all raise the same error, and nothing half-written is left."""
+        trouble = None
+        try:
+            work()
+        except (OSError, RuntimeError, SafetensorError) as error:
+            trouble = error
+        if not (troubles := [found for found in self.team.collect(trouble and str(trouble)) if found]):
+            return
+        if self.team.leads:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise self.disk_trouble(troubles[0]) from trouble
+
+    def _write_rows(self, folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for kind, tensors in _state_tensors(model, optimizer).items():
+            file = folder / _file_name(kind, self.team.rank, self.team.size)
+            save_file({name: own_rows(tensor).detach().contiguous() for name, tensor in tensors.items()}, file)
+            sync(file)
+
+    def _read_rows(self, folder: Path, kind: str, tensors: Mapping[str, torch.Tensor], saved_by: int) -> None:
+        same = saved_by == self.team.size
+        numbers = [self.team.rank] if same else range(saved_by)
+        with ExitStack() as stack, torch.no_grad():
+            files = [
+                stack.enter_context(safe_open(folder / _file_name(kind, number, saved_by), framework="pt"))
+                for number in numbers
+            ]
+            if set(files[0].keys()) != tensors.keys():
+                raise ValueError("It is of another model: its parameters have other names.")
+            for name, tensor in tensors.items():
+                if tensor.ndim == 0 or same:  # a step count is the same everywhere
+                    own_rows(tensor).copy_(files[0].get_tensor(name))
+                    continue
+                saved, mine = torch.cat([file.get_tensor(name) for file in files]), own_rows(tensor)
+                start = 0 if mine is tensor else self.team.rank * math.ceil(tensor.shape[0] / self.team.size)
+                mine.copy_(saved[start : start + mine.shape[0]])
+
+    def _publish(self, temporary: Path, final: Path, position: Position) -> None:
+        if not self.team.leads:
+            return
         state = {
             "position": vars(position),
             "identity": self.identity,
-            "environment": environment(),
-            "files": {name: (folder / name).stat().st_size for name in (_MODEL, _OPTIMIZER)},
+            "changes": self.changes,
+            "environment": environment(self.team),
+            "files": {file.name: file.stat().st_size for file in temporary.iterdir()},
         }
-        (folder / _STATE).write_text(json.dumps(state, indent=2))
-        for file in folder.iterdir():
-            sync(file)
-        sync(folder)
+        (temporary / _STATE).write_text(json.dumps(state, indent=2))
+        sync(temporary / _STATE)
+        sync(temporary)
+        if final.exists():  # only a broken one can be there: the loop never saves a step twice
+            shutil.rmtree(final)
+        temporary.rename(final)
+        sync(self.folder)
+        self._prune()
 
-    def _cannot_save(self, error: Exception) -> TrainingError:
+    def _latest(self) -> Path | None:
+        whole = self.all()
+        if not whole:
+            return None
+        saved = json.loads((whole[-1] / _STATE).read_text())
+        self.changes = list(saved["changes"])
+        if changed := differences(saved["identity"], self.identity):
+            self._check_allowed(changed)
+            self.changes.append({"step": saved["position"]["step"], "changed": changed})
+            warn(f"resuming with {'; '.join(map(describe, changed))}: the result is that of neither setting alone")
+        return whole[-1]
+
+    def _check_allowed(self, changed: list[dict[str, Any]]) -> None:
+        refused = [change for change in changed if not is_allowed(change["name"], self.allow_changes)]
+        if not refused:
+            return
+        options = " ".join(f"--allow-change {c['name']}" for c in refused if c["name"] not in _FIXED)
+        raise TrainingError(
+            f"The checkpoints in {self.folder} belong to another run",
+            "Changed since: " + "; ".join(map(describe, refused)),
+            f"Set it back to resume,{f' accept it with {options},' if options else ''} give another folder, or start "
+            "over (uptrain: --no-resume; run: --overwrite).",
+        )
+
+    def disk_trouble(self, error: str) -> TrainingError:
+        """What to tell the user when the run folder cannot be written to."""
         whole = self.all()
         kept = f"The last good checkpoint is kept: {whole[-1]}" if whole else "There is no earlier checkpoint."
-        free = human_bytes(shutil.disk_usage(self.folder).free)
+        free = human_bytes(shutil.disk_usage(self.folder.parent).free)
         return TrainingError(
-            f"A checkpoint could not be written to {self.folder}",
+            f"{self.folder.parent} cannot be written to",
             f"{error} ({free} free). {kept}",
             "Free some space and run the same command again: it resumes.",
         )
@@ -150,15 +216,49 @@ class Checkpoints:
             shutil.rmtree(doomed, ignore_errors=True)
 
 
-def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """What changed between two identities, as `name: old -> new`."""
+def finish(run_dir: Path, *, keep: bool) -> None:
+    """Remove the checkpoints of a run whose result is published and recorded, unless they are to be kept."""
+    if not keep:
+        shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
+
+
+def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What changed between two identities: name, before and after of each."""
     names = sorted(saved.keys() | current.keys())
-    return [f"{n}: {saved.get(n)!r} -> {current.get(n)!r}" for n in names if saved.get(n) != current.get(n)]
+    return [
+        {"name": name, "before": saved.get(name), "after": current.get(name)}
+        for name in names
+        if saved.get(name) != current.get(name)
+    ]
 
 
-def environment() -> dict[str, Any]:
+def describe(change: Mapping[str, Any]) -> str:
+    """`train.clip: 1.0 -> 0.5`."""
+    return f"{change['name']}: {change['before']!r} -> {change['after']!r}"
+
+
+def is_allowed(name: str, allowed: Collection[str]) -> bool:
+    """Whether a setting was named, itself or by its section, and can change in mid-run at all."""
+    return name not in _FIXED and is_named(name, allowed)
+
+
+def environment(team: Team) -> dict[str, Any]:
     """What, besides the identity, decides the last bits of a float: recorded, and warned about when it changes."""
-    return {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "processes": team.size}
+
+
+def _state_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, torch.Tensor]]:
+    """What a checkpoint holds: kind (`model`, `exp_avg`, ...) -> name of the parameter -> the tensor in use."""
+    kinds = {"model": {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}}
+    moments: Any = get_optimizer_state_dict(model, optimizer)["state"]
+    for name, values in moments.items():
+        for kind, value in values.items():
+            kinds.setdefault(kind, {})[name] = value
+    return kinds
+
+
+def _file_name(kind: str, rank: int, size: int) -> str:
+    return f"{kind}-{rank + 1:05d}-of-{size:05d}.safetensors"
 
 
 def _is_whole(path: Path) -> bool:
@@ -167,15 +267,3 @@ def _is_whole(path: Path) -> bool:
         return all((path / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-def _rng() -> dict[str, Any]:
-    """Dropout draws from torch's generators; nothing in the loop uses Python's or numpy's global ones."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
-
-
-def _restore_rng(rng: Mapping[str, Any]) -> None:
-    torch.set_rng_state(rng["cpu"])
-    if rng["cuda"] and len(rng["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(rng["cuda"])

@@ -1,4 +1,8 @@
-"""Stopping politely: the first SIGINT or SIGTERM asks the loop to finish its step, a second one stops at once."""
+"""Stopping politely: the first SIGINT or SIGTERM asks the loop to finish its step, a second one stops at once.
+
+Under torchrun a second one does nothing: torchrun passes on what a scheduler sends to every process itself, and it
+kills those that take too long.
+"""
 
 import signal
 import threading
@@ -6,6 +10,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from ..console import say
+from ..environment import world_size
 
 
 class StopRequest:
@@ -28,9 +33,14 @@ class StopRequest:
         self._restore()
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if self.requested:
+            return
         self.requested = True
-        self._restore()  # the next signal has its usual effect
-        say(f"\n{signal.Signals(number).name}: finishing this step and saving a checkpoint (again: stop at once).")
+        again = ""
+        if world_size() == 1:
+            self._restore()  # the next signal has its usual effect
+            again = " (again: stop at once)"
+        say(f"\n{signal.Signals(number).name}: finishing this step and saving a checkpoint{again}.")
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

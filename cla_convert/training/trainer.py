@@ -13,11 +13,12 @@ from ..models.export import load_model, load_tokenizer
 from ..recipe import Recipe, Train
 from .data import Sequences, TokenStore, held_out_rows, store_for
 from .objective import Objective, make_objective
+from .parallel import Team
 from .precision import Precision, choose_precision
 from .schedule import Budget
 
 # Settings that change what is written when, but not one weight: free to change on resume.
-_FREE = {"checkpoint_every", "keep_checkpoints", "validate_every"}
+_FREE = {"checkpoint_every", "keep_checkpoints", "keep_checkpoints_after_success", "validate_every"}
 
 
 @dataclass
@@ -35,6 +36,8 @@ class Trainer:
     validation: torch.Tensor
     """Held-out rows [n, T]."""
     data: TokenStore
+    seed: int
+    team: Team
 
     @property
     def parameters(self) -> dict[str, torch.Tensor]:
@@ -42,7 +45,13 @@ class Trainer:
         return {name: p for name, p in self.student.named_parameters() if p.requires_grad}
 
 
-def set_up(student_dir: Path, teacher_dir: Path, recipe: Recipe, device: str) -> Trainer:
+def set_up(
+    student_dir: Path,
+    teacher_dir: Path,
+    recipe: Recipe,
+    device: str,
+    team: Team = Team(),  # noqa: B008  (immutable)
+) -> Trainer:
     """Load models and data, and say what was derived from the settings. Raises InputError."""
     settings, budget = recipe.train, Budget.of(recipe.train)
     if not budget.sequences:
@@ -50,16 +59,18 @@ def set_up(student_dir: Path, teacher_dir: Path, recipe: Recipe, device: str) ->
             f"The budget of {settings.tokens} tokens is smaller than one sequence of {settings.sequence_length}",
             fix="Raise train.tokens or lower train.sequence_length.",
         )
-    data = store_for(recipe, load_tokenizer(student_dir))
+    with team.leader_first():
+        data = store_for(recipe, load_tokenizer(student_dir))
     precision = choose_precision(settings.precision, device)
     torch.manual_seed(recipe.seed)
-    student = load_model(student_dir, dtype=torch.float32, device=device)
+    student: Any = load_model(student_dir, dtype=torch.float32, device=device if team.size == 1 else "cpu")
     _check_fit(student, data, settings)
     objective = make_objective(settings, student, teacher_dir, precision, device)
     student.train()
     if settings.activation_checkpointing:
         # Reentrant checkpointing gives silently wrong gradients for K/V that travel between layers.
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    team.shard(student)  # before the optimiser, which is to hold the sharded parameters
     trainer = Trainer(
         settings=settings,
         budget=budget,
@@ -71,6 +82,8 @@ def set_up(student_dir: Path, teacher_dir: Path, recipe: Recipe, device: str) ->
         sequences=Sequences(data.train, settings.sequence_length, recipe.seed),
         validation=torch.from_numpy(held_out_rows(data, settings)),
         data=data,
+        seed=recipe.seed,
+        team=team,
     )
     say(_describe(trainer))
     return trainer
@@ -81,11 +94,11 @@ def run_identity(student_dir: Path, teacher_dir: Path, recipe: Recipe, trainer: 
     settings = recipe.train.model_dump(mode="json", exclude=_FREE)
     return {
         **{f"train.{name}": value for name, value in settings.items()},
+        "train.precision": trainer.precision.name,  # what `auto` came to
         "seed": recipe.seed,
         "data": trainer.data.digest,
         "model": Checkpoint.open(student_dir).fingerprint(),
         "teacher": Checkpoint.open(teacher_dir).fingerprint() if recipe.train.loss == "distill" else None,
-        "precision": trainer.precision.name,
         "device": trainer.precision.device_type,
     }
 
@@ -115,8 +128,9 @@ def _check_fit(student: Any, data: TokenStore, settings: Train) -> None:
 
 def _describe(trainer: Trainer) -> str:
     budget, count = trainer.budget, sum(p.numel() for p in trainer.parameters.values())
+    where = trainer.device if trainer.team.size == 1 else f"{trainer.team.size} x {trainer.precision.device_type}"
     compute = trainer.precision.name + ("" if trainer.precision.compute is torch.float32 else " over float32 weights")
     return (
         f"uptraining: {budget.steps} steps of {budget.batch} x {budget.length} tokens, {human_count(budget.tokens)} in "
-        f"all; {human_count(count)} parameters trained; {trainer.settings.loss}; {compute} on {trainer.device}"
+        f"all; {human_count(count)} parameters trained; {trainer.settings.loss}; {compute} on {where}"
     )

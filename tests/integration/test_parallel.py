@@ -1,0 +1,161 @@
+"""Uptraining in several processes: the same numbers as in one, one voice, and checkpoints that fit any number."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cla_convert.training.metrics import read_rows
+from tests.conftest import save_tiny_llama
+from tests.launch import finish, prepare, start, start_team, uptrain
+
+STEPS = 4.2
+"""Four steps of five sequences and one of a single one: nothing divides evenly, some processes have idle passes."""
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A converted model whose head is not tied, and text."""
+    folder = tmp_path_factory.mktemp("parallel")
+    return prepare(folder, save_tiny_llama(folder / "source", tie_word_embeddings=False))
+
+
+@pytest.fixture(scope="module")
+def alone(work: Path) -> Path:
+    """The run of one process, with all its checkpoints."""
+    line = uptrain(work, work / "alone", steps=STEPS, **EVERY_STEP)
+    assert finish(start(line, work / "alone.log")) == [0], (work / "alone.log").read_text()
+    return work / "alone"
+
+
+EVERY_STEP = {
+    "checkpoint_every": 1,
+    "keep_checkpoints": 9,
+    "keep_checkpoints_after_success": True,
+    "validate_every": 320,
+}
+
+
+def saved(out: Path, step: int, kind: str) -> dict[str, torch.Tensor]:
+    """One kind of state of a checkpoint, put together from the files of all processes."""
+    files = sorted((out.with_name(f"{out.name}.state") / "checkpoints" / f"step-{step:08d}").glob(f"{kind}-*"))
+    parts = [load_file(file) for file in files]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys() and len(one) > 40
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, rtol=1e-5, atol=1e-5 * float(tensor.abs().max()), msg=name)
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    return read_rows(out.with_name(f"{out.name}.state") / "metrics.jsonl")
+
+
+@pytest.mark.parametrize(("size", "recompute"), [(2, False), (3, True)])
+def test_the_numbers_are_those_of_one_process(
+    work: Path, alone: Path, tmp_path: Path, size: int, recompute: bool
+) -> None:
+    """Gradients (the first moment after a step is a tenth of them), losses, norms, validation, weights."""
+    out = tmp_path / "out"
+    line = uptrain(work, out, steps=STEPS, activation_checkpointing=recompute, **EVERY_STEP)
+    assert finish(*start_team(line, tmp_path / "log", size)) == [0] * size, (tmp_path / "log").read_text()
+    for kind, step in (("exp_avg", 1), ("exp_avg", 5), ("model", 5)):
+        assert_equal(saved(alone, step, kind), saved(out, step, kind))
+    for mine, theirs in zip(rows(alone), rows(out), strict=True):
+        assert mine.keys() == theirs.keys()
+        for name in mine.keys() - {"seconds", "tokens_per_second"}:
+            assert theirs[name] == pytest.approx(mine[name], rel=1e-5), (mine["step"], name)
+    assert_equal(load_file(alone / "model.safetensors"), load_file(out / "model.safetensors"))
+
+
+def test_only_one_process_speaks_and_the_output_is_as_any_other(work: Path, tmp_path: Path) -> None:
+    out, log = tmp_path / "out", tmp_path / "log"
+    assert finish(*start_team(uptrain(work, out, steps=2), log)) == [0, 0], log.read_text()
+    assert log.read_text().count("uptraining: 2 steps") == 1 and "2 x cpu" in log.read_text()
+    assert log.read_text().count(str(out)) == 1  # stdout: the result, once
+    assert json.loads((tmp_path / "out.state" / "train.json").read_text())["processes"] == 2
+    auto_map = json.loads((out / "config.json").read_text())["auto_map"]
+    assert auto_map["AutoModelForCausalLM"] == "modeling_cla_llama.ClaLlamaForCausalLM"
+    assert finish(start(["verify", out], tmp_path / "verify")) == [0], (tmp_path / "verify").read_text()
+
+
+@pytest.mark.parametrize("sizes", [(2, 1), (1, 2), (3, 2)])
+def test_a_checkpoint_fits_any_number_of_processes(
+    work: Path, alone: Path, tmp_path: Path, sizes: tuple[int, int]
+) -> None:
+    """The first ones are stopped half-way, others finish."""
+    out, log, (before, after) = tmp_path / "out", tmp_path / "log", sizes
+    line = uptrain(work, out, steps=STEPS, **EVERY_STEP)
+    processes = start_team(line, log, before) if before > 1 else [start(line, log)]
+    wait_for_step(processes, out, 2)
+    for process in processes:
+        os.kill(process.pid or 0, signal.SIGTERM)
+    assert finish(*processes) == [130] * before, log.read_text()
+    assert log.read_text().count("Everything is saved in") == 1
+    done = max(row["step"] for row in rows(out))
+    assert 2 <= done < 5
+    processes = start_team(line, log, after) if after > 1 else [start(line, log)]
+    assert finish(*processes) == [0] * after, log.read_text()
+    assert f"'processes': {after}" in log.read_text() and "not bit-exact" in log.read_text()
+    assert_equal(saved(alone, 5, "model"), saved(out, 5, "model"))
+
+
+def wait_for_step(processes: list[BaseProcess], out: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while max((row["step"] for row in rows(out)), default=0) < step and time.monotonic() < deadline:
+        assert all(process.is_alive() for process in processes)
+        time.sleep(0.001)
+
+
+def test_an_error_of_the_first_process_ends_all(work: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    processes = start_team([*uptrain(work, tmp_path / "out", steps=2), "--set", "train.tokens=1"], log)
+    assert finish(*processes)[0] == 3
+    assert log.read_text().count("is smaller than one sequence") == 1 and "Traceback" not in log.read_text()
+    # Before uptraining: the others were never called, and leave.
+    started = time.monotonic()
+    assert finish(*start_team(["uptrain", tmp_path / "nothing", tmp_path / "out"], log)) == [2, 0]
+    assert time.monotonic() - started < 30
+
+
+def test_an_error_of_another_process_is_told(work: Path, tmp_path: Path) -> None:
+    """The disk is full for the second process only: both stop, one of them says why, nothing half-written stays."""
+    log = tmp_path / "log"
+    line = uptrain(work, tmp_path / "out", steps=2, checkpoint_every=1)
+    assert finish(*start_team(line, log, file_limits=(0, 20_000))) == [3, 3], log.read_text()
+    assert log.read_text().count("cannot be written to") == 1 and "File too large" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert not list((tmp_path / "out.state" / "checkpoints").iterdir())
+
+
+def test_run_under_torchrun_stops_and_resumes(work: Path, tmp_path: Path) -> None:
+    """The real launcher: SIGTERM to it saves a checkpoint, and the same line goes on from there."""
+    out, log = tmp_path / "run", tmp_path / "log"
+    line = ["run", work / "recipe.yaml", "--out", out, "--until", "uptrain", "--set", f"train.tokens={60 * 5 * 32}"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "cla_convert.cli"]
+    process = subprocess.Popen([*torchrun, *line], stderr=subprocess.PIPE, text=True, env=os.environ)
+    deadline = time.monotonic() + 240
+    while len(read_rows(out / "metrics.jsonl")) < 3 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert stderr.count("Everything is saved in") == 1, stderr
+    assert "fix: Resume with: torchrun --nproc-per-node 2 -m cla_convert.cli run" in stderr
+    steps = len([row for row in read_rows(out / "metrics.jsonl") if "loss" in row])
+    assert [int(path.name.removeprefix("step-")) for path in (out / "checkpoints").iterdir()] == [steps]
+    assert finish(*start_team(line, log)) == [0, 0], log.read_text()
+    assert log.read_text().count("resuming from") == 1 and "not bit-exact" not in log.read_text()
+    assert (out / "uptrained" / "model.safetensors").exists() and not (out / "checkpoints").exists()
+    assert json.loads((out / "train.json").read_text())["steps"] == 60

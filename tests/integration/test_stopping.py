@@ -1,0 +1,217 @@
+"""Stopping and resuming real processes: killed at any moment, asked to stop, out of disk, under changed settings."""
+
+import json
+import os
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cla_convert.training.metrics import read_rows
+from tests.launch import finish, prepare, start, uptrain
+
+STEPS = 16
+EVERY_STEP: dict[str, Any] = {"checkpoint_every": 1, "keep_checkpoints": 1, "validate_every": 640}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    return prepare(tmp_path_factory.mktemp("stopping"), tiny_llama)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(work: Path) -> Path:
+    run(uptrain(work, work / "whole", steps=STEPS, **EVERY_STEP), work / "whole.log")
+    return work / "whole"
+
+
+def run(line: list[object], log: Path, code: int = 0, **options: Any) -> str:
+    """Run it to the end; what it printed."""
+    before = log.read_text() if log.exists() else ""
+    assert finish(start(line, log, **options)) == [code], log.read_text().removeprefix(before)
+    return log.read_text().removeprefix(before)
+
+
+def state(out: Path) -> Path:
+    return out.with_name(f"{out.name}.state")
+
+
+def checkpoints(out: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in (state(out) / "checkpoints").glob("step-*"))
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    return [
+        {name: value for name, value in row.items() if name not in ("seconds", "tokens_per_second")}
+        for row in read_rows(state(out) / "metrics.jsonl")
+    ]
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    mine, theirs = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def wait_until(process: BaseProcess, reached: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while process.is_alive() and not reached() and time.monotonic() < deadline:
+        time.sleep(0.0005)
+
+
+def stop(process: BaseProcess, number: signal.Signals) -> int | None:
+    if process.is_alive():
+        os.kill(process.pid or 0, number)
+    return finish(process)[0]
+
+
+class Attempts:
+    """Runs that are killed again and again, each until one of them comes through."""
+
+    def __init__(self, work: Path, folder: Path, whole: Path) -> None:
+        self.work, self.folder, self.whole = work, folder, whole
+        self.finished = self.newest = 0
+        self.seen: Counter[str] = Counter()
+
+    @property
+    def out(self) -> Path:
+        return self.folder / f"run{self.finished}"
+
+    def attempt(self, reached: Callable[[], bool], delay: float) -> bool:
+        """Start or resume, wait for the moment and a little longer, kill; whether that came in time."""
+        process = start(uptrain(self.work, self.out, steps=STEPS, **EVERY_STEP), self.folder / "log")
+        wait_until(process, reached)
+        time.sleep(delay)
+        code = stop(process, signal.SIGKILL)
+        assert code in (0, -signal.SIGKILL), (self.folder / "log").read_text()[-2000:]
+        self.check()
+        if (state(self.out) / "train.json").exists():
+            assert self.out.exists() and rows(self.out) == rows(self.whole)
+            self.finished, self.newest = self.finished + 1, 0
+        return code != 0
+
+    def check(self) -> None:
+        """What has its final name is whole, and what was reached is not lost."""
+        assert not self.out.exists() or same_weights(self.out, self.whole)
+        if (state(self.out) / "train.json").exists():
+            return
+        for step in checkpoints(self.out):
+            path = state(self.out) / "checkpoints" / f"step-{step:08d}"
+            sizes = json.loads((path / "state.json").read_text())["files"]
+            assert sizes == {file.name: file.stat().st_size for file in path.iterdir() if file.name != "state.json"}
+            assert len(sizes) == 4 and all(load_file(path / name) for name in sizes)
+        newest = max(checkpoints(self.out), default=0)
+        assert newest >= self.newest
+        self.newest = newest
+        self.seen["checkpoint"] += any((state(self.out) / "checkpoints").glob(".tmp-*"))
+        self.seen["publishing"] += self.out.exists() or any(self.folder.glob(f".{self.out.name}.partial-*"))
+
+
+def test_killed_at_twenty_moments(work: Path, tmp_path: Path, uninterrupted: Path) -> None:
+    """kill -9 at random moments, while a checkpoint is written and while the result is published."""
+    attempts, rng = Attempts(work, tmp_path, uninterrupted), random.Random(0)
+    moments: dict[str, Callable[[], bool]] = {
+        "any": lambda: state(attempts.out).exists(),
+        "step": lambda: len(rows(attempts.out)) > attempts.newest + 2,
+        "checkpoint": lambda: any((state(attempts.out) / "checkpoints").glob(".tmp-*")),
+        "publish": lambda: any(tmp_path.glob(".run*.partial-*")),
+    }
+    delays = {"any": 1.0, "step": 0.02, "checkpoint": 0.02, "publish": 0.01}
+    for number in range(20):
+        name = list(moments)[number % 4]
+        while not attempts.attempt(moments[name], rng.uniform(0, delays[name])):
+            pass  # it was done before: again
+    assert attempts.seen["checkpoint"] >= 3 and attempts.seen["publishing"] >= 3, attempts.seen
+    while attempts.newest or not attempts.finished:  # the last one may come through
+        attempts.attempt(lambda: False, 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_saves_and_resumes_bit_for_bit(
+    work: Path, tmp_path: Path, uninterrupted: Path, number: signal.Signals
+) -> None:
+    out, log = tmp_path / "out", tmp_path / "log"
+    line = uptrain(work, out, steps=STEPS, **EVERY_STEP | {"checkpoint_every": 0})
+    process = start(line, log)
+    wait_until(process, lambda: len(rows(out)) > 4)
+    assert stop(process, number) == 130, log.read_text()
+    assert f"fix: Resume with: cla-convert uptrain {work / 'converted'} {out}" in log.read_text()
+    assert len(checkpoints(out)) == 1 and not out.exists()
+    assert "resuming from" in run(line, log)
+    assert same_weights(out, uninterrupted) and rows(out) == rows(uninterrupted)
+
+
+@pytest.fixture
+def stopped(work: Path, tmp_path: Path) -> Path:
+    """A run that was stopped early."""
+    out = tmp_path / "out"
+    process = start(uptrain(work, out, steps=STEPS, **EVERY_STEP), tmp_path / "log")
+    wait_until(process, lambda: len(rows(out)) > 3)
+    assert stop(process, signal.SIGTERM) == 130
+    return out
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint_and_says_so(work: Path, stopped: Path, uninterrupted: Path) -> None:
+    line, log = uptrain(work, stopped, steps=STEPS, **EVERY_STEP), stopped.with_name("log")
+    before = checkpoints(stopped)
+    printed = run(line, log, code=3, file_limit=100_000)  # a weight file has 250 kB
+    last = state(stopped) / "checkpoints" / f"step-{before[-1]:08d}"
+    assert "File too large" in printed and f"The last good checkpoint is kept: {last}" in printed
+    assert "run the same command again" in printed and "Traceback" not in printed
+    assert checkpoints(stopped) == before and not list(last.parent.glob(".tmp-*"))
+    run(line, log)
+    assert same_weights(stopped, uninterrupted)
+
+
+def test_changed_settings_are_refused_unless_named_and_then_recorded(work: Path, stopped: Path) -> None:
+    log, step = stopped.with_name("log"), checkpoints(stopped)[-1]
+    changed = uptrain(work, stopped, steps=STEPS, **EVERY_STEP, learning_rate=1e-3, clip=0.5)
+    printed = run(changed, log, code=3)
+    assert "train.clip: 1.0 -> 0.5; train.learning_rate: 0.003 -> 0.001" in printed
+    assert "--allow-change train.clip --allow-change train.learning_rate" in printed
+    printed = run([*changed, "--allow-change", "train.clip"], log, code=3)
+    assert "train.learning_rate" in printed and "train.clip:" not in printed
+    lengths = uptrain(work, stopped, steps=STEPS, **EVERY_STEP, batch_tokens=64)
+    assert "train.batch_tokens" in run([*lengths, "--allow-change", "train"], log, code=3)  # another place in the data
+    printed = run([*changed, "--allow-change", "train"], log)
+    assert "warning: resuming with train.clip: 1.0 -> 0.5" in printed
+    clip = {"name": "train.clip", "before": 1.0, "after": 0.5}
+    rate = {"name": "train.learning_rate", "before": 0.003, "after": 0.001}
+    expected = {"step": step, "changed": [clip, rate]}
+    assert json.loads((state(stopped) / "train.json").read_text())["changes"] == [expected]
+    assert json.loads((stopped / "cla_manifest.json").read_text())["uptraining"]["changes"] == [expected]
+    assert all(row["lr"] <= 1e-3 for row in rows(stopped) if "lr" in row and row["step"] > step)
+
+
+def test_checkpoints_go_once_the_result_stands_unless_kept(work: Path, tmp_path: Path, uninterrupted: Path) -> None:
+    assert uninterrupted.exists() and not (state(uninterrupted) / "checkpoints").exists()
+    out, log = tmp_path / "out", tmp_path / "log"
+    line = uptrain(work, out, steps=2, keep_checkpoints_after_success=True)
+    run(line, log)
+    assert checkpoints(out) == [2]
+    assert f"{out} exists" in run(line, log, code=3)
+    # Killed between publishing and recording: the same line ends it, without training again.
+    (state(out) / "train.json").unlink()
+    assert "100%" in run(line, log) and len(rows(out)) == 4
+    assert (state(out) / "train.json").exists()
+
+
+def test_run_resumes_under_changed_training_settings_only_before_it_is_trained(work: Path, tmp_path: Path) -> None:
+    out, log = tmp_path / "run", tmp_path / "log"
+    line: list[object] = ["run", work / "recipe.yaml", "--out", out, "--set", "train.tokens=320", "--until"]
+    run([*line, "convert"], log)
+    changed = [*line, "uptrain", "--set", "train.clip=0.5", "--set", "convert.init=first"]
+    printed = run([*changed, "--allow-change", "train", "--allow-change", "convert"], log, code=2)
+    assert "convert.init: 'mean' -> 'first'" in printed and "train.clip" not in printed
+    changed = [*line, "uptrain", "--set", "train.clip=0.5"]
+    assert "Accept it with --allow-change train.clip" in run(changed, log, code=2)
+    run([*changed, "--allow-change", "train.clip"], log)
+    again = [*line, "uptrain", "--set", "train.clip=0.7", "--allow-change", "train.clip"]
+    assert "train.clip: 0.5 -> 0.7" in run(again, log, code=2)  # there is nothing left to train with it
