@@ -42,6 +42,12 @@ class TrainingError(ClaError):
     exit_code = ExitCode.INPUT
 
 
+class QualityGate(ClaError):
+    """The model is worse than the recipe's margin allows, or nothing was measured; all results are written."""
+
+    exit_code = ExitCode.GATE
+
+
 class Interrupted(ClaError):
     """Stopped by the user; a checkpoint is saved and `fix` says how to resume."""
 

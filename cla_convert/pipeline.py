@@ -150,10 +150,12 @@ class Run:
 def check_before_work(run: Run) -> None:
     """Find out now what would otherwise fail after hours: tasks, text, tokenizer, disk."""
     from .evaluation.harness import check_tasks
+    from .evaluation.texts import check_texts
     from .models.export import load_tokenizer
     from .models.writer import check_disk
 
-    check_tasks(run.recipe.eval)
+    check_tasks(run.recipe.eval, run.source, run.recipe.seed)
+    check_texts(run.recipe.eval.perplexity)
     load_tokenizer(run.source)
     text(run)
     check_disk(run.folder, _disk_needed(run))
@@ -219,40 +221,36 @@ def uptrain(run: Run) -> dict[str, Any]:
 
 
 def evaluate(run: Run) -> dict[str, Any]:
-    """Measure the same things on the source, the converted and the uptrained model."""
-    from .evaluation.harness import evaluate as evaluate_tasks
+    """Measure the same things on the source, the converted and the uptrained model, and compare."""
+    from .evaluation.comparison import write_comparison
+    from .evaluation.points import Bench, evaluate_points
     from .models.source import cache_folder
 
-    results = {}
+    out, cache = run.folder / "eval", cache_folder() / "eval"
+    results = evaluate_points(run.points, run.recipe.eval, Bench(out, run.device, run.recipe.seed, texts(run), cache))
     for point, model in run.points.items():
-        say(f"{point}: {model}")
-        results[point] = evaluate_tasks(
-            model,
-            run.recipe.eval,
-            run.folder / "eval" / point,
-            device=run.device,
-            seed=run.recipe.seed,
-            cache_dir=cache_folder() / "eval" if point == "before" else None,
-            label=point,
-        )
         measure(run, point, model)
+    write_comparison(run.folder, margin=run.recipe.eval.margin, seed=run.recipe.seed)
     return results
 
 
-def measure(run: Run, point: str, model: Path) -> None:
-    """Held-out perplexity and the KV cache of a real `generate`."""
+def texts(run: Run) -> Any:
+    """What is measured on plain text, the same at every point."""
     import torch
 
-    from .evaluation.cache import measure_kv_cache
-    from .evaluation.model import choose_dtype
-    from .evaluation.perplexity import token_perplexity
-    from .models.export import load_model
+    from .evaluation.texts import Texts
     from .training.data import held_out_rows
 
-    if not run.read(f"eval/{point}/held_out.json"):
-        rows = torch.from_numpy(held_out_rows(text(run), run.recipe.train))
-        loaded = load_model(model, dtype=choose_dtype("auto", run.device), device=run.device)
-        run.write(f"eval/{point}/held_out.json", token_perplexity(loaded, rows))
+    rows = torch.from_numpy(held_out_rows(text(run), run.recipe.train))
+    shared = run.recipe.eval.agreement_tokens
+    part = rows[: max(1, shared // rows.shape[1])] if shared else None
+    return Texts(run.recipe.eval.perplexity, rows, part, run.source)
+
+
+def measure(run: Run, point: str, model: Path) -> None:
+    """The KV cache of a real `generate`."""
+    from .evaluation.cache import measure_kv_cache
+
     if not run.read(f"eval/{point}/kv_cache.json"):
         run.write(f"eval/{point}/kv_cache.json", measure_kv_cache(model, device=run.device))
 

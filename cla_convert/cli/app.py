@@ -1,6 +1,7 @@
 """The Typer application, and the options that several verbs have."""
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -46,6 +47,12 @@ Sets = Annotated[
     typer.Option("--set", metavar="A.B=VALUE", help="Override a value of the recipe; repeatable."),
 ]
 
+TaskData = Annotated[str | None, typer.Option(help="Folder of full evaluation sets (docs/evaluation.md).")]
+Gate = Annotated[bool, typer.Option("--gate", help="Exit with code 4 if a loss beyond the margin is shown.")]
+GateStrict = Annotated[
+    bool, typer.Option("--gate-strict", help="Exit with code 4 unless the loss is shown to be within the margin.")
+]
+
 
 @app.callback(invoke_without_command=True)
 def root(
@@ -69,3 +76,20 @@ def settings_of(recipe: str | None, sets: list[str] | None, options: dict[str, A
 
     given = [f"{name}={json.dumps(value)}" for name, value in options.items() if value is not None]
     return load_recipe(find_recipe(recipe) if recipe else None, [*(sets or []), *given]).recipe
+
+
+def gate_mode(gate: bool, strict: bool) -> bool | str:
+    """The options of a verb as a value of `eval.gate`."""
+    return "strict" if strict else gate
+
+
+def enforce_gate(run_dir: Path, mode: bool | str) -> None:
+    """Raise QualityGate if the gate fails on the results in a run folder; everything has been written by then."""
+    if not mode:
+        return
+    from ..evaluation.comparison import write_comparison
+    from ..evaluation.gate import enforce
+    from ..recipe import load_recipe
+
+    settings = load_recipe(run_dir / "recipe.yaml").recipe
+    enforce(write_comparison(run_dir, margin=settings.eval.margin, seed=settings.seed), mode)

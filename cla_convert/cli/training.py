@@ -1,5 +1,6 @@
 """Verbs that train: uptrain, and run, which does everything."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -8,7 +9,7 @@ import typer
 from ..console import data, data_json, say
 from ..environment import command_line
 from ..errors import InputError, UsageError
-from .app import AllowChanges, Json, Sets, app
+from .app import AllowChanges, Gate, GateStrict, Json, Sets, TaskData, app, enforce_gate, gate_mode
 
 
 @app.command()
@@ -79,6 +80,9 @@ def run(
     ] = "report",
     overwrite: Annotated[bool, typer.Option(help="Start the run folder anew.")] = False,
     allow_changes: AllowChanges = None,
+    task_data: TaskData = None,
+    gate: Gate = False,
+    gate_strict: GateStrict = False,
     as_json: Json = False,
 ) -> None:
     """Do it all: plan, convert, uptrain, evaluate, report.
@@ -89,18 +93,25 @@ def run(
     from ..recipe import load_recipe
     from ..recipes import find_recipe
 
-    resolved = load_recipe(find_recipe(recipe), sets or [])
+    overrides = [*(sets or [])]
+    overrides += [f"eval.task_data={json.dumps(task_data)}"] if task_data else []
+    overrides += [f"eval.gate={json.dumps(mode)}"] if (mode := gate_mode(gate, gate_strict)) else []
+    resolved = load_recipe(find_recipe(recipe), overrides)
     from .. import pipeline
 
     if until not in pipeline.STAGES:
         raise UsageError(
             f"There is no stage {until!r}.{did_you_mean(until, pipeline.STAGES)}", fix=", ".join(pipeline.STAGES)
         )
+    if (gate or gate_strict) and until not in ("eval", "report"):
+        raise UsageError("--gate has nothing to judge", why=f"--until {until} stops before the evaluation.")
     result = pipeline.run(resolved, out, until=until, overwrite=overwrite, allow_changes=allow_changes or ())
     if as_json:
         data_json(result)
     elif until == "report":
         data((out / "report.md").read_text(encoding="utf-8"))
+    if until in ("eval", "report"):
+        enforce_gate(out, resolved.recipe.eval.gate)
 
 
 def take_part() -> None:

@@ -8,6 +8,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from ..errors import InputError
+from .batch import BatchTooLarge, out_of_memory, too_long
 
 
 def choose_dtype(dtype: str, device: str) -> str:
@@ -27,9 +28,14 @@ Base: Any = HFLM  # its registration decorator hides the class from type checker
 class MeteredLM(Base):
     """HFLM that reports tokens as it goes, and counts the requests that it had to shorten."""
 
-    def __init__(self, model: Any, tokenizer: Any, *, batch_size: int, max_length: int) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, *, batch_size: int, max_length: int, accelerator: Any = None
+    ) -> None:
         # The batch size must be given here: simple_evaluate ignores its own with a model object.
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
+        if accelerator is not None:  # with a model object lm-eval leaves this to the caller
+            self.accelerator = accelerator
+            self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
         self.on_tokens: Callable[[int], None] = lambda _: None
         self.truncated = 0
 
@@ -49,9 +55,18 @@ class MeteredLM(Base):
         """
         batch_size, self.batch_size_per_gpu = self.batch_size_per_gpu, 1
         try:
-            return super().loglikelihood_rolling(requests, disable_tqdm=True)
+            with out_of_memory():
+                return super().loglikelihood_rolling(requests, disable_tqdm=True)
+        except BatchTooLarge as error:  # a smaller batch would change nothing
+            raise too_long() from error
         finally:
             self.batch_size_per_gpu = batch_size
+
+    def truncated_everywhere(self) -> int:
+        """Shortened requests, over all processes."""
+        if self.world_size == 1:
+            return self.truncated
+        return int(self.accelerator.reduce(torch.tensor(self.truncated, device=self.device)).item())
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
         longest = max(len(target) for _, _, target in requests)
@@ -70,10 +85,19 @@ class MeteredLM(Base):
         return logits
 
 
-def load(model_dir: Path, *, device: str, dtype: str, batch_size: int, max_length: int) -> MeteredLM:
+def load(
+    model_dir: Path, *, device: str, dtype: str, batch_size: int, max_length: int, accelerator: Any = None
+) -> MeteredLM:
     """Load a folder (plain transformers or CLA) for lm-eval; contexts never exceed what the model was built for."""
     from ..models.export import load_model, load_tokenizer
 
-    model = load_model(model_dir, dtype=dtype, device=device).eval()
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or max_length
-    return MeteredLM(model, load_tokenizer(model_dir), batch_size=batch_size, max_length=min(max_length, limit))
+    place = str(accelerator.device) if accelerator is not None else device
+    model = load_model(model_dir, dtype=dtype, device=place).eval()
+    length = fed_tokens(model.config, max_length)
+    tokenizer = load_tokenizer(model_dir)
+    return MeteredLM(model, tokenizer, batch_size=batch_size, max_length=length, accelerator=accelerator)
+
+
+def fed_tokens(config: Any, max_length: int) -> int:
+    """The longest context in tokens that a model is fed: `max_length`, or what it was built for if that is less."""
+    return min(max_length, getattr(config.get_text_config(), "max_position_embeddings", None) or max_length)

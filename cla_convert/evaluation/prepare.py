@@ -4,10 +4,15 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from ..console import say
 from ..errors import ClaError, InputError, UsageError, did_you_mean
 from ..recipe import Evaluate
+from . import retrieval
+from .local_rows import local_splits
+from .retrieval.documents import retrieval_rows
 from .tasks import pack
 
 
@@ -19,36 +24,69 @@ class Prepared:
     tasks: Any
     """lm-eval's TaskDict: {"tasks": {name: Task}, "groups": ..., "group_map": ...}."""
     frozen: dict[str, Any]
-    """source, version, num_fewshot, limit, n, requests, prompts (sha256 over every context and continuation)."""
+    """source (offline pack, local files, generated or lm-eval), version, num_fewshot, limit, n, requests, prompts
+    (sha256 over every context and continuation)."""
     characters: int
     """Characters that the model will read, for the progress bar."""
 
 
-def prepare(spec: Evaluate, seed: int) -> list[Prepared]:
+def prepare(spec: Evaluate, seed: int, model_dir: Path | None = None) -> list[Prepared]:
     """Build every task of the specification with its requests.
 
+    Args:
+        spec: the recipe's `eval` section.
+        seed: of few-shot examples and generated documents.
+        model_dir: its tokenizer and context decide the documents of passkey and needle; None leaves those tasks out.
+
     Raises:
-        UsageError: no task, or a task that does not exist.
+        UsageError: no task, or a task that does not exist, or a length that the model is not fed.
         InputError: the data of a stock task cannot be had (no network, gated, dependency missing).
     """
     names = list(dict.fromkeys(spec.tasks))
     if not names:
         raise UsageError("No tasks to evaluate", fix=f"The offline pack has {', '.join(pack.names())}")
-    shipped = set(pack.names()) if spec.offline_pack else set()
-    manager = _manager(pack_only=set(names) <= shipped, with_pack=spec.offline_pack)
+    sources = Sources.of(spec)
+    manager = _manager(sources, names)
     names = [name for requested in names for name in _expand(manager, requested, spec)]
-    return [_prepare(manager, name, spec, seed, name in shipped) for name in dict.fromkeys(names)]
+    names = [name for name in dict.fromkeys(names) if model_dir or name not in retrieval.names()]
+    return [_prepare(manager, name, spec, seed, sources, model_dir) for name in names]
 
 
-def _manager(*, pack_only: bool, with_pack: bool) -> Any:
+@dataclass(frozen=True)
+class Sources:
+    """Where the rows of a task come from, by its name."""
+
+    local: dict[str, Path]
+    """Tasks that have a folder in `eval.task_data`."""
+    shipped: frozenset[str]
+
+    @classmethod
+    def of(cls, spec: Evaluate) -> "Sources":
+        """Raises InputError if `eval.task_data` is no folder."""
+        folder = Path(spec.task_data).expanduser() if spec.task_data else None
+        if folder is not None and not folder.is_dir():
+            raise InputError(f"There is no folder {folder}", fix="Check eval.task_data (--task-data).")
+        local = {path.name: path for path in folder.iterdir() if path.is_dir()} if folder else {}
+        return cls(local, frozenset(pack.names() if spec.offline_pack else []))
+
+    def name(self, task: str) -> str:
+        """In words, for the specification and the report."""
+        if task in retrieval.names():
+            return "generated"
+        if task in self.local:
+            return "local files"
+        return "offline pack" if task in self.shipped else "lm-eval"
+
+
+def _manager(sources: Sources, names: list[str]) -> Any:
     from lm_eval.tasks import TaskManager
 
-    from ..console import say
-
-    if not pack_only:  # about 14 000 YAML files to parse
+    stock = set(names) - sources.shipped - set(retrieval.names())
+    if stock:  # about 14 000 YAML files to parse
         say("Reading the list of stock lm-eval tasks ...")
     # Only the documented arguments; later paths win, so the pack replaces the stock tasks of the same name.
-    return TaskManager(include_path=str(pack.FOLDER) if with_pack else None, include_defaults=not pack_only)
+    folders = [str(pack.FOLDER), str(retrieval.FOLDER)] if sources.shipped else [str(retrieval.FOLDER)]
+    return TaskManager(include_path=[*folders], include_defaults=bool(stock))
 
 
 def _expand(manager: Any, name: str, spec: Evaluate) -> list[str]:
@@ -65,10 +103,11 @@ def _expand(manager: Any, name: str, spec: Evaluate) -> list[str]:
     )
 
 
-def _prepare(manager: Any, name: str, spec: Evaluate, seed: int, shipped: bool) -> Prepared:
-    limit = spec.limits.get(name, spec.limit)
+def _prepare(manager: Any, name: str, spec: Evaluate, seed: int, sources: Sources, model_dir: Path | None) -> Prepared:
+    # The grid of a generated task is its own limit: half a heat map helps nobody.
+    limit = spec.limits.get(name, None if name in retrieval.names() else spec.limit)
     try:
-        tasks = manager.load([name])
+        tasks = _load(manager, name, _rows(name, spec, seed, sources, model_dir))
         for task in tasks["tasks"].values():
             _configure(task, spec, seed)
             task.build_all_requests(limit=limit, rank=0, world_size=1)
@@ -76,8 +115,33 @@ def _prepare(manager: Any, name: str, spec: Evaluate, seed: int, shipped: bool) 
         raise
     except Exception as error:
         # Whatever a third party's loader raises here, no work has begun: say it as a refusal (CLA_DEBUG shows all).
-        raise _no_data(name, error, shipped) from error
-    return _describe(name, tasks, "offline pack" if shipped else "lm-eval", limit)
+        raise _no_data(name, error, sources.name(name)) from error
+    return _describe(name, tasks, sources.name(name), limit)
+
+
+def _rows(
+    name: str, spec: Evaluate, seed: int, sources: Sources, model_dir: Path | None
+) -> dict[str, pack.Rows] | None:
+    """Rows by split for a task that does not bring its own."""
+    if name in retrieval.names() and model_dir is not None:
+        return {"test": retrieval_rows(name, spec, seed, model_dir)}
+    return local_splits(sources.local[name]) if name in sources.local else None
+
+
+def _load(manager: Any, name: str, rows: dict[str, pack.Rows] | None) -> Any:
+    """Load a task or group, with its own rows or with these."""
+    if rows is None:
+        return manager.load([name])
+    config = manager.task_index[name].cfg
+    splits = [key for key in ("training_split", "validation_split", "test_split", "fewshot_split") if config.get(key)]
+    changes = {key: None for key in splits if config[key] not in rows}
+    if config.get("test_split") not in rows and config.get("validation_split") not in rows:
+        wanted = " or ".join(config[key] for key in ("test_split", "validation_split") if config.get(key))
+        raise InputError(f"The files of the task {name!r} hold {', '.join(rows)}, not {wanted}")
+    # A group of one is lm-eval's documented way to override settings of a registered task.
+    changes |= {"task": name, "custom_dataset": lambda **_: rows, "dataset_kwargs": {}}
+    loaded = manager.load([{"group": f"{name}-rows", "task": [changes]}])
+    return {"tasks": {name: loaded["tasks"][name]}, "groups": {}, "group_map": {}}
 
 
 def _configure(task: Any, spec: Evaluate, seed: int) -> None:
@@ -117,14 +181,18 @@ def _describe(name: str, tasks: Any, source: str, limit: int | None) -> Prepared
     return Prepared(name, tasks, frozen, characters)
 
 
-def _no_data(name: str, error: Exception, shipped: bool) -> InputError:
+def _no_data(name: str, error: Exception, source: str) -> InputError:
     reason = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')[:300]}"
-    if shipped:
+    if source == "local files":
+        return InputError(
+            f"The local rows of the task {name!r} do not suit it", reason, "Check their columns (docs/evaluation.md)."
+        )
+    if source != "lm-eval":
         return InputError(f"The shipped task {name!r} cannot be read", reason, "Reinstall cla-convert.")
     offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON")
     return InputError(
         f"The data of the task {name!r} cannot be loaded" + (" while offline" if offline else ""),
         why=("HF_HUB_OFFLINE is set, and the rows are not in the local cache. " if offline else "") + reason,
-        fix=f"Use the offline pack ({', '.join(pack.names())}; eval.offline_pack: true)"
+        fix=f"Use the offline pack ({', '.join(pack.names())}; eval.offline_pack: true), or local files (--task-data)"
         + (", or unset HF_HUB_OFFLINE where there is a network." if offline else ", or check the network and access."),
     )

@@ -1,6 +1,7 @@
 """Run lm-eval without its log lines and progress bars: this package reports in its own way."""
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ _NOISY = ("lm_eval", "datasets", "transformers.tokenization_utils_base", "transf
 def quiet() -> Iterator[None]:
     """Raise noisy loggers to ERROR and silence the bars of lm-eval's task building and of `datasets`."""
     import datasets
+    import lm_eval.api.metrics
     import lm_eval.api.task
 
     levels = {name: logging.getLogger(name).level for name in _NOISY}
@@ -22,6 +24,8 @@ def quiet() -> Iterator[None]:
         # `evaluate` builds the requests of a task under a bar that cannot be turned off by an argument.
         if hasattr(lm_eval.api.task, "tqdm"):
             stack.enter_context(patch.object(lm_eval.api.task, "tqdm", _no_bar))
+        # Bootstrapped standard errors print to stdout and fork a pool, which hangs beside a process group.
+        stack.enter_context(patch.object(lm_eval.api.metrics, "bootstrap_stderr", _no_stderr))
         datasets.disable_progress_bars()
         for name in _NOISY:
             logging.getLogger(name).setLevel(logging.ERROR)
@@ -36,3 +40,8 @@ def quiet() -> Iterator[None]:
 
 def _no_bar(items: Any, *_args: Any, **_options: Any) -> Any:
     return items
+
+
+def _no_stderr(*_arguments: Any, **_options: Any) -> float:
+    """Unknown: what is uncertain about a change, the paired comparison says."""
+    return math.nan

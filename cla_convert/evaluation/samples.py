@@ -1,6 +1,13 @@
 """lm-eval's output in compact form: scores by metric, and per document only what a paired comparison needs."""
 
+import math
+from pathlib import Path
 from typing import Any
+
+
+def task_file(point_dir: Path, task: str) -> Path:
+    """Where the results of a task lie in the folder of a point."""
+    return point_dir / "tasks" / f"{task.replace('/', '__')}.json"
 
 
 def metric_name(key: str) -> str:
@@ -16,6 +23,8 @@ def scores(result: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
         if not comma or not isinstance(value, (int, float)):
             continue  # alias, sample_len; a standard error of "N/A"
         if metric.endswith("_stderr"):
+            if math.isnan(value):  # not known
+                continue
             errors[metric_name(f"{metric.removesuffix('_stderr')},{filter_name}")] = float(value)
         else:
             values[metric_name(key)] = float(value)
@@ -41,3 +50,18 @@ def _entry(task: str, sample: dict[str, Any]) -> dict[str, Any]:
         entry["loglikelihoods"] = [float(value) for value in likelihoods]
         entry["target"] = sample["target"]
     return entry
+
+
+def grid(source: str, samples: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """`{grid: [{length, depth, n, acc, loglikelihood}]}`, means per cell, for generated tasks; else nothing."""
+    if source != "generated":
+        return {}
+    cells: dict[tuple[int, float], list[dict[str, Any]]] = {}
+    for sample in (sample for rows in samples.values() for sample in rows):
+        cells.setdefault((sample["doc"]["length"], sample["doc"]["depth"]), []).append(sample)
+    means = [
+        {"length": length, "depth": depth, "n": len(rows)}
+        | {metric: sum(row[metric] for row in rows) / len(rows) for metric in ("acc", "loglikelihood")}
+        for (length, depth), rows in sorted(cells.items())
+    ]
+    return {"grid": means}

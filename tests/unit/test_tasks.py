@@ -131,7 +131,7 @@ def small_index(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def init(self, include_path=None, include_defaults=True):
         stock = str(Path(lm_eval.tasks.__file__).parent / "arc")
-        paths = [stock] * include_defaults + [include_path] * (include_path is not None)
+        paths = [stock] * include_defaults + list(include_path or [])
         original(self, include_path=paths, include_defaults=False)
 
     monkeypatch.setattr(TaskManager, "__init__", init)

@@ -1,0 +1,60 @@
+"""How far a model's predictions are from the source model's: KL divergence and top-1 agreement on the same text.
+
+Accuracies and perplexities may stay while a model answers differently; these two see every change. Both models read
+the same rows, and both distributions exist for a few positions at a time only.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from .perplexity import Head, evaluating, positions_at_a_time, split_model
+from .stats import mean_interval
+
+
+@torch.no_grad()
+def agreement(model: Any, source: Any, rows: torch.Tensor, *, batch_size: int = 1) -> dict[str, Any]:
+    """Compare the next-token distributions of `model` with those of `source` at every position of every row.
+
+    Args:
+        model: a causal language model of transformers (plain or CLA).
+        source: the source model, with the same vocabulary.
+        rows: token ids [n, T] without padding.
+        batch_size: rows per forward pass.
+
+    Returns:
+        kl: mean KL(source || model) in nats per token; top1: share of positions whose most probable token is the
+        same, 0 to 1; tokens = n * T; ci95 of both, over rows; windows: [kl in nats, agreeing, tokens] of every row.
+    """
+    windows: list[list[float]] = []
+    with evaluating(model, source):
+        parts = [split_model(one, rows[:1]) for one in (model, source)]
+        step = positions_at_a_time(model)
+        for batch in rows.split(batch_size):
+            divergences, same = _batch(parts, [batch.to(one.device) for one in (model, source)], step)
+            windows += [[kl, agreeing, rows.shape[1]] for kl, agreeing in zip(divergences, same, strict=True)]
+    per_token = np.array(windows)[:, :2] / rows.shape[1]
+    return {
+        "kl": float(per_token[:, 0].mean()),
+        "top1": float(per_token[:, 1].mean()),
+        "tokens": rows.numel(),
+        "ci95": {"kl": mean_interval(per_token[:, 0]), "top1": mean_interval(per_token[:, 1])},
+        "windows": windows,
+    }
+
+
+def _batch(parts: list[tuple[Head, Head]], ids: list[torch.Tensor], step: int) -> tuple[list[float], list[float]]:
+    """Summed KL in nats and agreeing positions of every row of a batch."""
+    (body, head), (source_body, source_head) = parts
+    hidden, source_hidden = body(ids[0]).flatten(0, 1), source_body(ids[1]).flatten(0, 1)  # [B * T, width]
+    divergences, same = [], []
+    for states, source_states in zip(hidden.split(step), source_hidden.split(step), strict=True):
+        log_p = F.log_softmax(head(states).float(), dim=-1)
+        log_q = F.log_softmax(source_head(source_states).float().to(log_p.device), dim=-1)
+        # clamp: the sum of many terms that cancel can end a rounding error below zero
+        divergences.append(F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1).clamp(min=0))
+        same.append(log_p.argmax(-1) == log_q.argmax(-1))
+    rows = len(ids[0])
+    return tuple(torch.cat(part).view(rows, -1).cpu().double().sum(dim=1).tolist() for part in (divergences, same))  # pyright: ignore[reportReturnType]

@@ -1,0 +1,105 @@
+"""One batch size for all points of a run: found once, recorded, halved for all of them when memory runs out.
+
+Scores can move with the batch size (padding and kernels change the last bits), so two points measured with different
+ones are not comparable. eval/batch_size.json says what was used:
+
+    requested     8 or "auto", from the recipe
+    batch_size    what all points were measured with
+    found         given (by the recipe), probed (on the source model) or default (auto on a CPU)
+    halved_from   the sizes that did not fit, largest first
+    device        cuda, cpu, ...
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import console
+from ..errors import InputError
+from ..files import read_json, write_json
+from ..recipe import Evaluate
+
+FILE = "batch_size.json"
+LARGEST = 64
+ON_CPU = 8
+"""A CPU does not run out of memory before it is slow; larger batches only pad more."""
+
+
+class BatchTooLarge(Exception):
+    """The device ran out of memory with this batch size."""
+
+
+@contextmanager
+def out_of_memory() -> Iterator[None]:
+    """Turn an allocator's failure into BatchTooLarge; other errors pass."""
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error):
+            raise BatchTooLarge from error
+        raise
+
+
+def settle(spec: Evaluate, model_dir: Path, out: Path, device: str, dtype: str) -> int:
+    """The batch size of this run: what is on record for the same request, else the recipe's, else probed."""
+    kind = device.partition(":")[0]
+    record = read_json(out / FILE) or {}
+    if (record.get("requested"), record.get("device")) == (spec.batch_size, kind):
+        return record["batch_size"]
+    if spec.batch_size != "auto":
+        size, found = spec.batch_size, "given"
+    elif kind == "cpu":
+        size, found = ON_CPU, "default"
+    else:
+        size, found = _probe(model_dir, spec.max_length, device, dtype), "probed"
+        console.say(f"batch size {size}: the largest power of two that fits {spec.max_length} tokens")
+    record = {"requested": spec.batch_size, "batch_size": size, "found": found, "halved_from": [], "device": kind}
+    write_json(out / FILE, record)
+    return size
+
+
+def halve(out: Path) -> int:
+    """Record and return half the batch size. Raises InputError at 1."""
+    record: dict[str, Any] = read_json(out / FILE) or {}
+    size = record["batch_size"]
+    if size == 1:
+        raise too_long()
+    record |= {"batch_size": size // 2, "halved_from": [*record["halved_from"], size]}
+    write_json(out / FILE, record)
+    console.warn(f"out of memory with batch size {size}: every point is measured with {size // 2} instead, from anew")
+    return size // 2
+
+
+def too_long() -> InputError:
+    """The refusal when not even one sequence fits."""
+    return InputError(
+        "The device has too little memory for a single sequence",
+        fix="Lower eval.max_length (and eval.retrieval.lengths, eval.perplexity windows), or use a larger device.",
+    )
+
+
+def _probe(model_dir: Path, max_length: int, device: str, dtype: str) -> int:
+    """The largest power of two up to LARGEST whose full-length logits fit, as lm-eval computes them."""
+    from accelerate.utils.memory import clear_device_cache
+
+    from ..models.export import load_model
+    from .model import fed_tokens
+
+    model: Any = load_model(model_dir, dtype=dtype, device=device)
+    length, size = fed_tokens(model.config, max_length), LARGEST
+    while size:
+        try:
+            with torch.no_grad(), out_of_memory():
+                ids = torch.ones((size, length), dtype=torch.long, device=model.device)
+                torch.log_softmax(model(input_ids=ids, use_cache=False).logits, dim=-1)
+            return size
+        except BatchTooLarge:
+            size //= 2
+        finally:
+            clear_device_cache(garbage_collection=True)
+    raise too_long()

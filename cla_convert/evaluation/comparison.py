@@ -1,0 +1,135 @@
+"""Before against after of a whole run: every task and text, the mean over tasks, the verdict and the gate's findings.
+
+`compare_run` reads the result files of a run folder and needs neither torch nor a model. What it returns is written as
+eval/comparison.json:
+
+    compared        after, converted, or null where only one point was measured
+    margin, seed    what the verdict was fixed to beforehand
+    status          within_margin, margin_broken, not_enough_rows (see `inference.verdict`) or not_measured
+    mean_accuracy   {tasks, metrics, n, before, after, delta, ci95, margin, verdict} over one 0/1 metric a
+                    task, passkey and needle apart, or null
+    tasks           {task: {metric: {kind, n, before, after, delta, ci95, p_value, lost, gained, verdict, primary,
+                    p_holm, p_inferior, p_inferior_holm}}}; the last three for the primary metric of a task only
+    perplexity      {name: {n, tokens, before, after, delta, ci95, p_value, lost, gained}}: held-out text and text files
+    problems        what could not be compared, in words
+    gate            {passed, strict_passed, reasons}, see gate.py
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import InputError
+from ..files import read_json, write_json
+from . import retrieval
+from .gate import judge
+from .inference import holm, p_inferior
+from .samples import task_file
+from .stats import Comparison, compare, compare_likelihoods, macro_average
+
+Json = dict[str, Any]
+
+_RANK = {"acc_norm": 0, "acc": 1, "word_perplexity": 2}
+"""Preferred metric of a task; acc_norm is the likelihood per character, which does not favour short answers."""
+
+
+def write_comparison(run_dir: Path, *, margin: float, seed: int) -> Json:
+    """Compute `compare_run` and write it as eval/comparison.json."""
+    result = compare_run(run_dir, margin=margin, seed=seed)
+    write_json(run_dir / "eval" / "comparison.json", result)
+    return result
+
+
+def compare_run(run_dir: Path, *, margin: float, seed: int) -> Json:
+    """Compare `before` with the last measured point of a run folder (see above)."""
+    folder = run_dir / "eval"
+    point = next((p for p in ("after", "converted") if (folder / p / "results.json").exists()), None)
+    measured = [read_json(folder / side / "results.json") or {} for side in ("before", point or "converted")]
+    if not all(measured):
+        point = None
+    comparisons, problems = _tasks(folder, list(measured[0]["tasks"]), point, margin, seed) if point else ([], [])
+    if point and measured[0].get("specification_hash") != measured[1].get("specification_hash"):
+        problems.append("The points were not measured alike: their evaluation specifications differ.")
+    chosen = primary(comparisons)
+    # Retrieval is judged by itself: how much it would weigh in a mean depends on the grid that was asked for.
+    averaged = [comparison for comparison in chosen if comparison.task not in retrieval.names()]
+    summary = macro_average(averaged, margin=margin, seed=seed)
+    if summary is not None:
+        summary["metrics"] = {c.task: c.metric for c in averaged if c.verdict}
+    tasks = _table(comparisons, chosen, margin)
+    return {
+        "compared": point,
+        "margin": margin,
+        "seed": seed,
+        "status": summary["verdict"] if summary else "not_measured",
+        "mean_accuracy": summary,
+        "tasks": tasks,
+        "perplexity": _texts(folder, point, seed) if point else {},
+        "problems": problems,
+        "gate": judge(summary, tasks, problems),
+    }
+
+
+def primary(comparisons: list[Comparison]) -> list[Comparison]:
+    """One metric a task: accuracy per character if it has it, else accuracy, else word perplexity, else its first."""
+    chosen: dict[str, Comparison] = {}
+    for comparison in comparisons:
+        current = chosen.get(comparison.task)
+        if current is None or _RANK.get(comparison.metric, 3) < _RANK.get(current.metric, 3):
+            chosen[comparison.task] = comparison
+    return list(chosen.values())
+
+
+def _tasks(folder: Path, names: list[str], point: str, margin: float, seed: int) -> tuple[list[Comparison], list[str]]:
+    """The comparisons of all tasks and metrics, and why some are missing."""
+    found: list[Comparison] = []
+    problems: list[str] = []
+    for name in names:
+        before, after = (read_json(task_file(folder / side, name)) for side in ("before", point))
+        if before is None or after is None:
+            problems.append(f"{name}: no per-document results for both points, so no interval.")
+            continue
+        try:
+            found += compare(before, after, margin=margin, seed=seed)
+        except InputError as error:
+            problems.append(str(error).replace("\n", " "))
+    return found, problems
+
+
+def _table(comparisons: list[Comparison], chosen: list[Comparison], margin: float) -> dict[str, dict[str, Json]]:
+    """All comparisons by task and metric, with Holm's correction over the tasks' primary metrics."""
+    adjusted = dict(zip([c.task for c in chosen], holm([c.p_value for c in chosen]), strict=True))
+    judged = [c for c in chosen if c.verdict]
+    worse = [p_inferior(c.differences, margin) for c in judged]
+    inferior = {c.task: pair for c, *pair in zip(judged, worse, holm(worse), strict=True)}
+    table: dict[str, dict[str, Json]] = {}
+    for comparison in comparisons:
+        is_primary = any(comparison is one for one in chosen)
+        p, p_holm = inferior.get(comparison.task, (None, None)) if is_primary else (None, None)
+        table.setdefault(comparison.task, {})[comparison.metric] = {
+            **comparison.as_dict(),
+            "primary": is_primary,
+            "p_holm": adjusted[comparison.task] if is_primary else None,
+            "p_inferior": p,
+            "p_inferior_holm": p_holm,
+        }
+    return table
+
+
+def _texts(folder: Path, point: str, seed: int) -> dict[str, Json]:
+    """Perplexity of the held-out text and of text files, compared window by window."""
+    files = {"held_out": "held_out.json"}
+    files |= {
+        path.stem: f"perplexity/{path.name}" for path in sorted((folder / "before" / "perplexity").glob("*.json"))
+    }
+    table = {}
+    for name, file in files.items():
+        sides: list[Any] = [(read_json(folder / side / file) or {}).get("windows") for side in ("before", point)]
+        if not all(sides) or [tokens for _, tokens in sides[0]] != [tokens for _, tokens in sides[1]]:
+            continue
+        pairs = np.array([[(-nats, tokens) for nats, tokens in side] for side in sides]).swapaxes(0, 1)
+        found = compare_likelihoods(name, "perplexity", pairs, seed=seed).as_dict()
+        table[name] = {key: value for key, value in found.items() if key not in ("kind", "verdict")}
+        table[name]["tokens"] = int(pairs[:, 0, 1].sum())
+    return table

@@ -1,0 +1,88 @@
+"""All points of a run (source, converted, uptrained) measured alike: the same tasks, texts, batch size, everything."""
+
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..environment import pick_device
+from ..errors import InputError
+from ..recipe import Evaluate
+from . import batch
+from .harness import common_settings, evaluate
+from .model import choose_dtype
+from .texts import Texts, measure_texts
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is the same at every point, the batch size apart."""
+
+    out: Path
+    """Receives batch_size.json and a folder a point."""
+    device: str
+    seed: int
+    """Of few-shot examples, generated documents and torch's generator."""
+    texts: Texts
+    """What else to measure, on plain text."""
+    cache_dir: Path | None = None
+    """Task results of the first point, shared between runs."""
+    accelerator: Any = None
+    """Where several processes share the work: see `shared_work`."""
+
+
+def evaluate_points(points: dict[str, Path], spec: Evaluate, bench: Bench) -> dict[str, Json]:
+    """Measure every point into `bench.out`/<point>; what is there already under the same settings is kept.
+
+    If memory runs out at any point, all of them are measured anew with half the batch size: see batch.py.
+
+    Args:
+        points: folders of models by name, the source model first.
+        spec: the recipe's `eval` section.
+        bench: everything else.
+
+    Returns:
+        {point: results.json, with `texts` by file name}.
+
+    Raises:
+        UsageError, InputError: as `harness.evaluate`, and where not even one sequence fits into memory.
+    """
+    from accelerate.utils.memory import clear_device_cache
+
+    first, device = next(iter(points)), pick_device(bench.device)
+    with bench.accelerator.main_process_first() if bench.accelerator else nullcontext():
+        size = batch.settle(spec, points[first], bench.out, device, choose_dtype("auto", device))
+    while True:
+        settled = spec.model_copy(update={"batch_size": size})
+        try:
+            return {name: _measure(name, model, settled, bench, name == first) for name, model in points.items()}
+        except batch.BatchTooLarge as error:
+            if bench.accelerator:  # the others wait for this process's share: nothing can be repeated together
+                fix = f"Lower eval.batch_size to {max(1, size // 2)}; finished tasks are measured anew with it."
+                raise InputError(f"Out of memory with batch size {size}", fix=fix) from error
+            size = batch.halve(bench.out)
+        clear_device_cache(garbage_collection=True)
+
+
+def _measure(name: str, model: Path, spec: Evaluate, bench: Bench, first: bool) -> Json:
+    device, seed = pick_device(bench.device), bench.seed
+    result = evaluate(
+        model, spec, bench.out / name, device=device, seed=seed, cache_dir=bench.cache_dir if first else None,
+        label=name, accelerator=bench.accelerator,
+    )  # fmt: skip
+    if not result:  # not the first process
+        return result
+    common = common_settings(spec, choose_dtype("auto", device), device, seed)
+    return result | {"texts": measure_texts(bench.texts, model, bench.out / name, common, result["model_fingerprint"])}
+
+
+def shared_work(device: str) -> Any:
+    """accelerate's Accelerator if torchrun or `accelerate launch` started several processes, else None."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return None
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=device == "cpu")

@@ -1,0 +1,76 @@
+"""The result files of one model: tasks/<task>.json as each task finishes, results.json at the end.
+
+tasks/<task>.json   task, scores, stderr, n, higher_is_better, specification, identity, truncated, max_length, seconds,
+finished, subtasks, samples (one entry a document, see samples.py); passkey and needle: grid
+results.json        {tasks: {task: {metric: value}}, stderr, n, specification, specification_hash, ...}
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from ..files import read_json, write_json
+from .prepare import Prepared
+from .samples import task_file
+
+Json = dict[str, Any]
+
+
+def digest(value: Any) -> str:
+    """sha256 of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def finished(name: str, identity: str, out_dir: Path, cache_dir: Path | None) -> Json | None:
+    """The result of this task for this model and specification, from the run folder or the cache."""
+    result = read_json(task_file(out_dir, name))
+    if result is not None and result.get("identity") == identity:
+        return result
+    cached = read_json(cache_dir / f"{identity}.json") if cache_dir else None
+    if cached is None or cached.get("identity") != identity:
+        return None
+    cached["cached"] = True
+    write_json(task_file(out_dir, name), cached, indent=None)
+    return cached
+
+
+def store(name: str, result: Json, out_dir: Path, cache_dir: Path | None) -> None:
+    """Write a finished task to the run folder and the cache."""
+    write_json(task_file(out_dir, name), result, indent=None)
+    if cache_dir is not None:
+        write_json(cache_dir / f"{result['identity']}.json", result, indent=None)
+
+
+def summary(tasks: list[Prepared], done: Json, common: Json, model_dir: Path, model: str, seconds: float) -> Json:
+    """results.json: what a reader wants at a glance, and everything that fixes the measurement."""
+    specification = {**common, "tasks": {task.name: task.frozen for task in tasks}}
+    results = {task.name: done[task.name] for task in tasks}
+    return {
+        "model": str(model_dir),
+        "model_fingerprint": model,
+        "tasks": {name: result["scores"] for name, result in results.items()},
+        "stderr": {name: result["stderr"] for name, result in results.items()},
+        "n": {name: result["n"] for name, result in results.items()},
+        "higher_is_better": {name: result["higher_is_better"] for name, result in results.items()},
+        "specification": specification,
+        "specification_hash": digest(specification),
+        "versions": common["versions"],
+        "seconds": round(seconds, 3),
+        "task_seconds": {name: result["seconds"] for name, result in results.items()},
+        "from_cache": sorted(name for name, result in results.items() if result.get("cached")),
+    }
+
+
+def render(results: Json) -> str:
+    """results.json as a table for a terminal, and what was measured on plain text."""
+    lines = [f"{'task':<16} {'metric':<16} {'n':>6} {'value':>10} {'stderr':>8}"]
+    for task, metrics in results["tasks"].items():
+        for metric, value in metrics.items():
+            error = results["stderr"].get(task, {}).get(metric)
+            spread = "" if error is None else f"{error:.4f}"
+            lines.append(f"{task:<16} {metric:<16} {results['n'][task]:>6} {value:>10.4f} {spread:>8}")
+    for text in results.get("texts", {}).values():
+        for metric in ("perplexity", "bits_per_byte"):
+            lines.append(f"{text['name']:<16} {metric:<16} {text['tokens']:>6} {text[metric]:>10.4f}")
+    return "\n".join([*lines, f"specification {results['specification_hash'][:16]}, {results['seconds']:.0f} s"])

@@ -1,0 +1,145 @@
+"""What is measured on plain text: held-out perplexity, agreement with the source model, perplexity of text files.
+
+    point_dir/held_out.json            perplexity, nll (nats per token), tokens, windows
+    point_dir/agreement.json           kl, top1, tokens, ci95 {kl, top1}, windows: see agreement.py; not for the source
+    point_dir/perplexity/<name>.json   name, path, sha256, characters, bytes, tokens, window, perplexity, nll,
+                                       bits_per_byte, windows
+
+`windows` holds [nats, tokens] of every row, for paired comparison. Every file carries the identity of what it was
+measured on and under which settings, and is measured anew only when that changes.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..console import say
+from ..errors import InputError
+from ..files import read_json, write_json
+from ..models.export import load_model, load_tokenizer
+from ..recipe import TextFile
+from .agreement import agreement
+from .batch import out_of_memory
+from .model import fed_tokens
+from .perplexity import row_windows, totals
+from .quiet import quiet
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What to measure, the same at every point."""
+
+    files: list[TextFile] = field(default_factory=list)
+    held_out: torch.Tensor | None = None
+    """Rows of token ids [n, T]."""
+    agreement_rows: torch.Tensor | None = None
+    """Rows on which models are compared with the source."""
+    source: Path | None = None
+
+
+def check_texts(files: list[TextFile]) -> None:
+    """Raise InputError for a text file that cannot be read or is empty."""
+    for text in files:
+        _read(text)
+
+
+def measure_texts(texts: Texts, model_dir: Path, point_dir: Path, common: Json, fingerprint: str) -> dict[str, Json]:
+    """Measure what is missing in `point_dir`; return everything by file name without ending, without the windows.
+
+    Args:
+        texts: what to measure.
+        model_dir: the model of this point.
+        point_dir: receives the files.
+        common: batch_size, device, dtype and whatever else fixes the measurement.
+        fingerprint: of the model.
+
+    Raises:
+        BatchTooLarge: out of memory.
+    """
+    found: dict[str, Json] = {}
+    size = common["batch_size"]
+
+    @cache
+    def load(folder: Path) -> Any:
+        return load_model(folder, dtype=common["dtype"], device=common["device"])
+
+    def once(name: str, key: Any, measure: Callable[[], Json]) -> None:
+        path = point_dir / f"{name}.json"
+        identity = hashlib.sha256(json.dumps([fingerprint, common, key], sort_keys=True).encode()).hexdigest()
+        found[name] = read_json(path) or {}
+        if found[name].get("identity") != identity:
+            say(f"measuring {name.replace('_', '-')}")
+            with out_of_memory(), quiet():
+                found[name] = {**measure(), "identity": identity}
+            write_json(path, found[name], indent=None)
+
+    if (rows := texts.held_out) is not None:
+        once("held_out", _digest(rows), lambda: _scored(row_windows(load(model_dir), rows, batch_size=size)))
+    shared, source = texts.agreement_rows, texts.source
+    if shared is not None and source is not None and source != model_dir:
+        key = [_digest(shared), str(source)]
+        once("agreement", key, lambda: agreement(load(model_dir), load(source), shared, batch_size=size))
+    for text in texts.files:
+        key = [text.model_dump(), hashlib.sha256(_read(text).encode()).hexdigest()]
+        once(f"perplexity/{text.name}", key, lambda text=text: text_perplexity(load(model_dir), model_dir, text, size))
+    return {name: {k: v for k, v in one.items() if k not in ("windows", "identity")} for name, one in found.items()}
+
+
+def text_perplexity(model: Any, model_dir: Path, text: TextFile, batch_size: int) -> Json:
+    """Perplexity per token and bits per byte of a text file, see the head of this file.
+
+    Windows do not overlap; each starts with the tokenizer's BOS (EOS where it has none), as in lm-eval, so that every
+    token of the text is predicted exactly once and bits per byte count every byte of it.
+
+    Raises:
+        InputError: the window is longer than the model's context.
+    """
+    content, tokenizer = _read(text), load_tokenizer(model_dir)
+    if fed_tokens(model.config, text.window) < text.window:
+        raise InputError(
+            f"eval.perplexity {text.name}: a window of {text.window} tokens does not fit",
+            why=f"The model was built for {fed_tokens(model.config, text.window)}.",
+        )
+    prefix: Any = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    ids = torch.tensor(tokenizer(content, add_special_tokens=False)["input_ids"])
+    whole = len(ids) // text.window * text.window
+    parts = [ids[:whole].view(-1, text.window), ids[whole:].view(1, -1)]  # full windows, and what is left
+    windows = []
+    for part in parts:
+        if part.numel():
+            rows = torch.cat((torch.full((len(part), 1), prefix), part), dim=1)
+            windows += row_windows(model, rows, batch_size=batch_size)
+    scored, size = _scored(windows), len(content.encode())
+    return {
+        "name": text.name, "path": text.path, "sha256": hashlib.sha256(content.encode()).hexdigest(),
+        "characters": len(content), "bytes": size, "window": text.window,
+        "bits_per_byte": scored["nll"] * scored["tokens"] / math.log(2) / size, **scored,
+    }  # fmt: skip
+
+
+def _scored(windows: list[tuple[float, int]]) -> Json:
+    return {**totals(windows), "windows": windows}
+
+
+def _read(text: TextFile) -> str:
+    path = Path(text.path).expanduser()
+    try:
+        content = path.read_bytes().decode("utf-8")[: text.characters]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"eval.perplexity {text.name}: {path} cannot be read", why=str(error)) from error
+    if not content.strip():
+        raise InputError(f"eval.perplexity {text.name}: {path} is empty")
+    return content
+
+
+def _digest(rows: torch.Tensor) -> str:
+    return hashlib.sha256(str(tuple(rows.shape)).encode() + rows.contiguous().numpy().tobytes()).hexdigest()
