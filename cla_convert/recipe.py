@@ -160,6 +160,14 @@ class Train(Section):
     """Save a resumable checkpoint every so many tokens."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Checkpoints to keep; older ones go once a newer one is whole."""
+    control: bool = False
+    """Uptrain the source model too, on the same tokens with the same loss: what CLA cost is then the uptrained model
+    minus this control, whatever the data taught. Doubles the training time. Pure distillation needs none."""
+
+    @property
+    def needs_control(self) -> bool:
+        """Whether to train a control: without weight decay, distilling the source from itself changes nothing."""
+        return self.control and self.tokens > 0 and not (self.loss == "distill" and self.weight_decay == 0)
 
 
 class Evaluate(Section):

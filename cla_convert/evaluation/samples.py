@@ -2,6 +2,9 @@
 
 from typing import Any
 
+PROMPT, CHOICE = 400, 400
+"""Characters kept of a prompt (its end) and of a choice, for showing samples."""
+
 
 def metric_name(key: str) -> str:
     """`acc,none` -> `acc`; a filter other than none stays: `exact_match,strict-match`."""
@@ -26,7 +29,7 @@ def compact(samples: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """One entry a document (and filter), ordered by task and document.
 
     Entry: task, doc_id, doc_hash, prompt_hash, target_hash, metrics {name: 0/1, number, or [log-likelihood, units]},
-    and for multiple choice the log-likelihood of every choice in nats.
+    for multiple choice the log-likelihood of every choice in nats, and the end of the prompt and the choices to show.
     """
     entries = [_entry(task, sample) for task, rows in samples.items() for sample in rows]
     return sorted(entries, key=lambda entry: (entry["task"], entry["doc_id"], sorted(entry["metrics"])))
@@ -40,4 +43,16 @@ def _entry(task: str, sample: dict[str, Any]) -> dict[str, Any]:
     if len(likelihoods) > 1:
         entry["loglikelihoods"] = [float(value) for value in likelihoods]
         entry["target"] = sample["target"]
+        entry |= _shown(sample["arguments"])
     return entry
+
+
+def _shown(arguments: list[tuple[str, str]]) -> dict[str, Any]:
+    """What a reader needs to see the question: the end of the prompt, and the choices.
+
+    Most tasks ask one prompt with several continuations; winogrande asks several prompts with one continuation.
+    """
+    prompts, continuations = ([str(part) for part in parts] for parts in zip(*arguments, strict=True))
+    if len(set(prompts)) > 1:
+        return {"prompt": f"... {continuations[0].strip()}", "choices": [prompt[-CHOICE:] for prompt in prompts]}
+    return {"prompt": prompts[0][-PROMPT:], "choices": [text[:CHOICE] for text in continuations]}

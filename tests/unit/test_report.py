@@ -11,8 +11,8 @@ import yaml
 
 from cla_convert.errors import InputError
 from cla_convert.files import write_json
+from cla_convert.report.formats import groups_text, p_value
 from cla_convert.report.model_card import front_matter, write_model_card
-from cla_convert.report.render import p_value, sharing_groups
 from cla_convert.report.report import build_report
 
 KV_MAP = [0, 1, 1, 3, 3, 5]
@@ -219,7 +219,7 @@ def test_text_from_outside_cannot_break_a_table(run_dir: Path):
 
 
 def test_long_maps_wrap_and_small_p_values_stay_visible():
-    text = sharing_groups([i - i % 2 for i in range(80)], width=60)
+    text = groups_text([i - i % 2 for i in range(80)], width=60)
     assert max(map(len, text.splitlines())) <= 60
     assert text.startswith("0 <- 1 | 2 <- 3")
     assert p_value(1e-9) == "<0.001"
