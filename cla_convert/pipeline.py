@@ -260,9 +260,9 @@ def report(run: Run) -> dict[str, Any]:
     from .report.report import build_report
 
     result = build_report(run.folder)
-    for folder in (run.converted, run.uptrained):
+    for point, folder in (("converted", run.converted), ("after", run.uptrained)):
         if folder.exists():
-            write_model_card(folder, result, source_card(run.source))
+            write_model_card(folder, result, source_card(run.source), point)
     say(f"report: {run.folder / 'report.html'}")
     return result
 

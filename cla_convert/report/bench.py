@@ -1,18 +1,24 @@
 """What `cla-convert bench` measured, as rows and sentences for every page that shows it."""
 
+import statistics
+
 from ..console import human_bytes
 from .run_folder import Json
 
 
 def speed_table(bench: Json) -> list[Json]:
-    """One row per phase and batch: phase, batch, source, converted (their rows of `bench`), ratio of the medians."""
+    """One row per phase and batch: phase, batch, source, converted (their rows of `bench`), ratio.
+
+    The ratio is the median over repetitions of converted to source, two runs that followed each other: what else the
+    machine did meanwhile falls out.
+    """
     found: dict[tuple[str, int], Json] = {}
     for row in bench["speed"]:
         found.setdefault((row["phase"], row["batch"]), {})[row["model"]] = row
     table = []
     for (phase, batch), models in sorted(found.items(), key=lambda item: (item[0][0] != "prefill", item[0][1])):
-        source, converted = (models[name].get("tokens_per_second") for name in ("source", "converted"))
-        ratio = converted / source if source and converted else None
+        runs = zip(models["converted"].get("runs", []), models["source"].get("runs", []), strict=False)
+        ratio = statistics.median(ratios) if (ratios := [ours / theirs for ours, theirs in runs]) else None
         table.append({"phase": phase, "batch": batch, **models, "ratio": ratio})
     return table
 
@@ -22,8 +28,9 @@ def bench_notes(bench: Json) -> list[str]:
     notes = [
         f"Memory: {human_bytes(bench['memory']['bytes'])} for each model, {bench['memory']['meaning']}",
         f"Speed: median of {bench['repetitions']} runs, lowest to highest in brackets; the two models take turns, and "
-        f"the same shapes run once untimed before. Decoding starts with {bench['prompt']} tokens in the cache and "
-        f"generates {bench['new']}, with the dynamic cache of transformers, which copies itself at every step.",
+        "the ratio is the median over turns. The same shapes run once untimed before. Decoding starts with "
+        f"{bench['prompt']} tokens in the cache and generates {bench['new']}, with the dynamic cache of transformers, "
+        "which copies itself at every step.",
         "Sharing does not speed up prefill: only the key and value projections of consumer layers are saved. Nor does "
         "decoding at the same batch read fewer keys and values: every layer still reads its owner's. What is gained "
         "there comes from writing and copying less. What sharing buys is a larger batch, or a longer context, in the "
