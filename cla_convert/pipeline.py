@@ -21,7 +21,9 @@ from .files import read_json, write_json
 from .recipe import Recipe, Resolved, flatten, is_named
 
 STAGES = ["plan", "convert", "uptrain", "eval", "report"]
-FREE_TO_CHANGE = ("eval.", "device", "train.keep_checkpoints", "train.checkpoint_every", "train.validate_every")
+FREE_TO_CHANGE = (
+    "eval.", "device", "train.control", "train.keep_checkpoints", "train.checkpoint_every", "train.validate_every",
+)  # fmt: skip
 """Settings that may differ when a run folder is continued: they do not invalidate what earlier stages made."""
 DEFAULT_BUDGET = 0.5
 """Of `sharing: auto`."""
@@ -111,10 +113,19 @@ class Run:
         return self.folder / "uptrained"
 
     @property
+    def control(self) -> Path:
+        """Folder of the control: the source model's own uptraining, laid out like the run folder."""
+        return self.folder / "control"
+
+    @property
     def points(self) -> dict[str, Path]:
         """The models to evaluate."""
-        points = {"before": self.source, "converted": self.converted, "after": self.uptrained}
-        return points if self.recipe.train.tokens else {name: points[name] for name in ("before", "converted")}
+        points = {"before": self.source, "converted": self.converted}
+        if self.recipe.train.tokens:
+            points["after"] = self.uptrained
+        if self.recipe.train.needs_control:
+            points["control"] = self.control / "uptrained"
+        return points
 
     def read(self, name: str) -> dict[str, Any]:
         """A JSON file of the run folder; empty if it is not there."""
@@ -192,31 +203,43 @@ def convert(run: Run) -> dict[str, Any]:
 
 
 def uptrain(run: Run) -> dict[str, Any]:
-    """Train the converted model on the token budget."""
-    from .training.loop import uptrain as train
-    from .training.state import finish
-
+    """Train the converted model on the token budget, and the source model too where a control is asked for."""
     if not run.recipe.train.tokens:
         say("train.tokens is 0: nothing to train")
         return {}
+    result = _train(run, run.converted, run.folder)
+    if run.recipe.train.needs_control:
+        say("control: the source model on the same tokens with the same loss")
+        _train(run, run.source, run.control)
+    elif run.recipe.train.control:
+        say("control: distilling the source model from itself starts at its goal, so the control is the source")
+    return result
+
+
+def _train(run: Run, student: Path, folder: Path) -> dict[str, Any]:
+    """Uptrain `student` into `folder`: uptrained/, checkpoints/, metrics.jsonl, train.json."""
+    from .training.loop import uptrain as train
+    from .training.state import finish
+
+    out, summary = folder / "uptrained", folder / "train.json"
     keep = run.recipe.train.keep_checkpoints_after_success
-    if run.uptrained.exists() and (done := run.read("train.json")):
-        say(f"found {run.uptrained}")
-        finish(run.folder, keep=keep)  # in case the end of it was interrupted
+    if out.exists() and (done := read_json(summary)):
+        say(f"found {out}")
+        finish(folder, keep=keep)  # in case the end of it was interrupted
         return done
-    (run.folder / "train.json").unlink(missing_ok=True)  # of a model that was removed since
+    summary.unlink(missing_ok=True)  # of a model that was removed since
     result = train(
-        run.converted,
+        student,
         run.source,
-        run.uptrained,
+        out,
         run.recipe,
-        run_dir=run.folder,
+        run_dir=folder,
         device=run.device,
         resume_command=command_line(),
         allow_changes=run.allow_changes,
     )
-    run.write("train.json", result)
-    finish(run.folder, keep=keep)
+    write_json(summary, result)
+    finish(folder, keep=keep)
     return result
 
 
@@ -256,15 +279,15 @@ def measure(run: Run, point: str, model: Path) -> None:
 
 
 def report(run: Run) -> dict[str, Any]:
-    """Write report.json, report.md and the model cards."""
+    """Write report.json, report.md, report.html and the model cards."""
     from .report.model_card import source_card, write_model_card
     from .report.report import build_report
 
     result = build_report(run.folder)
-    for folder in (run.converted, run.uptrained):
+    for point, folder in (("converted", run.converted), ("after", run.uptrained)):
         if folder.exists():
-            write_model_card(folder, result, source_card(run.source))
-    say(f"report: {run.folder / 'report.md'}")
+            write_model_card(folder, result, source_card(run.source), point)
+    say(f"report: {run.folder / 'report.html'}")
     return result
 
 
@@ -325,8 +348,12 @@ def _disk_needed(run: Run) -> int:
     tensors = Checkpoint.open(run.source).tensors.values()
     size, parameters = sum(info.nbytes for info in tensors), sum(info.numel for info in tensors)
     needed = 0 if run.converted.exists() else size
-    if run.recipe.train.tokens and not run.uptrained.exists():
-        kept = sum(file.stat().st_size for file in run.folder.glob("checkpoints/*/*"))
+    trained = [run.folder] if run.recipe.train.tokens else []
+    trained += [run.control] if run.recipe.train.needs_control else []
+    for folder in trained:
+        if (folder / "uptrained").exists():
+            continue
+        kept = sum(file.stat().st_size for file in folder.glob("checkpoints/*/*"))
         needed += size + max(12 * parameters * (run.recipe.train.keep_checkpoints + 1) - kept, 12 * parameters)
     return needed
 
@@ -364,9 +391,10 @@ def _clear(folder: Path) -> None:
     """Remove what a run writes, by name, and nothing else."""
     import shutil
 
-    for name in ("converted", "uptrained", "checkpoints", "eval"):
+    for name in ("converted", "uptrained", "checkpoints", "control", "eval"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    results = ["recipe.yaml", "metrics.jsonl", "report.md", "loss.png", "sharing.png"]
-    results += [f"{name}.json" for name in ("plan", "convert", "train", "environment", "report")]
+    results = ["recipe.yaml", "metrics.jsonl", "report.md", "report.html"]
+    results += [f"{name}.png" for name in ("loss", "sharing", "pareto", "bench")]
+    results += [f"{name}.json" for name in ("plan", "convert", "train", "environment", "report", "bench")]
     for name in results:
         (folder / name).unlink(missing_ok=True)

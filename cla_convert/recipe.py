@@ -174,6 +174,14 @@ class Train(Section):
     """Checkpoints to keep; older ones go once a newer one is whole."""
     keep_checkpoints_after_success: bool = False
     """Keep them once the uptrained model is published too; three times its float32 size each."""
+    control: bool = False
+    """Uptrain the source model too, on the same tokens with the same loss: what CLA cost is then the uptrained model
+    minus this control, whatever the data taught. Doubles the training time. Pure distillation needs none."""
+
+    @property
+    def needs_control(self) -> bool:
+        """Whether to train a control: without weight decay, distilling the source from itself changes nothing."""
+        return self.control and self.tokens > 0 and not (self.loss == "distill" and self.weight_decay == 0)
 
 
 class TextFile(Section):

@@ -93,3 +93,26 @@ def enforce_gate(run_dir: Path, mode: bool | str) -> None:
 
     settings = load_recipe(run_dir / "recipe.yaml").recipe
     enforce(write_comparison(run_dir, margin=settings.eval.margin, seed=settings.seed), mode)
+
+
+def size_of(text: str | None, option: str) -> int | None:
+    """`8GB` -> 8_000_000_000. Raises UsageError."""
+    from ..recipe import parse_size
+
+    try:
+        size = parse_size(text)
+    except ValueError as error:
+        raise UsageError(f"{option}: {error}") from error
+    if size == 0:
+        raise UsageError(f"{option}: {text!r} is nothing", fix=f"For example {option} 8GB")
+    return size
+
+
+def numbers_of(text: str, option: str) -> list[int]:
+    """`1,2,4` -> [1, 2, 4]. Raises UsageError for anything but positive whole numbers."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and int(word) for word in words):
+        raise UsageError(
+            f"{option}: {text!r} is not a list of positive whole numbers", fix=f"For example {option} 1,2,4"
+        )
+    return [int(word) for word in words]

@@ -1,5 +1,6 @@
 """The KV cache as it really is: bytes of live tensors after a real `generate`, nothing computed from the config."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,18 +20,25 @@ def measure_kv_cache(model_dir: Path, *, device: str, tokens: int = 64) -> dict[
             layer that is full does not grow any more and counts as nothing; `sliding_layers` says how many there are
             and `full_layers` of those how many had stopped growing.
         measured_bytes: bytes of the cache at `tokens` tokens.
+        layer_bytes_per_token: the same for every layer; 0 for one that reads another's keys and values.
         tokens, cached_layers (layers that hold anything), layers, dtype, bytes_at (both lengths).
     """
     from ..models.export import load_model
+
+    return kv_cache_of(load_model(model_dir, dtype="auto", device=pick_device(device)), tokens)
+
+
+def kv_cache_of(model: Any, tokens: int = 64) -> dict[str, Any]:
+    """What `measure_kv_cache` returns, of a loaded model."""
     from .quiet import quiet
 
     with quiet():
-        model = load_model(model_dir, dtype="auto", device=pick_device(device)).eval()
         short, long = _measure(model, tokens), _measure(model, 2 * tokens)
     full = [b.sliding and 0 < b.bytes == a.bytes for a, b in zip(short, long, strict=True)]
     sizes = {tokens: sum(layer.bytes for layer in short), 2 * tokens: sum(layer.bytes for layer in long)}
     return {
         "bytes_per_token": (sizes[2 * tokens] - sizes[tokens]) / tokens,
+        "layer_bytes_per_token": [(b.bytes - a.bytes) / tokens for a, b in zip(short, long, strict=True)],
         "measured_bytes": sizes[tokens],
         "tokens": tokens,
         "bytes_at": {str(length): size for length, size in sizes.items()},
@@ -42,22 +50,34 @@ def measure_kv_cache(model_dir: Path, *, device: str, tokens: int = 64) -> dict[
     }
 
 
-class _Layer(NamedTuple):
+class Layer(NamedTuple):
+    """What one layer of a cache holds."""
+
     bytes: int
     sliding: bool
     dtype: str
 
 
-def _measure(model: Any, tokens: int) -> list[_Layer]:
-    """What every layer of the cache holds after `tokens` positions; the cache itself is freed on return."""
+def live_layers(cache: Any) -> list[Layer]:
+    """What every layer of a transformers cache keeps alive, in bytes of distinct storages."""
     found = []
-    for layer in _generate(model, tokens).layers:
+    for layer in cache.layers:
         tensors = [value for value in vars(layer).values() if isinstance(value, torch.Tensor) and value.numel()]
         # A view keeps all of its storage alive, and two tensors may share one: count distinct storages.
-        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
         dtype = str(tensors[0].dtype).removeprefix("torch.") if tensors else ""
-        found.append(_Layer(sum(storages.values()), bool(getattr(layer, "is_sliding", False)), dtype))
+        found.append(Layer(storage_bytes(tensors), bool(getattr(layer, "is_sliding", False)), dtype))
     return found
+
+
+def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the distinct storages behind `tensors`."""
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _measure(model: Any, tokens: int) -> list[Layer]:
+    """What every layer holds after `tokens` positions; the cache itself is freed on return."""
+    return live_layers(_generate(model, tokens))
 
 
 @torch.no_grad()

@@ -4,6 +4,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+PROMPT, CHOICE = 400, 400
+"""Characters kept of a prompt (its end) and of a choice, for showing samples."""
+
 
 def task_file(point_dir: Path, task: str) -> Path:
     """Where the results of a task lie in the folder of a point."""
@@ -35,7 +38,7 @@ def compact(samples: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """One entry a document (and filter), ordered by task and document.
 
     Entry: task, doc_id, doc_hash, prompt_hash, target_hash, metrics {name: 0/1, number, or [log-likelihood, units]},
-    and for multiple choice the log-likelihood of every choice in nats.
+    for multiple choice the log-likelihood of every choice in nats, and the end of the prompt and the choices to show.
     """
     entries = [_entry(task, sample) for task, rows in samples.items() for sample in rows]
     return sorted(entries, key=lambda entry: (entry["task"], entry["doc_id"], sorted(entry["metrics"])))
@@ -49,6 +52,7 @@ def _entry(task: str, sample: dict[str, Any]) -> dict[str, Any]:
     if len(likelihoods) > 1:
         entry["loglikelihoods"] = [float(value) for value in likelihoods]
         entry["target"] = sample["target"]
+        entry |= _shown(sample["arguments"])
     return entry
 
 
@@ -65,3 +69,14 @@ def grid(source: str, samples: dict[str, list[dict[str, Any]]]) -> dict[str, Any
         for (length, depth), rows in sorted(cells.items())
     ]
     return {"grid": means}
+
+
+def _shown(arguments: list[tuple[str, str]]) -> dict[str, Any]:
+    """What a reader needs to see the question: the end of the prompt, and the choices.
+
+    Most tasks ask one prompt with several continuations; winogrande asks several prompts with one continuation.
+    """
+    prompts, continuations = ([str(part) for part in parts] for parts in zip(*arguments, strict=True))
+    if len(set(prompts)) > 1:
+        return {"prompt": f"... {continuations[0].strip()}", "choices": [prompt[-CHOICE:] for prompt in prompts]}
+    return {"prompt": prompts[0][-PROMPT:], "choices": [text[:CHOICE] for text in continuations]}

@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from .model_index import model_index
 from .render import environment
 from .run_folder import Json
 
@@ -14,20 +15,34 @@ _EMPTY: Json = {
     "source": {"model": None}, "converted": {}, "kv": {}, "train": None, "tasks": {}, "perplexity": {}, "caveats": [],
     "compared": None, "command": None, "verdict": "Not evaluated yet.",
 }  # fmt: skip
+_OTHER = {
+    "converted": "An intermediate result: it was uptrained further, and the verdict is about the uptrained model.",
+    "after": "Not evaluated yet.",
+}
+"""What stands in place of the verdict on the card of a model that the verdict is not about."""
 CARRIED = ("license", "license_name", "license_link", "language", "extra_gated_prompt")
 """Metadata of the source's card that also holds for a derived model."""
 
 
-def write_model_card(folder: Path, report: Json, source_card: str | None = None) -> Path:
+def write_model_card(folder: Path, report: Json, source_card: str | None = None, point: str | None = None) -> Path:
     """Write README.md into the model folder and return its path.
 
     Args:
         folder: the converted or uptrained model.
         report: what build_report returns; stages that did not run leave their part out.
         source_card: text of the source model's README.md, whose licence and language are carried over.
+        point: where this model was measured, `converted` or `after`; None: the last point.
     """
     report = {**_EMPTY, **report}
-    front = yaml.safe_dump(metadata(report, source_card), sort_keys=False, allow_unicode=True, width=110)
+    point = point or report["compared"] or "converted"
+    if report["compared"] not in (None, point):
+        report |= {"compared": point, "verdict": _OTHER[point]}
+    if point == "converted":
+        report["train"] = None
+    fields = metadata(report, source_card)
+    if measured := model_index(report, folder.name, point):
+        fields["model-index"] = measured
+    front = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=110)
     body = environment().get_template("model_card.md.j2").render(report=report, name=folder.name)
     path = folder / "README.md"
     path.write_text(f"---\n{front}---\n\n{body}", encoding="utf-8")

@@ -1,6 +1,5 @@
-"""The numbers of a report: scores at the three points, and their paired comparison."""
+"""The numbers of a report: scores at every point, and their paired comparison."""
 
-from dataclasses import dataclass
 from typing import Any
 
 from ..errors import InputError
@@ -8,78 +7,53 @@ from ..evaluation.stats import Comparison, compare, macro_average
 from .run_folder import POINTS, Json, RunFolder
 
 
-@dataclass(frozen=True)
-class Comparisons:
-    """Paired comparisons of `before` with `point`, by (task, metric), and why some could not be made."""
+def comparison_of(run: RunFolder, margin: float, seed: int) -> Json:
+    """Before against the last point: eval/comparison.json if evaluation left it, else computed here."""
+    point = run.last_point
+    if run.comparison and run.comparison.get("compared") == point:
+        return run.comparison
+    return compare_points(run, "before", point, margin, seed)
 
-    point: str | None
-    by_metric: dict[tuple[str, str], Comparison]
-    problems: list[str]
 
+def compare_points(run: RunFolder, left: str, right: str | None, margin: float, seed: int) -> Json:
+    """Compare two points document by document, in the shape of eval/comparison.json.
 
-def compare_points(run: RunFolder, margin: float, seed: int) -> Comparisons:
-    """Compare `before` with the last point, task by task, from the per-document files."""
-    point, found, problems = run.last_point, {}, []
-    for task in run.results.get("before", {}).get("tasks", {}) if point else ():
-        before, after = run.task_file("before", task), run.task_file(point or "", task)
+    Returns:
+        compared (`right`, or None), status, mean_accuracy (or None), tasks {task: {metric: statistics}}, perplexity,
+        problems (what could not be compared, in words).
+    """
+    found: list[Comparison] = []
+    problems: list[str] = []
+    for task in run.results.get(left, {}).get("tasks", {}) if right in run.results else ():
+        before, after = run.task_file(left, task), run.task_file(right or "", task)
         if before is None or after is None:
             problems.append(f"{task}: no per-document results for both points, so no interval.")
             continue
         try:
-            found |= {(c.task, c.metric): c for c in compare(before, after, margin=margin, seed=seed)}
+            found += compare(before, after, margin=margin, seed=seed)
         except InputError as error:
             problems.append(str(error).replace("\n", " "))
-    return Comparisons(point, found, problems)
+    chosen = _primary(found)
+    summary = macro_average(chosen, margin=margin, seed=seed)
+    tasks: dict[str, dict[str, Json]] = {}
+    for one in found:
+        primary = any(one is another for another in chosen)
+        tasks.setdefault(one.task, {})[one.metric] = one.as_dict() | {"primary": primary}
+    return {
+        "compared": right if right in run.results else None,
+        "status": summary["verdict"] if summary else "not_measured",
+        "mean_accuracy": summary and summary | {"metrics": {one.task: one.metric for one in chosen}},
+        "tasks": tasks,
+        "perplexity": {},
+        "problems": problems,
+    }
 
 
-def task_table(run: RunFolder, comparisons: Comparisons) -> dict[str, dict[str, Json]]:
-    """{task: {metric: {before, converted, after, delta, ci95, p_value, n, ...}}}; what was not measured is None."""
-    names = dict.fromkeys(task for point in POINTS for task in run.results.get(point, {}).get("tasks", {}))
-    return {task: {metric: _row(run, comparisons, task, metric) for metric in _metrics(run, task)} for task in names}
-
-
-def _metrics(run: RunFolder, task: str) -> list[str]:
-    return list(dict.fromkeys(m for p in POINTS for m in run.results.get(p, {}).get("tasks", {}).get(task, {})))
-
-
-def _row(run: RunFolder, comparisons: Comparisons, task: str, metric: str) -> Json:
-    values = {point: run.results.get(point, {}).get("tasks", {}).get(task, {}).get(metric) for point in POINTS}
-    n = next((run.results[p]["n"][task] for p in POINTS if task in run.results.get(p, {}).get("n", {})), None)
-    row: Json = {**values, "delta": None, "ci95": None, "p_value": None, "n": n}
-    comparison = comparisons.by_metric.get((task, metric))
-    if comparison is not None:
-        details = comparison.as_dict()
-        details["before_paired"], details["after_paired"] = details.pop("before"), details.pop("after")
-        row |= details
-    elif comparisons.point and values["before"] is not None and values[comparisons.point] is not None:
-        row["delta"] = values[comparisons.point] - values["before"]
-    return row
-
-
-def perplexity_table(run: RunFolder, tasks: dict[str, dict[str, Json]]) -> dict[str, Json]:
-    """{name: {before, converted, after, unit, relative, ...}}: the held-out text, and tasks with a word perplexity."""
-    table: dict[str, Json] = {}
-    if run.held_out:
-        values = {point: run.held_out.get(point, {}).get("perplexity") for point in POINTS}
-        tokens = next((value.get("tokens") for value in run.held_out.values() if value.get("tokens")), None)
-        table["held_out"] = {**values, "unit": "token", "n": tokens, "ci95": None, "p_value": None}
-    for task, metrics in tasks.items():
-        if "word_perplexity" in metrics:
-            table[task] = {**metrics["word_perplexity"], "unit": "word"}
-    for row in table.values():
-        before, last = row["before"], row["after"] if row["after"] is not None else row["converted"]
-        if before is None or last is None:
-            row |= {"delta": None, "relative": None}
-        else:
-            row |= {"delta": last - before, "relative": last / before - 1}
-    return table
-
-
-def primary(comparisons: Comparisons) -> list[Comparison]:
+def _primary(comparisons: list[Comparison]) -> list[Comparison]:
     """One 0/1 metric a task: acc_norm (log-likelihood per character) if it has it, else acc, else the first."""
     chosen: dict[str, Comparison] = {}
     rank = {"acc_norm": 0, "acc": 1}
-    for comparison in comparisons.by_metric.values():
+    for comparison in comparisons:
         current = chosen.get(comparison.task)
         better = current is None or rank.get(comparison.metric, 2) < rank.get(current.metric, 2)
         if comparison.kind == "binary" and better:
@@ -87,12 +61,69 @@ def primary(comparisons: Comparisons) -> list[Comparison]:
     return list(chosen.values())
 
 
-def summarise(comparisons: Comparisons, margin: float, seed: int) -> Json | None:
-    """Mean accuracy over tasks, before and after, with interval and verdict; None without comparable tasks."""
-    summary = macro_average(primary(comparisons), margin=margin, seed=seed)
-    if summary is not None:
-        summary["metrics"] = {comparison.task: comparison.metric for comparison in primary(comparisons)}
-    return summary
+def task_table(run: RunFolder, comparison: Json, control: Json | None) -> dict[str, dict[str, Json]]:
+    """{task: {metric: {before, converted, after, control, delta, ci95, p_value, n, ...}}}; not measured is None.
+
+    With a control, `cla_cost` holds delta, ci95 and p_value of after against the control.
+    """
+    names = dict.fromkeys(task for point in POINTS for task in run.results.get(point, {}).get("tasks", {}))
+    return {
+        task: {metric: _row(run, comparison, control, task, metric) for metric in _metrics(run, task)} for task in names
+    }
+
+
+def _metrics(run: RunFolder, task: str) -> list[str]:
+    return list(dict.fromkeys(m for p in POINTS for m in run.results.get(p, {}).get("tasks", {}).get(task, {})))
+
+
+def _row(run: RunFolder, comparison: Json, control: Json | None, task: str, metric: str) -> Json:
+    values = {point: run.results.get(point, {}).get("tasks", {}).get(task, {}).get(metric) for point in POINTS}
+    n = next((run.results[p]["n"][task] for p in POINTS if task in run.results.get(p, {}).get("n", {})), None)
+    row: Json = {**values, "delta": None, "ci95": None, "p_value": None, "n": n}
+    if statistics := comparison["tasks"].get(task, {}).get(metric):
+        details = dict(statistics)
+        details["before_paired"], details["after_paired"] = details.pop("before"), details.pop("after")
+        row |= details
+    else:
+        row["delta"] = _difference(values["before"], values.get(comparison["compared"] or ""))
+    if control:
+        cost = control["tasks"].get(task, {}).get(metric, {})
+        row["cla_cost"] = {key: cost.get(key) for key in ("delta", "ci95", "p_value")}
+    return row
+
+
+def perplexity_table(run: RunFolder, tasks: dict[str, dict[str, Json]], comparison: Json) -> dict[str, Json]:
+    """{name: {before, converted, after, control, unit, relative, cla_cost, ...}}: held-out text, text files, tasks."""
+    table: dict[str, Json] = {}
+    for name in ["held_out", *dict.fromkeys(name for texts in run.texts.values() for name in texts)]:
+        files = run.held_out if name == "held_out" else {p: t[name] for p, t in run.texts.items() if name in t}
+        if files:
+            statistics = {"ci95": None, "p_value": None} | comparison["perplexity"].get(name, {})
+            table[name] = statistics | _text_row(files)
+    for task, metrics in tasks.items():
+        if "word_perplexity" in metrics:
+            table[task] = {**metrics["word_perplexity"], "unit": "word"}
+    for row in table.values():
+        last = row["after"] if row["after"] is not None else row["converted"]
+        row["delta"] = _difference(row["before"], last)
+        row["relative"] = None if row["delta"] is None else last / row["before"] - 1
+        row["cla_cost_relative"] = row["after"] / row["control"] - 1 if row["after"] and row["control"] else None
+    return table
+
+
+def _text_row(files: dict[str, Json]) -> Json:
+    """Perplexity of one text at every point, and its tokens."""
+    tokens = next((value.get("tokens") for value in files.values() if value.get("tokens")), None)
+    return {point: files.get(point, {}).get("perplexity") for point in POINTS} | {"unit": "token", "n": tokens}
+
+
+def mean_at(run: RunFolder, summary: Json | None, point: str) -> float | None:
+    """Mean over the summary's tasks of its metrics at another point; None unless all of them were measured there."""
+    if not summary:
+        return None
+    metrics = summary["metrics"].items()
+    values = [run.results.get(point, {}).get("tasks", {}).get(task, {}).get(metric) for task, metric in metrics]
+    return None if None in values else sum(values) / len(values)
 
 
 def kv_numbers(run: RunFolder) -> Json:
@@ -107,6 +138,7 @@ def kv_numbers(run: RunFolder) -> Json:
         "measured_bytes_after": after.get("measured_bytes"),
         "measured_bytes_per_token_before": before.get("bytes_per_token"),
         "measured_bytes_per_token_after": after.get("bytes_per_token"),
+        "layer_bytes_per_token_after": after.get("layer_bytes_per_token"),
         "measured_tokens": after.get("tokens") or before.get("tokens"),
         "cached_layers_before": before.get("cached_layers"),
         "cached_layers_after": after.get("cached_layers"),
@@ -114,3 +146,7 @@ def kv_numbers(run: RunFolder) -> Json:
         "dtype_after": after.get("dtype"),
         "sliding_layers": after.get("sliding_layers"),
     }
+
+
+def _difference(before: float | None, after: float | None) -> float | None:
+    return None if before is None or after is None else after - before

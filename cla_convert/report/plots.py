@@ -1,122 +1,140 @@
-"""Pictures of a report: loss and validation perplexity over tokens, and the sharing map as a strip of layers."""
+"""Plots of a report: loss and perplexity over tokens, accuracy against KV bytes, tokens per second over batch size."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .run_folder import Json, RunFolder
+from .figures import CLA, INK, MUTED, SOURCE, WARM, in_style, new_figure, thousands
+from .run_folder import Json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-_OWNERS = ("#1f77b4", "#d95f02", "#2ca02c", "#7b4fa3")
-_GREY = "#5f6b76"
 _SMOOTHING = 0.05
 """Window of the moving average, as a share of the logged steps."""
 
 
-def draw_plots(run: RunFolder) -> dict[str, str]:
-    """Draw what the run folder has numbers for; return {name: file in the run folder}."""
-    drawn = {}
-    if len([row for row in run.metrics if row.get("loss") is not None]) > 1:
-        drawn["loss"] = draw_curves(run.metrics, run.path / "loss.png", _source_line(run)).name
-    sources = run.convert.get("kv_source_layers")
-    if sources:
-        drawn["sharing"] = draw_sharing(sources, run.path / "sharing.png").name
-    return drawn
+@in_style
+def draw_curves(metrics: list[Json], control: list[Json], source_perplexity: float | None = None) -> "Figure":
+    """Training loss above, validation perplexity below, over training tokens.
 
-
-def _source_line(run: RunFolder) -> float | None:
-    """The source model's perplexity on the held-out text: the level to recover, if it was measured."""
-    return run.held_out.get("before", {}).get("perplexity")
-
-
-def draw_curves(metrics: list[Json], path: Path, source_perplexity: float | None = None) -> Path:
-    """Training loss above, validation perplexity below, over training tokens."""
+    Args:
+        metrics: rows of metrics.jsonl.
+        control: the same of the control's training; may be empty.
+        source_perplexity: the source model's on the held-out text, the level to recover.
+    """
     scale, unit = (1e6, "millions") if max(row["tokens"] for row in metrics) >= 2e6 else (1e3, "thousands")
-    losses, checks = (_points(metrics, name, scale) for name in ("loss", "validation_perplexity"))
-    figure, axes = _figure(2 if checks else 1, height=3.0)
-    _curve(axes[0], losses)
-    axes[0].set_ylabel("training loss, nats per token")
+    runs = {"converted model": (CLA, metrics), "control: source model": (SOURCE, control)}
+    checks = any(row.get("validation_perplexity") is not None for row in metrics)
+    figure, axes = new_figure(2 if checks else 1, height=2.2, sharex=True)
+    for label, (colour, rows) in runs.items():
+        _losses(axes[0, 0], _points(rows, "loss", scale), colour, label)
+        if checks:
+            _checks(axes[1, 0], _points(rows, "validation_perplexity", scale), colour)
+    axes[0, 0].set_ylabel("training loss, nats")
+    if control:
+        axes[0, 0].legend()
     if checks:
-        _checks(axes[1], checks, source_perplexity)
-    axes[-1].set_xlabel(f"training tokens, {unit}")
-    return _save(figure, path)
+        _source_level(axes[1, 0], source_perplexity)
+    axes[-1, 0].set_xlabel(f"training tokens, {unit}")
+    return figure
 
 
 def _points(metrics: list[Json], name: str, scale: float) -> list[tuple[float, float]]:
     return [(row["tokens"] / scale, row[name]) for row in metrics if row.get(name) is not None]
 
 
-def _checks(axis: "Axes", points: list[tuple[float, float]], source: float | None) -> None:
-    """Validation perplexity, and the source model's as the level to recover."""
-    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
-
-    axis.plot(*zip(*points, strict=True), marker="o", color=_OWNERS[1], label="during uptraining")
-    if source:
-        axis.axhline(source, color=_GREY, linestyle="--", label="source model, held-out text")
-        axis.legend(frameon=False)
-    axis.set_ylabel("validation perplexity")
-    if max(y for _, y in points) > 5 * min(y for _, y in points):
-        axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_minor_locator(NullLocator())
-        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-
-
-def _curve(axis: "Axes", points: list[tuple[float, float]]) -> None:
+def _losses(axis: "Axes", points: list[tuple[float, float]], colour: str, label: str) -> None:
     """Every logged step faintly, and a moving average of them where there are enough."""
     xs, ys = [x for x, _ in points], [y for _, y in points]
     window = round(len(ys) * _SMOOTHING)
     if window < 2:
-        axis.plot(xs, ys, color=_OWNERS[0], marker="." if len(ys) < 40 else None)
+        axis.plot(xs, ys, color=colour, marker="." if len(ys) < 40 else None, label=label)
         return
     means = [sum(ys[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(len(ys))]
-    axis.plot(xs, ys, color=_OWNERS[0], alpha=0.25, linewidth=0.8)
-    axis.plot(xs, means, color=_OWNERS[0], label=f"mean of {window} steps")
-    axis.legend(frameon=False)
+    axis.plot(xs, ys, color=colour, alpha=0.25, linewidth=0.8)
+    axis.plot(xs, means, color=colour, label=label)
 
 
-def draw_sharing(sources: list[int], path: Path) -> Path:
-    """One square a layer: solid layers cache K/V, pale ones read those of the layer named in them."""
-    from matplotlib.patches import FancyBboxPatch
-
-    count, owners = len(sources), sorted(set(sources))
-    reach = max(layer - owner for layer, owner in enumerate(sources))
-    figure, (axis,) = _figure(1, height=1.15, width=max(5.0, 0.36 * count + 0.6))
-    for layer, owner in enumerate(sources):
-        colour, owns = _OWNERS[owners.index(owner) % len(_OWNERS)], owner == layer
-        style: dict[str, Any] = {"facecolor": colour, "edgecolor": colour, "alpha": 1.0 if owns else 0.25}
-        axis.add_patch(FancyBboxPatch((layer - 0.36, -0.36), 0.72, 0.72, boxstyle="round,pad=0.04", **style))
-        axis.text(layer, 0, str(layer), ha="center", va="center", fontsize=8, color="white" if owns else "black")
-        if not owns and reach <= 3:
-            arrow = {"arrowstyle": "->", "color": colour, "connectionstyle": "arc3,rad=0.45"}
-            axis.annotate("", (owner, 0.44), (layer, 0.44), arrowprops=arrow)
-        elif not owns:  # arcs over many layers would cover each other
-            axis.text(layer, 0.62, f"\u2190{owner}", ha="center", va="center", fontsize=7, color=colour)
-    axis.set(xlim=(-0.6, count - 0.4), ylim=(-0.5, 1.1))
-    axis.set_aspect("equal")
-    axis.set_axis_off()
-    axis.set_title(f"{len(owners)} of {count} layers cache K/V; a pale layer reads where its arrow points", fontsize=9)
-    return _save(figure, path)
+def _checks(axis: "Axes", points: list[tuple[float, float]], colour: str) -> None:
+    axis.plot([x for x, _ in points], [y for _, y in points], marker="o", color=colour)
+    axis.set_ylabel("held-out perplexity")
 
 
-def _figure(rows: int, *, height: float, width: float = 7.0) -> tuple[Any, list["Axes"]]:
-    """A figure without pyplot: no global state, no window, whatever the user's backend is."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height * rows), layout="constrained")
-    axes = figure.subplots(rows, 1, sharex=rows > 1, squeeze=False)[:, 0]
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25)
-    return figure, list(axes)
+def _source_level(axis: "Axes", source: float | None) -> None:
+    """The source model's perplexity as a line, and a log axis where the values span a lot."""
+    if source:
+        axis.axhline(source, color=MUTED, linestyle="--", linewidth=1.2, label="source model")
+        axis.legend()
+    values = [float(y) for line in axis.lines for y in line.get_ydata()]  # type: ignore[union-attr]
+    if max(values) > 5 * min(values):
+        thousands(axis, log=True)
 
 
-def _save(figure: Any, path: Path) -> Path:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+@in_style
+def draw_pareto(runs: list[Json]) -> "Figure":
+    """Mean accuracy against KV bytes per token, one point a run; the line joins those that no other run beats.
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure)
-    # No creation date and version inside: the same numbers give the same file.
-    figure.savefig(path, dpi=150, metadata={"Software": None})
-    return path
+    Args:
+        runs: rows of compare_runs with kv_bytes_per_token and accuracy (None ones are left out).
+    """
+    figure, axes = new_figure(height=3.2)
+    axis, shown = axes[0, 0], [run for run in runs if run["accuracy"] is not None and run["kv_bytes_per_token"]]
+    front = pareto_front(shown)
+    axis.plot(
+        [r["kv_bytes_per_token"] for r in front], [100 * r["accuracy"] for r in front], color=MUTED, linestyle=":"
+    )
+    for run in shown:
+        colour = SOURCE if run["point"] == "before" else CLA if run in front else WARM
+        x, y = run["kv_bytes_per_token"], 100 * run["accuracy"]
+        axis.plot([x], [y], marker="o", linestyle="none", color=colour)
+        axis.annotate(run["label"], (x, y), xytext=(5, 4), textcoords="offset points", color=INK, fontsize=8.5)
+    axis.margins(x=0.18, y=0.15)
+    axis.set_xlabel("KV bytes per token")
+    axis.set_ylabel("mean accuracy, %")
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    return figure
+
+
+def pareto_front(runs: list[Json]) -> list[Json]:
+    """Those with more accuracy than every other one of as few or fewer bytes, by bytes."""
+    front: list[Json] = []
+    for run in sorted(runs, key=lambda run: (run["kv_bytes_per_token"], -run["accuracy"])):
+        if not front or run["accuracy"] > front[-1]["accuracy"]:
+            front.append(run)
+    return front
+
+
+@in_style
+def draw_bench(bench: Json) -> "Figure":
+    """Decoding and prefill rates over batch size, median and range; each model ends at its largest batch."""
+    figure, axes = new_figure(2, height=2.4)
+    for axis, phase in zip(axes[:, 0], ("decode", "prefill"), strict=True):
+        _rates(axis, bench["speed"], phase)
+    gigabytes = bench["memory"]["bytes"] / 1e9
+    axes[0, 0].set_title(f"largest batches: what fits into {gigabytes:.3g} GB", fontsize=9, loc="left")
+    axes[0, 0].legend(loc="upper left")
+    axes[1, 0].set_xlabel("batch size")
+    return figure
+
+
+def _rates(axis: "Axes", speed: list[Json], phase: str) -> None:
+    from matplotlib.ticker import NullLocator, ScalarFormatter
+
+    batches: set[int] = set()
+    for model, colour, label in (("source", SOURCE, "source model"), ("converted", CLA, "converted model")):
+        rows = sorted(
+            (row for row in speed if (row["model"], row["phase"]) == (model, phase) and row["fits"]),
+            key=lambda row: row["batch"],
+        )
+        batches |= {row["batch"] for row in rows}
+        middle = [row["tokens_per_second"] for row in rows]
+        spread: Any = [[row["tokens_per_second"] - row["low"] for row in rows],
+                       [row["high"] - row["tokens_per_second"] for row in rows]]  # fmt: skip
+        axis.errorbar([row["batch"] for row in rows], middle, spread, color=colour, marker="o", capsize=2, label=label)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(sorted(batches))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_formatter(ScalarFormatter())
+    axis.set_ylim(bottom=0)
+    axis.set_ylabel(f"{phase}, tokens/s")
+    thousands(axis)

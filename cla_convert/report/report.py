@@ -1,51 +1,83 @@
-"""Build report.json and report.md from the files of a run folder; needs no torch, no model and no network.
+"""Build report.json, report.md and report.html from the files of a run folder; needs no torch, no model, no network.
 
 Any subset of the stages may have run. A number that was not measured is null in the JSON and a dash in the text.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..files import plain, write_json
-from .numbers import compare_points, kv_numbers, perplexity_table, summarise, task_table
-from .plots import draw_plots
+from .figures import save_png, to_svg
+from .flips import find_flips
+from .grids import find_grids
+from .numbers import compare_points, comparison_of, kv_numbers, mean_at, perplexity_table, task_table
+from .page import render_page
+from .plots import draw_bench, draw_curves, draw_pareto
 from .render import render
-from .run_folder import Json, RunFolder, read_run_folder
-from .words import caveats, status, verdict_line
+from .run_folder import POINTS, Json, RunFolder, read_run_folder
+from .runs import compare_runs
+from .sharing import draw_sharing
+from .words import caveats, control_statement, verdict_line
+
+ALT = {
+    "loss": "training loss and held-out perplexity over tokens",
+    "sharing": "which layers share keys and values",
+    "pareto": "mean accuracy against KV bytes per token",
+    "bench": "tokens per second over batch size",
+}
 
 
-def build_report(run_dir: Path) -> Json:
-    """Write report.json, report.md and the pictures (*.png) into `run_dir`; return the report.
+def build_report(run_dir: Path, others: Sequence[Path] = ()) -> Json:
+    """Write report.json, report.md, report.html and the pictures (*.png) into `run_dir`; return the report.
+
+    Args:
+        run_dir: the run to report on.
+        others: further run folders to compare it with; they are only read.
 
     Raises:
-        InputError: `run_dir` is not a run folder.
+        InputError: one of the folders is not a run folder.
     """
-    run = read_run_folder(Path(run_dir))
-    report: Json = plain({**collect(run), "plots": draw_plots(run)})
+    run, *rest = (read_run_folder(Path(folder)) for folder in (run_dir, *others))
+    report = collect(run, rest)
+    figures = _figures(run, report)
+    files = {name: save_png(figure, run.path / f"{name}.png").name for name, figure in figures.items()}
+    report = plain({**report, "plots": files})
     write_json(run.path / "report.json", report)
     (run.path / "report.md").write_text(render(report), encoding="utf-8")
+    svgs = {name: to_svg(figure, name, ALT[name]) for name, figure in figures.items()}
+    (run.path / "report.html").write_text(render_page(report, svgs), encoding="utf-8")
     return report
 
 
-def collect(run: RunFolder) -> Json:
+def collect(run: RunFolder, others: Sequence[RunFolder] = ()) -> Json:
     """Everything the report says, as one JSON object (the keys that tools may read)."""
     settings = run.recipe.get("eval") or {}
     seed, margin = int(run.recipe.get("seed") or 0), float(settings.get("margin", 0.01))
-    comparisons = compare_points(run, margin, seed)
-    tasks = task_table(run, comparisons)
-    perplexity, kv = perplexity_table(run, tasks), kv_numbers(run)
-    summary = summarise(comparisons, margin, seed)
+    comparison = comparison_of(run, margin, seed)
+    against = compare_points(run, "control", "after", margin, seed) if "control" in run.results else None
+    tasks = task_table(run, comparison, against)
+    perplexity, kv = perplexity_table(run, tasks, comparison), kv_numbers(run)
+    summary, point = comparison["mean_accuracy"], comparison["compared"]
+    control = _control(run, against, perplexity)
     return {
-        "verdict": verdict_line(summary, perplexity, comparisons.point),
-        "status": status(summary),
-        "compared": comparisons.point,
+        "verdict": verdict_line(summary, perplexity, point),
+        "status": comparison["status"],
+        "compared": point,
         "source": run.convert.get("source") or {"model": (run.recipe.get("source") or {}).get("model")},
         "converted": _converted(run),
         "kv": kv,
         "train": _train(run),
         "perplexity": perplexity,
         "tasks": tasks,
-        "mean_accuracy": summary,
-        "caveats": caveats(run, kv, comparisons.problems),
+        "mean_accuracy": summary and summary | {"at": {name: mean_at(run, summary, name) for name in POINTS}},
+        "control": control,
+        "agreement": run.agreement,
+        "grids": find_grids(run, tasks),
+        "flips": find_flips(run, tasks, point),
+        "bench": run.bench or None,
+        "runs": compare_runs([run, *others], summary) if others else [],
+        "caveats": caveats(run, kv, comparison),
         "versions": run.environment.get("versions") or _eval_versions(run),
         "seeds": run.environment.get("seeds") or {"recipe": seed},
         "hardware": run.environment.get("hardware"),
@@ -54,6 +86,34 @@ def collect(run: RunFolder) -> Json:
         "command": _command(run),
         "settings": run.recipe,
     }
+
+
+def _figures(run: RunFolder, report: Json) -> dict[str, Any]:
+    """The pictures that there are numbers for."""
+    drawn: dict[str, Any] = {}
+    if sum(row.get("loss") is not None for row in run.metrics) > 1:
+        source = run.held_out.get("before", {}).get("perplexity")
+        drawn["loss"] = draw_curves(run.metrics, run.control_metrics, source)
+    if report["converted"].get("kv_source_layers"):
+        drawn["sharing"] = draw_sharing(report["converted"])
+    if sum(row["accuracy"] is not None and row["kv_bytes_per_token"] is not None for row in report["runs"]) > 1:
+        drawn["pareto"] = draw_pareto(report["runs"])
+    if run.bench:
+        drawn["bench"] = draw_bench(run.bench)
+    return drawn
+
+
+def _control(run: RunFolder, against: Json | None, perplexity: dict[str, Json]) -> Json | None:
+    """The control and what it says; None where none was asked for or it is not trained yet."""
+    settings = run.recipe.get("train") or {}
+    if against or run.control_train:
+        summary = against["mean_accuracy"] if against else None
+        control: Json = {"kind": "trained", "train": run.control_train or None, "mean_accuracy": summary}
+    elif settings.get("control") and settings.get("loss") == "distill":
+        control = {"kind": "source", "train": None, "mean_accuracy": None}
+    else:
+        return None
+    return control | {"statement": control_statement(control, perplexity)}
 
 
 def _converted(run: RunFolder) -> Json:

@@ -10,8 +10,9 @@ import yaml
 from ..errors import InputError
 from ..files import read_json
 
-POINTS = ("before", "converted", "after")
-"""The three points of measurement: source model, right after conversion, after uptraining."""
+POINTS = ("before", "converted", "after", "control")
+"""The points of measurement: source model, right after conversion, after uptraining; and the source model uptrained
+on the same tokens, where a control was asked for."""
 
 Json = dict[str, Any]
 
@@ -26,10 +27,18 @@ class RunFolder:
     train: Json
     metrics: list[Json]
     environment: Json
+    control_train: Json
+    control_metrics: list[Json]
     results: dict[str, Json]
     """Point -> eval/<point>/results.json, for the points that were evaluated."""
     held_out: dict[str, Json]
     kv_cache: dict[str, Json]
+    agreement: dict[str, Json]
+    texts: dict[str, dict[str, Json]]
+    """Point -> name of a text -> eval/<point>/perplexity/<name>.json."""
+    comparison: Json
+    """eval/comparison.json: the statistics of before against the last point."""
+    bench: Json
 
     def task_file(self, point: str, task: str) -> Json | None:
         """Per-document results of a task, or None."""
@@ -58,16 +67,27 @@ def read_run_folder(path: Path) -> RunFolder:
         convert=(read_json(path / "plan.json") or {}) | (read_json(path / "convert.json") or {}),
         train=read_json(path / "train.json") or {},
         metrics=_read_lines(path / "metrics.jsonl"),
+        control_train=read_json(path / "control" / "train.json") or {},
+        control_metrics=_read_lines(path / "control" / "metrics.jsonl"),
         environment=read_json(path / "environment.json") or {},
         results=_by_point(path, "results.json"),
         held_out=_by_point(path, "held_out.json"),
         kv_cache=_by_point(path, "kv_cache.json"),
+        agreement=_by_point(path, "agreement.json"),
+        texts={point: _texts(path / "eval" / point / "perplexity") for point in POINTS},
+        comparison=read_json(path / "eval" / "comparison.json") or {},
+        bench=read_json(path / "bench.json") or {},
     )
 
 
 def _by_point(path: Path, name: str) -> dict[str, Json]:
     found = {point: read_json(path / "eval" / point / name) for point in POINTS}
     return {point: value for point, value in found.items() if value is not None}
+
+
+def _texts(folder: Path) -> dict[str, Json]:
+    found = {path.stem: read_json(path) for path in sorted(folder.glob("*.json"))}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _read_yaml(path: Path) -> Json:

@@ -18,7 +18,7 @@ from .precision import Precision, choose_precision
 from .schedule import Budget
 
 # Settings that change what is written when, but not one weight: free to change on resume.
-_FREE = {"checkpoint_every", "keep_checkpoints", "keep_checkpoints_after_success", "validate_every"}
+_FREE = {"checkpoint_every", "control", "keep_checkpoints", "keep_checkpoints_after_success", "validate_every"}
 
 
 @dataclass

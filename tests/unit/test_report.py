@@ -11,63 +11,12 @@ import yaml
 
 from cla_convert.errors import InputError
 from cla_convert.files import write_json
+from cla_convert.report.formats import groups_text, p_value
 from cla_convert.report.model_card import front_matter, write_model_card
-from cla_convert.report.render import p_value, sharing_groups
 from cla_convert.report.report import build_report
+from tests.unit.run_files import write_point
 
-KV_MAP = [0, 1, 1, 3, 3, 5]
-RIGHT = {"before": 60, "converted": 30, "after": 58}
-NLL = {"before": 3.0, "converted": 6.0, "after": 3.2}
 CARD = "---\nlicense: apache-2.0\nlanguage: [en]\ntags: [chat]\nbase_model: somebody/else\n---\n# A model\n"
-
-
-def write_point(folder: Path, point: str, specification: str = "s" * 64, n: int = 100) -> None:
-    """One evaluated point: piqa with RIGHT of n right, wikitext with NLL nats per word, held-out text, KV cache."""
-    samples = {
-        "piqa": [{"acc": float(i < RIGHT[point])} for i in range(n)],
-        "wikitext": [{"word_perplexity": [-NLL[point] * (50 + i), 50 + i]} for i in range(8)],
-    }
-    scores = {"piqa": {"acc": RIGHT[point] / n}, "wikitext": {"word_perplexity": math.exp(NLL[point])}}
-    for task, rows in samples.items():
-        entries = [
-            {"task": task, "doc_id": i, "doc_hash": f"d{i}", "prompt_hash": f"p{i}", "target_hash": "t", "metrics": row}
-            for i, row in enumerate(rows)
-        ]
-        write_json(folder / "eval" / point / "tasks" / f"{task}.json", {"task": task, "samples": entries})
-    tasks = {name: {"source": "offline pack", "n": len(rows)} for name, rows in samples.items()}
-    write_json(folder / "eval" / point / "results.json", {
-        "tasks": scores, "n": {name: len(rows) for name, rows in samples.items()}, "specification_hash": specification,
-        "specification": {"tasks": tasks}, "versions": {"torch": "2"}, "model_fingerprint": f"model of {point}",
-    })  # fmt: skip
-    write_json(folder / "eval" / point / "held_out.json", {"perplexity": 10 * NLL[point], "tokens": 4096})
-    kv = {"measured_bytes": 64 * 768, "bytes_per_token": 768.0, "tokens": 64, "cached_layers": 6, "dtype": "float32"}
-    half = {"measured_bytes": 64 * 384, "bytes_per_token": 384.0, "cached_layers": 3}
-    write_json(folder / "eval" / point / "kv_cache.json", kv if point == "before" else kv | half)
-
-
-@pytest.fixture
-def run_dir(tmp_path: Path) -> Path:
-    folder = tmp_path / "run"
-    for point in RIGHT:
-        write_point(folder, point)
-    recipe = {"source": {"model": "org/tiny"}, "train": {"loss": "distill"}, "eval": {"margin": 0.01}, "seed": 3}
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    write_json(folder / "convert.json", {
-        "output": "converted", "sharing": "cla2-keep-ends", "init": "mean", "kv_source_layers": KV_MAP,
-        "kv_bytes_per_token": {"before": 768, "after": 384}, "parameters": {"before": 100, "after": 90}, "seconds": 1.5,
-        "source": {"model": "org/tiny", "license": "mit", "sha256": "ab", "quantization": "Q4_1"},
-    })  # fmt: skip
-    write_json(
-        folder / "train.json", {"tokens": 4096, "steps": 4, "tokens_per_second": 100.0, "loss": 1.5, "seconds": 9}
-    )
-    rows = [{"step": i, "tokens": 1024 * i, "loss": 5.0 - i} for i in (1, 2, 3, 4)]
-    rows.append({"tokens": 4096, "validation_perplexity": 33.0})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 5, "tok')
-    write_json(folder / "environment.json", {
-        "command": "cla-convert run recipe.yaml --out run", "versions": {"torch": "2.13.0"}, "seeds": {"seed": 3},
-        "hardware": {"cores": 2, "memory_bytes": 2**33, "gpus": []}, "stages": {"convert": 1.5},
-    })  # fmt: skip
-    return folder
 
 
 def test_numbers_by_their_contract_keys(run_dir: Path):
@@ -199,11 +148,32 @@ def test_model_card(run_dir: Path, tmp_path: Path):
     assert "trust_remote_code=True" in text
 
 
+def test_model_card_carries_the_numbers_of_its_own_model(run_dir: Path, tmp_path: Path):
+    from huggingface_hub import ModelCard
+
+    report = build_report(run_dir)
+    values = {}
+    for point in ("converted", "after"):
+        folder = tmp_path / point
+        folder.mkdir()
+        write_model_card(folder, report, CARD, point)
+        data = ModelCard.load(folder / "README.md").data  # the hub's own reader
+        found = {(r.dataset_type, r.metric_type): (r.metric_value, r.dataset_args) for r in data.eval_results or []}
+        values[point] = {key: value for key, (value, _) in found.items()}
+        assert data.model_name == point
+        assert found["piqa", "acc"][1] == {"n": 100}
+    assert values["converted"]["piqa", "acc"] == 0.3 and values["after"]["piqa", "acc"] == 0.58
+    assert values["after"]["held_out", "token_perplexity"] == 32.0
+    assert values["after"]["wikitext", "word_perplexity"] == pytest.approx(math.exp(3.2), abs=1e-5)
+    assert "uptrained further" in (tmp_path / "converted" / "README.md").read_text()
+    assert "Not enough rows" in (tmp_path / "after" / "README.md").read_text()
+
+
 def test_model_card_right_after_a_plain_conversion(tmp_path: Path):
     text = write_model_card(
         tmp_path, {"source": {"model": str(tmp_path)}, "converted": {"kv_source_layers": [0, 0]}}
     ).read_text()
-    assert "base_model" not in front_matter(text)
+    assert {"base_model", "model-index"}.isdisjoint(front_matter(text))
     assert "Not evaluated yet" in text
     assert "None" not in text
 
@@ -219,7 +189,7 @@ def test_text_from_outside_cannot_break_a_table(run_dir: Path):
 
 
 def test_long_maps_wrap_and_small_p_values_stay_visible():
-    text = sharing_groups([i - i % 2 for i in range(80)], width=60)
+    text = groups_text([i - i % 2 for i in range(80)], width=60)
     assert max(map(len, text.splitlines())) <= 60
     assert text.startswith("0 <- 1 | 2 <- 3")
     assert p_value(1e-9) == "<0.001"

@@ -1,0 +1,143 @@
+"""What fits into a given memory: the largest batch and the longest context, by allocating and searching."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import InputError
+from .subject import Subject, cache_bytes, decode, filled_cache, release
+
+STEPS = 2
+"""Decoding steps that a cache must survive to count as fitting."""
+UNIT = 64
+"""The longest context is found to within so many tokens."""
+LIMIT = 2**24
+"""Where a search gives up: a model of sliding windows only takes any length."""
+CPU_CACHE = 2**30
+"""Room for the cache on a CPU unless the user gives a budget: large enough to measure, small enough to be quick."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The memory that each model has to itself; the other model's weights lie beside it and do not count."""
+
+    bytes: int
+    device: str
+
+    @property
+    def enforced(self) -> bool:
+        """Whether the device itself refuses what does not fit."""
+        return self.device.startswith("cuda")
+
+    @property
+    def meaning(self) -> str:
+        """What is counted against the budget, for the report."""
+        if self.enforced:
+            return (
+                "for all that torch allocates on the device: weights, cache, activations of decoding. Allocations "
+                "beyond it really fail. The CUDA context comes on top."
+            )
+        return (
+            "for weights and live cache tensors. They are allocated and counted; activations are not, because a CPU "
+            "does not refuse what is too much."
+        )
+
+    @contextmanager
+    def cap(self, others: int) -> Iterator[None]:
+        """Make allocations beyond the budget and the `others` bytes that are not this model's fail, if possible."""
+        if not self.enforced:
+            yield
+            return
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (self.bytes + others) / total), self.device)
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0, self.device)
+
+
+def make_budget(wanted: int | None, device: str, weight_bytes: int) -> Budget:
+    """The budget that was asked for; None: all free memory of a GPU, or the weights and 1 GiB on a CPU.
+
+    Args:
+        weight_bytes: of the larger model; both are loaded already.
+
+    Raises:
+        InputError: there is not so much memory, or not even the weights fit.
+    """
+    available = weight_bytes + _free_bytes(device)
+    budget = wanted or (available if device.startswith("cuda") else weight_bytes + CPU_CACHE)
+    if budget > available:
+        raise InputError(
+            f"A budget of {budget / 1e9:.2f} GB is more than the {available / 1e9:.2f} GB that {device} can give",
+            why="" if device.startswith("cuda") else "Half of what is free may be used: the search allocates beyond.",
+            fix="Give a smaller --memory, or free some.",
+        )
+    if budget <= weight_bytes:
+        raise InputError(
+            f"The weights alone take {weight_bytes / 1e9:.2f} GB of the {budget / 1e9:.2f} GB",
+            fix=f"Give --memory of {(weight_bytes + CPU_CACHE) / 1e9:.1f}GB or more.",
+        )
+    return Budget(budget, device)
+
+
+def fits(subject: Subject, budget: Budget, batch: int, length: int) -> bool:
+    """Whether `batch` sequences of `length` tokens fit beside the weights: allocate them, and decode the last tokens.
+
+    On a CPU, which swaps or kills instead of refusing, the live bytes are counted instead.
+    """
+    try:
+        outcome = _allocate(subject, budget, batch, length)
+    except torch.OutOfMemoryError:
+        outcome = False
+    release(subject.device)  # only here is the cache of a failed attempt free
+    return outcome
+
+
+def _allocate(subject: Subject, budget: Budget, batch: int, length: int) -> bool:
+    if not budget.enforced:
+        return subject.weight_bytes + cache_bytes(filled_cache(subject.model, batch, length)) <= budget.bytes
+    steps = min(STEPS, length - 1)
+    decode(subject.model, filled_cache(subject.model, batch, length - steps), batch, steps)
+    return True
+
+
+def capacity(subject: Subject, budget: Budget, length: int) -> dict[str, int]:
+    """Largest batch at `length` tokens, and longest context of one sequence; 0 where not even one fits."""
+    one, two = (cache_bytes(filled_cache(subject.model, 1, n)) for n in (length, 2 * length))
+    room, growth = max(0, budget.bytes - subject.weight_bytes), (two - one) / length
+    batch = largest(lambda n: fits(subject, budget, n, length), room // one)
+    units = largest(lambda n: fits(subject, budget, 1, n * UNIT), round(room / growth / UNIT) if growth else LIMIT)
+    return {"largest_batch": batch, "longest_context": units * UNIT}
+
+
+def largest(holds: Callable[[int], bool], guess: int, limit: int = LIMIT) -> int:
+    """The largest n in 0..limit for which `holds`, given that it holds up to some n and not beyond.
+
+    Starts at `guess` and doubles its steps until the answer lies between two tries; bisection does the rest.
+    """
+    low, high, step = 0, min(max(1, guess), limit), 1
+    while holds(high):
+        if high == limit:
+            return limit
+        low, high, step = high, min(high + step, limit), 2 * step
+    if not low:
+        step = 1
+        while high > step and not holds(high - step):
+            high, step = high - step, 2 * step
+        low = max(0, high - step)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
+
+
+def _free_bytes(device: str) -> int:
+    """What may be allocated: all that is free on a GPU, half of what is available to a CPU."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return psutil.virtual_memory().available // 2

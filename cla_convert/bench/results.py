@@ -1,0 +1,17 @@
+"""bench.json, bench.md and bench.png."""
+
+from pathlib import Path
+from typing import Any
+
+from ..files import write_json
+from ..report.figures import save_png
+from ..report.plots import draw_bench
+from ..report.render import render_bench
+
+
+def write_results(folder: Path, bench: dict[str, Any]) -> None:
+    """Write what `bench` returned into `folder`. In a run folder, its report shows bench.json."""
+    write_json(folder / "bench.json", bench)
+    save_png(draw_bench(bench), folder / "bench.png")
+    page = f"# What sharing saves, measured\n\n{render_bench(bench)}\n\n![tokens per second](bench.png)\n"
+    (folder / "bench.md").write_text(page, encoding="utf-8")

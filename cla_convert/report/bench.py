@@ -1,0 +1,59 @@
+"""What `cla-convert bench` measured, as rows and sentences for every page that shows it."""
+
+import statistics
+
+from ..console import human_bytes
+from .run_folder import Json
+
+
+def speed_table(bench: Json) -> list[Json]:
+    """One row per phase and batch: phase, batch, source, converted (their rows of `bench`), ratio.
+
+    The ratio is the median over repetitions of converted to source, two runs that followed each other: what else the
+    machine did meanwhile falls out.
+    """
+    found: dict[tuple[str, int], Json] = {}
+    for row in bench["speed"]:
+        found.setdefault((row["phase"], row["batch"]), {})[row["model"]] = row
+    table = []
+    for (phase, batch), models in sorted(found.items(), key=lambda item: (item[0][0] != "prefill", item[0][1])):
+        runs = zip(models["converted"].get("runs", []), models["source"].get("runs", []), strict=False)
+        ratio = statistics.median(ratios) if (ratios := [ours / theirs for ours, theirs in runs]) else None
+        table.append({"phase": phase, "batch": batch, **models, "ratio": ratio})
+    return table
+
+
+def bench_notes(bench: Json) -> list[str]:
+    """What the tables mean, and what sharing does not speed up."""
+    notes = [
+        f"Memory: {human_bytes(bench['memory']['bytes'])} for each model, {bench['memory']['meaning']}",
+        f"Speed: median of {bench['repetitions']} runs, lowest to highest in brackets; the two models take turns, and "
+        "the ratio is the median over turns. The same shapes run once untimed before. Decoding starts with "
+        f"{bench['prompt']} tokens in the cache and generates {bench['new']}, with the dynamic cache of transformers, "
+        "which copies itself at every step.",
+        "Sharing does not speed up prefill: only the key and value projections of consumer layers are saved. Nor does "
+        "decoding at the same batch read fewer keys and values: every layer still reads its owner's. What is gained "
+        "there comes from writing and copying less. What sharing buys is a larger batch, or a longer context, in the "
+        "same memory.",
+    ]
+    if equal := at_equal_memory(bench):
+        batches = [bench["models"][name]["largest_batch"] for name in ("source", "converted")]
+        notes.insert(
+            0,
+            f"In the same memory: batch {batches[0]} -> {batches[1]}, decoding {equal['source']:,.0f} -> "
+            f"{equal['converted']:,.0f} tokens/s ({equal['ratio']:.2f}x).",
+        )
+    built_for = bench["models"]["converted"]["max_position_embeddings"]
+    if built_for and built_for < bench["models"]["converted"]["longest_context"]:
+        notes.append(f"Longest contexts are what the memory holds; the model was built for {built_for:,} tokens.")
+    return notes
+
+
+def at_equal_memory(bench: Json) -> Json | None:
+    """Decoding rate of each model at the largest batch that fits it, and their ratio; None if one was not timed."""
+    rates = {
+        row["model"]: row["tokens_per_second"]
+        for row in bench["speed"]
+        if row["phase"] == "decode" and row["fits"] and row["batch"] == bench["models"][row["model"]]["largest_batch"]
+    }
+    return {**rates, "ratio": rates["converted"] / rates["source"]} if len(rates) == 2 else None

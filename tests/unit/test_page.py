@@ -1,0 +1,200 @@
+"""report.html: one file, nothing loaded from elsewhere, no script, every foreign text escaped; rendered in Chromium."""
+
+import json
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from cla_convert.files import write_json
+from cla_convert.report.plots import pareto_front
+from cla_convert.report.report import build_report
+from tests.unit.run_files import add_everything, write_point, write_run
+
+CHROMIUM = shutil.which("chromium")
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+EVIL = "</title><script>alert(1)</script><img src=x onerror='alert(2)'>\" onmouseover=\"alert(3)|$\\frac$"
+VOID = {"meta", "br", "img", "hr", "input", "link"}
+
+
+class Page(HTMLParser):
+    """Tags, attributes and visible text; complains about tags that do not nest."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.text = ""
+        self._open: list[str] = []
+        self.feed(text)
+        assert self._open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self._open.pop()
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+        self.text += "" if tag in ("code", "span", "strong") else " "
+
+    def handle_data(self, data):
+        self.text += data
+
+    def all(self, name: str) -> list[str]:
+        return [value for _, attribute, value in self.attributes if attribute == name]
+
+
+def page(folder: Path) -> Page:
+    build_report(folder)
+    return Page((folder / "report.html").read_text())
+
+
+@pytest.fixture
+def full(run_dir: Path) -> Path:
+    return add_everything(run_dir)
+
+
+def test_everything_that_was_measured_is_shown(full: Path):
+    shown = page(full)
+    text = " ".join(shown.text.split())
+    for words in (
+        "Not enough rows to tell", "CLA cost = after - control: mean accuracy -6.0 points", "law perplexity 12.5 -> 16",
+        "2.00x smaller", "768 384", "KL to the source", "0.12 [0.1, 0.14]", "81.0% [80, 82]",
+        "Found in a long context", "512 1,024", "damage", "92.0%", "2 right to wrong, 0 wrong to right, of 100",
+        "Question 58?", "largest batch of 64 tokens in 953.7 MiB 8 16 2.00x as many", "does not fit",
+        "Sharing does not speed up prefill", "Control, the source model: 4.1k tokens", "Energy not measured",
+        "cla-convert run recipe.yaml --out run", "specification, before", "margin: 0.01",
+    ):  # fmt: skip
+        assert words in text, words
+    assert shown.tags.count("svg") == 2  # loss curves and bench; the sharing map is plain HTML
+    assert "layer 3 owns, 4 read; damage 0.04; 92.0% of keys, 81.0% of values kept" in shown.all("title")
+    heats = [style for style in shown.all("style") if style.startswith("--damage")]
+    assert heats == ["--damage: 0.5", "--damage: 1.0"]
+
+
+def test_the_right_choice_and_what_the_models_chose_are_marked(full: Path):
+    example = build_report(full)["flips"]["piqa"]["examples"]["lost"][0]
+    assert example["doc_id"] == 58 and example["prompt"] == "Question 58?"
+    yes, no = example["choices"]
+    assert (yes["text"], yes["before"], yes["after"]) == ("yes", -1.0, -3.0)
+    assert yes["target"] and yes["chosen_before"] and not yes["chosen_after"]
+    assert no["chosen_after"] and not no["target"]
+
+
+def test_the_mean_has_every_column(full: Path):
+    at = build_report(full)["mean_accuracy"]["at"]
+    assert at == {"before": 0.6, "converted": 0.3, "after": 0.58, "control": 0.64}
+    row = next(line for line in (full / "report.md").read_text().splitlines() if line.startswith("| **mean**"))
+    assert row.startswith("| **mean** | acc_norm or acc | 100 | 60.0 | 30.0 | 58.0 | 64.0 | -2.0 [")
+    assert "| -6.0 [" in row
+
+
+def test_a_bare_run_has_no_empty_sections(run_dir: Path):
+    shown = page(run_dir)
+    for words in ("CLA cost", "long context", "Agreement", "Memory and speed", "Answers that changed", "other runs"):
+        assert (words in shown.text) is (words == "Answers that changed"), words
+    assert "None" not in shown.text and "nan" not in shown.text.lower().split()
+
+
+def test_the_page_loads_nothing_and_runs_nothing(full: Path):
+    shown = page(full)
+    assert {"script", "link", "iframe", "object", "form"}.isdisjoint(shown.tags)
+    assert not [name for _, name, _ in shown.attributes if name.startswith("on")]
+    for name in ("src", "href", "xlink:href", "action"):
+        assert all(value.startswith("#") for value in shown.all(name)), shown.all(name)
+    assert "default-src 'none'; style-src 'unsafe-inline'" in shown.all("content")
+    ids = shown.all("id")
+    assert len(ids) == len(set(ids))  # several SVGs in one page do not share names
+
+
+def test_text_from_outside_is_only_ever_text(full: Path, tmp_path: Path):
+    convert = json.loads((full / "convert.json").read_text())
+    convert["source"] |= {"model": EVIL, "license": EVIL, "sha256": EVIL}
+    write_json(full / "convert.json", convert | {"sharing": EVIL, "init": EVIL})
+    for point in ("before", "after"):
+        path = full / "eval" / point / "tasks" / "piqa.json"
+        task = json.loads(path.read_text())
+        for sample in task["samples"]:
+            sample |= {"prompt": EVIL, "choices": [EVIL, f"{EVIL}2"]}
+        write_json(path, task)
+    recipe = yaml.safe_load((full / "recipe.yaml").read_text())
+    (full / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"note": EVIL}))
+    environment = json.loads((full / "environment.json").read_text())
+    write_json(full / "environment.json", environment | {"command": EVIL, "hardware": {"cpu": EVIL}})
+    other = write_run(tmp_path / "<script>other $\\frac$")
+    build_report(full, [other])
+    shown = Page((full / "report.html").read_text())
+    assert {"script", "img"}.isdisjoint(shown.tags)
+    assert not [name for _, name, _ in shown.attributes if name.startswith("on")]
+    assert shown.text.count("<script>alert(1)</script>") > 10
+    prose = "".join((full / "report.md").read_text().split("```")[::2])  # inside a fence everything is text
+    assert "<script>" not in prose and "<img" not in prose
+
+
+def test_several_runs_lie_on_one_plot(run_dir: Path, tmp_path: Path):
+    smaller = write_run(tmp_path / "smaller")
+    convert = json.loads((smaller / "convert.json").read_text())
+    write_json(smaller / "convert.json", convert | {"sharing": "cla3"})
+    kv = json.loads((smaller / "eval" / "after" / "kv_cache.json").read_text())
+    write_json(smaller / "eval" / "after" / "kv_cache.json", kv | {"bytes_per_token": 256.0})
+    different = write_run(tmp_path / "different")
+    write_point(different, "before", specification="z" * 64)
+    report = build_report(run_dir, [smaller, different])
+    rows = {row["label"]: row for row in report["runs"]}
+    assert list(rows) == ["source model", "run", "smaller", "different"]
+    assert [row["kv_bytes_per_token"] for row in rows.values()] == [768.0, 384.0, 256.0, 384.0]
+    assert [row["accuracy"] for row in rows.values()] == [0.6, 0.58, 0.58, None]
+    assert not rows["different"]["comparable"]
+    shown = Page((run_dir / "report.html").read_text())
+    assert "measured differently" in shown.text and "Against other runs" in shown.text
+    assert (run_dir / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    assert not (smaller / "report.html").exists()  # the others are only read
+
+
+def test_the_pareto_front_keeps_what_nothing_beats():
+    points = [(768, 0.60), (384, 0.58), (256, 0.58), (300, 0.50), (512, 0.61), (256, 0.40)]
+    runs = [{"kv_bytes_per_token": size, "accuracy": accuracy} for size, accuracy in points]
+    front = [(run["kv_bytes_per_token"], run["accuracy"]) for run in pareto_front(runs)]
+    assert front == [(256, 0.58), (512, 0.61)]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+def test_chromium_renders_it_light_dark_and_narrow(full: Path, tmp_path: Path):
+    build_report(full)
+    html = (full / "report.html").as_uri()
+    light, dark = (screenshot(tmp_path, html, 1100, 1400, scheme) for scheme in ("light", "dark"))
+    assert light[2, 2].min() > 230 and dark[2, 2].max() < 40  # the page's ground
+    for picture in (light, dark):
+        ground = picture[2, 2].astype(int)
+        ink = np.abs(picture.astype(int) - ground).max(axis=2) > 90
+        assert 0.005 < ink.mean() < 0.25  # text and tables, neither a blank page nor a broken one
+        assert ink[:200].any() and ink[-200:].any()
+    # On a phone tables scroll by themselves: nothing reaches into the margin, so the page does not scroll sideways.
+    phone = screenshot(tmp_path, html, 400, 5000, "light")
+    assert (phone[:, -4:] == phone[2, 2]).all()
+
+
+def screenshot(folder: Path, url: str, width: int, height: int, scheme: str) -> np.ndarray:
+    """What Chromium shows, as RGB [height, width, 3]."""
+    from PIL import Image
+
+    out = folder / f"{scheme}-{width}.png"
+    dark = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
+    command = [CHROMIUM or "", *FLAGS, *dark, f"--user-data-dir={folder / f'profile-{scheme}-{width}'}",
+               f"--window-size={width},{height}", f"--screenshot={out}", url]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    return np.asarray(Image.open(out).convert("RGB"))
