@@ -159,13 +159,18 @@ def _gradients(trainer: Trainer, first: int, end: int) -> torch.Tensor:
 
     Every micro-batch is divided by the targets of the whole step: the sum is the mean over tokens however it is cut.
     """
+    sequences = trainer.sequences
     denominator = (end - first) * trainer.objective.targets(trainer.budget.length)
+    denominator -= sequences.boundaries(end - first, first)
     losses = []
     for start in range(first, end, trainer.settings.micro_batch_size):
         size = min(trainer.settings.micro_batch_size, end - start)
-        ids = torch.from_numpy(trainer.sequences.rows(size, start)).to(trainer.device)
+        ids = torch.from_numpy(sequences.rows(size, start)).to(trainer.device)
+        positions = sequences.positions(size, start)
+        if positions is not None:
+            positions = torch.from_numpy(positions).to(trainer.device)
         with trainer.precision.autocast():
-            loss = trainer.objective(trainer.student, ids, denominator)
+            loss = trainer.objective(trainer.student, ids, denominator, positions)
         loss.backward()
         losses.append(loss.detach())
     return torch.stack(losses)

@@ -50,7 +50,7 @@ def set_up(student_dir: Path, teacher_dir: Path, recipe: Recipe, device: str) ->
             f"The budget of {settings.tokens} tokens is smaller than one sequence of {settings.sequence_length}",
             fix="Raise train.tokens or lower train.sequence_length.",
         )
-    data = store_for(recipe, load_tokenizer(student_dir))
+    data = store_for(recipe, load_tokenizer(student_dir), teacher_dir, device)
     precision = choose_precision(settings.precision, device)
     torch.manual_seed(recipe.seed)
     student = load_model(student_dir, dtype=torch.float32, device=device)
@@ -68,7 +68,9 @@ def set_up(student_dir: Path, teacher_dir: Path, recipe: Recipe, device: str) ->
         student=student,
         objective=objective,
         optimizer=_optimizer(student, settings, precision.device_type),
-        sequences=Sequences(data.train, settings.sequence_length, recipe.seed),
+        sequences=Sequences(
+            data.train, settings.sequence_length, recipe.seed, starts=data.starts if settings.document_masking else None
+        ),
         validation=torch.from_numpy(held_out_rows(data, settings)),
         data=data,
     )
@@ -115,8 +117,10 @@ def _check_fit(student: Any, data: TokenStore, settings: Train) -> None:
 
 def _describe(trainer: Trainer) -> str:
     budget, count = trainer.budget, sum(p.numel() for p in trainer.parameters.values())
+    passes = budget.sequences / trainer.sequences.count
     compute = trainer.precision.name + ("" if trainer.precision.compute is torch.float32 else " over float32 weights")
     return (
         f"uptraining: {budget.steps} steps of {budget.batch} x {budget.length} tokens, {human_count(budget.tokens)} in "
-        f"all; {human_count(count)} parameters trained; {trainer.settings.loss}; {compute} on {trainer.device}"
+        f"all, {passes:.2g} passes over the text; {human_count(count)} parameters trained; {trainer.settings.loss}; "
+        f"{compute} on {trainer.device}"
     )
