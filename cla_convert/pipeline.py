@@ -296,7 +296,7 @@ def text(run: Run) -> Any:
     from .models.export import load_tokenizer
     from .training.data import store_for
 
-    return store_for(run.recipe, load_tokenizer(run.source))
+    return store_for(run.recipe, load_tokenizer(run.source), run.source, run.device)
 
 
 def plan_for(checkpoint: Any, recipe: Recipe, device: str) -> Any:
@@ -333,7 +333,7 @@ def calibration_for(recipe: Recipe, source: Path, device: str) -> Any:
     from .models.export import load_tokenizer
     from .training.data import calibration_rows, store_for
 
-    store = store_for(recipe, load_tokenizer(source))
+    store = store_for(recipe, load_tokenizer(source), source, device)
     rows = torch.from_numpy(calibration_rows(store, recipe))
     if device == "cpu" and rows.numel() > CPU_CALIBRATION:
         rows = rows[: max(1, CPU_CALIBRATION // rows.shape[1])]

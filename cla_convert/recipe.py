@@ -64,17 +64,45 @@ class Source(Section):
     """Accept pickled .bin weights (loaded with weights_only=True). Off unless you ask for it."""
 
 
+class Generate(Section):
+    """Text sampled from the source model itself, for `generate: {...}`; `generate: 2M` is `generate: {tokens: 2M}`."""
+
+    tokens: Annotated[Count, Field(gt=0)]
+    """Tokens to sample at most. A longer budget repeats them."""
+    start: Literal["bos", "random"] = "bos"
+    """What a document starts from. bos: the token that begins a text. random: then a random token of the vocabulary,
+    for texts of more kinds (LLM-QAT, arXiv 2305.17888)."""
+    length: int = Field(default=1024, ge=8)
+    """Longest document, in tokens; a document ends earlier where the model ends it."""
+    temperature: float = Field(default=1.0, gt=0)
+    """1: the model's own distribution."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Sample from the most likely tokens that together have this probability. 1: from all."""
+    top_k: int = Field(default=0, ge=0)
+    """Sample from so many most likely tokens. 0: from all."""
+    batch_size: int = Field(default=64, ge=1)
+    """Documents sampled at a time, and kept at a time: an interruption loses one batch."""
+
+
+def _tokens_alone(value: Any) -> Any:
+    return {"tokens": value} if isinstance(value, (int, str)) else value
+
+
 class TextSource(Section):
-    """One source of text: local files or a hub dataset."""
+    """One source of text: local files, a hub dataset, or the source model itself."""
 
     path: str | None = None
     """File, folder or glob: .txt, .md (one document a file), .jsonl(.gz) or .parquet (one document a row)."""
     dataset: str | None = None
-    """Hub dataset id, streamed."""
+    """Hub dataset id, streamed; or a folder that `datasets.load_dataset` reads."""
+    generate: Annotated[Generate | None, BeforeValidator(_tokens_alone)] = None
+    """Number of tokens to sample from the source model, such as 2M, or a section (`data.sources[].generate`)."""
     config: str | None = None
-    """Configuration name of the hub dataset."""
+    """Configuration name of the dataset."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub dataset."""
     split: str = "train"
-    """Split of the hub dataset."""
+    """Split of the dataset."""
     text_field: str = "text"
     """Column that holds the text, for jsonl, parquet and hub datasets."""
     document_field: str | None = None
@@ -84,9 +112,23 @@ class TextSource(Section):
 
     @model_validator(mode="after")
     def _exactly_one(self) -> "TextSource":
-        if (self.path is None) == (self.dataset is None):
-            raise ValueError("give exactly one of `path` and `dataset`")
+        given = [name for name in _FOREIGN if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = f"not {' and '.join(given)}" if given else "none is given"
+            raise ValueError(f"give exactly one of `path`, `dataset` and `generate`; {found}")
+        fields = type(self).model_fields
+        useless = [name for name in _FOREIGN[given[0]] if getattr(self, name) != fields[name].default]
+        if useless:
+            raise ValueError(f"{', '.join(useless)}: not for a source with `{given[0]}`")
         return self
+
+
+_FOREIGN = {
+    "path": ("config", "revision", "split"),
+    "dataset": (),
+    "generate": ("config", "revision", "split", "text_field", "document_field"),
+}
+"""Kind of source -> settings that mean nothing there: refused, so that nobody believes that they had an effect."""
 
 
 class Data(Section):
@@ -156,6 +198,9 @@ class Train(Section):
     """Largest global gradient norm."""
     sequence_length: int = Field(default=1024, ge=8)
     """Tokens in a packed sequence."""
+    document_masking: bool = False
+    """Documents packed into one sequence do not see each other: attention and positions start anew with each, and no
+    loss is taken on the first token of the next one. False: they are separated by EOS only."""
     batch_tokens: Count = 65_536
     """Tokens in an optimiser step (a multiple of sequence_length)."""
     micro_batch_size: int = Field(default=8, ge=1)

@@ -31,9 +31,10 @@ def find_recipe(name: str) -> Path:
 
 def reference() -> str:
     """Every setting as Markdown: name, default, what it does. docs/recipe.md is this text."""
-    from ..recipe import Recipe, TextSource
+    from ..recipe import Generate, Recipe, TextSource
 
-    sections = {"": Recipe, **_sections(Recipe, ""), "data.sources[].": TextSource}
+    lists = {"data.sources[].": TextSource, "data.sources[].generate.": Generate}
+    sections = {"": Recipe, **_sections(Recipe, ""), **lists}
     parts = ["# The recipe", "Made from the schema by `cla-convert recipes reference`. Unknown keys are refused."]
     for prefix, section in sections.items():
         heading = f"## `{prefix.rstrip('.')}`" if prefix else "## Top level"

@@ -1,7 +1,8 @@
 """Documents -> tokens -> packed sequences.
 
 `prepare_data` tokenises a mixture of sources once, only as far as asked, and keeps the result in a cache keyed by
-everything it depends on; `Sequences` then cuts the stream into rows.
+everything it depends on; `Sequences` then cuts the stream into rows. On the way: sources.py reads documents
+(sampling.py makes them), tokenise.py splits and tokenises a source, mixture.py puts the sources together.
 """
 
 import hashlib
@@ -17,14 +18,16 @@ import numpy as np
 from ..console import human_count, say
 from ..errors import InputError
 from ..models.source import cache_folder
-from ..recipe import Data, Recipe, TextSource, Train
+from ..models.writer import disk_full_is_an_input_error
+from ..recipe import Data, Recipe, Train
+from .mixture import Mixture
+from .sampling import SourceModel
 from .sequences import Sequences
-from .sources import local_files, sample_source
-from .tokenise import Builder
+from .sources import is_local, local_files, pinned, sample_source
 
 __all__ = ["Sequences", "TokenStore", "calibration_rows", "held_out_rows", "prepare_data", "store_for"]
 
-_FORMAT = 2  # raise it when the same settings would give other tokens
+_FORMAT = 3  # raise it when the same settings would give other tokens
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,19 @@ class TokenStore:
     """Hash of the tokens themselves."""
     info: dict[str, Any]
     """Documents and tokens, in all and per source."""
+    starts: np.ndarray
+    """Offsets in `train` where documents begin, ascending, int64."""
 
 
 def prepare_data(
-    data: Data, tokenizer: Any, *, tokens: int, held_out_tokens: int, cache_dir: Path, seed: int
+    data: Data,
+    tokenizer: Any,
+    *,
+    tokens: int,
+    held_out_tokens: int,
+    cache_dir: Path,
+    seed: int,
+    model: SourceModel | None = None,
 ) -> TokenStore:
     """Return at most `tokens` training tokens and `held_out_tokens` held-out tokens, as read-only memory maps.
 
@@ -49,12 +61,13 @@ def prepare_data(
     Raises:
         InputError: a source is missing, unreadable, empty, or has no such column.
     """
-    sources = data.sources or [sample_source()]
-    key = _cache_key(sources, data.held_out, tokenizer, tokens, held_out_tokens, seed)
-    folder = cache_dir / key
+    sources = [pinned(source) for source in data.sources or [sample_source()]]
+    mixture = Mixture(sources, tokens, held_out_tokens, data.held_out, tokenizer, seed, model)
+    folder = cache_dir / _cache_key(mixture)
     if not folder.exists():
         cache_dir.mkdir(parents=True, exist_ok=True)
-        _publish(Builder(sources, data.held_out, tokenizer, tokens, held_out_tokens, seed), folder)
+        with disk_full_is_an_input_error(cache_dir):
+            _publish(mixture, folder)
     store = _open(folder)
     if 0 < store.train.size < tokens:
         passes = tokens / store.train.size
@@ -65,8 +78,11 @@ def prepare_data(
     return store
 
 
-def store_for(recipe: Recipe, tokenizer: Any) -> TokenStore:
-    """The token store of a recipe, for every stage alike: asking for the same tokens means tokenising once."""
+def store_for(recipe: Recipe, tokenizer: Any, source: Path, device: str) -> TokenStore:
+    """The token store of a recipe, for every stage alike: asking for the same tokens means tokenising once.
+
+    `source` is the folder of the source model, which sources with `generate` sample from on `device`.
+    """
     return prepare_data(
         recipe.data,
         tokenizer,
@@ -74,6 +90,7 @@ def store_for(recipe: Recipe, tokenizer: Any) -> TokenStore:
         held_out_tokens=max(recipe.train.validation_tokens, recipe.train.sequence_length + 1),
         cache_dir=cache_folder() / "tokens",
         seed=recipe.seed,
+        model=SourceModel(source, device, cache_folder() / "samples"),
     )
 
 
@@ -97,28 +114,32 @@ def held_out_rows(store: TokenStore, train: Train) -> np.ndarray:
     return rows.rows(min(rows.count, max(1, train.validation_tokens // length)))
 
 
-def _cache_key(
-    sources: list[TextSource], share: float, tokenizer: Any, tokens: int, held_out_tokens: int, seed: int
-) -> str:
-    stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for s in sources if s.path for f in local_files(s)]
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+def _cache_key(mixture: Mixture) -> str:
+    """Hash of everything the tokens depend on: what the sources are and hold, the tokenizer, the amounts, the seed."""
+    files = [file for s in mixture.sources if s.path or is_local(s) for file in local_files(s)]
+    backend = getattr(mixture.tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend is not None else json.dumps(mixture.tokenizer.get_vocab(), sort_keys=True)
+    sampled_from = mixture.model if any(source.generate for source in mixture.sources) else None
     parts = [
-        _FORMAT, [s.model_dump(mode="json") for s in sources], stats, share, tokens, held_out_tokens, seed,
-        vocabulary, tokenizer.bos_token_id, tokenizer.eos_token_id,
-    ]  # fmt: skip
+        _FORMAT,
+        [source.model_dump(mode="json") for source in mixture.sources],
+        [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files],
+        sampled_from.fingerprint() if sampled_from else None,
+        [mixture.share, mixture.tokens, mixture.held_out_tokens, mixture.seed],
+        [vocabulary, mixture.tokenizer.bos_token_id, mixture.tokenizer.eos_token_id],
+    ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
 
 
-def _publish(builder: Builder, folder: Path) -> None:
+def _publish(mixture: Mixture, folder: Path) -> None:
     """Build under a temporary name, then rename: a cache entry is whole or absent."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        info = builder.build(temporary)
+        info = mixture.build(temporary)
         digest = hashlib.sha256()
-        for name in ("train.bin", "held_out.bin"):
+        for name in ("train.bin", "starts.bin", "held_out.bin"):
             with (temporary / name).open("rb") as file:
                 while chunk := file.read(1 << 22):
                     digest.update(chunk)
@@ -136,9 +157,11 @@ def _publish(builder: Builder, folder: Path) -> None:
 def _open(folder: Path) -> TokenStore:
     info = json.loads((folder / "info.json").read_text())
 
-    def side(name: str) -> np.ndarray:
-        if not info[name]["tokens"]:  # an empty file cannot be mapped
-            return np.empty(0, dtype=info["dtype"])
-        return np.memmap(folder / f"{name}.bin", dtype=info["dtype"], mode="r")
+    def array(name: str, dtype: str) -> np.ndarray:
+        path = folder / f"{name}.bin"
+        if not path.stat().st_size:  # an empty file cannot be mapped
+            return np.empty(0, dtype=dtype)
+        return np.memmap(path, dtype=dtype, mode="r")
 
-    return TokenStore(side("train"), side("held_out"), info.pop("digest"), info)
+    train, held_out = (array(name, info["dtype"]) for name in ("train", "held_out"))
+    return TokenStore(train, held_out, info.pop("digest"), info, array("starts", "int64"))

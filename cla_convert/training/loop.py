@@ -189,13 +189,14 @@ def _gradients(trainer: Trainer, first: int, end: int) -> torch.Tensor:
     Returns:
         Each micro-batch's part of the loss, of every process: [processes, passes].
     """
+    sequences = trainer.sequences
     denominator = (end - first) * trainer.objective.targets(trainer.budget.length)
+    denominator -= sequences.boundaries(end - first, first)
     losses = []
     for part in trainer.team.share(first, end, trainer.settings.micro_batch_size):
-        rows = trainer.sequences.rows(max(1, len(part)), part.start if part else first)
-        ids = torch.from_numpy(rows).to(trainer.device)
+        batch = _batch(trainer, part if part else range(first, first + 1))
         with trainer.precision.autocast():
-            loss = trainer.team.run(trainer.objective, trainer.student, ids, denominator) * bool(part)
+            loss = trainer.team.run(trainer.objective, trainer.student, *batch, denominator) * bool(part)
         loss.backward()
         losses.append(loss.detach())
     return trainer.team.gather(torch.stack(losses))

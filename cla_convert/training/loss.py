@@ -45,9 +45,13 @@ def logit_rule(config: Any) -> LogitRule:
     return LogitRule(float(scale), getattr(config, "final_logit_softcapping", None))
 
 
-def next_token_labels(ids: torch.Tensor) -> torch.Tensor:
-    """Labels of the predicting positions: [B, T] -> [B, T], the last position ignored."""
-    return torch.cat((ids[:, 1:], torch.full_like(ids[:, :1], IGNORE)), dim=1)
+def next_token_labels(ids: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+    """Labels of the predicting positions: [B, T] -> [B, T], the last position ignored.
+
+    With `positions` [B, T], which start from 0 in each document, no document predicts the first token of the next one.
+    """
+    following = ids[:, 1:] if positions is None else ids[:, 1:].masked_fill(positions[:, 1:] == 0, IGNORE)
+    return torch.cat((following, torch.full_like(ids[:, :1], IGNORE)), dim=1)
 
 
 def cross_entropy(

@@ -23,8 +23,13 @@ class Objective(Protocol):
         """Predictions that a sequence of `length` tokens is scored on."""
         ...
 
-    def __call__(self, student: Any, ids: torch.Tensor, denominator: float) -> torch.Tensor:
-        """Loss of a micro-batch [B, T], summed over its targets and divided by `denominator`."""
+    def __call__(
+        self, student: Any, ids: torch.Tensor, denominator: float, positions: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Loss of a micro-batch [B, T], summed over its targets and divided by `denominator`.
+
+        `positions` [B, T] start from 0 in each document and keep documents apart; None: one text.
+        """
         ...
 
 
@@ -35,13 +40,15 @@ class CrossEntropy:
         """Every token but the first is predicted."""
         return length - 1
 
-    def __call__(self, student: Any, ids: torch.Tensor, denominator: float) -> torch.Tensor:
+    def __call__(
+        self, student: Any, ids: torch.Tensor, denominator: float, positions: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Nats per predicted token."""
         weight = head_weight(student)
         return cross_entropy(
-            hidden_states(student, ids),
+            hidden_states(student, ids, positions),
             weight,
-            next_token_labels(ids),
+            next_token_labels(ids, positions),
             chunk_size(weight),
             denominator=denominator,
             rule=logit_rule(student.config),
@@ -58,17 +65,19 @@ class Distillation:
         """As many as cross-entropy has, so that the two losses count the same tokens."""
         return length - 1
 
-    def __call__(self, student: Any, ids: torch.Tensor, denominator: float) -> torch.Tensor:
+    def __call__(
+        self, student: Any, ids: torch.Tensor, denominator: float, positions: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Nats per predicted token."""
         with torch.inference_mode(), torch.autocast(ids.device.type, enabled=False):
-            teacher_hidden = hidden_states(self.teacher, ids)
+            teacher_hidden = hidden_states(self.teacher, ids, positions)
         weight = head_weight(student)
         return distill(
-            hidden_states(student, ids),
+            hidden_states(student, ids, positions),
             teacher_hidden,
             weight,
             head_weight(self.teacher),
-            next_token_labels(ids) != IGNORE,
+            next_token_labels(ids, positions) != IGNORE,
             chunk_size(weight),
             denominator=denominator,
             rule=logit_rule(student.config),
@@ -85,9 +94,13 @@ def make_objective(train: Train, student: Any, teacher_dir: Path, precision: Pre
     return makers[train.loss]()
 
 
-def hidden_states(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Final hidden states [B, T, D], without the vocabulary projection."""
-    return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+def hidden_states(model: Any, ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
+    """Final hidden states [B, T, D] of tokens [B, T], without the vocabulary projection.
+
+    Without a mask and a cache, transformers (masking_utils.find_packed_sequence_indices) takes every restart of
+    `position_ids` [B, T] for a new document and lets attention see that document only.
+    """
+    return model.base_model(input_ids=ids, position_ids=position_ids, use_cache=False).last_hidden_state
 
 
 def head_weight(model: Any) -> torch.Tensor:

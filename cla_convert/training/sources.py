@@ -8,7 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from ..console import say
 from ..errors import ClaError, InputError, did_you_mean
+from ..models.source import cache_folder
 from ..recipe import TextSource
 
 SAMPLE = Path(__file__).parent.parent / "data" / "sample.parquet"
@@ -16,9 +20,9 @@ SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".parquet")
 
 
 class Document(NamedTuple):
-    """A text, and the key that decides on which side of the held-out split it falls."""
+    """A text, or the token ids of one [n], and the key that decides on which side of the held-out split it falls."""
 
-    text: str
+    content: str | np.ndarray
     key: str
 
 
@@ -27,10 +31,46 @@ def sample_source() -> TextSource:
     return TextSource(path=str(SAMPLE), document_field="document")
 
 
+def name_of(source: TextSource) -> str:
+    """What to call a source in notes and reports."""
+    if source.generate:
+        return "sampled from the source model"
+    return "sample" if source.path == str(SAMPLE) else str(source.path or source.dataset)
+
+
+def pinned(source: TextSource) -> TextSource:
+    """The source with the branch or tag of its hub dataset resolved to a commit: what is cached is what was asked for.
+
+    Without a network it is the commit seen last, so that text tokenised earlier is found again. Raises InputError.
+    """
+    if source.dataset is None or is_local(source):
+        return source
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    revision = source.revision or "main"
+    note = cache_folder() / "datasets" / f"{source.dataset}@{revision}".replace("/", "--")
+    try:
+        commit = str(HfApi().dataset_info(source.dataset, revision=revision, expand=["sha"]).sha)
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(commit)
+    except Exception as error:  # of the HTTP library that huggingface_hub happens to use, or its own
+        if isinstance(error, (RepositoryNotFoundError, RevisionNotFoundError)) or not note.exists():
+            raise _unreadable(source, error) from error
+        commit = note.read_text()
+        say(f"the hub cannot be asked about {source.dataset!r}: taking commit {commit[:12]}, seen last")
+    return source.model_copy(update={"revision": commit})
+
+
+def is_local(source: TextSource) -> bool:
+    """Whether `dataset` names a folder, which `datasets.load_dataset` then prefers to the hub."""
+    return source.dataset is not None and Path(source.dataset).is_dir()
+
+
 def documents(source: TextSource, seed: int) -> Iterator[Document]:
-    """Every non-empty document of a source, once. Raises InputError where the source cannot be read."""
+    """Every non-empty document of files or a dataset, once. Raises InputError where the source cannot be read."""
     if source.dataset is not None:
-        yield from _hub(source)
+        yield from _dataset(source)
         return
     files = local_files(source)
     # A budget smaller than the folder should not mean "only what sorts first".
@@ -40,7 +80,9 @@ def documents(source: TextSource, seed: int) -> Iterator[Document]:
 
 
 def local_files(source: TextSource) -> list[Path]:
-    """The files behind `path` (a file, a folder at any depth, or a glob), sorted. Raises InputError."""
+    """The files behind a source (a file, a folder at any depth, or a glob), sorted. Raises InputError."""
+    if is_local(source):
+        return sorted(file for file in Path(str(source.dataset)).rglob("*") if file.is_file())
     assert source.path is not None
     path = Path(source.path).expanduser()
     if path.is_file():
@@ -107,22 +149,29 @@ def _parquet(path: Path, source: TextSource) -> Iterator[dict[str, Any]]:
         raise InputError(f"{str(path)!r} is not a parquet file that can be read", str(error)) from error
 
 
-def _hub(source: TextSource) -> Iterator[Document]:
+def _dataset(source: TextSource) -> Iterator[Document]:
     import datasets
 
-    name = f"the hub dataset {source.dataset!r}"
+    revision = None if is_local(source) else source.revision
     try:
-        rows = datasets.load_dataset(str(source.dataset), source.config, split=source.split, streaming=True)
+        rows = datasets.load_dataset(
+            str(source.dataset), source.config, split=source.split, revision=revision, streaming=True
+        )
         for number, row in enumerate(rows, 1):
-            yield from _document(row, source, f"row {number} of {name}")
+            yield from _document(row, source, f"row {number} of the dataset {source.dataset!r}")
     except ClaError:
         raise
     except Exception as error:  # the library raises whatever its many back ends raise
-        raise InputError(
-            f"Cannot read {name}",
-            f"{type(error).__name__}: {error}",
-            "Check its name, config and split, the network and HF_HUB_OFFLINE; or name local files with `path`.",
-        ) from error
+        raise _unreadable(source, error) from error
+
+
+def _unreadable(source: TextSource, error: Exception) -> InputError:
+    return InputError(
+        f"Cannot read the dataset {source.dataset!r}",
+        f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}",
+        "Check its name, config, split and revision, the network and HF_HUB_OFFLINE; a private or gated dataset needs "
+        "HF_TOKEN and its terms accepted. Or name local files with `path`.",
+    )
 
 
 def _document(row: Any, source: TextSource, where: str) -> Iterator[Document]:

@@ -60,7 +60,7 @@ def set_up(
             fix="Raise train.tokens or lower train.sequence_length.",
         )
     with team.leader_first():
-        data = store_for(recipe, load_tokenizer(student_dir))
+        data = store_for(recipe, load_tokenizer(student_dir), teacher_dir, device)
     precision = choose_precision(settings.precision, device)
     torch.manual_seed(recipe.seed)
     student: Any = load_model(student_dir, dtype=torch.float32, device=device if team.size == 1 else "cpu")
@@ -79,7 +79,9 @@ def set_up(
         student=student,
         objective=objective,
         optimizer=_optimizer(student, settings, precision.device_type),
-        sequences=Sequences(data.train, settings.sequence_length, recipe.seed),
+        sequences=Sequences(
+            data.train, settings.sequence_length, recipe.seed, starts=data.starts if settings.document_masking else None
+        ),
         validation=torch.from_numpy(held_out_rows(data, settings)),
         data=data,
         seed=recipe.seed,
@@ -129,8 +131,10 @@ def _check_fit(student: Any, data: TokenStore, settings: Train) -> None:
 def _describe(trainer: Trainer) -> str:
     budget, count = trainer.budget, sum(p.numel() for p in trainer.parameters.values())
     where = trainer.device if trainer.team.size == 1 else f"{trainer.team.size} x {trainer.precision.device_type}"
+    passes = budget.sequences / trainer.sequences.count
     compute = trainer.precision.name + ("" if trainer.precision.compute is torch.float32 else " over float32 weights")
     return (
         f"uptraining: {budget.steps} steps of {budget.batch} x {budget.length} tokens, {human_count(budget.tokens)} in "
-        f"all; {human_count(count)} parameters trained; {trainer.settings.loss}; {compute} on {where}"
+        f"all, {passes:.2g} passes over the text; {human_count(count)} parameters trained; {trainer.settings.loss}; "
+        f"{compute} on {where}"
     )

@@ -132,6 +132,25 @@ def test_the_loss_reported_is_the_models_own(work: Path, tiny_llama: Path) -> No
         torch.testing.assert_close(mine, kl if loss == "distill" else cross_entropy, rtol=1e-4, atol=1e-5)
 
 
+def test_with_document_masking_the_loss_is_that_of_the_documents_alone(
+    work: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    rows = [{"text": "some words"[: 3 + i % 7] + f" {i}"} for i in range(300)]
+    (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = recipe(tmp_path, document_masking=True, loss="cross_entropy")
+    trainer = set_up(work / "converted", tiny_llama, settings, "cpu")
+    mine = loop._gradients(trainer, 0, BATCH).sum()
+    student = load_model(work / "converted", dtype=torch.float32)
+    losses: list[torch.Tensor] = []
+    for row in trainer.sequences.rows(BATCH):
+        for document in torch.from_numpy(row).tensor_split(torch.from_numpy(row[:-1] == 1).nonzero().flatten() + 1):
+            with torch.no_grad():
+                log_p = student(document[None]).logits[0, :-1].log_softmax(-1)
+            losses.extend(-log_p.gather(-1, document[1:, None]).flatten())
+    assert len(losses) < 0.95 * BATCH * (LENGTH - 1)
+    torch.testing.assert_close(mine, torch.stack(losses).mean(), rtol=1e-4, atol=1e-5)
+
+
 def grads(work: Path, teacher: Path, **train: Any) -> dict[str, torch.Tensor]:
     trainer = set_up(work / "converted", teacher, recipe(work, **train), "cpu")
     loop._gradients(trainer, 0, BATCH)
@@ -233,10 +252,10 @@ def test_what_is_not_finite_stops_the_run(
 ) -> None:
     calls, healthy = 0, CrossEntropy.__call__
 
-    def sick(self: CrossEntropy, student: Any, ids: torch.Tensor, denominator: float) -> torch.Tensor:
+    def sick(self: CrossEntropy, student: Any, *batch: Any) -> torch.Tensor:
         nonlocal calls
         calls += 1  # two micro-batches a step: the fourth is the second of step 2
-        loss = healthy(self, student, ids, denominator)
+        loss = healthy(self, student, *batch)
         return loss * float("nan") if calls == 4 else loss
 
     # An absurd learning rate leaves weights whose loss is finite (the norms see to that) and whose gradient is not.

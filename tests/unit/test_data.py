@@ -1,8 +1,11 @@
 """Sources, split, mixture, cache and sample order."""
 
+import csv
 import gzip
 import hashlib
+import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from cla_convert.errors import InputError
-from cla_convert.recipe import Data, TextSource, Train
-from cla_convert.training.data import Sequences, TokenStore, held_out_rows, prepare_data
+from cla_convert.recipe import Data, Recipe, TextSource, Train
+from cla_convert.training.data import (
+    Sequences,
+    TokenStore,
+    calibration_rows,
+    held_out_rows,
+    prepare_data,
+    store_for,
+)
 from cla_convert.training.sources import SAMPLE, documents
 from tests.conftest import byte_tokenizer
 
@@ -100,24 +110,20 @@ def test_every_format_gives_the_same_documents(tmp_path: Path, table: Path) -> N
         (folder / f"{i}.{'md' if i % 2 else 'txt'}").write_text(text)
     (folder / "ignored.bin").write_bytes(b"\xff")
     for path in (table, tmp_path / "a.jsonl", tmp_path / "b.jsonl.gz", folder.parent, tmp_path / "folder/**/*"):
-        found = [document.text for document in documents(TextSource(path=str(path)), seed=0)]
+        found = [str(document.content) for document in documents(TextSource(path=str(path)), seed=0)]
         assert sorted(found) == sorted(TEXTS), path
 
 
-def test_a_mixture_is_weighted_by_tokens(tmp_path: Path) -> None:
-    for name, length in (("long", 900), ("short", 30)):
-        rows = [json.dumps({"text": f"{name} {i} " + "x" * length}) for i in range(40_000 // length)]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
-    store = prepare(
-        tmp_path,
-        TextSource(path=str(tmp_path / "long.jsonl"), weight=1),
-        TextSource(path=str(tmp_path / "short.jsonl"), weight=3),
-        tokens=24_000,
-        held_out_tokens=100,
-    )
-    long, short = (source["tokens"] for source in store.info["sources"])
-    assert long + short == 24_000
-    assert 2.0 < short / long < 4.5
+def test_a_folder_that_datasets_reads_is_a_dataset(tmp_path: Path) -> None:
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    with (folder / "train.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["body", "id"], *([text, i] for i, text in enumerate(TEXTS))])
+    source = TextSource(dataset=str(folder), text_field="body")
+    store = prepare(tmp_path, source)
+    assert texts(store.train) | texts(store.held_out) == set(TEXTS)
+    (folder / "train.csv").write_text("body,id\nonly this,0\nand that,1\n")
+    assert prepare(tmp_path, source).digest != store.digest
 
 
 def test_the_cache_is_used_and_follows_what_it_depends_on(tmp_path: Path, table: Path) -> None:
@@ -125,7 +131,7 @@ def test_the_cache_is_used_and_follows_what_it_depends_on(tmp_path: Path, table:
     first = prepare(tmp_path, source, tokens=500)
     marks = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.bin")}
     again = prepare(tmp_path, source, tokens=500)
-    assert again.digest == first.digest and len(marks) == 2
+    assert again.digest == first.digest and len(marks) == 3
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.bin")} == marks
     pq.write_table(pa.table({"text": [text.upper() for text in TEXTS]}), table)
     assert prepare(tmp_path, source, tokens=500).digest != first.digest
@@ -173,11 +179,11 @@ def test_bos_comes_first_if_the_tokenizer_adds_one(tmp_path: Path, table: Path) 
         ({"path": "text.parquet", "text_field": "txet"}, "Did you mean 'text'"),
         ({"path": "text.parquet", "text_field": "content"}, "'text', 'title'"),
         ({"path": "numbers.jsonl"}, "is not text"),
-        ({"path": "empty.jsonl"}, "hold no text"),
+        ({"path": "empty.jsonl"}, "holds no text"),
         ({"path": "fake.parquet"}, "not a parquet file"),
         ({"path": "latin.txt"}, "UTF-8"),
         ({"path": "data.csv"}, "Supported"),
-        ({"dataset": "no-such-owner/no-such-dataset"}, "hub dataset"),
+        ({"dataset": "no-such-owner/no-such-dataset"}, "the dataset 'no-such-owner/no-such-dataset'"),
     ],
 )
 def test_errors_say_what_is_wrong(tmp_path: Path, table: Path, source: dict[str, Any], message: str) -> None:
@@ -213,16 +219,62 @@ def test_the_order_is_a_pure_function_of_seed_and_index() -> None:
     assert not (Sequences(tokens, 10, seed=4).rows(100) == straight[:100]).all()
 
 
+def test_any_number_of_processes_sees_the_same_rows() -> None:
+    tokens = np.arange(1000, dtype=np.uint16)
+    alone = Sequences(tokens, 10, seed=3).rows(240)  # more than two epochs
+    for processes in (2, 3, 8):
+        ranks = [Sequences(tokens, 10, seed=3) for _ in range(processes)]
+        rows = [ranks[index % processes].row(index) for index in range(240)]
+        assert (np.stack(rows) == alone).all()
+
+
+def test_positions_start_anew_with_each_document(tmp_path: Path, table: Path) -> None:
+    store = prepare(tmp_path, TextSource(path=str(table)))
+    assert (store.starts[1:] == np.flatnonzero(store.train[:-1] == 1) + 1).all() and store.starts[0] == 0
+    sequences = Sequences(store.train, 50, seed=0, starts=store.starts)
+    rows, positions = sequences.rows(sequences.count), sequences.positions(sequences.count)
+    assert positions is not None and positions.shape == rows.shape
+    for row, position in zip(rows, positions, strict=True):
+        begins = [0, *np.flatnonzero(row[:-1] == 1) + 1, 50]
+        expected = np.concatenate([np.arange(end - begin) for begin, end in itertools.pairwise(begins)])
+        assert (position == expected).all()
+    assert sequences.boundaries(sequences.count) == (positions[:, 1:] == 0).sum()
+    assert sequences.boundaries(3, 5) == (positions[5:8, 1:] == 0).sum()
+    assert Sequences(store.train, 50, seed=0).positions(3) is None
+
+
+def test_no_held_out_document_is_trained_or_calibrated_on(tmp_path: Path, table: Path) -> None:
+    """Rows of all three uses, of a recipe with a mixture: no document's number on both sides."""
+    other = tmp_path / "other.jsonl"
+    other.write_text("\n".join(json.dumps({"text": f"Document {i}: " + "y" * 50}) for i in range(200, 500)))
+    settings = {
+        "data": {"sources": [{"path": str(table)}, {"path": str(other), "weight": 2}], "held_out": 0.2},
+        "convert": {"calibration": {"tokens": 5000, "sequence_length": 100}},
+        "train": {"tokens": 20_000, "sequence_length": 100, "validation_tokens": 3000},
+    }
+    recipe = Recipe.model_validate(settings)
+    store = store_for(recipe, byte_tokenizer(), tmp_path, "cpu")
+
+    def numbers(rows: np.ndarray) -> set[str]:
+        return set(re.findall(r"Document (\d+):", "\n".join(byte_tokenizer().batch_decode(rows.tolist()))))
+
+    held_out = numbers(held_out_rows(store, recipe.train))
+    trained = numbers(Sequences(store.train, 100, seed=0).rows(200))
+    assert len(held_out) > 20 and len(trained) > 100 and not held_out & trained
+    calibrated = numbers(calibration_rows(store, recipe))
+    assert len(calibrated) > 20 and calibrated <= trained
+
+
 def test_too_short_a_text_is_refused() -> None:
     with pytest.raises(InputError, match="too short"):
         Sequences(np.arange(9, dtype=np.uint16), 10, seed=0)
 
 
 def test_held_out_rows_are_never_repeated() -> None:
-    store = TokenStore(np.empty(0), np.arange(100, dtype=np.uint16), "", {})
+    store = TokenStore(np.empty(0), np.arange(100, dtype=np.uint16), "", {}, np.empty(0))
     rows = held_out_rows(store, Train(sequence_length=16, validation_tokens=10_000))
     assert rows.shape == (6, 16) and len(np.unique(rows)) == 96
-    short = TokenStore(np.empty(0), np.arange(12, dtype=np.uint16), "", {})
+    short = TokenStore(np.empty(0), np.arange(12, dtype=np.uint16), "", {}, np.empty(0))
     assert held_out_rows(short, Train(sequence_length=16)).shape == (1, 12)
 
 

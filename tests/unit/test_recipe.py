@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from cla_convert.errors import UsageError
-from cla_convert.recipe import flatten, load_recipe, parse_count, parse_size
+from cla_convert.recipe import flatten, load_recipe, parse_count, parse_size, validate
 from cla_convert.recipes import find_recipe, list_recipes, reference
 
 
@@ -45,7 +45,17 @@ def test_override_beats_recipe_beats_default(tmp_path):
         ("train.tokens=lots", "26M"),
         ("train.learning_rate=-1", "greater than 0"),
         ("data.sources=[{pth: a}]", "Did you mean 'path'"),
-        ("data.sources=[{path: a, dataset: b}]", "exactly one"),
+        (
+            "data.sources=[{path: a, dataset: b}]",
+            "one of `path`, `dataset` and `generate`; not path and dataset",
+        ),
+        ("data.sources=[{dataset: b, generate: 2M}]", "not dataset and generate"),
+        ("data.sources=[{text_field: body}]", "none is given"),
+        ("data.sources=[{path: a, split: test}]", "split: not for a source with `path`"),
+        ("data.sources=[{generate: 2M, text_field: body}]", "text_field: not for a source with `generate`"),
+        ("data.sources=[{generate: lots}]", "26M"),
+        ("data.sources=[{generate: {tokens: 2M, temprature: 1}}]", "Did you mean 'temperature'"),
+        ("data.sources=[{generate: {top_p: 0.9}}]", "data.sources.0.generate.tokens"),
         ("train.tokens", "a.b=value"),
         ("convert.init=average", "'first'"),
     ],
@@ -54,6 +64,20 @@ def test_refusals(override, message):
     with pytest.raises(UsageError) as caught:
         load_recipe(None, [override])
     assert message in str(caught.value)
+
+
+def test_a_number_alone_says_how_much_to_generate():
+    short, long = (
+        load_recipe(None, [f"data.sources=[{{generate: {value}}}]"]).recipe.data.sources[0]
+        for value in ("2M", "{tokens: 2M}")
+    )
+    assert short == long and short.generate is not None and short.generate.tokens == 2_000_000
+
+
+def test_a_resolved_recipe_is_a_recipe():
+    sources = "data.sources=[{path: a}, {dataset: b/c, split: test, revision: v1}, {generate: 2M, weight: 3}]"
+    recipe = load_recipe(None, [sources]).recipe
+    assert validate(recipe.model_dump(mode="json")) == recipe
 
 
 def test_missing_and_broken_files(tmp_path):

@@ -1,0 +1,160 @@
+"""Several sources in the proportions of their weights, counted in tokens, exactly.
+
+Every source is read once, up to its share of the tokens wanted. One that holds less than its share is repeated, so that
+the weights hold whatever the sizes; if all hold less, the whole is as long as the largest makes it and `Sequences` goes
+round again. Held-out text is never repeated.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..console import human_count, progress, say, warn
+from ..errors import InputError
+from ..recipe import TextSource
+from .sampling import SourceModel, sampled
+from .sources import Document, documents, name_of
+from .tokenise import Side, Splitter, token_dtype
+
+
+@dataclass(frozen=True)
+class Part:
+    """What was read of one source."""
+
+    source: TextSource
+    train: Side
+    held_out: Side
+    tail: int = 0
+    """Held-out tokens that are the end of the training text, for want of documents."""
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Sources, and how much of them is wanted."""
+
+    sources: list[TextSource]
+    tokens: int
+    held_out_tokens: int
+    share: float
+    """Share of documents that is held out."""
+    tokenizer: Any
+    seed: int
+    model: SourceModel | None = None
+    """What sources with `generate` sample from."""
+
+    def build(self, folder: Path) -> dict[str, Any]:
+        """Write train.bin, starts.bin (offsets of documents in it, int64) and held_out.bin; returns the info.
+
+        Raises:
+            InputError: a source cannot be read or holds no text.
+        """
+        weights = [source.weight for source in self.sources]
+        limits = zip(shares(self.tokens, weights), shares(self.held_out_tokens, weights), strict=True)
+        with progress(self.tokens + self.held_out_tokens, "tokenising", unit="tok") as bar:
+            parts = [
+                self._read(source, *limit, folder / f"{number}", bar)
+                for number, (source, limit) in enumerate(zip(self.sources, limits, strict=True))
+            ]
+        targets = balanced([part.train.tokens for part in parts], [part.train.limit for part in parts])
+        starts = _join([part.train for part in parts], targets, folder / "train.bin")
+        starts.tofile(folder / "starts.bin")
+        held_out = [part.held_out for part in parts]
+        _join(held_out, [side.tokens for side in held_out], folder / "held_out.bin")
+        for side in [*(part.train for part in parts), *held_out]:
+            Path(side.file.name).unlink()
+        return _info(parts, targets)
+
+    def _read(self, source: TextSource, tokens: int, held_out_tokens: int, path: Path, bar: Any) -> Part:
+        """Read a source up to its share. One with too few documents for a split by document is split at its end."""
+        dtype = token_dtype(self.tokenizer)
+        with Path(f"{path}.train").open("w+b") as file, Path(f"{path}.held_out").open("w+b") as other:
+            train, held_out = Side(tokens, file, dtype), Side(held_out_tokens, other, dtype)
+            self._fill(source, train, held_out, self.share, bar)
+            if train.lacking and held_out.tokens:  # its few documents all fell on the other side
+                held_out.cut(held_out.tokens)
+                self._fill(source, train, held_out, 0.0, bar)
+            if train.lacking:
+                raise InputError(
+                    f"The data source {name_of(source)!r} holds no text",
+                    "Every document is empty.",
+                    "Check data.sources and text_field.",
+                )
+            tail = 0
+            if held_out.lacking:
+                tail = held_out.add(train.cut(min(held_out.limit, int(train.tokens * self.share))))
+                warn(
+                    f"{name_of(source)} has too few documents to hold whole ones out: its last {tail} tokens are held "
+                    "out instead. More documents give a cleaner split."
+                )
+        return Part(source, train, held_out, tail)
+
+    def _fill(self, source: TextSource, train: Side, held_out: Side, share: float, bar: Any) -> None:
+        splitter = Splitter(self.tokenizer, self.seed, share)
+        # Nothing is sampled for the sake of held-out text alone.
+        splitter.fill(self._open(source, train.limit), train, held_out, bar, patient=source.generate is None)
+
+    def _open(self, source: TextSource, wanted: int) -> Iterator[Document]:
+        if source.generate is None:
+            return documents(source, self.seed)
+        assert self.model is not None, "a source with `generate` needs the source model"
+        return sampled(self.model, self.tokenizer, source.generate, self.seed, ceil(wanted / (1 - self.share)))
+
+
+def shares(total: int, weights: list[float]) -> list[int]:
+    """`total` divided in proportion to the weights: whole numbers that add up to it."""
+    ends = [round(total * part / sum(weights)) for part in accumulate(weights)]
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def balanced(held: list[int], wanted: list[int]) -> list[int]:
+    """Tokens to take of each source, in the proportions wanted.
+
+    All that is wanted if one source at least has its share; otherwise so much that the source that comes closest is
+    taken exactly once. The others are repeated.
+    """
+    best = max(range(len(wanted)), key=lambda i: held[i] / wanted[i] if wanted[i] else 0.0)
+    return [want * held[best] // wanted[best] for want in wanted] if wanted[best] else [0 for _ in wanted]
+
+
+def _join(sides: list[Side], targets: list[int], out: Path) -> np.ndarray:
+    """Write `targets[i]` tokens of each side into one file, going round where a side has fewer; returns the starts."""
+    starts, end = [np.empty(0, dtype=np.int64)], 0
+    with out.open("wb") as file:
+        for side, left in zip(sides, targets, strict=True):
+            while left:
+                tokens = np.memmap(side.file.name, dtype=side.dtype, mode="r")[:left]
+                tokens.tofile(file)
+                begins = np.asarray(side.starts, dtype=np.int64)
+                starts.append(end + begins[begins < tokens.size])
+                end, left = end + tokens.size, left - tokens.size
+    return np.concatenate(starts)
+
+
+def _info(parts: list[Part], targets: list[int]) -> dict[str, Any]:
+    """Documents and tokens, in all and per source; says which sources are repeated."""
+    sources = []
+    for part, target in zip(parts, targets, strict=True):
+        passes = target / part.train.tokens if part.train.tokens else 0.0
+        if passes > 1:
+            say(
+                f"{name_of(part.source)} holds {human_count(part.train.tokens)} training tokens for its share of "
+                f"{human_count(target)}: it is repeated, {passes:.1f} passes."
+            )
+        known = {"name": name_of(part.source), "weight": part.source.weight, "revision": part.source.revision}
+        sources.append(known | {"tokens": target, "documents": len(part.train.starts), "passes": round(passes, 3)})
+    held_out = [part.held_out for part in parts]
+    return {
+        "dtype": parts[0].train.dtype.name,
+        "train": {"tokens": sum(targets), "documents": sum(source["documents"] for source in sources)},
+        "held_out": {
+            "tokens": sum(side.tokens for side in held_out),
+            "documents": sum(len(side.starts) for side in held_out),
+            "tail_of_train": sum(part.tail for part in parts),
+        },
+        "sources": sources,
+    }

@@ -1,0 +1,108 @@
+"""Sources in the proportions of their weights, whatever their sizes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cla_convert.errors import InputError
+from cla_convert.recipe import TextSource
+from cla_convert.training.data import TokenStore
+from cla_convert.training.mixture import balanced, shares
+from tests.conftest import byte_tokenizer
+from tests.unit.test_data import prepare, texts
+
+
+def source(folder: Path, name: str, *, tokens: int, each: int, weight: float = 1.0) -> TextSource:
+    """A file of about `tokens` tokens in documents of `each`, all made of the letter `name` and a number."""
+    rows = [json.dumps({"text": f"{i:05}".rjust(each - 1, name)}) for i in range(tokens // each)]
+    (folder / f"{name}.jsonl").write_text("\n".join(rows))
+    return TextSource(path=str(folder / f"{name}.jsonl"), weight=weight)
+
+
+def shares_of(tokens: np.ndarray) -> dict[str, int]:
+    """Tokens of each source, by its letter; documents are cut at the end of a share."""
+    documents = byte_tokenizer().decode(tokens.tolist()).replace("<|eos|>", "\n").splitlines()
+    counts: dict[str, int] = {}
+    for document in documents:
+        counts[document[0]] = counts.get(document[0], 0) + len(document)
+    return counts
+
+
+def weighted(store: TokenStore) -> list[int]:
+    return [entry["tokens"] for entry in store.info["sources"]]
+
+
+def test_weights_count_tokens_not_documents(tmp_path: Path) -> None:
+    sources = [
+        source(tmp_path, "a", tokens=60_000, each=6000, weight=1),  # a single document is larger than its share
+        source(tmp_path, "b", tokens=60_000, each=30, weight=3),
+        source(tmp_path, "c", tokens=60_000, each=300, weight=0.5),
+    ]
+    store = prepare(tmp_path, *sources, tokens=9_000, held_out_tokens=900)
+    assert weighted(store) == [2000, 6000, 1000] and store.train.size == 9000
+    counts = shares_of(store.train)
+    assert counts["a"] == pytest.approx(2000, abs=40) and counts["c"] == pytest.approx(1000, abs=10)
+    held_out = shares_of(store.held_out)
+    assert held_out["b"] > 2 * held_out["a"] > 2 * held_out["c"] > 0
+
+
+def test_a_source_that_is_too_small_is_repeated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sources = [source(tmp_path, "b", tokens=1000, each=50), source(tmp_path, "a", tokens=60_000, each=50)]
+    store = prepare(tmp_path, *sources, tokens=8220, held_out_tokens=500)
+    assert weighted(store) == [4110, 4110]
+    passes = store.info["sources"][0]["passes"]
+    assert passes == pytest.approx(4110 / 800, rel=0.2) and passes % 1  # the last one is cut
+    assert "b.jsonl holds" in (notes := capsys.readouterr().err) and "passes" in notes and "a.jsonl" not in notes
+    assert shares_of(store.train)["b"] == pytest.approx(4110 - 82, abs=60)  # an EOS for each of its 82 documents
+    begins = np.flatnonzero(store.train[:-1] == 1) + 1  # of repeated documents too, and of the second source
+    assert store.starts.tolist() == sorted({0, 4110, *begins.tolist()})
+    assert not texts(store.train) & texts(store.held_out)
+    held_out = [text for text in byte_tokenizer().decode(store.held_out.tolist()).split("<|eos|>") if text]
+    assert len(held_out) == len(set(held_out))
+
+
+def test_when_all_are_too_small_the_weights_still_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sources = [
+        source(tmp_path, "a", tokens=4000, each=50, weight=3),
+        source(tmp_path, "b", tokens=1000, each=50, weight=1.5),
+    ]
+    store = prepare(tmp_path, *sources, tokens=1_000_000, held_out_tokens=500)
+    large, small = weighted(store)
+    assert large == pytest.approx(2 * small, abs=2)
+    assert [entry["passes"] for entry in store.info["sources"]] == [1.0, pytest.approx(2, rel=0.2)]
+    assert store.train.size == large + small < 10_000
+    assert "The data holds" in capsys.readouterr().err  # and the rest of the budget goes round again
+
+
+def test_every_source_has_text_on_both_sides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also one of a single document, whichever side of the split that falls on."""
+    for seed in range(4):
+        single = tmp_path / "b.txt"
+        single.write_text("b" * 3000)
+        sources = [source(tmp_path, "a", tokens=10_000, each=50), TextSource(path=str(single))]
+        store = prepare(tmp_path, *sources, tokens=4000, held_out_tokens=1000, seed=seed, share=0.49)
+        assert weighted(store) == [2000, 2000]
+        assert shares_of(store.held_out)["b"] == 500
+        assert "b.txt has too few documents" in capsys.readouterr().err
+
+
+def test_a_source_without_text_is_refused(tmp_path: Path) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text('{"text": ""}\n')
+    with pytest.raises(InputError, match="empty.jsonl' holds no text"):
+        prepare(tmp_path, source(tmp_path, "a", tokens=1000, each=50), TextSource(path=str(empty)))
+
+
+def test_shares_add_up() -> None:
+    assert shares(100, [1, 1, 1]) == [33, 34, 33]
+    assert shares(9000, [1, 3, 0.5]) == [2000, 6000, 1000]
+    assert shares(3, [1e-9, 1]) == [0, 3]
+
+
+def test_balancing_takes_the_best_filled_source_once() -> None:
+    assert balanced([100, 10], [100, 50]) == [100, 50]  # one is full: all shares as wanted
+    assert balanced([80, 10], [100, 50]) == [80, 40]
+    assert balanced([0, 10], [0, 50]) == [0, 10]
+    assert balanced([0], [0]) == [0]
