@@ -7,7 +7,9 @@ checkpoint. The same command line therefore resumes after Ctrl-C, SIGTERM or a c
 the very same weights.
 """
 
+import math
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from ..console import human_count, progress, say
 from ..environment import peak_memory_bytes
 from ..errors import Interrupted, TrainingError
 from ..evaluation.perplexity import token_perplexity
+from ..models.checkpoint import Checkpoint
 from ..models.export import check_exportable, export_model
 from ..models.writer import check_output
 from ..recipe import Recipe
@@ -73,7 +76,8 @@ def uptrain(
     finally:
         metrics.close()
     result = _result(trainer, position, read_rows(run_dir / "metrics.jsonl"))
-    export_model(trainer.student, student_dir, out_dir, manifest={"uptraining": result | identity}, overwrite=True)
+    weights = _final_weights(trainer, student_dir)
+    export_model(weights, student_dir, out_dir, manifest={"uptraining": result | identity}, overwrite=True)
     return result
 
 
@@ -122,32 +126,36 @@ def _step(trainer: Trainer, position: Position, checkpoints: Checkpoints) -> tup
     """One optimiser step; returns the new position and its row for metrics.jsonl."""
     start, settings, budget = time.perf_counter(), trainer.settings, trainer.budget
     tokens = budget.tokens_after(position.step + 1)
-    rate = learning_rate(
+    rate = partial(
+        learning_rate,
         position.tokens,
         tokens,
         budget.tokens,
-        peak=settings.learning_rate,
         schedule=settings.schedule,
         warmup=settings.warmup,
         final=settings.final_lr,
     )
-    losses = _gradients(trainer, *budget.step_range(position.step))
+    with trainer.precision.working_copy(trainer.student):
+        shares = _gradients(trainer, *budget.step_range(position.step))
     norm = torch.nn.utils.clip_grad_norm_(trainer.parameters.values(), settings.clip)
-    loss = losses.sum().item()
-    if not (torch.isfinite(losses).all() and torch.isfinite(norm)):
-        raise _not_finite(trainer, position, losses, norm.item(), checkpoints)
     for group in trainer.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate(peak=group["peak"])
     trainer.optimizer.step()
     trainer.optimizer.zero_grad(set_to_none=True)
+    # The only time that the host waits for the device, after all of the step is under way. If something is not finite
+    # it is too late for the weights in memory, but not for the checkpoint.
+    loss, *parts, norm = torch.cat((shares.sum(0), norm[None])).tolist()
+    if not all(map(math.isfinite, (loss, norm))):
+        raise _not_finite(trainer, position, shares[:, 0], norm, checkpoints)
     seconds = time.perf_counter() - start
     first = loss if position.first_loss is None else position.first_loss
     row = {
         "step": position.step + 1,
         "tokens": tokens,
         "loss": loss,
-        "lr": rate,
-        "grad_norm": norm.item(),
+        **(dict(zip(trainer.objective.parts, parts, strict=True)) if len(parts) > 1 else {}),
+        "lr": rate(peak=settings.learning_rate),
+        "grad_norm": norm,
         "tokens_per_second": (tokens - position.tokens) / seconds,
         "seconds": position.seconds + seconds,
     }
@@ -155,20 +163,29 @@ def _step(trainer: Trainer, position: Position, checkpoints: Checkpoints) -> tup
 
 
 def _gradients(trainer: Trainer, first: int, end: int) -> torch.Tensor:
-    """Accumulate the gradients of sequences first .. end-1; returns each micro-batch's share of the loss.
+    """Accumulate the gradients of sequences first .. end-1.
 
     Every micro-batch is divided by the targets of the whole step: the sum is the mean over tokens however it is cut.
+
+    Returns:
+        Each micro-batch's share of the loss and of its parts, [micro-batches, 1 + parts].
     """
     denominator = (end - first) * trainer.objective.targets(trainer.budget.length)
-    losses = []
-    for start in range(first, end, trainer.settings.micro_batch_size):
-        size = min(trainer.settings.micro_batch_size, end - start)
-        ids = torch.from_numpy(trainer.sequences.rows(size, start)).to(trainer.device)
-        with trainer.precision.autocast():
-            loss = trainer.objective(trainer.student, ids, denominator)
+    shares = []
+    for start in range(first, end, trainer.micro_batch):
+        ids = _batch(trainer, start, min(start + trainer.micro_batch, end))
+        loss, parts = trainer.objective(trainer.student, ids, denominator)
         loss.backward()
-        losses.append(loss.detach())
-    return torch.stack(losses)
+        shares.append(torch.cat((loss.detach()[None], parts)))
+    return torch.stack(shares)
+
+
+def _batch(trainer: Trainer, first: int, end: int) -> torch.Tensor:
+    """Sequences first .. end-1 on the device, [B, T]; the host does not wait for the copy."""
+    ids = torch.from_numpy(trainer.sequences.rows(end - first, first))
+    if trainer.precision.device_type == "cuda":
+        ids = ids.pin_memory()
+    return ids.to(trainer.device, non_blocking=True)
 
 
 def _validate_if_due(trainer: Trainer, position: Position, metrics: Metrics) -> None:
@@ -179,8 +196,8 @@ def _validate_if_due(trainer: Trainer, position: Position, metrics: Metrics) -> 
         return
     if metrics.has_validation(position.step):
         return
-    with trainer.precision.autocast():
-        score = token_perplexity(trainer.student, trainer.validation, batch_size=trainer.settings.micro_batch_size)
+    with trainer.precision.working_copy(trainer.student):
+        score = token_perplexity(trainer.student, trainer.validation, batch_size=min(8, trainer.micro_batch))
     metrics.write({"step": position.step, "tokens": position.tokens, "validation_perplexity": score["perplexity"]})
 
 
@@ -190,8 +207,8 @@ def _not_finite(
     first, end = trainer.budget.step_range(position.step)
     bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
     if bad:
-        first += bad[0] * trainer.settings.micro_batch_size
-        end = min(end, first + trainer.settings.micro_batch_size)
+        first += bad[0] * trainer.micro_batch
+        end = min(end, first + trainer.micro_batch)
     whole = checkpoints.all()
     kept = f"The last good checkpoint is {whole[-1]}." if whole else "There is no checkpoint yet."
     what = "loss" if bad else "gradient"
@@ -200,6 +217,14 @@ def _not_finite(
         f"Loss {losses.sum().item()}, gradient norm {norm}. {kept}",
         "Lower train.learning_rate, raise train.warmup, or try train.precision=float32; then start over.",
     )
+
+
+def _final_weights(trainer: Trainer, student_dir: Path) -> dict[str, torch.Tensor]:
+    """The state dict to export. What was not trained comes from the files: in memory it is in the compute dtype."""
+    stored = Checkpoint.open(student_dir)
+    state = trainer.student.state_dict(keep_vars=True)
+    frozen = {name for name, tensor in state.items() if not tensor.requires_grad and name in stored.tensors}
+    return {name: stored.read(name) if name in frozen else tensor for name, tensor in state.items()}
 
 
 def _result(trainer: Trainer, position: Position, rows: list[dict[str, Any]]) -> dict[str, Any]:

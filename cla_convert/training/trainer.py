@@ -11,10 +11,15 @@ from ..errors import InputError
 from ..models.checkpoint import Checkpoint
 from ..models.export import load_model, load_tokenizer
 from ..recipe import Recipe, Train
+from .compiling import choose_compile, compile_layers
 from .data import Sequences, TokenStore, held_out_rows, store_for
-from .objective import Objective, make_objective
-from .precision import Precision, choose_precision
+from .flops import training_flops
+from .objective import Objective, check_head
+from .parameters import freeze_all_but, make_optimizer
+from .precision import Precision, cast_frozen, choose_precision
 from .schedule import Budget
+from .sizing import micro_batch_size
+from .teacher import load_teacher
 
 # Settings that change what is written when, but not one weight: free to change on resume.
 _FREE = {"checkpoint_every", "keep_checkpoints", "validate_every"}
@@ -35,6 +40,11 @@ class Trainer:
     validation: torch.Tensor
     """Held-out rows [n, T]."""
     data: TokenStore
+    micro_batch: int
+    """Sequences in a forward and backward pass."""
+    compiled: bool
+    flops_per_token: float
+    """Of training, see flops.py."""
 
     @property
     def parameters(self) -> dict[str, torch.Tensor]:
@@ -42,24 +52,37 @@ class Trainer:
         return {name: p for name, p in self.student.named_parameters() if p.requires_grad}
 
 
-def set_up(student_dir: Path, teacher_dir: Path, recipe: Recipe, device: str) -> Trainer:
-    """Load models and data, and say what was derived from the settings. Raises InputError."""
+def set_up(
+    student_dir: Path, teacher_dir: Path, recipe: Recipe, device: str, data: TokenStore | None = None
+) -> Trainer:
+    """Load models and data (the recipe's, if none are given), and say what was derived. Raises InputError."""
     settings, budget = recipe.train, Budget.of(recipe.train)
     if not budget.sequences:
         raise InputError(
             f"The budget of {settings.tokens} tokens is smaller than one sequence of {settings.sequence_length}",
             fix="Raise train.tokens or lower train.sequence_length.",
         )
-    data = store_for(recipe, load_tokenizer(student_dir))
+    data = data or store_for(recipe, load_tokenizer(student_dir))
     precision = choose_precision(settings.precision, device)
     torch.manual_seed(recipe.seed)
     student = load_model(student_dir, dtype=torch.float32, device=device)
     _check_fit(student, data, settings)
-    objective = make_objective(settings, student, teacher_dir, precision, device)
+    check_head(student)
+    freeze_all_but(student, settings.parameters)
+    cast_frozen(student, precision.compute)
+    distill = settings.loss == "distill"
+    teacher = load_teacher(teacher_dir, student, dtype=precision.compute, device=device) if distill else None
+    flops = training_flops(student, teacher, budget.length)
+    compiled = choose_compile(settings.compile, precision.device_type, flops * budget.tokens)
+    objective = Objective(settings, student, teacher, fused=compiled)
     student.train()
     if settings.activation_checkpointing:
         # Reentrant checkpointing gives silently wrong gradients for K/V that travel between layers.
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    rows = micro_batch_size(settings, budget, student, device)
+    if compiled:
+        for model in filter(None, (student, teacher)):
+            compile_layers(model, rows, budget.length)
     trainer = Trainer(
         settings=settings,
         budget=budget,
@@ -67,10 +90,13 @@ def set_up(student_dir: Path, teacher_dir: Path, recipe: Recipe, device: str) ->
         precision=precision,
         student=student,
         objective=objective,
-        optimizer=_optimizer(student, settings, precision.device_type),
+        optimizer=make_optimizer(student, settings, precision.device_type),
         sequences=Sequences(data.train, settings.sequence_length, recipe.seed),
         validation=torch.from_numpy(held_out_rows(data, settings)),
         data=data,
+        micro_batch=rows,
+        compiled=compiled,
+        flops_per_token=flops,
     )
     say(_describe(trainer))
     return trainer
@@ -86,19 +112,10 @@ def run_identity(student_dir: Path, teacher_dir: Path, recipe: Recipe, trainer: 
         "model": Checkpoint.open(student_dir).fingerprint(),
         "teacher": Checkpoint.open(teacher_dir).fingerprint() if recipe.train.loss == "distill" else None,
         "precision": trainer.precision.name,
+        "micro_batch": trainer.micro_batch,
+        "compiled": trainer.compiled,
         "device": trainer.precision.device_type,
     }
-
-
-def _optimizer(student: Any, settings: Train, device_type: str) -> torch.optim.Optimizer:
-    """AdamW; weight decay on matrices only (norms and biases have no scale to decay)."""
-    trained = [p for p in student.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    fused = device_type in ("cpu", "cuda")  # one pass over the parameters instead of a dozen
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=fused)
 
 
 def _check_fit(student: Any, data: TokenStore, settings: Train) -> None:
@@ -118,5 +135,7 @@ def _describe(trainer: Trainer) -> str:
     compute = trainer.precision.name + ("" if trainer.precision.compute is torch.float32 else " over float32 weights")
     return (
         f"uptraining: {budget.steps} steps of {budget.batch} x {budget.length} tokens, {human_count(budget.tokens)} in "
-        f"all; {human_count(count)} parameters trained; {trainer.settings.loss}; {compute} on {trainer.device}"
+        f"all, {trainer.micro_batch} sequences a pass; {human_count(count)} parameters trained; "
+        f"{trainer.settings.loss}; {compute} on {trainer.device}; "
+        + ("layers and loss are compiled in the first step" if trainer.compiled else "not compiled")
     )

@@ -24,7 +24,7 @@ from cla_convert.models.export import load_model
 from cla_convert.recipe import Recipe, validate
 from cla_convert.training import loop, state
 from cla_convert.training.metrics import read_rows
-from cla_convert.training.objective import CrossEntropy
+from cla_convert.training.objective import Objective
 from cla_convert.training.stop import StopRequest
 from cla_convert.training.trainer import set_up
 
@@ -128,7 +128,7 @@ def test_the_loss_reported_is_the_models_own(work: Path, tiny_llama: Path) -> No
     teacher = load_model(tiny_llama, dtype=torch.float32)
     for loss in ("cross_entropy", "distill"):
         trainer = set_up(work / "converted", tiny_llama, recipe(work, loss=loss), "cpu")
-        mine = loop._gradients(trainer, 0, BATCH).sum()
+        mine = loop._gradients(trainer, 0, BATCH)[:, 0].sum()
         ids = torch.from_numpy(trainer.sequences.rows(BATCH))
         with torch.no_grad():
             logits, target = student(ids).logits[:, :-1], teacher(ids).logits[:, :-1]
@@ -283,19 +283,19 @@ def test_how_often_to_save_may_change_on_resume(
 def test_what_is_not_finite_stops_the_run(
     work: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    calls, healthy = 0, CrossEntropy.__call__
+    calls, healthy = 0, Objective.__call__
 
-    def sick(self: CrossEntropy, student: Any, ids: torch.Tensor, denominator: float) -> torch.Tensor:
+    def sick(self: Objective, student: Any, ids: torch.Tensor, denominator: float) -> tuple[torch.Tensor, torch.Tensor]:
         nonlocal calls
         calls += 1  # two micro-batches a step: the fourth is the second of step 2
-        loss = healthy(self, student, ids, denominator)
-        return loss * float("nan") if calls == 4 else loss
+        loss, parts = healthy(self, student, ids, denominator)
+        return (loss * float("nan") if calls == 4 else loss), parts
 
     # An absurd learning rate leaves weights whose loss is finite (the norms see to that) and whose gradient is not.
     settings = recipe(work, warmup=0, checkpoint_every=BATCH * LENGTH, loss="cross_entropy",
                       learning_rate=1e30 if what == "gradient" else 1e-3)  # fmt: skip
     if what == "loss":
-        monkeypatch.setattr(CrossEntropy, "__call__", sick)
+        monkeypatch.setattr(Objective, "__call__", sick)
     with pytest.raises(TrainingError) as caught:
         uptrain(work, tiny_llama, tmp_path, settings)
     sequences = "6 to 7" if what == "loss" else "4 to 7"
