@@ -21,7 +21,10 @@ from .files import read_json, write_json
 from .recipe import Recipe, Resolved, flatten
 
 STAGES = ["plan", "convert", "uptrain", "eval", "report"]
-FREE_TO_CHANGE = ("eval.", "device", "train.keep_checkpoints", "train.checkpoint_every", "train.validate_every")
+FREE_TO_CHANGE = (
+    "eval.", "device", "train.keep_checkpoints", "train.checkpoint_every", "train.validate_every", "train.spike",
+    "train.log_to",
+)  # fmt: skip
 """Settings that may differ when a run folder is continued: they do not invalidate what earlier stages made."""
 
 
@@ -138,9 +141,14 @@ def check_before_work(run: Run) -> None:
     from .evaluation.harness import check_tasks
     from .models.export import load_tokenizer
     from .models.writer import check_disk
+    from .training.teacher import check_teacher
+    from .training.trackers import check_trackers
 
     check_tasks(run.recipe.eval)
     load_tokenizer(run.source)
+    if run.recipe.train.tokens:
+        check_trackers(run.recipe.train.log_to)
+        check_teacher(run.recipe.train, run.source, teacher_of(run))
     text(run)
     check_disk(run.folder, _disk_needed(run))
 
@@ -187,7 +195,7 @@ def uptrain(run: Run) -> dict[str, Any]:
         return done
     result = train(
         run.converted,
-        run.source,
+        teacher_of(run),
         run.uptrained,
         run.recipe,
         run_dir=run.folder,
@@ -195,6 +203,14 @@ def uptrain(run: Run) -> dict[str, Any]:
         resume_command=command_line(),
     )
     return run.write("train.json", result)
+
+
+def teacher_of(run: Run) -> Path:
+    """The model to distil from: the source model unless train.teacher names another."""
+    from .models.source import resolve_source
+
+    name = run.recipe.train.teacher
+    return resolve_source(name, allow_pickle=run.recipe.source.allow_pickle) if name else run.source
 
 
 def evaluate(run: Run) -> dict[str, Any]:
@@ -333,9 +349,9 @@ def _clear(folder: Path) -> None:
     """Remove what a run writes, by name, and nothing else."""
     import shutil
 
-    for name in ("converted", "uptrained", "checkpoints", "eval"):
+    for name in ("converted", "uptrained", "checkpoints", "eval", "tensorboard", "wandb"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    results = ["recipe.yaml", "metrics.jsonl", "report.md", "loss.png", "sharing.png"]
+    results = ["recipe.yaml", "metrics.jsonl", "wandb.id", "report.md", "loss.png", "sharing.png"]
     results += [f"{name}.json" for name in ("plan", "convert", "train", "environment", "report")]
     for name in results:
         (folder / name).unlink(missing_ok=True)

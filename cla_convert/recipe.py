@@ -128,6 +128,8 @@ class Train(Section):
     """Token budget."""
     loss: Literal["distill", "cross_entropy"] = "distill"
     """distill: forward KL from a frozen teacher. cross_entropy: next-token loss on the data."""
+    teacher: str | None = None
+    """Model to distil from: hub id, local folder or .gguf file, with the same tokenizer. None: the source model."""
     temperature: float = Field(default=1.0, gt=0)
     """distill: softens both distributions; the KL is scaled by its square (Hinton et al. 2015)."""
     cross_entropy_weight: float = Field(default=0.0, ge=0)
@@ -173,6 +175,10 @@ class Train(Section):
     """Tokens of held-out text used for it."""
     checkpoint_every: Count = 2_000_000
     """Save a resumable checkpoint every so many tokens."""
+    spike: float = Field(default=2.0, ge=0)
+    """Stop if the loss stays above so many times its median over 100 steps for 10 steps in a row. 0: never."""
+    log_to: list[Literal["tensorboard", "wandb"]] = []
+    """Where to send metrics besides metrics.jsonl; each needs the extra of its name: cla-convert[wandb]."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Checkpoints to keep; older ones go once a newer one is whole."""
 

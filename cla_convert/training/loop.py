@@ -15,18 +15,21 @@ from typing import Any
 
 import torch
 
-from ..console import human_count, progress, say
+from ..console import human_count, say
 from ..environment import peak_memory_bytes
-from ..errors import Interrupted, TrainingError
+from ..errors import Interrupted
 from ..evaluation.perplexity import token_perplexity
 from ..models.checkpoint import Checkpoint
 from ..models.export import check_exportable, export_model
 from ..models.writer import check_output
 from ..recipe import Recipe
+from .health import PATIENCE, not_finite, spiked, steps_above
 from .metrics import Metrics, read_rows
+from .monitor import Monitor
 from .schedule import crossed, learning_rate
 from .state import Checkpoints, Position
 from .stop import StopRequest
+from .trackers import open_trackers
 from .trainer import Trainer, run_identity, set_up
 
 
@@ -45,7 +48,7 @@ def uptrain(
 
     Args:
         student_dir: folder of the converted model (any causal language model works).
-        teacher_dir: folder of the source model, for distillation.
+        teacher_dir: folder of the model to distil from, usually the source model.
         out_dir: folder of the result; appears whole or not at all.
         recipe: its `train` and `data` sections and the seed are used; `train.tokens` must not be 0.
         run_dir: holds checkpoints/ and metrics.jsonl.
@@ -58,7 +61,7 @@ def uptrain(
 
     Raises:
         InputError: data, models or `out_dir` are not usable, before any training.
-        TrainingError: the loss is not finite, the disk is full, or the checkpoints are of another run.
+        TrainingError: the loss is not finite or has jumped, the disk is full, or the checkpoints are of another run.
         Interrupted: on SIGINT or SIGTERM, after saving.
     """
     check_output(out_dir, overwrite=True)  # before hours of work, not after
@@ -70,11 +73,9 @@ def uptrain(
         checkpoints.clear()
     position = _resume(trainer, checkpoints)
     metrics = Metrics(run_dir / "metrics.jsonl", position.step if position.step else None)
-    try:
-        with StopRequest() as stop:
-            position = _train(trainer, position, checkpoints, metrics, stop, resume_command)
-    finally:
-        metrics.close()
+    trackers = open_trackers(recipe.train.log_to, run_dir, position.step, identity)
+    with Monitor(trainer.budget, position.tokens, metrics, trackers) as monitor, StopRequest() as stop:
+        position = _train(trainer, position, checkpoints, metrics, monitor, stop, resume_command)
     result = _result(trainer, position, read_rows(run_dir / "metrics.jsonl"))
     weights = _final_weights(trainer, student_dir)
     export_model(weights, student_dir, out_dir, manifest={"uptraining": result | identity}, overwrite=True)
@@ -95,30 +96,33 @@ def _train(
     position: Position,
     checkpoints: Checkpoints,
     metrics: Metrics,
+    monitor: Monitor,
     stop: StopRequest,
     resume_command: str,
 ) -> Position:
     """Steps until the budget is spent; returns the final position."""
-    settings, budget = trainer.settings, trainer.budget
-    with progress(budget.tokens, "uptraining", unit="tok", initial=position.tokens) as bar:
-        _validate_if_due(trainer, position, metrics)
-        while position.step < budget.steps:
-            before = position
-            position, row = _step(trainer, position, checkpoints)
-            metrics.write(row)
-            bar.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{row['lr']:.1e}", refresh=False)
-            bar.update(position.tokens - before.tokens)
-            last = position.step == budget.steps
-            if last or stop.requested or crossed(settings.checkpoint_every, before.tokens, position.tokens):
-                metrics.sync()
-                saved = checkpoints.save(position, trainer.parameters, trainer.optimizer)
-                if stop.requested and not last:
-                    raise Interrupted(
-                        f"Interrupted at {human_count(position.tokens)} of {human_count(budget.tokens)} tokens",
-                        f"Everything is saved in {saved}.",
-                        f"Resume with: {resume_command}" if resume_command else "Run the same command to resume.",
-                    )
-            _validate_if_due(trainer, position, metrics)
+    settings, budget, due = trainer.settings, trainer.budget, False
+    _validate_if_due(trainer, position, metrics, monitor)
+    while position.step < budget.steps:
+        before = position
+        position, row = _step(trainer, position, checkpoints)
+        monitor.step(row)
+        above = steps_above(metrics.losses, settings.spike)
+        if above >= PATIENCE:
+            raise spiked(position, budget, metrics.losses, checkpoints)
+        last = position.step == budget.steps
+        due = due or crossed(settings.checkpoint_every, before.tokens, position.tokens)
+        if last or stop.requested or (due and not above):  # what may be the start of a spike must not replace the good
+            due = False
+            metrics.sync()
+            saved = checkpoints.save(position, trainer.parameters, trainer.optimizer)
+            if stop.requested and not last:
+                raise Interrupted(
+                    f"Interrupted at {human_count(position.tokens)} of {human_count(budget.tokens)} tokens",
+                    f"Everything is saved in {saved}.",
+                    f"Resume with: {resume_command}" if resume_command else "Run the same command to resume.",
+                )
+        _validate_if_due(trainer, position, metrics, monitor)
     return position
 
 
@@ -146,9 +150,10 @@ def _step(trainer: Trainer, position: Position, checkpoints: Checkpoints) -> tup
     # it is too late for the weights in memory, but not for the checkpoint.
     loss, *parts, norm = torch.cat((shares.sum(0), norm[None])).tolist()
     if not all(map(math.isfinite, (loss, norm))):
-        raise _not_finite(trainer, position, shares[:, 0], norm, checkpoints)
+        raise not_finite(position, budget, trainer.micro_batch, shares[:, 0], norm, checkpoints)
     seconds = time.perf_counter() - start
     first = loss if position.first_loss is None else position.first_loss
+    speed = (tokens - position.tokens) / seconds
     row = {
         "step": position.step + 1,
         "tokens": tokens,
@@ -156,7 +161,9 @@ def _step(trainer: Trainer, position: Position, checkpoints: Checkpoints) -> tup
         **(dict(zip(trainer.objective.parts, parts, strict=True)) if len(parts) > 1 else {}),
         "lr": rate(peak=settings.learning_rate),
         "grad_norm": norm,
-        "tokens_per_second": (tokens - position.tokens) / seconds,
+        "tokens_per_second": speed,
+        **({"mfu": mfu} if (mfu := trainer.utilisation(speed)) else {}),
+        "peak_memory_bytes": peak_memory_bytes(trainer.device),
         "seconds": position.seconds + seconds,
     }
     return Position(position.step + 1, tokens, position.seconds + seconds, first, loss), row
@@ -188,7 +195,7 @@ def _batch(trainer: Trainer, first: int, end: int) -> torch.Tensor:
     return ids.to(trainer.device, non_blocking=True)
 
 
-def _validate_if_due(trainer: Trainer, position: Position, metrics: Metrics) -> None:
+def _validate_if_due(trainer: Trainer, position: Position, metrics: Metrics, monitor: Monitor) -> None:
     """Validation perplexity at the start, at intervals and at the end; once a step, also after a resume."""
     before = trainer.budget.tokens_after(max(0, position.step - 1))
     ends = position.step in (0, trainer.budget.steps)
@@ -198,25 +205,7 @@ def _validate_if_due(trainer: Trainer, position: Position, metrics: Metrics) -> 
         return
     with trainer.precision.working_copy(trainer.student):
         score = token_perplexity(trainer.student, trainer.validation, batch_size=min(8, trainer.micro_batch))
-    metrics.write({"step": position.step, "tokens": position.tokens, "validation_perplexity": score["perplexity"]})
-
-
-def _not_finite(
-    trainer: Trainer, position: Position, losses: torch.Tensor, norm: float, checkpoints: Checkpoints
-) -> TrainingError:
-    first, end = trainer.budget.step_range(position.step)
-    bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
-    if bad:
-        first += bad[0] * trainer.micro_batch
-        end = min(end, first + trainer.micro_batch)
-    whole = checkpoints.all()
-    kept = f"The last good checkpoint is {whole[-1]}." if whole else "There is no checkpoint yet."
-    what = "loss" if bad else "gradient"
-    return TrainingError(
-        f"The {what} is not finite at step {position.step + 1}, sequences {first} to {end - 1}",
-        f"Loss {losses.sum().item()}, gradient norm {norm}. {kept}",
-        "Lower train.learning_rate, raise train.warmup, or try train.precision=float32; then start over.",
-    )
+    monitor.validation({"step": position.step, "tokens": position.tokens, "validation_perplexity": score["perplexity"]})
 
 
 def _final_weights(trainer: Trainer, student_dir: Path) -> dict[str, torch.Tensor]:
@@ -233,6 +222,8 @@ def _result(trainer: Trainer, position: Position, rows: list[dict[str, Any]]) ->
         "steps": position.step,
         "seconds": position.seconds,
         "tokens_per_second": position.tokens / position.seconds,
+        "mfu": trainer.utilisation(position.tokens / position.seconds),
+        "compiled": trainer.compiled,
         "objective": trainer.settings.loss,
         "loss": position.loss,
         "first_loss": position.first_loss,

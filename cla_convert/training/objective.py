@@ -16,12 +16,12 @@ class Objective:
     """KL from a frozen teacher, next-token cross-entropy, and agreement of the hidden states, weighted and added."""
 
     def __init__(self, train: Train, student: Any, teacher: Any = None, *, fused: bool = False) -> None:
-        """Raise InputError where student and teacher do not fit the recipe's loss or each other.
+        """Read the weights of the terms.
 
         Args:
             train: the recipe's section.
             student: the model to train.
-            teacher: needed for `distill`.
+            teacher: needed for `distill`; of the student's width where hidden states are matched.
             fused: compile what happens to a chunk of logits.
         """
         distill = train.loss == "distill"
@@ -37,8 +37,6 @@ class Objective:
         weights = {"kl": self.terms.kl, "cross_entropy": self.terms.cross_entropy, "hidden": self.hidden_weight}
         self.parts = [name for name, weight in weights.items() if weight]
         """Names of the terms that are computed."""
-        if teacher is not None:
-            self._check_widths(student, teacher)
 
     def targets(self, length: int) -> int:
         """Predictions that a sequence of `length` tokens is scored on: every token but the first."""
@@ -68,15 +66,6 @@ class Objective:
     def _target(self, ids: torch.Tensor) -> Teacher:
         with torch.inference_mode():
             return Teacher(hidden_states(self.teacher, ids), head_weight(self.teacher))
-
-    def _check_widths(self, student: Any, teacher: Any) -> None:
-        ours, theirs = head_weight(student).shape[1], head_weight(teacher).shape[1]
-        if self.hidden_weight and ours != theirs:
-            raise InputError(
-                "Hidden states of different width cannot be matched",
-                f"The student's have {ours} channels, the teacher's {theirs}.",
-                "Set train.hidden_weight to 0, or distil from the source model.",
-            )
 
 
 def hidden_distance(hidden: torch.Tensor, target: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:

@@ -8,16 +8,36 @@ from torch import nn
 
 from ..console import human_bytes, say
 from ..errors import InputError
-from ..models.export import load_model
+from ..models.checkpoint import Checkpoint
+from ..models.export import load_model, load_tokenizer
+from ..recipe import Train
 from .objective import check_head
 
 
-def check_vocabulary(tokenizer: Any, teacher_tokenizer: Any) -> None:
-    """Raise InputError unless the teacher gives every token of the student's tokenizer the same number.
+def check_teacher(train: Train, student: Path, teacher: Path) -> None:
+    """Raise InputError if the model in folder `teacher` cannot teach the one in `student`: vocabulary, width, length.
 
-    The teacher may know more tokens, and its embedding may be padded to another size: `common_rows`.
+    Reads tokenizers and configs only. Nothing to check without distillation.
     """
-    ours, theirs = tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
+    if train.loss != "distill":
+        return
+    _check_vocabulary(load_tokenizer(student).get_vocab(), load_tokenizer(teacher).get_vocab())
+    ours, theirs = (Checkpoint.open(folder).config for folder in (student, teacher))
+    if train.hidden_weight and ours.get("hidden_size") != theirs.get("hidden_size"):
+        raise InputError(
+            "Hidden states of different width cannot be matched",
+            f"The student's have {ours.get('hidden_size')} channels, the teacher's {theirs.get('hidden_size')}.",
+            "Set train.hidden_weight to 0, or distil from the source model.",
+        )
+    longest = theirs.get("max_position_embeddings")
+    if longest and train.sequence_length > longest:
+        raise InputError(
+            f"train.sequence_length is {train.sequence_length}, more than the teacher's {longest} positions"
+        )
+
+
+def _check_vocabulary(ours: dict[str, int], theirs: dict[str, int]) -> None:
+    """The teacher may know more tokens, and its embedding may be padded to another size; ours it must number alike."""
     different = sorted((number, token) for token, number in ours.items() if theirs.get(token) != number)
     if different:
         number, token = different[0]

@@ -13,16 +13,17 @@ from ..models.export import load_model, load_tokenizer
 from ..recipe import Recipe, Train
 from .compiling import choose_compile, compile_layers
 from .data import Sequences, TokenStore, held_out_rows, store_for
-from .flops import training_flops
+from .flops import peak_flops, training_flops
 from .objective import Objective, check_head
 from .parameters import freeze_all_but, make_optimizer
 from .precision import Precision, cast_frozen, choose_precision
 from .schedule import Budget
 from .sizing import micro_batch_size
-from .teacher import load_teacher
+from .teacher import check_teacher, load_teacher
+from .trackers import check_trackers
 
 # Settings that change what is written when, but not one weight: free to change on resume.
-_FREE = {"checkpoint_every", "keep_checkpoints", "validate_every"}
+_FREE = {"checkpoint_every", "keep_checkpoints", "validate_every", "spike", "log_to"}
 
 
 @dataclass
@@ -45,11 +46,17 @@ class Trainer:
     compiled: bool
     flops_per_token: float
     """Of training, see flops.py."""
+    peak_flops: float | None
+    """FLOP/s of the device; None where it is not known."""
 
     @property
     def parameters(self) -> dict[str, torch.Tensor]:
         """Trained parameters by name; tied ones appear once."""
         return {name: p for name, p in self.student.named_parameters() if p.requires_grad}
+
+    def utilisation(self, tokens_per_second: float) -> float | None:
+        """Model FLOPs utilisation (MFU) at this speed; None where the device's peak is not known."""
+        return None if self.peak_flops is None else tokens_per_second * self.flops_per_token / self.peak_flops
 
 
 def set_up(
@@ -62,7 +69,10 @@ def set_up(
             f"The budget of {settings.tokens} tokens is smaller than one sequence of {settings.sequence_length}",
             fix="Raise train.tokens or lower train.sequence_length.",
         )
-    data = data or store_for(recipe, load_tokenizer(student_dir))
+    check_trackers(settings.log_to)
+    if data is None:
+        data = store_for(recipe, load_tokenizer(student_dir))
+        check_teacher(settings, student_dir, teacher_dir)
     precision = choose_precision(settings.precision, device)
     torch.manual_seed(recipe.seed)
     student = load_model(student_dir, dtype=torch.float32, device=device)
@@ -97,6 +107,7 @@ def set_up(
         micro_batch=rows,
         compiled=compiled,
         flops_per_token=flops,
+        peak_flops=peak_flops(device, precision.compute),
     )
     say(_describe(trainer))
     return trainer
@@ -105,6 +116,7 @@ def set_up(
 def run_identity(student_dir: Path, teacher_dir: Path, recipe: Recipe, trainer: Trainer) -> dict[str, Any]:
     """What the weights at the end depend on: a checkpoint resumes only a run that agrees in all of it."""
     settings = recipe.train.model_dump(mode="json", exclude=_FREE)
+    settings |= {"micro_batch_size": trainer.micro_batch, "compile": trainer.compiled}
     return {
         **{f"train.{name}": value for name, value in settings.items()},
         "seed": recipe.seed,
@@ -112,8 +124,6 @@ def run_identity(student_dir: Path, teacher_dir: Path, recipe: Recipe, trainer: 
         "model": Checkpoint.open(student_dir).fingerprint(),
         "teacher": Checkpoint.open(teacher_dir).fingerprint() if recipe.train.loss == "distill" else None,
         "precision": trainer.precision.name,
-        "micro_batch": trainer.micro_batch,
-        "compiled": trainer.compiled,
         "device": trainer.precision.device_type,
     }
 
