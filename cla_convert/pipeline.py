@@ -23,6 +23,7 @@ from .recipe import Recipe, Resolved, flatten, is_named
 STAGES = ["plan", "convert", "uptrain", "eval", "report"]
 FREE_TO_CHANGE = (
     "eval.", "device", "train.control", "train.keep_checkpoints", "train.checkpoint_every", "train.validate_every",
+    "train.spike", "train.log_to",
 )  # fmt: skip
 """Settings that may differ when a run folder is continued: they do not invalidate what earlier stages made."""
 DEFAULT_BUDGET = 0.5
@@ -164,10 +165,15 @@ def check_before_work(run: Run) -> None:
     from .evaluation.texts import check_texts
     from .models.export import load_tokenizer
     from .models.writer import check_disk
+    from .training.teacher import check_teacher
+    from .training.trackers import check_trackers
 
     check_tasks(run.recipe.eval, run.source, run.recipe.seed)
     check_texts(run.recipe.eval.perplexity)
     load_tokenizer(run.source)
+    if run.recipe.train.tokens:
+        check_trackers(run.recipe.train.log_to)
+        check_teacher(run.recipe.train, run.source, teacher_of(run))
     text(run)
     check_disk(run.folder, _disk_needed(run))
 
@@ -230,7 +236,7 @@ def _train(run: Run, student: Path, folder: Path) -> dict[str, Any]:
     summary.unlink(missing_ok=True)  # of a model that was removed since
     result = train(
         student,
-        run.source,
+        teacher_of(run),
         out,
         run.recipe,
         run_dir=folder,
@@ -241,6 +247,14 @@ def _train(run: Run, student: Path, folder: Path) -> dict[str, Any]:
     write_json(summary, result)
     finish(folder, keep=keep)
     return result
+
+
+def teacher_of(run: Run) -> Path:
+    """The model to distil from: the source model unless train.teacher names another."""
+    from .models.source import resolve_source
+
+    name = run.recipe.train.teacher
+    return resolve_source(name, allow_pickle=run.recipe.source.allow_pickle) if name else run.source
 
 
 def evaluate(run: Run) -> dict[str, Any]:
@@ -391,9 +405,9 @@ def _clear(folder: Path) -> None:
     """Remove what a run writes, by name, and nothing else."""
     import shutil
 
-    for name in ("converted", "uptrained", "checkpoints", "control", "eval"):
+    for name in ("converted", "uptrained", "checkpoints", "control", "eval", "tensorboard", "wandb"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    results = ["recipe.yaml", "metrics.jsonl", "report.md", "report.html"]
+    results = ["recipe.yaml", "metrics.jsonl", "wandb.id", "report.md", "report.html"]
     results += [f"{name}.png" for name in ("loss", "sharing", "pareto", "bench")]
     results += [f"{name}.json" for name in ("plan", "convert", "train", "environment", "report", "bench")]
     for name in results:

@@ -181,9 +181,23 @@ class Train(Section):
     tokens: Count = 0
     """Token budget."""
     loss: Literal["distill", "cross_entropy"] = "distill"
-    """distill: forward KL from the frozen source model at T=1. cross_entropy: next-token loss on the data."""
+    """distill: forward KL from a frozen teacher. cross_entropy: next-token loss on the data."""
+    teacher: str | None = None
+    """Model to distil from: hub id, local folder or .gguf file, with the same tokenizer. None: the source model."""
+    temperature: float = Field(default=1.0, gt=0)
+    """distill: softens both distributions; the KL is scaled by its square (Hinton et al. 2015)."""
+    cross_entropy_weight: float = Field(default=0.0, ge=0)
+    """distill: adds so many times the cross-entropy on the data."""
+    hidden_weight: float = Field(default=0.0, ge=0)
+    """distill: adds so many times |student - teacher|^2 / |teacher|^2 of the final hidden states (after the norm)."""
+    parameters: Literal["all", "attention", "shared"] = "all"
+    """What is trained. attention: the weights of all attention layers. shared: of the layers that share K/V,
+    owners and consumers."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """Peak learning rate of AdamW."""
+    learning_rates: dict[Literal["shared", "attention", "other"], Annotated[float, Field(gt=0)]] = {}
+    """Peak rates for parts of the model, in place of `learning_rate`. shared: attention of layers that share K/V;
+    attention: of all layers (but those, if `shared` is given too); other: everything else."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """Learning rate over tokens; wsd: constant, then 1-sqrt decay over the last 20%."""
     warmup: float = Field(default=0.02, ge=0, le=1)
@@ -203,10 +217,13 @@ class Train(Section):
     loss is taken on the first token of the next one. False: they are separated by EOS only."""
     batch_tokens: Count = 65_536
     """Tokens in an optimiser step (a multiple of sequence_length)."""
-    micro_batch_size: int = Field(default=8, ge=1)
-    """Sequences in one forward/backward pass; gradients accumulate up to batch_tokens."""
-    precision: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Compute precision. auto: bfloat16 autocast where the hardware has it; weights and optimiser stay float32."""
+    micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Sequences in one forward/backward pass; gradients accumulate up to batch_tokens. auto: 8 on a CPU; on a GPU what
+    its memory holds, up to 32k tokens."""
+    precision: Literal["auto", "bfloat16", "tf32", "float32"] = "auto"
+    """Compute precision. auto: bfloat16 where the hardware has it, else float32; weights and optimiser stay float32."""
+    compile: bool | Literal["auto"] = "auto"
+    """torch.compile the layers and the loss. auto: on a GPU, if the run is long enough to pay the half minute back."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third slower."""
     validate_every: Count = 2_000_000
@@ -215,6 +232,10 @@ class Train(Section):
     """Tokens of held-out text used for it."""
     checkpoint_every: Count = 2_000_000
     """Save a resumable checkpoint every so many tokens."""
+    spike: float = Field(default=2.0, ge=0)
+    """Stop if the loss stays above so many times its median over 100 steps for 10 steps in a row. 0: never."""
+    log_to: list[Literal["tensorboard", "wandb"]] = []
+    """Where to send metrics besides metrics.jsonl; each needs the extra of its name: cla-convert[wandb]."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Checkpoints to keep; older ones go once a newer one is whole."""
     keep_checkpoints_after_success: bool = False

@@ -18,7 +18,9 @@ def uptrain(
     out: Annotated[Path, typer.Argument(help="Folder for the uptrained model.", show_default=False)],
     recipe: Annotated[str | None, typer.Option(help="Recipe file, or the name of a shipped one.")] = None,
     tokens: Annotated[str | None, typer.Option(help="Token budget, such as 26M.")] = None,
-    teacher: Annotated[str | None, typer.Option(help="Source model; default: the recipe's.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Model to distil from; default: the recipe's teacher, else its source model.")
+    ] = None,
     resume: Annotated[
         bool, typer.Option(help="Continue from the last checkpoint (the default if there is one).")
     ] = True,
@@ -43,8 +45,9 @@ def uptrain(
     settings = resolved.recipe
     if not settings.train.tokens:
         raise UsageError("No token budget", fix="Give --tokens, for example --tokens 26M.")
-    if not (source := teacher or settings.source.model):
+    if not (source := teacher or settings.train.teacher or settings.source.model):
         raise UsageError("No teacher", why="Distillation needs the source model.", fix="Give --teacher MODEL.")
+    revision = settings.source.revision if source == settings.source.model else None
     state = out.with_name(f"{out.name}.state")
     done = (state / "train.json").exists()
     if out.exists() and (done or not (state / "checkpoints").exists()):  # else it was interrupted at the very end
@@ -54,7 +57,7 @@ def uptrain(
     (state / "train.json").unlink(missing_ok=True)
     result = train(
         model,
-        resolve_source(source, revision=settings.source.revision, allow_pickle=settings.source.allow_pickle),
+        resolve_source(source, revision=revision, allow_pickle=settings.source.allow_pickle),
         out,
         settings,
         run_dir=state,

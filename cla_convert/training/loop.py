@@ -8,27 +8,33 @@ the very same weights.
 """
 
 import errno
+import math
 import time
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..console import human_count, progress, say
+from ..console import human_count, say
 from ..environment import peak_memory_bytes
-from ..errors import Interrupted, TrainingError
+from ..errors import Interrupted
 from ..evaluation.perplexity import token_perplexity
+from ..models.checkpoint import Checkpoint
 from ..models.export import check_exportable, export_model
 from ..models.writer import check_output
 from ..recipe import Recipe
+from .health import HISTORY, PATIENCE, not_finite, spiked, steps_above
 from .metrics import Metrics, NoMetrics, read_rows
-from .parallel import check_team, share, team, whole
+from .monitor import Monitor
+from .parallel import check_team, team, whole
 from .schedule import crossed, learning_rate
 from .state import Checkpoints, Position
 from .stop import StopRequest
 from .torchrun import call_the_others
+from .trackers import open_trackers
 from .trainer import Trainer, run_identity, set_up
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -50,7 +56,7 @@ def uptrain(
 
     Args:
         student_dir: folder of the converted model (any causal language model works).
-        teacher_dir: folder of the source model, for distillation.
+        teacher_dir: folder of the model to distil from, usually the source model.
         out_dir: folder of the result; appears whole or not at all.
         recipe: its `train` and `data` sections and the seed are used; `train.tokens` must not be 0.
         run_dir: holds checkpoints/ and metrics.jsonl.
@@ -67,7 +73,7 @@ def uptrain(
     Raises:
         UsageError: several processes cannot share the device.
         InputError: data, models or `out_dir` are not usable, before any training.
-        TrainingError: the loss is not finite, the disk is full, or the checkpoints are of another run.
+        TrainingError: the loss is not finite or has jumped, the disk is full, or the checkpoints are of another run.
         Interrupted: on SIGINT or SIGTERM, after saving.
     """
     arguments = dict(locals())
@@ -86,17 +92,16 @@ def uptrain(
         position = _resume(trainer, checkpoints)
         log = run_dir / "metrics.jsonl"
         metrics = Metrics(log, position.step if position.step else None) if crew.leads else NoMetrics()
+        trackers = open_trackers(recipe.train.log_to, run_dir, position.step, identity) if crew.leads else []
         try:
-            with StopRequest() as stop:
-                position = _train(trainer, position, checkpoints, metrics, stop, resume_command)
+            with Monitor(trainer.budget, position.tokens, metrics, trackers) as monitor, StopRequest() as stop:
+                position = _train(trainer, position, checkpoints, metrics, monitor, stop, resume_command)
         except OSError as error:
             if error.errno not in _DISK_FULL:
                 raise
             raise checkpoints.disk_trouble(str(error)) from error
-        finally:
-            metrics.close()
         result = _result(trainer, position, read_rows(log)) | {"changes": checkpoints.changes}
-        state = crew.whole_state(trainer.student)
+        state = _final_weights(trainer, student_dir)
     if crew.leads:
         export_model(state, student_dir, out_dir, manifest={"uptraining": result | identity}, overwrite=True)
     return result
@@ -116,30 +121,34 @@ def _train(
     position: Position,
     checkpoints: Checkpoints,
     metrics: Metrics,
+    monitor: Monitor,
     stop: StopRequest,
     resume_command: str,
 ) -> Position:
     """Steps until the budget is spent; returns the final position."""
-    settings, budget = trainer.settings, trainer.budget
-    with progress(budget.tokens, "uptraining", unit="tok", initial=position.tokens) as bar:
-        _validate_if_due(trainer, position, metrics)
-        while position.step < budget.steps:
-            before = position
-            position, row = _step(trainer, position, checkpoints)
-            metrics.write(row)
-            bar.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{row['lr']:.1e}", refresh=False)
-            bar.update(position.tokens - before.tokens)
-            last, stopping = position.step == budget.steps, trainer.team.any(stop.requested)
-            if last or stopping or crossed(settings.checkpoint_every, before.tokens, position.tokens):
-                metrics.sync()
-                saved = checkpoints.save(position, trainer.student, trainer.optimizer)
-                if stopping and not last:
-                    raise Interrupted(
-                        f"Interrupted at {human_count(position.tokens)} of {human_count(budget.tokens)} tokens",
-                        f"Everything is saved in {saved}.",
-                        f"Resume with: {resume_command}" if resume_command else "Run the same command to resume.",
-                    )
-            _validate_if_due(trainer, position, metrics)
+    settings, budget, team, due = trainer.settings, trainer.budget, trainer.team, False
+    _validate_if_due(trainer, position, metrics, monitor)
+    while position.step < budget.steps:
+        before = position
+        position, row = _step(trainer, position, checkpoints)
+        monitor.step(row)
+        losses = team.decide(metrics.losses[-HISTORY:])
+        above = steps_above(losses, settings.spike)
+        if above >= PATIENCE:
+            raise spiked(position, budget, losses, checkpoints)
+        last, stopping = position.step == budget.steps, team.any(stop.requested)
+        due = due or crossed(settings.checkpoint_every, before.tokens, position.tokens)
+        if last or stopping or (due and not above):  # what may be the start of a spike must not replace the good
+            due = False
+            metrics.sync()
+            saved = checkpoints.save(position, trainer.student, trainer.optimizer)
+            if stopping and not last:
+                raise Interrupted(
+                    f"Interrupted at {human_count(position.tokens)} of {human_count(budget.tokens)} tokens",
+                    f"Everything is saved in {saved}.",
+                    f"Resume with: {resume_command}" if resume_command else "Run the same command to resume.",
+                )
+        _validate_if_due(trainer, position, metrics, monitor)
     return position
 
 
@@ -147,35 +156,42 @@ def _step(trainer: Trainer, position: Position, checkpoints: Checkpoints) -> tup
     """One optimiser step; returns the new position and its row for metrics.jsonl."""
     start, settings, budget = time.perf_counter(), trainer.settings, trainer.budget
     tokens = budget.tokens_after(position.step + 1)
-    rate = learning_rate(
+    rate = partial(
+        learning_rate,
         position.tokens,
         tokens,
         budget.tokens,
-        peak=settings.learning_rate,
         schedule=settings.schedule,
         warmup=settings.warmup,
         final=settings.final_lr,
     )
     # What is random in a step (dropout) depends on its number too: no generator has to be saved.
     torch.manual_seed(_step_seed(trainer, position.step))
-    losses = _gradients(trainer, *budget.step_range(position.step))
+    with trainer.computing():
+        shares = _gradients(trainer, *budget.step_range(position.step))
     norm = whole(torch.nn.utils.clip_grad_norm_(trainer.parameters.values(), settings.clip))
-    loss = losses.sum().item()
-    if not (torch.isfinite(losses).all() and torch.isfinite(norm)):
-        raise _not_finite(trainer, position, losses, norm.item(), checkpoints)
     for group in trainer.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate(peak=group["peak"])
     trainer.optimizer.step()
     trainer.optimizer.zero_grad(set_to_none=True)
+    # The only time that the host waits for the device, after all of the step is under way. If something is not finite
+    # it is too late for the weights in memory, but not for the checkpoint.
+    loss, *parts, norm = torch.cat((shares.sum((0, 1)), norm[None])).tolist()
+    if not all(map(math.isfinite, (loss, norm))):
+        raise not_finite(trainer, position, shares[..., 0], norm, checkpoints)
     seconds = time.perf_counter() - start
     first = loss if position.first_loss is None else position.first_loss
+    speed = (tokens - position.tokens) / seconds
     row = {
         "step": position.step + 1,
         "tokens": tokens,
         "loss": loss,
-        "lr": rate,
-        "grad_norm": norm.item(),
-        "tokens_per_second": (tokens - position.tokens) / seconds,
+        **(dict(zip(trainer.objective.parts, parts, strict=True)) if len(parts) > 1 else {}),
+        "lr": rate(peak=settings.learning_rate),
+        "grad_norm": norm,
+        "tokens_per_second": speed,
+        **({"mfu": mfu} if (mfu := trainer.utilisation(speed)) else {}),
+        "peak_memory_bytes": peak_memory_bytes(trainer.device),
         "seconds": position.seconds + seconds,
     }
     return Position(position.step + 1, tokens, position.seconds + seconds, first, loss), row
@@ -187,26 +203,40 @@ def _gradients(trainer: Trainer, first: int, end: int) -> torch.Tensor:
     Every micro-batch is divided by the targets of the whole step: the sum is the mean over tokens however it is cut.
 
     Returns:
-        Each micro-batch's part of the loss, of every process: [processes, passes].
+        Each pass's share of the loss and of its parts, of every process: [processes, passes, 1 + parts].
     """
-    sequences = trainer.sequences
     denominator = (end - first) * trainer.objective.targets(trainer.budget.length)
-    denominator -= sequences.boundaries(end - first, first)
-    losses = []
-    for part in trainer.team.share(first, end, trainer.settings.micro_batch_size):
-        batch = _batch(trainer, part if part else range(first, first + 1))
-        with trainer.precision.autocast():
-            loss = trainer.team.run(trainer.objective, trainer.student, *batch, denominator) * bool(part)
+    denominator -= trainer.sequences.boundaries(end - first, first)
+    shares = []
+    for part in trainer.team.share(first, end, trainer.micro_batch):
+        batch = _batch(trainer, part or range(first, first + 1))
+        loss, parts = trainer.team.run(trainer.objective, trainer.student, *batch, denominator)
+        loss = loss * bool(part)
         loss.backward()
-        losses.append(loss.detach())
-    return trainer.team.gather(torch.stack(losses))
+        shares.append(torch.cat((loss.detach()[None], parts * bool(part))))
+    return trainer.team.gather(torch.stack(shares))
 
 
 def _step_seed(trainer: Trainer, step: int) -> int:
     return int(np.random.SeedSequence([trainer.seed, step, trainer.team.rank]).generate_state(1)[0])
 
 
-def _validate_if_due(trainer: Trainer, position: Position, metrics: Metrics) -> None:
+def _batch(trainer: Trainer, part: range) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Sequences `part` on the device, [B, T], and their positions where documents are kept apart."""
+    arrays = (source(len(part), part.start) for source in (trainer.sequences.rows, trainer.sequences.positions))
+    ids, positions = (None if array is None else _to_device(trainer, torch.from_numpy(array)) for array in arrays)
+    assert ids is not None
+    return ids, positions
+
+
+def _to_device(trainer: Trainer, tensor: torch.Tensor) -> torch.Tensor:
+    """A copy for which the host does not wait."""
+    return (tensor.pin_memory() if trainer.precision.device_type == "cuda" else tensor).to(
+        trainer.device, non_blocking=True
+    )
+
+
+def _validate_if_due(trainer: Trainer, position: Position, metrics: Metrics, monitor: Monitor) -> None:
     """Validation perplexity at the start, at intervals and at the end; once a step, also after a resume."""
     before = trainer.budget.tokens_after(max(0, position.step - 1))
     ends = position.step in (0, trainer.budget.steps)
@@ -214,29 +244,20 @@ def _validate_if_due(trainer: Trainer, position: Position, metrics: Metrics) -> 
         return
     if trainer.team.decide(metrics.has_validation(position.step)):
         return
-    with trainer.precision.autocast():  # every process does it all: the sequences are few, and the result is one
-        size = trainer.settings.micro_batch_size
+    with trainer.computing():  # every process does it all: the sequences are few, and the result is one
+        size = min(8, trainer.micro_batch)
         score = trainer.team.run(token_perplexity, trainer.student, trainer.validation, batch_size=size)
-    metrics.write({"step": position.step, "tokens": position.tokens, "validation_perplexity": score["perplexity"]})
+    monitor.validation({"step": position.step, "tokens": position.tokens, "validation_perplexity": score["perplexity"]})
 
 
-def _not_finite(
-    trainer: Trainer, position: Position, losses: torch.Tensor, norm: float, checkpoints: Checkpoints
-) -> TrainingError:
-    first, end = trainer.budget.step_range(position.step)
-    bad = (~torch.isfinite(losses)).nonzero().tolist()
-    if bad:
-        rank, number = bad[0]
-        part = share(first, end, trainer.settings.micro_batch_size, rank, trainer.team.size)[number]
-        first, end = (part.start, part.stop) if part else (first, end)
-    saved = checkpoints.all()
-    kept = f"The last good checkpoint is {saved[-1]}." if saved else "There is no checkpoint yet."
-    what = "loss" if bad else "gradient"
-    return TrainingError(
-        f"The {what} is not finite at step {position.step + 1}, sequences {first} to {end - 1}",
-        f"Loss {losses.sum().item()}, gradient norm {norm}. {kept}",
-        "Lower train.learning_rate, raise train.warmup, or try train.precision=float32; then start over.",
-    )
+def _final_weights(trainer: Trainer, student_dir: Path) -> dict[str, torch.Tensor]:
+    """The state dict to export, on process 0. What was not trained comes from the files: in memory it is cast."""
+    if trainer.team.size > 1:
+        return trainer.team.whole_state(trainer.student)  # nothing is cast there
+    stored = Checkpoint.open(student_dir)
+    state = trainer.student.state_dict(keep_vars=True)
+    frozen = {name for name, tensor in state.items() if not tensor.requires_grad and name in stored.tensors}
+    return {name: stored.read(name) if name in frozen else tensor for name, tensor in state.items()}
 
 
 def _result(trainer: Trainer, position: Position, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -245,6 +266,8 @@ def _result(trainer: Trainer, position: Position, rows: list[dict[str, Any]]) ->
         "steps": position.step,
         "seconds": position.seconds,
         "tokens_per_second": position.tokens / position.seconds,
+        "mfu": trainer.utilisation(position.tokens / position.seconds),
+        "compiled": trainer.compiled,
         "objective": trainer.settings.loss,
         "loss": position.loss,
         "first_loss": position.first_loss,

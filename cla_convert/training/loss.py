@@ -1,15 +1,19 @@
-"""Chunked losses over hidden states: the whole batch's logits never exist, in forward or in backward.
+"""Losses over the vocabulary, in chunks of positions: the whole batch's logits never exist, forward or backward.
 
-Both losses have the same gradient with respect to the student's logits, p_student - p_target, where the target is the
-next token (cross-entropy) or the teacher's distribution (forward KL). So each chunk of positions computes its logits,
-its loss and, at once, its part of the gradients: three matrix products, against four with recomputation. What stays
-until the backward pass has the size of the hidden states and of the head, not of the logits.
+Cross-entropy and the forward KL divergence have the same gradient with respect to the student's logits, p_student -
+p_target, where the target is the next token or the teacher's distribution. So each chunk of positions computes its
+logits, its losses and, at once, its part of the gradients: three matrix products, against four with recomputation. What
+stays until the backward pass has the size of the hidden states and of the head, not of the logits.
+
+The matrix products run in the dtype of the hidden states, softmax and sums in float32. What lies between the products
+is one function, `chunk_loss`, which torch.compile fuses into two passes over the logits.
 
 Shapes: B sequences, T positions, N = B*T, D hidden size, V vocabulary. Position t holds what predicts token t+1, so
-labels and masks are aligned with the *predicting* position: `next_token_labels`.
+labels are aligned with the *predicting* position: `next_token_labels`.
 """
 
 from collections.abc import Callable
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -45,6 +49,28 @@ def logit_rule(config: Any) -> LogitRule:
     return LogitRule(float(scale), getattr(config, "final_logit_softcapping", None))
 
 
+class Terms(NamedTuple):
+    """A loss: kl * T^2 KL(teacher || student, both at temperature T) + cross_entropy * (next-token cross-entropy).
+
+    T^2 keeps the gradient's size when T changes (Hinton et al. 2015, arXiv 1503.02531, section 2.1).
+    """
+
+    kl: float = 0.0
+    cross_entropy: float = 0.0
+    temperature: float = 1.0
+    rule: LogitRule = LogitRule()
+    teacher_rule: LogitRule = LogitRule()
+
+
+class Teacher(NamedTuple):
+    """Where the target distribution comes from."""
+
+    hidden: torch.Tensor
+    """Final hidden states [B, T, D']; no gradient flows into them."""
+    weight: torch.Tensor
+    """Output embedding [V, D']."""
+
+
 def next_token_labels(ids: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
     """Labels of the predicting positions: [B, T] -> [B, T], the last position ignored.
 
@@ -54,107 +80,79 @@ def next_token_labels(ids: torch.Tensor, positions: torch.Tensor | None = None) 
     return torch.cat((following, torch.full_like(ids[:, :1], IGNORE)), dim=1)
 
 
-def cross_entropy(
+def vocabulary_loss(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     labels: torch.Tensor,
-    chunk: int,
+    terms: Terms,
     *,
-    denominator: float = 1.0,
-    rule: LogitRule = LogitRule(),  # noqa: B008  (immutable)
-) -> torch.Tensor:
-    """Cross-entropy summed over the labels that are not IGNORE, divided by `denominator`.
-
-    Args:
-        hidden: final hidden states [B, T, D].
-        weight: the output embedding [V, D].
-        labels: the token that each position predicts [B, T], see `next_token_labels`.
-        chunk: positions whose logits exist at a time.
-        denominator: usually the predicted tokens of the whole optimiser step.
-        rule: scale and soft cap of the logits.
-
-    Returns:
-        A scalar, float32, differentiable in `hidden` and `weight`.
-    """
-    keep, wanted = _select(labels != IGNORE, labels)
-
-    def chunk_loss(logits: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        target = wanted[part, None]
-        log_p = F.log_softmax(logits, dim=-1)
-        loss = -log_p.gather(-1, target).sum()
-        gradient = log_p.exp_().scatter_add_(-1, target, log_p.new_full((), -1.0).expand_as(target))
-        return loss, gradient
-
-    return _apply(hidden, weight, keep, chunk_loss, chunk, rule) / denominator
-
-
-def distill(
-    hidden: torch.Tensor,
-    teacher_hidden: torch.Tensor,
-    weight: torch.Tensor,
-    teacher_weight: torch.Tensor,
-    mask: torch.Tensor | None,
+    teacher: Teacher | None = None,
     chunk: int,
-    *,
-    denominator: float = 1.0,
-    rule: LogitRule = LogitRule(),  # noqa: B008  (immutable)
-    teacher_rule: LogitRule = LogitRule(),  # noqa: B008  (immutable)
-) -> torch.Tensor:
-    """Forward KL(teacher || student) at temperature 1, summed over the mask, divided by `denominator`.
+    fused: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss that `terms` describe, summed over the positions whose label is not IGNORE.
 
     Args:
         hidden: the student's final hidden states [B, T, D].
-        teacher_hidden: the teacher's [B, T, D']; no gradient flows into it.
-        weight: the student's output embedding [V, D].
-        teacher_weight: the teacher's [V, D'].
-        mask: positions that count, bool [B, T]; None: all.
-        chunk: positions whose logits exist at a time.
-        denominator: usually the predicted tokens of the whole optimiser step.
-        rule: scale and soft cap of the student's logits.
-        teacher_rule: the teacher's.
+        weight: its output embedding [V, D].
+        labels: the token that each position predicts [B, T], see `next_token_labels`.
+        terms: the weights of the two losses, the temperature, scale and soft cap of the logits.
+        teacher: needed where `terms.kl` is not 0.
+        chunk: positions whose logits may exist at a time.
+        fused: compile what happens to a chunk of logits.
 
     Returns:
-        A scalar, float32, differentiable in `hidden` and `weight`.
+        The weighted sum, a float32 scalar, differentiable in `hidden` and `weight`; and [KL (with its T^2),
+        cross-entropy], each summed but not weighted, for the record. A loss whose weight is 0 is not computed: 0.
     """
-    if mask is None:
-        mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-    keep, target_hidden = _select(mask, teacher_hidden.detach())
+    function = _compiled(terms) if fused else partial(chunk_loss, terms=terms)
+    states = None if teacher is None else teacher.hidden.detach().flatten(0, 1)
+    head = None if teacher is None else teacher.weight.detach()
+    return _Chunked.apply(hidden.flatten(0, 1), weight, states, head, labels.flatten(), terms, chunk, function)
 
-    def chunk_loss(logits: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        teacher = teacher_rule.apply(target_hidden[part].to(teacher_weight.dtype) @ teacher_weight.detach().T)
-        log_q = F.log_softmax(teacher, dim=-1)
-        log_p = F.log_softmax(logits, dim=-1)
+
+def chunk_loss(
+    logits: torch.Tensor, teacher_logits: torch.Tensor | None, labels: torch.Tensor, terms: Terms
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses of n positions and the gradient of their weighted sum.
+
+    Args:
+        logits: products of the student's states and head [n, V], before the model's rule.
+        teacher_logits: the teacher's [n, V], likewise.
+        labels: [n]; IGNOREd positions count for nothing in the losses (their gradient is the caller's to drop).
+        terms: what is computed.
+
+    Returns:
+        Sums [KL, cross-entropy] in float32, and the gradient with respect to `logits`, in their dtype.
+    """
+    counted = labels != IGNORE
+    capped = terms.rule.apply(logits)
+    kl = entropy = capped.new_zeros(())
+    gradient = None
+    if terms.kl and teacher_logits is not None:
+        t = terms.temperature
+        log_q = F.log_softmax(terms.teacher_rule.apply(teacher_logits) / t, dim=-1)
+        log_p = F.log_softmax(capped / t, dim=-1)
         q = log_q.exp()
-        loss = (q * log_q.sub_(log_p)).sum()
-        return loss, log_p.exp_().sub_(q)
-
-    return _apply(hidden, weight, keep, chunk_loss, chunk, rule) / denominator
-
-
-def _select(mask: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Indices [n] of the positions that count (None: all) and `values` there, [n] or [n, D']."""
-    flat = values.flatten(0, 1)
-    if bool(mask.all()):
-        return None, flat
-    keep = mask.flatten().nonzero().squeeze(-1)
-    return keep, flat[keep]
+        kl = ((q * (log_q - log_p)).sum(-1) * counted).sum() * t**2
+        gradient = (log_p.exp() - q) * (terms.kl * t)
+    if terms.cross_entropy:
+        log_p = F.log_softmax(capped, dim=-1)
+        target = labels.clamp(min=0)[:, None]
+        entropy = -(log_p.gather(-1, target).squeeze(-1) * counted).sum()
+        hit = torch.arange(logits.shape[1], device=logits.device) == target  # fuses, which a scatter does not
+        hard = torch.where(hit, log_p.exp() - 1, log_p.exp()) * terms.cross_entropy
+        gradient = hard if gradient is None else gradient + hard
+    assert gradient is not None, "a loss without terms"
+    return torch.stack((kl, entropy)), terms.rule.backward(gradient, capped).to(logits.dtype)
 
 
-ChunkLoss = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]
-"""(logits [n, V] after the rule, the chunk's slice of the positions) -> (summed loss, gradient of it [n, V])."""
+ChunkLoss = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
-def _apply(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    keep: torch.Tensor | None,
-    chunk_loss: ChunkLoss,
-    chunk: int,
-    rule: LogitRule,
-) -> torch.Tensor:
-    flat = hidden.flatten(0, 1)
-    flat = flat if keep is None else flat[keep]
-    return _Chunked.apply(flat, weight, chunk_loss, chunk, rule)
+@cache
+def _compiled(terms: Terms) -> ChunkLoss:
+    return torch.compile(partial(chunk_loss, terms=terms), fullgraph=True)
 
 
 class _Chunked(torch.autograd.Function):
@@ -162,51 +160,49 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, chunk_loss: ChunkLoss, chunk: int, rule: LogitRule
-    ) -> torch.Tensor:
-        device = hidden.device.type
-        # The products run in the dtype autocast asks for, the softmax and all sums in float32.
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        teacher_hidden: torch.Tensor | None,
+        teacher_weight: torch.Tensor | None,
+        labels: torch.Tensor,
+        terms: Terms,
+        chunk: int,
+        function: ChunkLoss,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        head = weight.detach().to(dtype)
-        total = torch.zeros((), device=hidden.device)
+        head = weight.to(hidden.dtype)
+        sums = torch.zeros(2, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if need_hidden else None
-        d_weight: torch.Tensor | None = None
-        with torch.autocast(device, enabled=False):
-            for start in range(0, hidden.shape[0], chunk):
-                part = slice(start, start + chunk)
-                states = hidden[part].detach().to(dtype)
-                logits = rule.apply(states @ head.T)
-                loss, gradient = chunk_loss(logits, part)
-                total += loss
-                gradient = rule.backward(gradient, logits).to(dtype)
-                if d_hidden is not None:
-                    d_hidden[part] = gradient @ head
-                if need_weight:
-                    d_weight = _accumulate(d_weight, gradient, states, weight.dtype)
-        ctx.gradients = d_hidden, d_weight
-        return total
+        # In float32 whatever the dtype of the weight: a sum over chunks must not lose what bfloat16 drops.
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        for start in range(0, hidden.shape[0], chunk):
+            part = slice(start, start + chunk)
+            counted = (labels[part] != IGNORE)[:, None]
+            states = hidden[part]
+            target = None
+            if teacher_hidden is not None and teacher_weight is not None:
+                target = teacher_hidden[part].to(teacher_weight.dtype) @ teacher_weight.T
+            losses, gradient = function(states @ head.T, target, labels[part])
+            sums += losses
+            if d_hidden is not None:
+                d_hidden[part] = gradient @ head * counted
+            if d_weight is not None:
+                _add_product(d_weight, gradient.T, states * counted)
+        ctx.gradients = d_hidden, None if d_weight is None else d_weight.to(weight.dtype)
+        ctx.mark_non_differentiable(sums)
+        return sums[0] * terms.kl + sums[1] * terms.cross_entropy, sums
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        d_hidden, d_weight = ctx.gradients
+        factor, scaled = gradients[0], ctx.gradients
         ctx.gradients = None
-        (factor,) = gradients
-        return (
-            None if d_hidden is None else d_hidden.mul_(factor),
-            None if d_weight is None else d_weight.mul_(factor),
-            None,
-            None,
-            None,
-        )
+        return *(None if g is None else g.mul_(factor) for g in scaled), None, None, None, None, None, None
 
 
-def _accumulate(
-    total: torch.Tensor | None, gradient: torch.Tensor, states: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    """`total + gradient.T @ states`, in the dtype of the weight: sums over chunks must not lose what bfloat16 drops."""
-    if total is None:
-        return (gradient.T @ states).to(dtype)
-    if states.dtype == dtype:
-        return total.addmm_(gradient.T, states)
-    return total.add_(gradient.T @ states)
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """`total += left @ right`, the product in the dtype of its factors."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right)

@@ -1,7 +1,7 @@
 """metrics.jsonl: one JSON object a row, appended as training goes.
 
-After a resume the file is what an uninterrupted run would have written (times apart): rows beyond the checkpoint are
-dropped, and so is a last line that a kill cut short.
+After a resume the file is what an uninterrupted run would have written (times and memory apart): rows beyond the
+checkpoint are dropped, and so is a last line that a kill cut short.
 """
 
 import json
@@ -22,6 +22,8 @@ class Metrics:
         temporary.replace(path)
         self._file = path.open("a", encoding="utf-8")
         self._validated = {row["step"] for row in rows if "validation_perplexity" in row}
+        self.losses: list[float] = [row["loss"] for row in rows if "loss" in row]
+        """Of every step so far."""
 
     def has_validation(self, step: int) -> bool:
         """Whether the validation of this step is on file."""
@@ -31,6 +33,8 @@ class Metrics:
         """Append one row, visible to readers at once."""
         if "validation_perplexity" in row:
             self._validated.add(row["step"])
+        if "loss" in row:
+            self.losses.append(row["loss"])
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
 
@@ -48,6 +52,7 @@ class NoMetrics(Metrics):
 
     def __init__(self) -> None:
         """Open nothing."""
+        self.losses = []
 
     def has_validation(self, step: int) -> bool:
         """Never asked: the first process decides."""

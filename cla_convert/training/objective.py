@@ -1,97 +1,86 @@
-"""What is minimised. An objective maps the student and a micro-batch to a scalar; a new loss is a new class here."""
+"""What is minimised: an objective maps the student and a micro-batch to a scalar."""
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from ..errors import InputError
-from ..models.export import load_model
 from ..recipe import Train
-from .loss import IGNORE, cross_entropy, distill, logit_rule, next_token_labels
-from .precision import Precision
+from .loss import IGNORE, LogitRule, Teacher, Terms, logit_rule, next_token_labels, vocabulary_loss
 
 _LOGIT_BYTES = {"cpu": 2**26, "cuda": 2**30}
 """Memory for the float32 logits of one chunk: small enough for a CPU's allocator to reuse, large enough for a GPU."""
 
 
-class Objective(Protocol):
-    """A loss on packed sequences."""
+class Objective:
+    """KL from a frozen teacher, next-token cross-entropy, and agreement of the hidden states, weighted and added."""
+
+    def __init__(self, train: Train, student: Any, teacher: Any = None, *, fused: bool = False) -> None:
+        """Read the weights of the terms.
+
+        Args:
+            train: the recipe's section.
+            student: the model to train.
+            teacher: needed for `distill`; of the student's width where hidden states are matched.
+            fused: compile what happens to a chunk of logits.
+        """
+        distill = train.loss == "distill"
+        self.teacher, self.fused = teacher, fused
+        self.hidden_weight = train.hidden_weight if distill else 0.0
+        self.terms = Terms(
+            kl=float(distill),
+            cross_entropy=train.cross_entropy_weight if distill else 1.0,
+            temperature=train.temperature,
+            rule=logit_rule(student.config),
+            teacher_rule=LogitRule() if teacher is None else logit_rule(teacher.config),
+        )
+        weights = {"kl": self.terms.kl, "cross_entropy": self.terms.cross_entropy, "hidden": self.hidden_weight}
+        self.parts = [name for name, weight in weights.items() if weight]
+        """Names of the terms that are computed."""
 
     def targets(self, length: int) -> int:
-        """Predictions that a sequence of `length` tokens is scored on."""
-        ...
+        """Predictions that a sequence of `length` tokens is scored on: every token but the first."""
+        return length - 1
 
     def __call__(
-        self, student: Any, ids: torch.Tensor, denominator: float, positions: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Loss of a micro-batch [B, T], summed over its targets and divided by `denominator`.
+        self, student: Any, ids: torch.Tensor, positions: torch.Tensor | None, denominator: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss of a micro-batch [B, T] in nats, summed over its targets and divided by `denominator`.
 
         `positions` [B, T] start from 0 in each document and keep documents apart; None: one text.
+
+        Returns:
+            The loss, to be differentiated, and its `parts` without their weights, [len(parts)].
         """
-        ...
-
-
-class CrossEntropy:
-    """Next-token cross-entropy on the data."""
-
-    def targets(self, length: int) -> int:
-        """Every token but the first is predicted."""
-        return length - 1
-
-    def __call__(
-        self, student: Any, ids: torch.Tensor, denominator: float, positions: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Nats per predicted token."""
-        weight = head_weight(student)
-        return cross_entropy(
-            hidden_states(student, ids, positions),
-            weight,
-            next_token_labels(ids, positions),
-            chunk_size(weight),
-            denominator=denominator,
-            rule=logit_rule(student.config),
+        hidden, weight = hidden_states(student, ids, positions), head_weight(student)
+        labels = next_token_labels(ids, positions)
+        target = None if self.teacher is None else self._target(ids, positions)
+        rows = weight.shape[0]
+        if target is not None and target.weight.shape[0] != rows:  # padded differently: compare what both have
+            rows = min(rows, target.weight.shape[0])
+            target, weight = target._replace(weight=target.weight[:rows]), weight[:rows]
+        loss, sums = vocabulary_loss(
+            hidden, weight, labels, self.terms, teacher=target, chunk=chunk_size(weight), fused=self.fused
         )
+        parts = {"kl": sums[0], "cross_entropy": sums[1]}
+        if self.hidden_weight and target is not None:
+            distance = hidden_distance(hidden, target.hidden, labels != IGNORE)
+            loss, parts["hidden"] = loss + self.hidden_weight * distance, distance.detach()
+        return loss / denominator, torch.stack([parts[name] for name in self.parts]) / denominator
+
+    def _target(self, ids: torch.Tensor, positions: torch.Tensor | None) -> Teacher:
+        with torch.inference_mode():
+            return Teacher(hidden_states(self.teacher, ids, positions), head_weight(self.teacher))
 
 
-class Distillation:
-    """Forward KL from a frozen teacher at temperature 1."""
+def hidden_distance(hidden: torch.Tensor, target: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    """|hidden - target|^2 / |target|^2 of the final hidden states [B, T, D], summed over the counted positions [B, T].
 
-    def __init__(self, teacher: Any) -> None:
-        self.teacher = teacher
-
-    def targets(self, length: int) -> int:
-        """As many as cross-entropy has, so that the two losses count the same tokens."""
-        return length - 1
-
-    def __call__(
-        self, student: Any, ids: torch.Tensor, denominator: float, positions: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Nats per predicted token."""
-        with torch.inference_mode(), torch.autocast(ids.device.type, enabled=False):
-            teacher_hidden = hidden_states(self.teacher, ids, positions)
-        weight = head_weight(student)
-        return distill(
-            hidden_states(student, ids, positions),
-            teacher_hidden,
-            weight,
-            head_weight(self.teacher),
-            next_token_labels(ids, positions) != IGNORE,
-            chunk_size(weight),
-            denominator=denominator,
-            rule=logit_rule(student.config),
-            teacher_rule=logit_rule(self.teacher.config),
-        )
-
-
-def make_objective(train: Train, student: Any, teacher_dir: Path, precision: Precision, device: str) -> Objective:
-    """The recipe's objective; loads the teacher, in the compute dtype, where there is one."""
-    makers: dict[str, Callable[[], Objective]] = {
-        "cross_entropy": CrossEntropy,
-        "distill": lambda: Distillation(_load_teacher(teacher_dir, student, precision, device)),
-    }
-    return makers[train.loss]()
+    Both are taken after the last norm, as the vocabulary projection sees them.
+    """
+    target = target.float()
+    each = (hidden.float() - target).square().sum(-1) / target.square().sum(-1)
+    return (each * counted).sum()
 
 
 def hidden_states(model: Any, ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
@@ -111,19 +100,20 @@ def head_weight(model: Any) -> torch.Tensor:
     return head.weight
 
 
-def chunk_size(weight: torch.Tensor) -> int:
-    """Positions whose logits exist at a time."""
-    return max(16, _LOGIT_BYTES.get(weight.device.type, 2**28) // (4 * weight.shape[0]))
-
-
-def _load_teacher(folder: Path, student: Any, precision: Precision, device: str) -> Any:
-    # Weights in the compute dtype: nothing is cast per step, and the copy takes half the memory.
-    teacher = load_model(folder, dtype=precision.compute, device=device).eval().requires_grad_(False)
-    ours, theirs = head_weight(student).shape[0], head_weight(teacher).shape[0]
-    if ours != theirs:
+@torch.no_grad()
+def check_head(model: Any) -> None:
+    """Raise InputError unless hidden states, output embedding and `LogitRule` give the logits of the model itself."""
+    ids = torch.arange(8, device=model.device)[None]
+    logits = model(input_ids=ids, use_cache=False).logits.float()
+    mine = logit_rule(model.config).apply(hidden_states(model, ids) @ head_weight(model).T)
+    if not torch.allclose(mine, logits, rtol=1e-2, atol=1e-2 * float(logits.abs().max())):
         raise InputError(
-            "The teacher has another vocabulary than the model to train",
-            f"{theirs} tokens against {ours}.",
-            "Distil from the source model, or from another one with its tokenizer.",
+            f"Models of type {model.config.model_type!r} cannot be uptrained yet",
+            "Their logits are more than a product with the output embedding, a scale and a soft cap.",
         )
-    return teacher
+
+
+def chunk_size(weight: torch.Tensor) -> int:
+    """Positions whose logits exist at a time: a power of two, so that chunks of usual batches are of one shape."""
+    fit = _LOGIT_BYTES.get(weight.device.type, 2**28) // (4 * weight.shape[0])
+    return 1 << max(4, fit.bit_length() - 1)

@@ -6,9 +6,8 @@ those of a single process:
 - Which sequences a step takes is a function of the step; the team only divides them (`share`).
 - The loss is divided by the targets of the whole step, so gradients must be *summed* over the processes. FSDP2 averages
   by default; `shard` turns that off.
-- Parameters are gathered and gradients reduced in float32, the precision is autocast's as on one process. FSDP2's own
-  mixed precision would also round the embedding, the norms and the residual stream to bfloat16. It would save half of
-  the traffic, which a GPU link hides behind the arithmetic of a layer.
+- FSDP2's mixed precision gathers parameters in the compute dtype and reduces gradients in float32, which is what
+  `Precision.working_copy` does on one process.
 
 The teacher is not sharded: it has two bytes a parameter and no gradients, where the student has sixteen with its
 optimiser, and a whole copy needs no traffic at all.
@@ -27,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from ..environment import rank, world_size
@@ -63,15 +62,16 @@ class Team:
         """
         return share(first, end, micro_batch, self.rank, self.size)
 
-    def shard(self, model: torch.nn.Module) -> None:
+    def shard(self, model: torch.nn.Module, compute: torch.dtype) -> None:
         """Leave to this process its rows of every parameter, on its device; each layer is gathered when it runs."""
         if self.size == 1:
             return
         mesh = init_device_mesh(torch.device(self.device).type, (self.size,))
+        policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
         names = set(getattr(model, "_no_split_modules", None) or ())
         for layer in [module for module in model.modules() if type(module).__name__ in names]:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=policy)
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)

@@ -1,5 +1,6 @@
 """Everything a step needs, made once: models, data, optimiser, and what was derived from the settings."""
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,23 @@ from ..errors import InputError
 from ..models.checkpoint import Checkpoint
 from ..models.export import load_model, load_tokenizer
 from ..recipe import Recipe, Train
+from .compiling import choose_compile, compile_layers
 from .data import Sequences, TokenStore, held_out_rows, store_for
-from .objective import Objective, make_objective
+from .flops import peak_flops, training_flops
+from .objective import Objective, check_head
 from .parallel import Team
-from .precision import Precision, choose_precision
+from .parameters import freeze_all_but, make_optimizer
+from .precision import Precision, cast_frozen, choose_precision
 from .schedule import Budget
+from .sizing import micro_batch_size
+from .teacher import check_teacher, load_teacher
+from .trackers import check_trackers
 
 # Settings that change what is written when, but not one weight: free to change on resume.
-_FREE = {"checkpoint_every", "control", "keep_checkpoints", "keep_checkpoints_after_success", "validate_every"}
+_FREE = {
+    "checkpoint_every", "control", "keep_checkpoints", "keep_checkpoints_after_success", "validate_every", "spike",
+    "log_to",
+}  # fmt: skip
 
 
 @dataclass
@@ -38,11 +48,26 @@ class Trainer:
     data: TokenStore
     seed: int
     team: Team
+    micro_batch: int
+    """Sequences in a forward and backward pass."""
+    compiled: bool
+    flops_per_token: float
+    """Of training, see flops.py."""
+    peak_flops: float | None
+    """FLOP/s of the device; None where it is not known."""
 
     @property
     def parameters(self) -> dict[str, torch.Tensor]:
         """Trained parameters by name; tied ones appear once."""
         return {name: p for name, p in self.student.named_parameters() if p.requires_grad}
+
+    def utilisation(self, tokens_per_second: float) -> float | None:
+        """Model FLOPs utilisation (MFU) at this speed; None where the device's peak is not known."""
+        return None if self.peak_flops is None else tokens_per_second * self.flops_per_token / self.peak_flops
+
+    def computing(self) -> AbstractContextManager[None]:
+        """Context of a step's passes: weights in the compute dtype. FSDP2 casts what it gathers by itself."""
+        return self.precision.working_copy(self.student) if self.team.size == 1 else self.precision.products()
 
 
 def set_up(
@@ -51,26 +76,42 @@ def set_up(
     recipe: Recipe,
     device: str,
     team: Team = Team(),  # noqa: B008  (immutable)
+    data: TokenStore | None = None,
 ) -> Trainer:
-    """Load models and data, and say what was derived from the settings. Raises InputError."""
+    """Load models and data (the recipe's, if none are given), and say what was derived. Raises InputError."""
     settings, budget = recipe.train, Budget.of(recipe.train)
     if not budget.sequences:
         raise InputError(
             f"The budget of {settings.tokens} tokens is smaller than one sequence of {settings.sequence_length}",
             fix="Raise train.tokens or lower train.sequence_length.",
         )
-    with team.leader_first():
-        data = store_for(recipe, load_tokenizer(student_dir), teacher_dir, device)
+    check_trackers(settings.log_to)
+    if data is None:
+        check_teacher(settings, student_dir, teacher_dir)
+        with team.leader_first():
+            data = store_for(recipe, load_tokenizer(student_dir), teacher_dir, device)
     precision = choose_precision(settings.precision, device)
     torch.manual_seed(recipe.seed)
     student: Any = load_model(student_dir, dtype=torch.float32, device=device if team.size == 1 else "cpu")
     _check_fit(student, data, settings)
-    objective = make_objective(settings, student, teacher_dir, precision, device)
+    check_head(student)
+    freeze_all_but(student, settings.parameters)
+    if team.size == 1:  # a sharded layer has one dtype
+        cast_frozen(student, precision.compute)
+    distill = settings.loss == "distill"
+    teacher = load_teacher(teacher_dir, student, dtype=precision.compute, device=device) if distill else None
+    flops = training_flops(student, teacher, budget.length)
+    compiled = choose_compile(settings.compile, precision.device_type, flops * budget.tokens)
+    objective = Objective(settings, student, teacher, fused=compiled)
     student.train()
     if settings.activation_checkpointing:
         # Reentrant checkpointing gives silently wrong gradients for K/V that travel between layers.
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    team.shard(student)  # before the optimiser, which is to hold the sharded parameters
+    rows = micro_batch_size(settings, budget, student, device)
+    if compiled:
+        for model in filter(None, (student, teacher)):
+            compile_layers(model, rows, budget.length)
+    team.shard(student, precision.compute)  # before the optimiser, which is to hold the sharded parameters
     trainer = Trainer(
         settings=settings,
         budget=budget,
@@ -78,7 +119,7 @@ def set_up(
         precision=precision,
         student=student,
         objective=objective,
-        optimizer=_optimizer(student, settings, precision.device_type),
+        optimizer=make_optimizer(student, settings, precision.device_type),
         sequences=Sequences(
             data.train, settings.sequence_length, recipe.seed, starts=data.starts if settings.document_masking else None
         ),
@@ -86,6 +127,10 @@ def set_up(
         data=data,
         seed=recipe.seed,
         team=team,
+        micro_batch=rows,
+        compiled=compiled,
+        flops_per_token=flops,
+        peak_flops=peak_flops(device, precision.compute),
     )
     say(_describe(trainer))
     return trainer
@@ -94,6 +139,7 @@ def set_up(
 def run_identity(student_dir: Path, teacher_dir: Path, recipe: Recipe, trainer: Trainer) -> dict[str, Any]:
     """What the weights at the end depend on: a checkpoint resumes only a run that agrees in all of it."""
     settings = recipe.train.model_dump(mode="json", exclude=_FREE)
+    settings |= {"micro_batch_size": trainer.micro_batch, "compile": trainer.compiled}
     return {
         **{f"train.{name}": value for name, value in settings.items()},
         "train.precision": trainer.precision.name,  # what `auto` came to
@@ -103,17 +149,6 @@ def run_identity(student_dir: Path, teacher_dir: Path, recipe: Recipe, trainer: 
         "teacher": Checkpoint.open(teacher_dir).fingerprint() if recipe.train.loss == "distill" else None,
         "device": trainer.precision.device_type,
     }
-
-
-def _optimizer(student: Any, settings: Train, device_type: str) -> torch.optim.Optimizer:
-    """AdamW; weight decay on matrices only (norms and biases have no scale to decay)."""
-    trained = [p for p in student.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    fused = device_type in ("cpu", "cuda")  # one pass over the parameters instead of a dozen
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=fused)
 
 
 def _check_fit(student: Any, data: TokenStore, settings: Train) -> None:
@@ -135,6 +170,7 @@ def _describe(trainer: Trainer) -> str:
     compute = trainer.precision.name + ("" if trainer.precision.compute is torch.float32 else " over float32 weights")
     return (
         f"uptraining: {budget.steps} steps of {budget.batch} x {budget.length} tokens, {human_count(budget.tokens)} in "
-        f"all, {passes:.2g} passes over the text; {human_count(count)} parameters trained; {trainer.settings.loss}; "
-        f"{compute} on {where}"
+        f"all, {passes:.2g} passes over the text, {trainer.micro_batch} sequences a pass; {human_count(count)} "
+        f"parameters trained; {trainer.settings.loss}; {compute} on {where}; "
+        + ("layers and loss are compiled in the first step" if trainer.compiled else "not compiled")
     )

@@ -1,0 +1,72 @@
+"""What stops a run that went wrong: a loss or gradient that is not finite, a loss that jumps up and stays there."""
+
+from collections.abc import Sequence
+from statistics import median
+
+import torch
+
+from ..errors import TrainingError
+from .parallel import share
+from .schedule import Budget
+from .state import Checkpoints, Position
+from .trainer import Trainer
+
+PATIENCE = 10
+"""Steps in a row above the limit that make a spike."""
+_WINDOW, _FEWEST = 100, 20
+"""Losses that the median is taken over: the last so many before the spike; with fewer of them nothing is judged."""
+HISTORY = PATIENCE + _WINDOW
+"""Losses that are looked at."""
+
+
+def steps_above(losses: Sequence[float], factor: float) -> int:
+    """How many of the last losses, at most PATIENCE, lie above `factor` times the median of those just before them.
+
+    A single bad batch is above for a step; training that diverges stays above. A function of the history alone, so
+    that a resumed run judges as an uninterrupted one. 0 if `factor` is 0.
+    """
+    for high in range(min(PATIENCE, len(losses)), 0, -1):
+        before = losses[-high - _WINDOW : -high]
+        if factor and len(before) >= _FEWEST and min(losses[-high:]) > factor * median(before):
+            return high
+    return 0
+
+
+def spiked(position: Position, budget: Budget, losses: Sequence[float], checkpoints: Checkpoints) -> TrainingError:
+    """The error for a spike that ends at `position`."""
+    first, _ = budget.step_range(position.step - PATIENCE)
+    _, end = budget.step_range(position.step - 1)
+    usual = median(losses[-PATIENCE - _WINDOW : -PATIENCE])
+    return TrainingError(
+        f"The loss jumped at step {position.step - PATIENCE + 1} and stayed there, sequences {first} to {end - 1}",
+        f"It was {usual:.4g} and has been {min(losses[-PATIENCE:]):.4g} or more for {PATIENCE} steps. "
+        + last_good(checkpoints),
+        "Lower train.learning_rate or raise train.warmup, then start over; or set train.spike=0 and resume.",
+    )
+
+
+def not_finite(
+    trainer: Trainer, position: Position, losses: torch.Tensor, norm: float, checkpoints: Checkpoints
+) -> TrainingError:
+    """The error for the step after `position`.
+
+    `losses` [processes, passes] are its passes' shares, `norm` is that of its gradient.
+    """
+    first, end = trainer.budget.step_range(position.step)
+    bad = (~torch.isfinite(losses)).nonzero().tolist()
+    if bad:
+        rank, number = bad[0]
+        part = share(first, end, trainer.micro_batch, rank, trainer.team.size)[number]
+        first, end = (part.start, part.stop) if part else (first, end)
+    what = "loss" if bad else "gradient"
+    return TrainingError(
+        f"The {what} is not finite at step {position.step + 1}, sequences {first} to {end - 1}",
+        f"Loss {losses.sum().item()}, gradient norm {norm}. {last_good(checkpoints)}",
+        "Lower train.learning_rate, raise train.warmup, or try train.precision=float32; then start over.",
+    )
+
+
+def last_good(checkpoints: Checkpoints) -> str:
+    """A sentence that names the newest checkpoint."""
+    whole = checkpoints.all()
+    return f"The last good checkpoint is {whole[-1]}." if whole else "There is no checkpoint yet."

@@ -1,0 +1,62 @@
+"""Which weights are trained, and at which learning rate."""
+
+import re
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+
+from ..errors import InputError
+from ..recipe import Train
+
+Part = Literal["shared", "attention", "other"]
+"""`shared`: attention of layers that share K/V, owners and consumers; `attention`: of the others; `other`: the rest."""
+
+_ATTENTION = re.compile(r"\blayers\.(\d+)\.(?:self_attn|attention)\.")
+
+
+def parts_of(model: Any) -> Iterator[tuple[str, torch.nn.Parameter, Part]]:
+    """Name, parameter and part of everything in the model; tied parameters appear once."""
+    sources = getattr(model.config, "kv_source_layers", None) or []
+    for name, parameter in model.named_parameters():
+        found = _ATTENTION.search(name)
+        shares = found and sources and sources.count(sources[int(found[1])]) > 1
+        yield name, parameter, "shared" if shares else "attention" if found else "other"
+
+
+def freeze_all_but(model: Any, wanted: Literal["all", "attention", "shared"]) -> None:
+    """Let gradients reach what is to be trained only. Raises InputError if that is nothing."""
+    kept = {"all": ("shared", "attention", "other"), "attention": ("shared", "attention"), "shared": ("shared",)}
+    for _, parameter, part in parts_of(model):
+        parameter.requires_grad_(part in kept[wanted])
+    if not any(p.requires_grad for p in model.parameters()):
+        raise InputError(
+            f"train.parameters={wanted} leaves nothing to train",
+            "No layer of the model shares its K/V with another one." if wanted == "shared" else "",
+            "Train all, or convert the model first.",
+        )
+
+
+def make_optimizer(model: Any, train: Train, device_type: str) -> torch.optim.Optimizer:
+    """AdamW over what is trained. Its groups carry their `peak` learning rate.
+
+    Weight decay on matrices only: norms and biases have no scale to decay.
+    """
+    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    for _, parameter, part in parts_of(model):
+        if parameter.requires_grad:
+            decay = train.weight_decay if parameter.ndim >= 2 else 0.0
+            groups.setdefault((peak_rate(part, train), decay), []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": params, "peak": peak, "weight_decay": decay} for (peak, decay), params in groups.items()],
+        lr=train.learning_rate,
+        betas=train.betas,
+        fused=device_type in ("cpu", "cuda"),  # one pass over the parameters instead of a dozen
+    )
+
+
+def peak_rate(part: Part, train: Train) -> float:
+    """The peak learning rate of a part: its own, or attention's for `shared`, or the one for all."""
+    rates = train.learning_rates
+    fallback = rates.get("attention", train.learning_rate) if part == "shared" else train.learning_rate
+    return rates.get(part, fallback)

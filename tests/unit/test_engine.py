@@ -1,0 +1,298 @@
+"""The parts of the training engine: what is trained, how large a pass is, what it costs, when a run is stopped."""
+
+import itertools
+import math
+import sys
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, LlamaForCausalLM
+
+from cla_convert.errors import InputError
+from cla_convert.models.configuration_cla_llama import ClaLlamaConfig
+from cla_convert.models.modeling_cla_llama import ClaLlamaForCausalLM
+from cla_convert.recipe import Train
+from cla_convert.training import compiling
+from cla_convert.training.compiling import WORTH_IT, choose_compile, compile_layers
+from cla_convert.training.flops import forward_flops, training_flops
+from cla_convert.training.health import PATIENCE, steps_above
+from cla_convert.training.loss import LogitRule
+from cla_convert.training.metrics import Metrics
+from cla_convert.training.monitor import Monitor, clock, describe
+from cla_convert.training.objective import check_head, chunk_size, hidden_states
+from cla_convert.training.parameters import freeze_all_but, make_optimizer, parts_of
+from cla_convert.training.precision import Precision, choose_precision
+from cla_convert.training.schedule import Budget
+from cla_convert.training.sizing import micro_batch_size
+from cla_convert.training.teacher import share_frozen
+
+from ..conftest import tiny_llama_config
+
+MAP = [0, 1, 1, 3, 3, 5]
+
+
+def student(**settings) -> ClaLlamaForCausalLM:
+    torch.manual_seed(0)
+    config = tiny_llama_config(**settings).to_dict() | {"kv_source_layers": MAP}
+    return ClaLlamaForCausalLM(ClaLlamaConfig(**{k: v for k, v in config.items() if k != "model_type"}))
+
+
+IDS = torch.randint(0, 258, (2, 32), generator=torch.Generator().manual_seed(0))
+
+
+class TestWhatIsTrained:
+    def test_parts(self) -> None:
+        parts = {name: part for name, _, part in parts_of(student())}
+        assert parts["model.layers.0.self_attn.q_proj.weight"] == "attention"
+        assert parts["model.layers.1.self_attn.k_proj.weight"] == parts["model.layers.4.self_attn.o_proj.weight"]
+        assert parts["model.layers.1.self_attn.k_proj.weight"] == "shared"
+        assert parts["model.layers.1.mlp.up_proj.weight"] == parts["model.embed_tokens.weight"] == "other"
+
+    @pytest.mark.parametrize("wanted", ["all", "attention", "shared"])
+    def test_only_the_wanted_parts_get_gradients(self, wanted: str) -> None:
+        model = student()
+        freeze_all_but(model, wanted)  # type: ignore[arg-type]
+        kept = {"all": {"shared", "attention", "other"}, "attention": {"shared", "attention"}, "shared": {"shared"}}
+        assert all(p.requires_grad == (part in kept[wanted]) for _, p, part in parts_of(model))
+
+    def test_a_model_that_shares_nothing_is_refused(self) -> None:
+        with pytest.raises(InputError, match="nothing to train"):
+            freeze_all_but(LlamaForCausalLM(tiny_llama_config()), "shared")
+
+    def test_every_part_has_its_rate_and_only_matrices_decay(self) -> None:
+        train = Train(learning_rate=1.0, learning_rates={"attention": 2.0, "shared": 3.0}, weight_decay=0.1)
+        model = student()
+        optimizer = make_optimizer(model, train, "cpu")
+        found = {p: (g["peak"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+        for _, parameter, part in parts_of(model):
+            peak = {"other": 1.0, "attention": 2.0, "shared": 3.0}[part]
+            assert found.pop(parameter) == (peak, 0.1 if parameter.ndim >= 2 else 0.0)
+        assert not found
+
+    def test_the_rate_of_attention_is_also_that_of_shared_attention(self) -> None:
+        optimizer = make_optimizer(student(), Train(learning_rate=1.0, learning_rates={"attention": 2.0}), "cpu")
+        assert {group["peak"] for group in optimizer.param_groups} == {1.0, 2.0}
+
+
+class TestPrecision:
+    def test_a_working_copy_computes_in_bfloat16_and_trains_float32(self) -> None:
+        model, precision = student(), Precision("cpu", torch.bfloat16)
+        exact = torch.autograd.grad(hidden_states(model, IDS).pow(3).mean(), model.model.embed_tokens.weight)[0]
+        with precision.working_copy(model):
+            assert model.lm_head.weight is model.model.embed_tokens.weight  # still tied
+            for _ in range(2):  # two micro-batches through one copy
+                hidden = hidden_states(model, IDS)
+                assert hidden.dtype == torch.bfloat16
+                hidden.float().pow(3).mean().backward()
+        weight = model.model.embed_tokens.weight
+        assert weight.dtype == weight.grad.dtype == torch.float32 and isinstance(weight, torch.nn.Parameter)
+        assert (weight.grad / 2 - exact).norm() < 0.1 * exact.norm()
+        assert hidden_states(model, IDS).dtype == torch.float32
+
+    def test_float32_is_left_alone(self) -> None:
+        model = student()
+        before = hidden_states(model, IDS)
+        with choose_precision("float32", "cpu").working_copy(model):
+            assert torch.equal(hidden_states(model, IDS), before)
+
+    def test_tf32_lasts_as_long_as_the_working_copy(self) -> None:
+        with choose_precision("tf32", "cpu").working_copy(student()):
+            assert torch.get_float32_matmul_precision() == "high"
+        assert torch.get_float32_matmul_precision() == "highest"
+
+
+class TestCompiling:
+    @pytest.fixture(autouse=True)
+    def compiler(self, monkeypatch: pytest.MonkeyPatch):
+        """Traces and differentiates as always, but runs the graph as it is: seconds instead of a minute."""
+        torch._dynamo.reset()
+        compiled = torch.compile(compiling._layer, dynamic=False, backend="aot_eager", fullgraph=True)
+        monkeypatch.setattr(compiling, "_compiled_layer", compiled)
+        yield
+        torch._dynamo.reset()
+
+    @pytest.mark.parametrize("checkpointing", [False, True])
+    def test_compiled_layers_give_the_same_and_each_kind_is_compiled_once(self, checkpointing: bool) -> None:
+        model = student().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        parameters = list(model.model.parameters())
+        expected = hidden_states(model, IDS)
+        gradients = torch.autograd.grad(expected.pow(3).mean(), parameters)
+        torch._dynamo.utils.counters.clear()
+        compile_layers(model, *IDS.shape)
+        for _ in range(2):
+            hidden = hidden_states(model, IDS)
+            torch.testing.assert_close(hidden, expected)
+            for mine, theirs in zip(torch.autograd.grad(hidden.pow(3).mean(), parameters), gradients, strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3  # alone, owner, consumer
+
+    def test_another_shape_runs_as_before(self) -> None:
+        model = student()
+        expected = hidden_states(model, IDS[:1])
+        torch._dynamo.utils.counters.clear()
+        compile_layers(model, *IDS.shape)
+        assert torch.equal(hidden_states(model, IDS[:1]), expected)
+        assert not torch._dynamo.utils.counters["stats"]
+
+    def test_it_is_chosen_where_it_pays(self) -> None:
+        assert choose_compile(True, "cpu", 0) and not choose_compile("auto", "cpu", 1e30)
+        assert not choose_compile(False, "cuda", 1e30) and not choose_compile("auto", "cuda", WORTH_IT / 2)
+
+
+class TestCost:
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_flops_are_those_that_torch_counts(self, tied: bool) -> None:
+        model = student(tie_word_embeddings=tied)
+        model.set_attn_implementation("eager")  # torch counts no fused attention on a CPU
+        with FlopCounterMode(display=False) as counter:
+            loss = model(IDS, labels=IDS).loss
+        assert counter.get_total_flops() == IDS.numel() * forward_flops(model, IDS.shape[1])
+        with FlopCounterMode(display=False) as counter:
+            loss.backward()
+        assert counter.get_total_flops() == IDS.numel() * 2 * forward_flops(model, IDS.shape[1])
+
+    def test_training_counts_the_teacher_and_what_is_frozen(self) -> None:
+        model = student()
+        forward = forward_flops(model, 32)
+        assert training_flops(model, None, 32) == 3 * forward
+        assert training_flops(model, model, 32) == 4 * forward
+        freeze_all_but(model, "attention")
+        frozen = sum(p.numel() for _, p, part in parts_of(model) if part == "other" and p.ndim == 2)
+        assert training_flops(model, None, 32) == 3 * forward - 2 * frozen
+
+    def test_sequences_in_a_pass(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Card:
+            total_memory = 24e9
+
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Card)
+        budget, model = (
+            Budget(1000, 64, 1024),
+            LlamaForCausalLM(tiny_llama_config(num_hidden_layers=48, hidden_size=1024, intermediate_size=8)),
+        )
+        assert micro_batch_size(Train(micro_batch_size=3), budget, model, "cuda") == 3
+        assert micro_batch_size(Train(), budget, model, "cpu") == 8
+        assert micro_batch_size(Train(), budget, model, "cuda") == 4
+        assert micro_batch_size(Train(activation_checkpointing=True), budget, model, "cuda") == 32
+        assert micro_batch_size(Train(), Budget(10, 2, 1024), student(), "cuda") == 2
+
+    def test_chunks_are_powers_of_two(self) -> None:
+        assert chunk_size(torch.empty(49152, 1)) == 256
+        assert chunk_size(torch.empty(10**7, 1)) == 16
+
+
+class TestTeacher:
+    def test_frozen_weights_are_shared_where_they_are_the_same_bits(self) -> None:
+        model, teacher = student(), LlamaForCausalLM(tiny_llama_config())
+        teacher.load_state_dict(model.state_dict(), strict=False)
+        with torch.no_grad():
+            teacher.model.layers[2].mlp.up_proj.weight[0, 0] += 1
+        freeze_all_but(model, "attention")
+        expected = hidden_states(teacher, IDS)
+        saved = share_frozen(model, teacher)
+        pairs = {name: (p, dict(teacher.named_parameters())[name]) for name, p in model.named_parameters()}
+        shared = {name for name, (mine, theirs) in pairs.items() if mine.data_ptr() == theirs.data_ptr()}
+        assert shared == {n for n, _, part in parts_of(model) if part == "other"} - {
+            "model.layers.2.mlp.up_proj.weight"
+        }
+        assert saved == sum(pairs[name][0].nbytes for name in shared)
+        assert torch.equal(hidden_states(teacher, IDS), expected)
+
+    def test_another_dtype_is_not_shared(self) -> None:
+        model = student()
+        freeze_all_but(model, "attention")
+        assert share_frozen(model, student().to(torch.bfloat16)) == 0
+
+
+SIZES = dict(
+    vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
+    num_key_value_heads=2, initializer_range=1.0, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+
+
+class TestHeads:
+    @pytest.mark.parametrize(
+        "config",
+        [
+            Gemma2Config(**SIZES, final_logit_softcapping=3.0),
+            GraniteConfig(**SIZES, logits_scaling=8.0),
+            CohereConfig(**{k: v for k, v in SIZES.items() if k != "head_dim"}, logit_scale=0.25),
+        ],
+        ids=["gemma2", "granite", "cohere"],
+    )
+    def test_scaled_and_capped_logits_are_understood(self, config) -> None:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        check_head(model)
+
+    def test_logits_that_the_config_does_not_explain_are_refused(self) -> None:
+        model = student()
+        forward = model.forward
+
+        def sharpened(*args, **kwargs):
+            output = forward(*args, **kwargs)
+            output.logits = 1.5 * output.logits
+            return output
+
+        model.forward = sharpened
+        with pytest.raises(InputError, match="cannot be uptrained"):
+            check_head(model)
+
+    def test_the_rules_of_the_families_matter(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = AutoModelForCausalLM.from_config(GraniteConfig(**SIZES, logits_scaling=8.0))
+        monkeypatch.setattr("cla_convert.training.objective.logit_rule", lambda _: LogitRule())
+        with pytest.raises(InputError, match="cannot be uptrained"):
+            check_head(model)
+
+
+class TestHealth:
+    def test_a_loss_that_stays_high_is_a_spike_and_a_single_one_is_not(self) -> None:
+        calm = [1.0 + 0.1 * (i % 3) for i in range(50)]
+        assert steps_above(calm, 2.0) == 0
+        assert steps_above([*calm, 9.0], 2.0) == 1
+        assert steps_above([*calm, 9.0, 1.0], 2.0) == 0
+        assert steps_above(calm + [2.5] * PATIENCE, 2.0) == PATIENCE
+        assert steps_above(calm + [2.5] * PATIENCE, 3.0) == steps_above(calm + [2.5] * PATIENCE, 0) == 0
+        assert steps_above(calm + [2.5] * (PATIENCE + 7), 2.0) == PATIENCE
+
+    def test_nothing_is_judged_at_the_start(self) -> None:
+        assert steps_above([1.0] * 19 + [50.0] * PATIENCE, 2.0) < PATIENCE
+        assert steps_above([1.0] * 20 + [50.0] * PATIENCE, 2.0) == PATIENCE
+
+    def test_a_falling_loss_is_fine(self) -> None:
+        assert not any(steps_above([math.exp(-i / 20) for i in range(n)], 2.0) for n in range(200))
+
+
+ROW = {"step": 1, "tokens": 64, "loss": 0.5, "kl": 0.4, "cross_entropy": 3.0, "lr": 1e-3, "grad_norm": 0.25,
+       "tokens_per_second": 32.0, "mfu": 0.415, "peak_memory_bytes": 2**30}  # fmt: skip
+
+
+class TestMonitor:
+    def test_a_line_has_what_a_person_watches(self) -> None:
+        assert describe(ROW, 21.25) == (
+            "loss 0.5000, KL 0.4000, CE 3.0000, validation ppl 21.25, |g| 0.25, lr 1.0e-03, MFU 42%, 1.0 GiB"
+        )
+
+    def test_in_a_log_file_lines_come_now_and_then_and_at_the_end(self, tmp_path, capsys, monkeypatch) -> None:
+        budget = Budget(sequences=10, batch=1, length=64)
+        seconds = itertools.count(100.0, 3.0)
+        monkeypatch.setattr("cla_convert.training.monitor.time.monotonic", lambda: next(seconds))
+        with Monitor(budget, 0, Metrics(tmp_path / "metrics.jsonl"), []) as monitor:
+            for step in range(1, 11):
+                monitor.step(ROW | {"step": step, "tokens": step * 64})
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[0].startswith("step 1/10, 64 of 640 tokens, 32/s, 0:18 left, loss 0.5000")
+        assert 3 <= len(lines) < 10 and lines[-1].startswith("step 10/10, 640 of 640 tokens, 32/s, 0:00 left")
+
+    def test_on_a_terminal_there_is_a_bar(self, tmp_path, capsys, monkeypatch) -> None:
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+        with Monitor(Budget(2, 1, 64), 0, Metrics(tmp_path / "metrics.jsonl"), []) as monitor:
+            monitor.validation({"step": 0, "tokens": 0, "validation_perplexity": 30.0})
+            monitor.step(ROW)
+        shown = capsys.readouterr().err
+        assert "step 1, loss 0.5000" in shown and "validation ppl 30" in shown and "50%" in shown
+
+    def test_clock(self) -> None:
+        assert [clock(seconds) for seconds in (7, 61, 3723)] == ["0:07", "1:01", "1:02:03"]
