@@ -162,7 +162,10 @@ ChunkLoss = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor], tuple[to
 
 @cache
 def _compiled(terms: Terms) -> ChunkLoss:
-    return torch.compile(partial(chunk_loss, terms=terms), fullgraph=True)
+    def fused(logits: torch.Tensor, teacher_logits: torch.Tensor | None, labels: torch.Tensor) -> Any:
+        return chunk_loss(logits, teacher_logits, labels, terms)
+
+    return torch.compile(fused, fullgraph=True)
 
 
 class _Chunked(torch.autograd.Function):
