@@ -1,7 +1,7 @@
 """Tokens per second, MFU and peak memory of uptraining, beside the stock transformers Trainer: same model, same batch.
 
     python benchmarks/training_speed.py --model smollm2-135m/ --out speed.json
-    python benchmarks/training_speed.py --llama-1b --sequence 2048 --only cross_entropy --out speed-1b.json
+    python benchmarks/training_speed.py --llama-1b --sequence 2048 --micro 8 --only cross_entropy --out speed-1b.json
     python benchmarks/training_speed.py --tiny --device cpu --sequence 64 --batch-tokens 512 --micro 4 --steps 2
 
 Works offline, on random tokens. Every variant does its steps after one or two for warming up and compiling; one that
@@ -142,19 +142,15 @@ def prepare(options: argparse.Namespace, folder: Path) -> Setting:
 def variants(setting: Setting, options: argparse.Namespace) -> dict[str, Callable[[], Figures]]:
     """What is measured, the most interesting first. Liger comes last: it patches transformers for good."""
 
-    def loop(**train: Any) -> Callable[[], Figures]:
-        profile = options.profile and train.get("compile", False)
-        return lambda: ours(setting, train, profile=profile, flash_only=False)
-
-    def cudnn(**train: Any) -> Callable[[], Figures]:
-        return lambda: ours(setting, train, profile=False, flash_only=True)
+    def loop(cudnn: bool = False, **train: Any) -> Callable[[], Figures]:
+        return lambda: ours(setting, train, profile=options.profile and train["compile"], cudnn=cudnn)
 
     double = 2 * setting.micro
     table = {
         "distill, compiled": loop(loss="distill", compile=True),
         "cross_entropy, compiled": loop(loss="cross_entropy", compile=True),
         "Trainer cross_entropy, compiled": lambda: stock(setting, compiled=True),
-        "distill, compiled, cuDNN attention": cudnn(loss="distill", compile=True),
+        "distill, compiled, cuDNN attention": loop(cudnn=True, loss="distill", compile=True),
         "Trainer cross_entropy": lambda: stock(setting, compiled=False),
         f"distill, compiled, micro {double}": loop(loss="distill", compile=True, micro_batch_size=double),
         "distill": loop(loss="distill", compile=False),
@@ -192,7 +188,7 @@ def measure_all(table: dict[str, Callable[[], Figures]], only: str, deadline: fl
         yield row
 
 
-def ours(setting: Setting, train: dict[str, Any], *, profile: bool, flash_only: bool) -> Figures:
+def ours(setting: Setting, train: dict[str, Any], *, profile: bool, cudnn: bool) -> Figures:
     """Steps of `cla-convert uptrain`."""
     trainer = set_up(setting.student, setting.source, recipe(setting, train), setting.device, data=setting.store)
     checkpoints = Checkpoints(setting.folder / "checkpoints", {}, keep=1)
@@ -204,7 +200,7 @@ def ours(setting: Setting, train: dict[str, Any], *, profile: bool, flash_only: 
         for _ in range(count):
             position, row = _step(trainer, position, checkpoints)
 
-    with attention_kernel(flash_only):
+    with attention_kernel(cudnn):
         first = clock.time(lambda: steps(1))
         steps(1)
         seconds = clock.time(lambda: steps(setting.steps))

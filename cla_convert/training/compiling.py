@@ -7,7 +7,7 @@ is a plain causal one, writes it out, and attention loses its fast kernel.
 
 import importlib.util
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -58,7 +58,8 @@ def _layer_forward(layer: Any, index: int, owner: int | None, shape: tuple[int, 
     Compiled code is made anew for every index that it reads, and for every content of a dictionary that it reads. So
     inside, whatever the layer reads or hands on has the index 0.
     """
-    forward, checkpointing = layer.forward, getattr(layer, "gradient_checkpointing", False)
+    forward, compiled = layer.forward, _compiled_layer()
+    checkpointing = getattr(layer, "gradient_checkpointing", False)
     layer.gradient_checkpointing = False
     for module in layer.modules():
         if hasattr(module, "kv_source"):
@@ -67,7 +68,7 @@ def _layer_forward(layer: Any, index: int, owner: int | None, shape: tuple[int, 
     def run(hidden: torch.Tensor, *args: Any, shared_kv_states: Any = None, **kwargs: Any) -> Any:
         received = None if shared_kv_states is None else shared_kv_states.get(owner)
         shares = shared_kv_states is not None
-        call = _compiled_layer if hidden.shape[:2] == shape else _layer
+        call = compiled if hidden.shape[:2] == shape else _layer
         if checkpointing and layer.training:
             call = partial(layer._gradient_checkpointing_func, call)
         result, handed = call(forward, hidden, shares, received, args, kwargs)
@@ -88,4 +89,6 @@ def _layer(
     return forward(hidden, *args, shared_kv_states=shared, **kwargs), shared.get(0)
 
 
-_compiled_layer = torch.compile(_layer, dynamic=False)
+@cache
+def _compiled_layer() -> Callable[..., Any]:
+    return torch.compile(_layer, dynamic=False)

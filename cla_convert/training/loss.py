@@ -13,7 +13,7 @@ labels are aligned with the *predicting* position: `next_token_labels`.
 """
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache, partial, reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -128,23 +128,37 @@ def chunk_loss(
     counted = labels != IGNORE
     capped = terms.rule.apply(logits)
     kl = entropy = capped.new_zeros(())
-    gradient = None
+    gradients = []
     if terms.kl and teacher_logits is not None:
         t = terms.temperature
-        log_q = F.log_softmax(terms.teacher_rule.apply(teacher_logits) / t, dim=-1)
-        log_p = F.log_softmax(capped / t, dim=-1)
+        log_q = _log_softmax(terms.teacher_rule.apply(teacher_logits), t)
+        log_p = _log_softmax(capped, t)
         q = log_q.exp()
-        kl = ((q * (log_q - log_p)).sum(-1) * counted).sum() * t**2
-        gradient = (log_p.exp() - q) * (terms.kl * t)
+        kl = (torch.linalg.vecdot(q, log_q.sub_(log_p)) * counted).sum() * t**2
+        gradients.append(_scale(log_p.exp_().sub_(q), terms.kl * t))
     if terms.cross_entropy:
-        log_p = F.log_softmax(capped, dim=-1)
+        log_p = _log_softmax(capped, 1.0)
         target = labels.clamp(min=0)[:, None]
         entropy = -(log_p.gather(-1, target).squeeze(-1) * counted).sum()
-        hit = torch.arange(logits.shape[1], device=logits.device) == target  # fuses, which a scatter does not
-        hard = torch.where(hit, log_p.exp() - 1, log_p.exp()) * terms.cross_entropy
-        gradient = hard if gradient is None else gradient + hard
-    assert gradient is not None, "a loss without terms"
-    return torch.stack((kl, entropy)), terms.rule.backward(gradient, capped).to(logits.dtype)
+        gradients.append(_scale(_minus_one_at(log_p.exp_(), target), terms.cross_entropy))
+    gradient = terms.rule.backward(reduce(torch.add, gradients), capped)
+    return torch.stack((kl, entropy)), gradient.to(logits.dtype)
+
+
+def _log_softmax(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    return F.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
+
+
+def _scale(gradient: torch.Tensor, factor: float) -> torch.Tensor:
+    """In place, and not at all where nothing changes: what is not compiled reads all logits once more for it."""
+    return gradient if factor == 1.0 else gradient.mul_(factor)
+
+
+def _minus_one_at(p: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """p [n, V] less one at `target` [n, 1]: a scatter in place, or a comparison, which a compiler can fuse."""
+    if torch.compiler.is_compiling():
+        return torch.where(torch.arange(p.shape[1], device=p.device) == target, p - 1, p)
+    return p.scatter_add_(-1, target, p.new_full((), -1.0).expand_as(target))
 
 
 ChunkLoss = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -152,7 +166,10 @@ ChunkLoss = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor], tuple[to
 
 @cache
 def _compiled(terms: Terms) -> ChunkLoss:
-    return torch.compile(partial(chunk_loss, terms=terms), fullgraph=True)
+    def fused(logits: torch.Tensor, teacher_logits: torch.Tensor | None, labels: torch.Tensor) -> Any:
+        return chunk_loss(logits, teacher_logits, labels, terms)
+
+    return torch.compile(fused, fullgraph=True)
 
 
 class _Chunked(torch.autograd.Function):
