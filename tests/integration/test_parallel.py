@@ -142,7 +142,7 @@ def test_an_error_of_another_process_is_told(work: Path, tmp_path: Path) -> None
 def test_run_under_torchrun_stops_and_resumes(work: Path, tmp_path: Path) -> None:
     """The real launcher: SIGTERM to it saves a checkpoint, and the same line goes on from there."""
     out, log = tmp_path / "run", tmp_path / "log"
-    line = ["run", work / "recipe.yaml", "--out", out, "--until", "uptrain", "--set", f"train.tokens={60 * 5 * 32}"]
+    line = ["run", work / "recipe.yaml", "--out", out, "--until", "uptrain", "--set", f"train.tokens={30 * 5 * 32}"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "cla_convert.cli"]
     process = subprocess.Popen([*torchrun, *line], stderr=subprocess.PIPE, text=True, env=os.environ)
     deadline = time.monotonic() + 240
@@ -158,4 +158,4 @@ def test_run_under_torchrun_stops_and_resumes(work: Path, tmp_path: Path) -> Non
     assert finish(*start_team(line, log)) == [0, 0], log.read_text()
     assert log.read_text().count("resuming from") == 1 and "not bit-exact" not in log.read_text()
     assert (out / "uptrained" / "model.safetensors").exists() and not (out / "checkpoints").exists()
-    assert json.loads((out / "train.json").read_text())["steps"] == 60
+    assert json.loads((out / "train.json").read_text())["steps"] == 30
