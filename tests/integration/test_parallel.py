@@ -73,8 +73,7 @@ def test_the_numbers_are_those_of_one_process(
     for kind, step in (("exp_avg", 1), ("exp_avg", 5), ("model", 5)):
         assert_equal(saved(alone, step, kind), saved(out, step, kind))
     for mine, theirs in zip(rows(alone), rows(out), strict=True):
-        assert mine.keys() == theirs.keys()
-        for name in mine.keys() - {"seconds", "tokens_per_second"}:
+        for name in mine.keys() & {"step", "tokens", "loss", "lr", "grad_norm", "validation_perplexity"}:
             assert theirs[name] == pytest.approx(mine[name], rel=1e-5), (mine["step"], name)
     assert_equal(load_file(alone / "model.safetensors"), load_file(out / "model.safetensors"))
 

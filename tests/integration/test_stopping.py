@@ -20,6 +20,7 @@ from tests.launch import finish, prepare, start, uptrain
 
 STEPS = 16
 EVERY_STEP: dict[str, Any] = {"checkpoint_every": 1, "keep_checkpoints": 1, "validate_every": 640}
+_MEASURED = ("seconds", "tokens_per_second", "peak_memory_bytes", "mfu")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def checkpoints(out: Path) -> list[int]:
 
 def rows(out: Path) -> list[dict[str, Any]]:
     return [
-        {name: value for name, value in row.items() if name not in ("seconds", "tokens_per_second")}
+        {name: value for name, value in row.items() if name not in _MEASURED}
         for row in read_rows(state(out) / "metrics.jsonl")
     ]
 
