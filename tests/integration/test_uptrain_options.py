@@ -136,13 +136,13 @@ def test_a_loss_that_jumps_and_stays_stops_the_run(
     """The weights are damaged in step 30, as by a fault of memory; the rate is too low to mend them soon."""
     calls, healthy = 0, Objective.__call__
 
-    def damaging(self: Objective, student: Any, ids: torch.Tensor, denominator: float) -> Any:
+    def damaging(self: Objective, student: Any, *batch: Any) -> Any:
         nonlocal calls
         calls += 1  # two micro-batches a step
         if calls == 2 * 29 + 1:
             with torch.no_grad():
                 student.get_output_embeddings().weight.mul_(-3)
-        return healthy(self, student, ids, denominator)
+        return healthy(self, student, *batch)
 
     monkeypatch.setattr(Objective, "__call__", damaging)
     every = BATCH * LENGTH
