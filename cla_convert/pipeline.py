@@ -74,7 +74,10 @@ class Run:
         _check_same_recipe(folder, recipe, overwrite)
         device = pick_device(recipe.device)
         source = resolve_source(
-            recipe.source.model, revision=recipe.source.revision, allow_pickle=recipe.source.allow_pickle
+            recipe.source.model,
+            revision=recipe.source.revision,
+            allow_pickle=recipe.source.allow_pickle,
+            to_convert=True,
         )
         return cls(folder, recipe, source, device)
 

@@ -81,10 +81,19 @@ class Checkpoint:
                     fix="Download the model again.",
                 )
             tensors |= {name: header[name] for name in (promised or header)}
+        return cls(folder, config, tensors) if as_stored else cls.of(folder, config, tensors)
+
+    @classmethod
+    def of(cls, folder: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> "Checkpoint":
+        """From the tensors as they are stored. Raises InputError for types that cannot be read."""
+        if unknown := {info.dtype for info in tensors.values()} - ELEMENT_SIZE.keys():
+            raise InputError(
+                f"{folder} holds {', '.join(sorted(unknown))} tensors",
+                why="Weights quantised to these types cannot be pooled.",
+                fix="Use the unquantised checkpoint of this model.",
+            )
         family = FAMILIES.get(str(config.get("model_type")))
-        if family and family.fused and not as_stored:
-            tensors = _split_fused(tensors, family, config)
-        return cls(folder, config, tensors)
+        return cls(folder, config, _split_fused(tensors, family, config) if family and family.fused else tensors)
 
     def read(self, name: str) -> "Tensor":
         """Load one tensor (a copy on the CPU)."""
@@ -137,12 +146,6 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raise InputError(
             f"{path} is not a whole safetensors file", why=f"{error}.", fix="Download or copy the file again."
         ) from error
-    if unknown := {info.dtype for info in infos.values()} - ELEMENT_SIZE.keys():
-        raise InputError(
-            f"{path} holds {', '.join(sorted(unknown))} tensors",
-            why="Weights quantised to these types cannot be pooled.",
-            fix="Use the unquantised checkpoint of this model.",
-        )
     return infos
 
 
