@@ -34,8 +34,8 @@ class TensorInfo:
     dtype: str
     """safetensors' name: F32, BF16, ..."""
     shape: tuple[int, ...]
-    fused: str | None = None
-    """Name of the stored tensor of which this is a block of rows."""
+    stored: str | None = None
+    """Name of the stored tensor, if it is another; this one is a block of its rows, or all of them."""
     first_row: int = 0
     """Where that block begins."""
 
@@ -102,8 +102,8 @@ class Checkpoint:
         info = self.tensors[name]
         if info.file not in self._open:  # one open file: shards are visited in order, and each maps its pages
             self._open = {info.file: safe_open(self.folder / info.file, framework="pt")}
-        if info.fused:
-            return self._open[info.file].get_slice(info.fused)[info.first_row : info.first_row + info.shape[0]]
+        if info.stored:
+            return self._open[info.file].get_slice(info.stored)[info.first_row : info.first_row + info.shape[0]]
         return self._open[info.file].get_tensor(name)
 
     @property
@@ -165,7 +165,7 @@ def _split_fused(tensors: dict[str, TensorInfo], family: Family, config: dict[st
                 fix="Check that config.json belongs to the weights.",
             )
         for (module, count), end in zip(rows.items(), accumulate(rows.values()), strict=True):
-            block = replace(info, shape=(count, *info.shape[1:]), fused=name, first_row=end - count)
+            block = replace(info, shape=(count, *info.shape[1:]), stored=name, first_row=end - count)
             split[family.tensor(place.layer, module, place.part)] = block
     return split
 

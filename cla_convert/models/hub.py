@@ -8,6 +8,7 @@ from pathlib import Path
 from ..errors import InputError
 from .checkpoint import Checkpoint, TensorInfo
 from .families import family_of
+from .text_part import text_config
 
 _FILES = [
     "*.json",
@@ -39,7 +40,7 @@ def download(model: str, revision: str | None, *, allow_pickle: bool, to_convert
     with _explained(model):
         if to_convert:
             config = Path(hf_hub_download(model, "config.json", revision=revision))
-            family_of(json.loads(config.read_text(encoding="utf-8")))
+            family_of(text_config(json.loads(config.read_text(encoding="utf-8"))))
         patterns = _FILES + (["*.bin"] if allow_pickle else [])
         return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
 

@@ -16,7 +16,8 @@ from ..errors import ClaError, InputError, did_you_mean
 from ..files import write_json
 from . import hub
 from .checkpoint import INDEX, Checkpoint
-from .writer import ShardWriter, publishing
+from .text_part import has_text_part, text_part, text_sidecars
+from .writer import ShardWriter, check_disk, publishing
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -39,15 +40,15 @@ def resolve_source(
     path = _local(model)
     if path is None:
         path = hub.download(model, revision, allow_pickle=allow_pickle, to_convert=to_convert)
-    return _from_gguf(path) if path.is_file() else _with_safetensors(path, allow_pickle)
+    return _from_gguf(path) if path.is_file() else _text_only(_with_safetensors(path, allow_pickle))
 
 
 def open_headers(model: str, *, revision: str | None = None) -> Checkpoint:
     """As much of a model as describes it; of a model on the hub, the weights stay there. Raises InputError."""
     path = _local(model)
     if path is None:
-        return hub.headers(model, revision)
-    return Checkpoint.open(_from_gguf(path) if path.is_file() else _with_safetensors(path, allow_pickle=False))
+        return text_part(hub.headers(model, revision))
+    return text_part(Checkpoint.open(_from_gguf(path) if path.is_file() else _with_safetensors(path, False)))
 
 
 def _local(model: str) -> Path | None:
@@ -111,10 +112,7 @@ def _from_pickle(folder: Path, pickles: list[Path]) -> Path:
 
     import torch
 
-    key = hashlib.sha256(
-        "".join(f"{p.resolve()} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in pickles).encode()
-    ).hexdigest()[:16]
-    out = cache_folder() / "sources" / f"{folder.name}-{key}"
+    out = _rewritten(folder, pickles)
     if out.exists():
         return out
     say(f"rewriting pickled weights as safetensors in {out}")
@@ -133,6 +131,36 @@ def _from_pickle(folder: Path, pickles: list[Path]) -> Path:
             if file.is_file() and file.suffix != ".bin" and not file.name.endswith(".bin.index.json"):
                 shutil.copyfile(file, staging / file.name)
     return out
+
+
+def _text_only(folder: Path) -> Path:
+    """Copy the language model of a multimodal checkpoint into the cache; any other folder stays what it is."""
+    import shutil
+
+    checkpoint = Checkpoint.open(folder)
+    if not has_text_part(checkpoint.config):
+        return folder
+    out = _rewritten(folder, sorted(folder.glob("*.safetensors")))
+    if out.exists():
+        return out
+    say(f"copying the language model, without the vision tower, to {out}")
+    text = text_part(checkpoint)
+    with publishing(out) as staging:
+        check_disk(out, sum(info.nbytes for info in text.tensors.values()))
+        writer = ShardWriter(staging, max_shard_size=5_000_000_000)
+        for name in text.tensors:
+            writer.add(name, text.read(name))
+        writer.finish()
+        for file in text_sidecars(checkpoint):
+            shutil.copyfile(file, staging / file.name)
+        write_json(staging / "config.json", text.config)
+    return out
+
+
+def _rewritten(folder: Path, weights: list[Path]) -> Path:
+    """Where the rewritten copy of these weights lies, or will."""
+    states = "".join(f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in weights)
+    return cache_folder() / "sources" / f"{folder.name}-{hashlib.sha256(states.encode()).hexdigest()[:16]}"
 
 
 def _from_gguf(path: Path) -> Path:
