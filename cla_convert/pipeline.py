@@ -91,7 +91,10 @@ class Run:
         _check_same_recipe(folder, recipe, overwrite, allow_changes)
         device = pick_device(recipe.device)
         source = resolve_source(
-            recipe.source.model, revision=recipe.source.revision, allow_pickle=recipe.source.allow_pickle
+            recipe.source.model,
+            revision=recipe.source.revision,
+            allow_pickle=recipe.source.allow_pickle,
+            to_convert=True,
         )
         return cls(folder, recipe, source, device, allow_changes)
 

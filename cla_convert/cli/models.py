@@ -57,7 +57,9 @@ def convert(
         "convert.init": init, "convert.max_shard_size": max_shard_size, "source.allow_pickle": allow_pickle or None,
     }  # fmt: skip
     settings = settings_of(recipe, sets, options)
-    source = resolve_source(model, revision=settings.source.revision, allow_pickle=settings.source.allow_pickle)
+    source = resolve_source(
+        model, revision=settings.source.revision, allow_pickle=settings.source.allow_pickle, to_convert=True
+    )
     checkpoint = Checkpoint.open(source)
     plan = plan_for(checkpoint, settings, pick_device(settings.device))
     if dry_run:

@@ -1,70 +1,119 @@
-"""What a model is, from its configuration alone: supported or why not, and the KV bytes per token of each pattern."""
+"""What a model is, from headers alone: supported or why not, and the KV bytes per token of each pattern."""
 
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 from ..errors import ClaError, InputError
 from ..models.checkpoint import FLOATING, Checkpoint
 from ..models.families import family_of
+from ..models.kinds import SLIDING
 from ..models.shape import AttentionShape, shape_of
-from ..models.source import resolve_source
-from .sharing import groups_of, sharing_map
+from ..models.source import open_headers
+from .sharing import sharing_map
 
 PATTERNS = ["cla2", "cla3", "cla4", "cla2-keep-ends", "cla3-keep-ends", "dense-front", "dense-back"]
 
 
 def inspect_model(model: str, *, revision: str | None = None) -> dict[str, Any]:
-    """Describe a model (the keys of `inspect --json`). Raises InputError if it cannot be read at all."""
-    checkpoint = Checkpoint.open(resolve_source(model, revision=revision, allow_pickle=False))
-    shape = shape_of(checkpoint.config)
-    try:
-        family_of(checkpoint.config)
-        reason = None
-    except InputError as error:
-        reason = f"{error.what}. {error.fix}"
+    """Describe a model (the keys of `inspect --json`). Raises InputError if it cannot be read at all.
+
+    Of a supported family everything is known. Of others the description goes as far as the usual keys of a config.json;
+    the sizes are null where it has none of them.
+    """
+    checkpoint = open_headers(model, revision=revision)
+    reason = _reason(checkpoint)
     largest = max(checkpoint.tensors.values(), key=lambda info: info.numel)
-    size = largest.nbytes // largest.numel
-    return {
+    description = {
         "model": model,
-        "folder": str(Path(checkpoint.folder)),
-        "model_type": shape.model_type,
+        "folder": str(checkpoint.folder),
+        "model_type": checkpoint.config.get("model_type"),
+        "architectures": checkpoint.config.get("architectures"),
         "supported": reason is None,
         "reason": reason,
-        "num_layers": shape.num_layers,
-        "num_attention_heads": shape.num_attention_heads,
-        "num_key_value_heads": shape.num_key_value_heads,
-        "head_dim": shape.head_dim,
         "dtype": FLOATING.get(largest.dtype, largest.dtype),
         "parameters": sum(info.numel for info in checkpoint.tensors.values()),
-        "layer_kinds": {kind: shape.kinds.count(kind) for kind in dict.fromkeys(shape.kinds)},
-        "kv_bytes_per_token": shape.kv_bytes_per_token(size),
-        "kv_source_layers": list(shape.kv_source_layers),
-        "patterns": _patterns(shape, size),
     }
+    try:
+        return description | _attention(shape_of(checkpoint.config), largest.nbytes // largest.numel, reason is None)
+    except InputError:
+        if reason is None:
+            raise
+        return description | dict.fromkeys(_ATTENTION_KEYS) | {"layer_kinds": {}, "patterns": {}}
 
 
 def render(result: dict[str, Any]) -> str:
     """The description for a person."""
-    kinds = ", ".join(f"{count} {kind}" for kind, count in result["layer_kinds"].items())
     lines = [
         f"{result['model']}: {result['model_type']}, {result['parameters'] / 1e6:.0f}M parameters in {result['dtype']}",
         f"supported   {'yes' if result['supported'] else 'no: ' + result['reason']}",
+    ]
+    if result["num_layers"] is None:
+        return "\n".join(lines)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in result["layer_kinds"].items())
+    lines += [
         f"layers      {result['num_layers']} ({kinds})",
         f"heads       {result['num_attention_heads']} query / {result['num_key_value_heads']} KV"
         f" of {result['head_dim']} channels",
-        f"KV cache    {result['kv_bytes_per_token']} bytes per token",
+        f"KV cache    {_bytes(result).strip()}",
     ]
+    if window := result["sliding_window"]:
+        lines.append(f"            sliding layers keep only their window: {window} tokens, then they stop growing")
     for name, pattern in result["patterns"].items():
-        lines.append(f"  {name:<18}{pattern['kv_bytes_per_token']:>8} bytes, {pattern['kv_layers']} KV layers")
+        lines.append(f"  {name:<18}{_bytes(pattern)}, {pattern['kv_layers']} KV layers")
     return "\n".join(lines)
+
+
+_ATTENTION_KEYS = (
+    "num_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "layer_kinds", "sliding_window",
+    "kv_bytes_per_token", "kv_bytes_per_token_beyond_window", "kv_source_layers", "patterns",
+)  # fmt: skip
+
+
+def _attention(shape: AttentionShape, size: int, supported: bool) -> dict[str, Any]:
+    """The values of _ATTENTION_KEYS."""
+    return {
+        "num_layers": shape.num_layers,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_key_value_heads": shape.num_key_value_heads,
+        "head_dim": shape.head_dim,
+        "layer_kinds": {kind: shape.kinds.count(kind) for kind in dict.fromkeys(shape.kinds)},
+        "sliding_window": shape.sliding_window,
+        **_cache(shape, shape.kv_source_layers, size),
+        "kv_source_layers": list(shape.kv_source_layers),
+        "patterns": _patterns(shape, size) if supported else {},
+    }
+
+
+def _reason(checkpoint: Checkpoint) -> str | None:
+    """Why the model is not supported, if it is not."""
+    try:
+        family_of(checkpoint.config)
+    except InputError as error:
+        return " ".join(f"{part.rstrip('.')}." for part in (error.what, error.why, error.fix) if part)
+    return None
 
 
 def _patterns(shape: AttentionShape, size: int) -> dict[str, dict[str, int]]:
     patterns = {}
     for name in PATTERNS:
         try:
-            owners = len(groups_of(sharing_map(name, shape.kinds)))
+            sources = sharing_map(name, shape.kinds)
         except ClaError:
             continue  # impossible for this model
-        patterns[name] = {"kv_layers": owners, "kv_bytes_per_token": shape.kv_bytes_per_token(size, owners)}
+        patterns[name] = {"kv_layers": len(set(sources)), **_cache(shape, sources, size)}
     return patterns
+
+
+def _cache(shape: AttentionShape, sources: Iterable[int], size: int) -> dict[str, int]:
+    """Bytes that one more token adds to the cache, before and after the sliding layers are full."""
+    owners = set(sources)
+    growing = sum(not shape.kinds[owner].startswith(SLIDING) for owner in owners)
+    return {
+        "kv_bytes_per_token": shape.kv_bytes_per_token(size, len(owners)),
+        "kv_bytes_per_token_beyond_window": shape.kv_bytes_per_token(size, growing),
+    }
+
+
+def _bytes(cache: dict[str, Any]) -> str:
+    early, late = cache["kv_bytes_per_token"], cache["kv_bytes_per_token_beyond_window"]
+    return f"{early:>8} bytes per token" + (f", {late} beyond the window" if late != early else "")

@@ -34,8 +34,8 @@ class TensorInfo:
     dtype: str
     """safetensors' name: F32, BF16, ..."""
     shape: tuple[int, ...]
-    fused: str | None = None
-    """Name of the stored tensor of which this is a block of rows."""
+    stored: str | None = None
+    """Name of the stored tensor, if it is another; this one is a block of its rows, or all of them."""
     first_row: int = 0
     """Where that block begins."""
 
@@ -81,10 +81,19 @@ class Checkpoint:
                     fix="Download the model again.",
                 )
             tensors |= {name: header[name] for name in (promised or header)}
+        return cls(folder, config, tensors) if as_stored else cls.of(folder, config, tensors)
+
+    @classmethod
+    def of(cls, folder: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> "Checkpoint":
+        """From the tensors as they are stored. Raises InputError for types that cannot be read."""
+        if unknown := {info.dtype for info in tensors.values()} - ELEMENT_SIZE.keys():
+            raise InputError(
+                f"{folder} holds {', '.join(sorted(unknown))} tensors",
+                why="Weights quantised to these types cannot be pooled.",
+                fix="Use the unquantised checkpoint of this model.",
+            )
         family = FAMILIES.get(str(config.get("model_type")))
-        if family and family.fused and not as_stored:
-            tensors = _split_fused(tensors, family, config)
-        return cls(folder, config, tensors)
+        return cls(folder, config, _split_fused(tensors, family, config) if family and family.fused else tensors)
 
     def read(self, name: str) -> "Tensor":
         """Load one tensor (a copy on the CPU)."""
@@ -93,8 +102,8 @@ class Checkpoint:
         info = self.tensors[name]
         if info.file not in self._open:  # one open file: shards are visited in order, and each maps its pages
             self._open = {info.file: safe_open(self.folder / info.file, framework="pt")}
-        if info.fused:
-            return self._open[info.file].get_slice(info.fused)[info.first_row : info.first_row + info.shape[0]]
+        if info.stored:
+            return self._open[info.file].get_slice(info.stored)[info.first_row : info.first_row + info.shape[0]]
         return self._open[info.file].get_tensor(name)
 
     @property
@@ -137,12 +146,6 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raise InputError(
             f"{path} is not a whole safetensors file", why=f"{error}.", fix="Download or copy the file again."
         ) from error
-    if unknown := {info.dtype for info in infos.values()} - ELEMENT_SIZE.keys():
-        raise InputError(
-            f"{path} holds {', '.join(sorted(unknown))} tensors",
-            why="Weights quantised to these types cannot be pooled.",
-            fix="Use the unquantised checkpoint of this model.",
-        )
     return infos
 
 
@@ -162,7 +165,7 @@ def _split_fused(tensors: dict[str, TensorInfo], family: Family, config: dict[st
                 fix="Check that config.json belongs to the weights.",
             )
         for (module, count), end in zip(rows.items(), accumulate(rows.values()), strict=True):
-            block = replace(info, shape=(count, *info.shape[1:]), fused=name, first_row=end - count)
+            block = replace(info, shape=(count, *info.shape[1:]), stored=name, first_row=end - count)
             split[family.tensor(place.layer, module, place.part)] = block
     return split
 

@@ -156,7 +156,10 @@ _ROWS = [
     Family("qwen2", "Qwen2", kinds.late_windows, _QWEN),
     Family("qwen3", "Qwen3", kinds.late_windows, _QWEN | {"head_dim": 128}, qk_norm=True),
     Family("gemma2", "Gemma2", kinds.alternating, _GEMMA, norms=SANDWICH, requires=(_CAUSAL,)),
-    Family("gemma3_text", "Gemma3", kinds.five_to_one, _GEMMA, qk_norm=True, norms=SANDWICH, requires=(_CAUSAL,)),
+    Family(
+        "gemma3_text", "Gemma3", kinds.five_to_one, _GEMMA | {"num_attention_heads": 8, "hidden_size": 2304},
+        qk_norm=True, norms=SANDWICH, requires=(_CAUSAL,),
+    ),
     Family("phi3", "Phi3", kinds.windowed, fused="qkv_proj"),
     Family("olmo2", "Olmo2", qk_norm=True, norms=POST_NORM),
     Family("granite", "Granite"),

@@ -14,21 +14,12 @@ from typing import Any
 from ..console import say
 from ..errors import ClaError, InputError, did_you_mean
 from ..files import write_json
-from .checkpoint import INDEX
-from .writer import ShardWriter, publishing
+from . import hub
+from .checkpoint import INDEX, Checkpoint
+from .text_part import has_text_part, text_part, text_sidecars
+from .writer import ShardWriter, check_disk, publishing
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_HUB_FILES = [
-    "*.json",
-    "*.safetensors",
-    "*.model",
-    "*.txt",
-    "*.jinja",
-    "*.tiktoken",
-    "LICENSE*",
-    "NOTICE*",
-    "README.md",
-]
 
 
 def cache_folder() -> Path:
@@ -36,22 +27,44 @@ def cache_folder() -> Path:
     return Path(os.environ.get("CLA_CONVERT_CACHE", Path.home() / ".cache" / "cla-convert"))
 
 
-def resolve_source(model: str, *, revision: str | None = None, allow_pickle: bool = False) -> Path:
+def resolve_source(
+    model: str, *, revision: str | None = None, allow_pickle: bool = False, to_convert: bool = False
+) -> Path:
     """Return a local folder with config.json and safetensors weights for a hub id, folder, .gguf file or `package:`.
+
+    With `to_convert`, a model of the hub that cannot be converted is refused before its weights are fetched.
 
     Raises:
         InputError: there is no such model, it cannot be reached, or its weights are pickled and `allow_pickle` is off.
     """
+    path = _local(model)
+    if path is None:
+        path = hub.download(model, revision, allow_pickle=allow_pickle, to_convert=to_convert)
+    return _from_gguf(path) if path.is_file() else _text_only(_with_safetensors(path, allow_pickle))
+
+
+def open_headers(model: str, *, revision: str | None = None) -> Checkpoint:
+    """As much of a model as describes it; of a model on the hub, the weights stay there. Raises InputError."""
+    path = _local(model)
+    if path is None:
+        return text_part(hub.headers(model, revision))
+    return text_part(Checkpoint.open(_from_gguf(path) if path.is_file() else _with_safetensors(path, False)))
+
+
+def _local(model: str) -> Path | None:
+    """The folder or .gguf file that `model` names; None for a hub id. Raises InputError."""
     if not model:
         raise InputError("No model was given", fix="Name a hub id, a local folder or a .gguf file (source.model).")
     path = _package_file(model) if model.startswith("package:") else Path(model).expanduser()
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise InputError(f"{path} is not a model", fix="Give a folder, a .gguf file or a hub id.")
-        return _from_gguf(path)
-    if not path.is_dir():
-        path = _download(model, revision, allow_pickle)
-    return _with_safetensors(path, allow_pickle)
+    if path.is_file() and path.suffix != ".gguf":
+        raise InputError(f"{path} is not a model", fix="Give a folder, a .gguf file or a hub id.")
+    if path.exists():
+        return path
+    if model.startswith((".", "/", "~")) or model.endswith(".gguf") or not _HUB_ID.fullmatch(model):
+        names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        hint = did_you_mean(path.name, names)
+        raise InputError(f"There is no model at {model!r}.{hint}", fix="Check the path, or give a hub id (owner/name).")
+    return None
 
 
 def _package_file(model: str) -> Path:
@@ -67,38 +80,6 @@ def _package_file(model: str) -> Path:
     if not path.exists():
         raise InputError(f"The package {package!r} has no file {name!r}", fix=f"Look into {path.parent}.")
     return path
-
-
-def _download(model: str, revision: str | None, allow_pickle: bool) -> Path:
-    looks_local = model.startswith((".", "/", "~")) or model.endswith(".gguf") or not _HUB_ID.fullmatch(model)
-    if looks_local:
-        parent = Path(model).expanduser().parent
-        names = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
-        hint = did_you_mean(Path(model).name, names)
-        raise InputError(f"There is no model at {model!r}.{hint}", fix="Check the path, or give a hub id (owner/name).")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    patterns = _HUB_FILES + (["*.bin"] if allow_pickle else [])
-    try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
-    except GatedRepoError as error:
-        raise InputError(
-            f"{model!r} is gated", why="Its licence must be accepted on the hub.", fix="Accept it, then set HF_TOKEN."
-        ) from error
-    except (LocalEntryNotFoundError, HFValidationError, OSError, RepositoryNotFoundError) as error:
-        missing = isinstance(error, RepositoryNotFoundError)
-        raise InputError(
-            f"The model {model!r} was not found" if missing else f"The model {model!r} could not be downloaded",
-            why=f"It is no local folder, and the hub says: {str(error).strip().splitlines()[0]}",
-            fix="Check the spelling (owner/name), HF_TOKEN for private models, the network and HF_HUB_OFFLINE; "
-            "or give a local folder or a .gguf file.",
-        ) from error
 
 
 def _with_safetensors(folder: Path, allow_pickle: bool) -> Path:
@@ -131,10 +112,7 @@ def _from_pickle(folder: Path, pickles: list[Path]) -> Path:
 
     import torch
 
-    key = hashlib.sha256(
-        "".join(f"{p.resolve()} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in pickles).encode()
-    ).hexdigest()[:16]
-    out = cache_folder() / "sources" / f"{folder.name}-{key}"
+    out = _rewritten(folder, pickles)
     if out.exists():
         return out
     say(f"rewriting pickled weights as safetensors in {out}")
@@ -153,6 +131,36 @@ def _from_pickle(folder: Path, pickles: list[Path]) -> Path:
             if file.is_file() and file.suffix != ".bin" and not file.name.endswith(".bin.index.json"):
                 shutil.copyfile(file, staging / file.name)
     return out
+
+
+def _text_only(folder: Path) -> Path:
+    """Copy the language model of a multimodal checkpoint into the cache; any other folder stays what it is."""
+    import shutil
+
+    checkpoint = Checkpoint.open(folder)
+    if not has_text_part(checkpoint.config):
+        return folder
+    out = _rewritten(folder, sorted(folder.glob("*.safetensors")))
+    if out.exists():
+        return out
+    say(f"copying the language model, without the vision tower, to {out}")
+    text = text_part(checkpoint)
+    with publishing(out) as staging:
+        check_disk(out, sum(info.nbytes for info in text.tensors.values()))
+        writer = ShardWriter(staging, max_shard_size=5_000_000_000)
+        for name in text.tensors:
+            writer.add(name, text.read(name))
+        writer.finish()
+        for file in text_sidecars(checkpoint):
+            shutil.copyfile(file, staging / file.name)
+        write_json(staging / "config.json", text.config)
+    return out
+
+
+def _rewritten(folder: Path, weights: list[Path]) -> Path:
+    """Where the rewritten copy of these weights lies, or will."""
+    states = "".join(f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in weights)
+    return cache_folder() / "sources" / f"{folder.name}-{hashlib.sha256(states.encode()).hexdigest()[:16]}"
 
 
 def _from_gguf(path: Path) -> Path:

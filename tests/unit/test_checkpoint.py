@@ -74,8 +74,9 @@ def test_index_that_promises_too_much_is_refused(tmp_path, tiny_llama):
 
 def test_quantised_weights_are_refused(tmp_path):
     save_file({"w": torch.zeros(4, dtype=torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError, match="F8_E4M3"):
-        read_header(tmp_path / "model.safetensors")
+        Checkpoint.open(tmp_path)
 
 
 def test_missing_model_suggests_a_neighbour(tiny_llama):

@@ -4,16 +4,19 @@ import ast
 
 import pytest
 import torch
-from transformers import AutoConfig
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, Gemma3Config, Gemma3ForConditionalGeneration
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from cla_convert.conversion.sharing import groups_of, sharing_map
 from cla_convert.errors import InputError
 from cla_convert.models.checkpoint import Checkpoint
+from cla_convert.models.export import load_model
 from cla_convert.models.families import FAMILIES, REFUSED, family_of
 from cla_convert.models.kinds import NOPE, SLIDING
 from cla_convert.models.shape import shape_of
-from tests.tiny import CASES, cla_model, save_tiny, source_model
+from cla_convert.models.source import open_headers, resolve_source
+from tests.tiny import CASES, cla_model, save_tiny, source_model, tiny_config
 
 SIZES = {"num_hidden_layers": 30, "num_attention_heads": 8, "hidden_size": 256}
 CONFIGS = [
@@ -88,6 +91,31 @@ def test_fused_projections_are_read_as_three(case, tmp_path):
     (folder / "config.json").write_text((folder / "config.json").read_text().replace('n_head": 4', 'n_head": 2'))
     with pytest.raises(InputError, match="rows where config.json promises"):
         Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize("published", [True, False], ids=["published", "saved by transformers"])
+def test_the_language_model_of_a_multimodal_gemma_3(published, tmp_path, monkeypatch):
+    monkeypatch.setenv("CLA_CONVERT_CACHE", str(tmp_path / "cache"))
+    text = tiny_config("gemma3").to_diff_dict()
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28)
+    torch.manual_seed(0)
+    model = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision)).eval()
+    model.save_pretrained(tmp_path / "gemma")
+    weights = load_file(tmp_path / "gemma" / "model.safetensors")
+    other = {"language_model.model.": "model.language_model."}
+    if any(name.startswith("model.language_model.") for name in weights) == published:
+        other = dict(map(reversed, other.items())) if published else other
+        for old, new in other.items():
+            weights = {name.replace(old, new): tensor for name, tensor in weights.items()}
+        save_file(weights, tmp_path / "gemma" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "gemma" / "preprocessor_config.json").write_text("{}")
+    headers, folder = open_headers(str(tmp_path / "gemma")), resolve_source(str(tmp_path / "gemma"))
+    assert not (folder / "preprocessor_config.json").exists()
+    assert headers.tensors.keys() == Checkpoint.open(folder).tensors.keys()
+    assert shape_of(headers.config) == shape_of(tiny_config("gemma3").to_dict())
+    ids = torch.arange(2, 22)[None]
+    with torch.inference_mode():
+        assert torch.equal(load_model(folder, dtype=torch.float32)(ids).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
