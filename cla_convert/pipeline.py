@@ -21,10 +21,8 @@ from .files import read_json, write_json
 from .recipe import Recipe, Resolved, flatten
 
 STAGES = ["plan", "convert", "uptrain", "eval", "report"]
-FREE_TO_CHANGE = (
-    "eval.", "device", "train.keep_checkpoints", "train.checkpoint_every", "train.validate_every", "train.spike",
-    "train.log_to",
-)  # fmt: skip
+FREE_TO_CHANGE = ("eval.", "device", "train.spike", "train.log_to", "train.keep_checkpoints", "train.checkpoint_every",
+                  "train.validate_every")  # fmt: skip
 """Settings that may differ when a run folder is continued: they do not invalidate what earlier stages made."""
 
 
@@ -66,6 +64,8 @@ class Run:
     recipe: Recipe
     source: Path
     """The source model as a local safetensors folder."""
+    teacher: Path
+    """The model to distil from: the source model unless train.teacher names another."""
     device: str
 
     @classmethod
@@ -79,7 +79,10 @@ class Run:
         source = resolve_source(
             recipe.source.model, revision=recipe.source.revision, allow_pickle=recipe.source.allow_pickle
         )
-        return cls(folder, recipe, source, device)
+        teacher = (
+            resolve_source(name, allow_pickle=recipe.source.allow_pickle) if (name := recipe.train.teacher) else source
+        )
+        return cls(folder, recipe, source, teacher, device)
 
     def save_recipe(self) -> None:
         """Mark the folder as a run, then write recipe.yaml by rename."""
@@ -148,7 +151,7 @@ def check_before_work(run: Run) -> None:
     load_tokenizer(run.source)
     if run.recipe.train.tokens:
         check_trackers(run.recipe.train.log_to)
-        check_teacher(run.recipe.train, run.source, teacher_of(run))
+        check_teacher(run.recipe.train, run.source, run.teacher)
     text(run)
     check_disk(run.folder, _disk_needed(run))
 
@@ -195,7 +198,7 @@ def uptrain(run: Run) -> dict[str, Any]:
         return done
     result = train(
         run.converted,
-        teacher_of(run),
+        run.teacher,
         run.uptrained,
         run.recipe,
         run_dir=run.folder,
@@ -203,14 +206,6 @@ def uptrain(run: Run) -> dict[str, Any]:
         resume_command=command_line(),
     )
     return run.write("train.json", result)
-
-
-def teacher_of(run: Run) -> Path:
-    """The model to distil from: the source model unless train.teacher names another."""
-    from .models.source import resolve_source
-
-    name = run.recipe.train.teacher
-    return resolve_source(name, allow_pickle=run.recipe.source.allow_pickle) if name else run.source
 
 
 def evaluate(run: Run) -> dict[str, Any]:

@@ -142,10 +142,12 @@ def _check_fit(student: Any, data: TokenStore, settings: Train) -> None:
 
 def _describe(trainer: Trainer) -> str:
     budget, count = trainer.budget, sum(p.numel() for p in trainer.parameters.values())
+    skipped = not trainer.compiled and trainer.settings.compile == "auto" and trainer.precision.device_type == "cuda"
     compute = trainer.precision.name + ("" if trainer.precision.compute is torch.float32 else " over float32 weights")
     return (
         f"uptraining: {budget.steps} steps of {budget.batch} x {budget.length} tokens, {human_count(budget.tokens)} in "
         f"all, {trainer.micro_batch} sequences a pass; {human_count(count)} parameters trained; "
         f"{trainer.settings.loss}; {compute} on {trainer.device}; "
         + ("layers and loss are compiled in the first step" if trainer.compiled else "not compiled")
+        + (" (auto: too short to pay it back)" if skipped else "")
     )

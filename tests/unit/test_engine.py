@@ -141,6 +141,14 @@ class TestCompiling:
         assert choose_compile(True, "cpu", 0) and not choose_compile("auto", "cpu", 1e30)
         assert not choose_compile(False, "cuda", 1e30) and not choose_compile("auto", "cuda", WORTH_IT / 2)
 
+    def test_it_needs_triton_on_a_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+        assert not choose_compile("auto", "cuda", 1e30)
+        with pytest.raises(InputError, match="Triton"):
+            choose_compile(True, "cuda", 0)
+        monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
+        assert choose_compile("auto", "cuda", WORTH_IT) and choose_compile(True, "cuda", 0)
+
 
 class TestCost:
     @pytest.mark.parametrize("tied", [True, False])
