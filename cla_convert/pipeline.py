@@ -76,12 +76,9 @@ class Run:
         recipe = resolved.recipe
         _check_same_recipe(folder, recipe, overwrite)
         device = pick_device(recipe.device)
-        source = resolve_source(
-            recipe.source.model, revision=recipe.source.revision, allow_pickle=recipe.source.allow_pickle
-        )
-        teacher = (
-            resolve_source(name, allow_pickle=recipe.source.allow_pickle) if (name := recipe.train.teacher) else source
-        )
+        pickles = recipe.source.allow_pickle
+        source = resolve_source(recipe.source.model, revision=recipe.source.revision, allow_pickle=pickles)
+        teacher = resolve_source(recipe.train.teacher, allow_pickle=pickles) if recipe.train.teacher else source
         return cls(folder, recipe, source, teacher, device)
 
     def save_recipe(self) -> None:
