@@ -79,6 +79,8 @@ class Run:
     recipe: Recipe
     source: Path
     """The source model as a local safetensors folder."""
+    teacher: Path
+    """The model to distil from: the source model unless train.teacher names another."""
     device: str
     allow_changes: Collection[str] = ()
 
@@ -90,13 +92,12 @@ class Run:
         recipe = resolved.recipe
         _check_same_recipe(folder, recipe, overwrite, allow_changes)
         device = pick_device(recipe.device)
+        pickles = recipe.source.allow_pickle
         source = resolve_source(
-            recipe.source.model,
-            revision=recipe.source.revision,
-            allow_pickle=recipe.source.allow_pickle,
-            to_convert=True,
+            recipe.source.model, revision=recipe.source.revision, allow_pickle=pickles, to_convert=True
         )
-        return cls(folder, recipe, source, device, allow_changes)
+        teacher = resolve_source(recipe.train.teacher, allow_pickle=pickles) if recipe.train.teacher else source
+        return cls(folder, recipe, source, teacher, device, allow_changes)
 
     def save_recipe(self) -> None:
         """Mark the folder as a run, then write recipe.yaml by rename."""
@@ -176,7 +177,7 @@ def check_before_work(run: Run) -> None:
     load_tokenizer(run.source)
     if run.recipe.train.tokens:
         check_trackers(run.recipe.train.log_to)
-        check_teacher(run.recipe.train, run.source, teacher_of(run))
+        check_teacher(run.recipe.train, run.source, run.teacher)
     text(run)
     check_disk(run.folder, _disk_needed(run))
 
@@ -239,7 +240,7 @@ def _train(run: Run, student: Path, folder: Path) -> dict[str, Any]:
     summary.unlink(missing_ok=True)  # of a model that was removed since
     result = train(
         student,
-        teacher_of(run),
+        run.teacher,
         out,
         run.recipe,
         run_dir=folder,
@@ -250,14 +251,6 @@ def _train(run: Run, student: Path, folder: Path) -> dict[str, Any]:
     write_json(summary, result)
     finish(folder, keep=keep)
     return result
-
-
-def teacher_of(run: Run) -> Path:
-    """The model to distil from: the source model unless train.teacher names another."""
-    from .models.source import resolve_source
-
-    name = run.recipe.train.teacher
-    return resolve_source(name, allow_pickle=run.recipe.source.allow_pickle) if name else run.source
 
 
 def evaluate(run: Run) -> dict[str, Any]:

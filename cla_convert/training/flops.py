@@ -5,6 +5,7 @@ backward pass, and attention over T positions another 12 L H Q T in all (H heads
 activations do not count, the teacher's forward pass does, and so does what freezing saves.
 """
 
+import re
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ PEAK_BFLOAT16 = {
     "B200": 2250e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "A10G": 70e12,
     "A10": 125e12,
@@ -31,7 +33,7 @@ def peak_flops(device: str, compute: torch.dtype) -> float | None:
     if not device.startswith("cuda") or compute is not torch.bfloat16:
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in PEAK_BFLOAT16.items() if known in name), None)
+    return next((peak for known, peak in PEAK_BFLOAT16.items() if re.search(rf"\b{known}\b", name)), None)
 
 
 def forward_flops(model: Any, length: int) -> float:

@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from cla_convert import pipeline
 from cla_convert.errors import InputError, TrainingError
 from cla_convert.models.export import load_model
+from cla_convert.recipe import Resolved
 from cla_convert.training import loop
 from cla_convert.training.metrics import read_rows
 from cla_convert.training.objective import Objective, hidden_states
@@ -88,6 +90,20 @@ def test_teachers_that_do_not_fit_are_refused_before_work(
     assert "2 of 258 tokens differ, such as 'A'" in caught.value.why
     uptrain(work, other, tmp_path / "c", recipe(work, steps=1, loss="cross_entropy"))  # no teacher, no objection
     assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
+
+
+def test_a_run_names_its_teacher_and_is_refused_before_it_converts(
+    work: Path, tiny_llama: Path, large_teacher: Path, tmp_path: Path
+) -> None:
+    settings = recipe(work, teacher=str(large_teacher))
+    settings.source.model = str(tiny_llama)
+    run = pipeline.Run.start(Resolved(settings, {}), tmp_path / "run", overwrite=False)
+    assert run.source == tiny_llama and run.teacher == large_teacher
+    pipeline.check_before_work(run)
+    settings.train.hidden_weight = 1.0
+    with pytest.raises(InputError, match="different width"):
+        pipeline.run(Resolved(settings, {}), tmp_path / "run")
+    assert not (tmp_path / "run" / "converted").exists()
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

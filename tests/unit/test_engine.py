@@ -15,7 +15,7 @@ from cla_convert.models.modeling_cla_llama import ClaLlamaForCausalLM
 from cla_convert.recipe import Train
 from cla_convert.training import compiling
 from cla_convert.training.compiling import WORTH_IT, choose_compile, compile_layers
-from cla_convert.training.flops import forward_flops, training_flops
+from cla_convert.training.flops import forward_flops, peak_flops, training_flops
 from cla_convert.training.health import PATIENCE, steps_above
 from cla_convert.training.loss import LogitRule
 from cla_convert.training.metrics import Metrics
@@ -141,6 +141,14 @@ class TestCompiling:
         assert choose_compile(True, "cpu", 0) and not choose_compile("auto", "cpu", 1e30)
         assert not choose_compile(False, "cuda", 1e30) and not choose_compile("auto", "cuda", WORTH_IT / 2)
 
+    def test_it_needs_triton_on_a_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+        assert not choose_compile("auto", "cuda", 1e30)
+        with pytest.raises(InputError, match="Triton"):
+            choose_compile(True, "cuda", 0)
+        monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
+        assert choose_compile("auto", "cuda", WORTH_IT) and choose_compile(True, "cuda", 0)
+
 
 class TestCost:
     @pytest.mark.parametrize("tied", [True, False])
@@ -162,6 +170,23 @@ class TestCost:
         freeze_all_but(model, "attention")
         frozen = sum(p.numel() for _, p, part in parts_of(model) if part == "other" and p.ndim == 2)
         assert training_flops(model, None, 32) == 3 * forward - 2 * frozen
+
+    @pytest.mark.parametrize(
+        ("name", "peak"),
+        [
+            ("NVIDIA H200", 989e12),
+            ("NVIDIA H100 80GB HBM3", 989e12),
+            ("NVIDIA H100 PCIe", 756e12),
+            ("NVIDIA A100-SXM4-80GB", 312e12),
+            ("NVIDIA L40", 181e12),
+            ("NVIDIA L4", 121e12),
+            ("NVIDIA RTX A1000 Laptop GPU", None),
+        ],
+    )
+    def test_the_peak_goes_by_the_devices_name(self, name: str, peak: float, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+        assert peak_flops("cuda:0", torch.bfloat16) == peak
+        assert peak_flops("cuda:0", torch.float32) is None and peak_flops("cpu", torch.bfloat16) is None
 
     def test_sequences_in_a_pass(self, monkeypatch: pytest.MonkeyPatch) -> None:
         class Card:
