@@ -24,7 +24,7 @@ from ..models.export import check_exportable, export_model
 from ..models.writer import check_output
 from ..recipe import Recipe
 from .metrics import Metrics, NoMetrics, read_rows
-from .parallel import check_team, share, team, whole
+from .parallel import check_team, team, whole
 from .schedule import crossed, learning_rate
 from .state import Checkpoints, Position
 from .stop import StopRequest
@@ -187,7 +187,7 @@ def _gradients(trainer: Trainer, first: int, end: int) -> torch.Tensor:
     Every micro-batch is divided by the targets of the whole step: the sum is the mean over tokens however it is cut.
 
     Returns:
-        Each micro-batch's part of the loss, of every process: [processes, passes].
+        Each micro-batch's part of the loss, of all processes: [passes].
     """
     denominator = (end - first) * trainer.objective.targets(trainer.budget.length)
     losses = []
@@ -223,11 +223,10 @@ def _not_finite(
     trainer: Trainer, position: Position, losses: torch.Tensor, norm: float, checkpoints: Checkpoints
 ) -> TrainingError:
     first, end = trainer.budget.step_range(position.step)
-    bad = (~torch.isfinite(losses)).nonzero().tolist()
+    bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
     if bad:
-        rank, number = bad[0]
-        part = share(first, end, trainer.settings.micro_batch_size, rank, trainer.team.size)[number]
-        first, end = (part.start, part.stop) if part else (first, end)
+        part = trainer.team.all_shares(first, end, trainer.settings.micro_batch_size)[bad[0]]
+        first, end = part.start, part.stop
     saved = checkpoints.all()
     kept = f"The last good checkpoint is {saved[-1]}." if saved else "There is no checkpoint yet."
     what = "loss" if bad else "gradient"
