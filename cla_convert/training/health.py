@@ -6,7 +6,6 @@ from statistics import median
 import torch
 
 from ..errors import TrainingError
-from .parallel import share
 from .schedule import Budget
 from .state import Checkpoints, Position
 from .trainer import Trainer
@@ -50,14 +49,13 @@ def not_finite(
 ) -> TrainingError:
     """The error for the step after `position`.
 
-    `losses` [processes, passes] are its passes' shares, `norm` is that of its gradient.
+    `losses` [passes] are the shares of its passes, of all processes, `norm` is that of its gradient.
     """
     first, end = trainer.budget.step_range(position.step)
-    bad = (~torch.isfinite(losses)).nonzero().tolist()
+    bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
     if bad:
-        rank, number = bad[0]
-        part = share(first, end, trainer.micro_batch, rank, trainer.team.size)[number]
-        first, end = (part.start, part.stop) if part else (first, end)
+        part = trainer.team.all_shares(first, end, trainer.micro_batch)[bad[0]]
+        first, end = part.start, part.stop
     what = "loss" if bad else "gradient"
     return TrainingError(
         f"The {what} is not finite at step {position.step + 1}, sequences {first} to {end - 1}",

@@ -176,7 +176,7 @@ def _step(trainer: Trainer, position: Position, checkpoints: Checkpoints) -> tup
     trainer.optimizer.zero_grad(set_to_none=True)
     # The only time that the host waits for the device, after all of the step is under way. If something is not finite
     # it is too late for the weights in memory, but not for the checkpoint.
-    loss, *parts, norm = torch.cat((shares.sum((0, 1)), norm[None])).tolist()
+    loss, *parts, norm = torch.cat((shares.sum(0), norm[None])).tolist()
     if not all(map(math.isfinite, (loss, norm))):
         raise not_finite(trainer, position, shares[..., 0], norm, checkpoints)
     seconds = time.perf_counter() - start
@@ -203,7 +203,7 @@ def _gradients(trainer: Trainer, first: int, end: int) -> torch.Tensor:
     Every micro-batch is divided by the targets of the whole step: the sum is the mean over tokens however it is cut.
 
     Returns:
-        Each pass's share of the loss and of its parts, of every process: [processes, passes, 1 + parts].
+        Each pass's share of the loss and of its parts, of all processes: [passes, 1 + parts].
     """
     denominator = (end - first) * trainer.objective.targets(trainer.budget.length)
     denominator -= trainer.sequences.boundaries(end - first, first)

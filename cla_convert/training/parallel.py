@@ -62,6 +62,10 @@ class Team:
         """
         return share(first, end, micro_batch, self.rank, self.size)
 
+    def all_shares(self, first: int, end: int, micro_batch: int) -> list[range]:
+        """The passes of all processes, in the order of `gather`."""
+        return [part for rank in range(self.size) for part in share(first, end, micro_batch, rank, self.size)]
+
     def shard(self, model: torch.nn.Module, compute: torch.dtype) -> None:
         """Leave to this process its rows of every parameter, on its device; each layer is gathered when it runs."""
         if self.size == 1:
@@ -87,12 +91,12 @@ class Team:
         return function(model, *args, **options) if self.size == 1 else model.run_as_forward(function, *args, **options)
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
-        """The values [n] of every process: [size, n], the same everywhere."""
+        """The values [n, ...] of all processes in order, [size * n, ...], the same everywhere."""
         if self.size == 1:
-            return values[None]
-        gathered = values.new_empty(self.size, *values.shape)
-        dist.all_gather(list(gathered), values)
-        return gathered
+            return values
+        gathered = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(gathered, values)
+        return torch.cat(gathered)
 
     def any(self, flag: bool) -> bool:
         """Whether it is true on one process at least: the same answer everywhere."""

@@ -208,7 +208,7 @@ def test_checkpoints_go_once_the_result_stands_unless_kept(work: Path, tmp_path:
     assert f"{out} exists" in run(line, log, code=3)
     # Killed between publishing and recording: the same line ends it, without training again.
     (state(out) / "train.json").unlink()
-    assert "100%" in run(line, log) and len(rows(out)) == 4
+    assert "resuming from" in run(line, log) and len(rows(out)) == 4
     assert (state(out) / "train.json").exists()
 
 
