@@ -58,7 +58,7 @@ def holm(p_values: list[float]) -> list[float]:
 
 def bootstrap_interval(differences: Array, *, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
     """95% percentile interval of the mean difference, resampling documents."""
-    return percentiles(resample(lambda chosen: differences[chosen].mean(axis=1), len(differences), seed, resamples))
+    return percentiles(_means(differences, seed, resamples))
 
 
 def mean_interval(differences: Array, *, seed: int = 0) -> Interval | None:
@@ -118,8 +118,7 @@ def _adjusted(groups: list[Array]) -> tuple[float, float]:
 
 def mean_of_groups_interval(groups: list[Array], *, seed: int = 0) -> Interval:
     """As `paired_interval`, for the mean over groups weighing the same; documents are resampled within each."""
-    draws = [resample(lambda index, d=differences: d[index].mean(axis=1), len(differences), seed + i)
-             for i, differences in enumerate(groups)]  # fmt: skip
+    draws = [_means(differences, seed + i) for i, differences in enumerate(groups)]
     return _wider(percentiles(np.mean(draws, axis=0)), wald(groups))
 
 
@@ -133,6 +132,15 @@ def verdict(interval: Interval, margin: float) -> str:
     if low > -margin:
         return "within_margin"
     return "margin_broken" if high < -margin else "not_enough_rows"
+
+
+def _means(differences: Array, seed: int, resamples: int = RESAMPLES) -> Array:
+    """Means of bootstrap samples. Of few distinct values (-1, 0, 1) only their counts are drawn, which is the same."""
+    values, counts = np.unique(differences, return_counts=True)
+    if len(values) > 16:
+        return resample(lambda chosen: differences[chosen].mean(axis=1), len(differences), seed, resamples)
+    drawn = np.random.default_rng(seed).multinomial(len(differences), counts / len(differences), size=resamples)
+    return drawn @ values / len(differences)
 
 
 def resample(statistic: Callable[[Any], Array], n: int, seed: int, resamples: int = RESAMPLES) -> Array:

@@ -41,6 +41,15 @@ def local_splits(folder: Path) -> dict[str, Rows]:
     return found
 
 
+def missing_columns(task: Any) -> list[str]:
+    """Columns that a task names plainly and its rows lack: lm-eval would take the name itself for the value.
+
+    A template that names an absent column fails by itself.
+    """
+    plain = [task.get_config(key) for key in ("doc_to_text", "doc_to_target", "doc_to_choice")]
+    return [name for name in plain if isinstance(name, str) and name.isidentifier() and name not in task.features]
+
+
 def _files(folder: Path, split: str) -> list[Path]:
     """`validation.jsonl` and `validation-00000-of-00001.parquet`, but not `validation_notes.txt`."""
     pattern = re.compile(rf"{split}([-_.].*)?\.(jsonl|parquet)")

@@ -11,9 +11,11 @@ from ..console import say
 from ..errors import ClaError, InputError, UsageError, did_you_mean
 from ..recipe import Evaluate
 from . import retrieval
-from .local_rows import local_splits
+from .local_rows import local_splits, missing_columns
 from .retrieval.documents import retrieval_rows
 from .tasks import pack
+
+_LAYOUT = "Columns are those of the data set that the stock task reads from the hub (docs/evaluation.md)."
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,8 @@ class Prepared:
     tasks: Any
     """lm-eval's TaskDict: {"tasks": {name: Task}, "groups": ..., "group_map": ...}."""
     frozen: dict[str, Any]
-    """source (offline pack, local files, generated or lm-eval), version, num_fewshot, limit, n, requests, prompts
-    (sha256 over every context and continuation)."""
+    """source (offline pack, local files, generated or lm-eval), version, split, num_fewshot, limit, n, requests,
+    prompts (sha256 over every context and continuation)."""
     characters: int
     """Characters that the model will read, for the progress bar."""
 
@@ -140,8 +142,10 @@ def _load(manager: Any, name: str, rows: dict[str, pack.Rows] | None) -> Any:
         raise InputError(f"The files of the task {name!r} hold {', '.join(rows)}, not {wanted}")
     # A group of one is lm-eval's documented way to override settings of a registered task.
     changes |= {"task": name, "custom_dataset": lambda **_: rows, "dataset_kwargs": {}}
-    loaded = manager.load([{"group": f"{name}-rows", "task": [changes]}])
-    return {"tasks": {name: loaded["tasks"][name]}, "groups": {}, "group_map": {}}
+    task = manager.load([{"group": f"{name}-rows", "task": [changes]}])["tasks"][name]
+    if missing := missing_columns(task):
+        raise InputError(f"The rows of the task {name!r} have no column {', '.join(missing)}", fix=_LAYOUT)
+    return {"tasks": {name: task}, "groups": {}, "group_map": {}}
 
 
 def _configure(task: Any, spec: Evaluate, seed: int) -> None:
@@ -168,9 +172,11 @@ def _describe(name: str, tasks: Any, source: str, limit: int | None) -> Prepared
             characters += sum(map(len, arguments))
             requests += 1
     leaves = tasks["tasks"].values()
+    splits = {task.get_config("test_split") or task.get_config("validation_split") for task in leaves}
     frozen = {
         "source": source,
         "version": {task_name: task.VERSION for task_name, task in tasks["tasks"].items()},
+        "split": sorted(map(str, splits)),
         "num_fewshot": sorted({task.get_config("num_fewshot") or 0 for task in leaves}),
         "output_type": sorted({str(task.OUTPUT_TYPE) for task in leaves}),
         "limit": limit,
@@ -184,9 +190,7 @@ def _describe(name: str, tasks: Any, source: str, limit: int | None) -> Prepared
 def _no_data(name: str, error: Exception, source: str) -> InputError:
     reason = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')[:300]}"
     if source == "local files":
-        return InputError(
-            f"The local rows of the task {name!r} do not suit it", reason, "Check their columns (docs/evaluation.md)."
-        )
+        return InputError(f"The local rows of the task {name!r} do not suit it", reason, _LAYOUT)
     if source != "lm-eval":
         return InputError(f"The shipped task {name!r} cannot be read", reason, "Reinstall cla-convert.")
     offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON")
