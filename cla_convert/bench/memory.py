@@ -50,12 +50,14 @@ class Budget:
         if not self.enforced:
             yield
             return
-        total = torch.cuda.get_device_properties(self.device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, (self.bytes + others) / total), self.device)
+        index = torch.device(self.device).index
+        index = torch.cuda.current_device() if index is None else index  # the allocator wants a number
+        total = torch.cuda.get_device_properties(index).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (self.bytes + others) / total), index)
         try:
             yield
         finally:
-            torch.cuda.set_per_process_memory_fraction(1.0, self.device)
+            torch.cuda.set_per_process_memory_fraction(1.0, index)
 
 
 def make_budget(wanted: int | None, device: str, weight_bytes: int) -> Budget:
@@ -92,7 +94,7 @@ def fits(subject: Subject, budget: Budget, batch: int, length: int) -> bool:
         outcome = _allocate(subject, budget, batch, length)
     except torch.OutOfMemoryError:
         outcome = False
-    release(subject.device)  # only here is the cache of a failed attempt free
+    release(subject.device, failed=not outcome)  # not before: until here the error holds the cache
     return outcome
 
 

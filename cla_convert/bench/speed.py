@@ -51,7 +51,7 @@ def measure_speed(
                 if None not in seen:  # what did not fit once is not tried again
                     with budget.cap(others=weights - subject.weight_bytes):
                         seen.append(_rate(subject, *case, prompt, new))
-                release(subject.device)
+                release(subject.device, failed=None in seen)
                 on_done()
     return [row(*key, values) for key, values in runs.items()]
 

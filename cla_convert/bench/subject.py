@@ -80,10 +80,11 @@ def cache_bytes(cache: Any) -> int:
     return sum(layer.bytes for layer in live_layers(cache))
 
 
-def release(device: str) -> None:
+def release(device: str, *, failed: bool) -> None:
     """Give freed memory back, so that the next measurement starts from the same state."""
+    if failed:
+        gc.collect()  # what an out-of-memory error left in cycles
     if device.startswith("cuda"):
-        gc.collect()
         torch.cuda.empty_cache()
 
 

@@ -92,7 +92,8 @@ def bench(
     import os
 
     # The cache grows at every step; without this, CUDA memory falls into pieces that no longer fit.
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):  # torch before 2.9 knows only the second
+        os.environ.setdefault(name, "expandable_segments:True")
     from ..bench.bench import bench as measure
     from ..bench.results import write_results
     from ..environment import pick_device

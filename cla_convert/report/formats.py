@@ -170,5 +170,5 @@ def duration(seconds: float | None) -> str:
 
 
 def is_accuracy(metric: str) -> bool:
-    """Whether a metric is a share of right answers, and not a perplexity."""
-    return not metric.endswith("perplexity") and not metric.startswith("bits_per")
+    """Whether a metric is a share of right answers, and not a perplexity or a likelihood."""
+    return not metric.endswith(("perplexity", "likelihood")) and not metric.startswith("bits_per")

@@ -34,13 +34,13 @@ def write_model_card(folder: Path, report: Json, source_card: str | None = None,
         point: where this model was measured, `converted` or `after`; None: the last point.
     """
     report = {**_EMPTY, **report}
-    point = point or report["compared"] or "converted"
-    if report["compared"] not in (None, point):
-        report |= {"compared": point, "verdict": _OTHER[point]}
-    if point == "converted":
+    measured_at: str = point or report["compared"] or "converted"
+    if report["compared"] not in (None, measured_at):
+        report |= {"compared": measured_at, "verdict": _OTHER[measured_at]}
+    if measured_at == "converted":
         report["train"] = None
     fields = metadata(report, source_card)
-    if measured := model_index(report, folder.name, point):
+    if measured := model_index(report, folder.name, measured_at):
         fields["model-index"] = measured
     front = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=110)
     body = environment().get_template("model_card.md.j2").render(report=report, name=folder.name)

@@ -101,8 +101,9 @@ def perplexity_table(run: RunFolder, tasks: dict[str, dict[str, Json]], comparis
             statistics = {"ci95": None, "p_value": None} | comparison["perplexity"].get(name, {})
             table[name] = statistics | _text_row(files)
     for task, metrics in tasks.items():
-        if "word_perplexity" in metrics:
-            table[task] = {**metrics["word_perplexity"], "unit": "word"}
+        for metric, unit in (("word_perplexity", "word"), ("perplexity", "answer")):
+            if metric in metrics:
+                table[task] = {**metrics[metric], "unit": unit}
     for row in table.values():
         last = row["after"] if row["after"] is not None else row["converted"]
         row["delta"] = _difference(row["before"], last)

@@ -132,9 +132,18 @@ def _rates(axis: "Axes", speed: list[Json], phase: str) -> None:
                        [row["high"] - row["tokens_per_second"] for row in rows]]  # fmt: skip
         axis.errorbar([row["batch"] for row in rows], middle, spread, color=colour, marker="o", capsize=2, label=label)
     axis.set_xscale("log", base=2)
-    axis.set_xticks(sorted(batches))
+    axis.set_xticks(_apart(batches))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter(ScalarFormatter())
     axis.set_ylim(bottom=0)
     axis.set_ylabel(f"{phase}, tokens/s")
     thousands(axis)
+
+
+def _apart(batches: set[int]) -> list[int]:
+    """Batch sizes whose labels do not run into each other on a log axis; the largest always has one."""
+    kept: list[int] = []
+    for batch in sorted(batches, reverse=True):
+        if not kept or kept[-1] >= 1.3 * batch:
+            kept.append(batch)
+    return kept

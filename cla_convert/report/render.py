@@ -7,7 +7,7 @@ import jinja2
 from . import formats
 from .bench import bench_notes, speed_table
 from .run_folder import Json
-from .words import group_title, table_note, training_line
+from .words import gate_line, group_title, table_note, training_line
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -39,5 +39,6 @@ def environment() -> jinja2.Environment:
     env.filters |= {"p": formats.p_value, "bytes": formats.size, "yaml": formats.to_yaml}
     env.filters |= {"groups": formats.groups_text, "hardware": formats.hardware_line}
     env.filters |= {"group_title": group_title, "table_note": table_note, "training_line": training_line}
+    env.filters["gate_line"] = gate_line
     env.tests["accuracy"] = formats.is_accuracy
     return env

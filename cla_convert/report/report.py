@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import plain, write_json
+from ..recipe import Train
 from .figures import save_png, to_svg
 from .flips import find_flips
 from .grids import find_grids
@@ -71,8 +72,9 @@ def collect(run: RunFolder, others: Sequence[RunFolder] = ()) -> Json:
         "perplexity": perplexity,
         "tasks": tasks,
         "mean_accuracy": summary and summary | {"at": {name: mean_at(run, summary, name) for name in POINTS}},
+        "gate": comparison.get("gate"),
         "control": control,
-        "agreement": run.agreement,
+        "agreement": {p: {k: v for k, v in row.items() if k != "windows"} for p, row in run.agreement.items()},
         "grids": find_grids(run, tasks),
         "flips": find_flips(run, tasks, point),
         "bench": run.bench or None,
@@ -105,11 +107,11 @@ def _figures(run: RunFolder, report: Json) -> dict[str, Any]:
 
 def _control(run: RunFolder, against: Json | None, perplexity: dict[str, Json]) -> Json | None:
     """The control and what it says; None where none was asked for or it is not trained yet."""
-    settings = run.recipe.get("train") or {}
+    settings = Train.model_construct(**(run.recipe.get("train") or {}))
     if against or run.control_train:
         summary = against["mean_accuracy"] if against else None
         control: Json = {"kind": "trained", "train": run.control_train or None, "mean_accuracy": summary}
-    elif settings.get("control") and settings.get("loss") == "distill":
+    elif settings.control and settings.tokens and not settings.needs_control:
         control = {"kind": "source", "train": None, "mean_accuracy": None}
     else:
         return None

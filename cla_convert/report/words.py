@@ -36,12 +36,21 @@ def table_note(report: Json) -> str:
         report["control"] and report["control"]["kind"] == "trained"
     ) else ""  # fmt: skip
     corrected = any("p_holm" in row for metrics in report["tasks"].values() for row in metrics.values())
-    holm = ", corrected over tasks by Holm's method where a task's main metric stands" if corrected else ""
+    holm = ", for a task's main metric corrected over the tasks (Holm)" if corrected else ""
     return (
         "Per cent correct on the same documents. Before: the source model. Converted: K/V shared, nothing trained yet. "
         f"After: uptrained.{control} The delta is {report['compared'] or 'the last point'} minus before, paired by "
         f"document; p: exact McNemar test{holm}."
     )
+
+
+def gate_line(gate: Json) -> str:
+    """What the quality gate found: whether it lets this model pass, and why not."""
+    state = "passed, strictly too" if gate["strict_passed"] else "passed, not strictly" if gate["passed"] else "failed"
+    reasons = [
+        f"{reason['scope']}: {reason.get('why') or reason['code'].replace('_', ' ')}" for reason in gate["reasons"]
+    ]
+    return f"Quality gate: {state}" + (f" ({'; '.join(reasons)})." if reasons else ".")
 
 
 def training_line(train: Json) -> str:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,6 +112,18 @@ def test_running_out_of_memory_is_an_answer(tiny_llama: Path, monkeypatch: pytes
     assert fits(ours, Budget(2**30, "cpu"), 1, 8) is False
     rows = speed.measure_speed([ours], {"source": [("prefill", 1), ("decode", 1)]}, Budget(2**30, "cpu"), 8, 4)
     assert [row["fits"] for row in rows] == [True, False]
+
+
+def test_a_gpu_is_capped_at_the_budget_and_the_other_models_weights(monkeypatch: pytest.MonkeyPatch):
+    """The calls to torch, which has no GPU here: a fraction of the whole memory, for a device by number."""
+    calls: list[tuple[float, int]] = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 10**9))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *call: calls.append(call))
+    for device, index in (("cuda", 0), ("cuda:3", 3)):
+        with pytest.raises(torch.OutOfMemoryError), Budget(7 * 10**9, device).cap(others=10**9):
+            raise torch.OutOfMemoryError
+        assert calls[-2:] == [(0.1, index), (1.0, index)]
 
 
 @pytest.mark.parametrize("answer", [0, 1, 2, 7, 64, 1000])

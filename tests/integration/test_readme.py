@@ -18,6 +18,7 @@ EXTRA = {
     "eval": SMALL_EVAL,
     "convert": SMALL_CALIBRATION,
 }
+SMALL_BENCH = ["--memory", "2MB", "--batch-sizes", "1", "--prompt", "16", "--new", "4"]
 
 
 def commands() -> list[list[str]]:
@@ -41,11 +42,13 @@ def test_commands_of_the_readme(tmp_path, tiny_llama, monkeypatch):
         if verb == "run":  # the recipe names a hub model and hub data, which a test cannot reach
             words += ["--set", f"source.model={tiny_llama}", "--set", "data.sources=[{path: my-corpus/}]"]
             words += ["--set", "train.tokens=2k"]
+        if verb == "bench":
+            words += SMALL_BENCH
         for extra in EXTRA.get(verb, []):
             words += ["--set", extra]
         done = cla(*words, cwd=tmp_path)
         assert done.returncode == 0, f"{words}\n{done.stderr}"
-    assert {"inspect", "recipes", "run", "convert", "uptrain", "eval", "verify"} <= seen
+    assert {"inspect", "recipes", "run", "convert", "uptrain", "eval", "verify", "bench"} <= seen
     assert (tmp_path / "runs" / "mine" / "report.md").exists()
 
 

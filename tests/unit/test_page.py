@@ -145,6 +145,32 @@ def test_text_from_outside_is_only_ever_text(full: Path, tmp_path: Path):
     assert "<script>" not in prose and "<img" not in prose
 
 
+def test_statistics_that_evaluation_left_are_shown(full: Path):
+    """eval/comparison.json is believed where it is about the same point: Holm's p, intervals of texts, the gate."""
+    row = {
+        "kind": "binary", "n": 100, "before": 0.6, "after": 0.58, "delta": -0.02, "ci95": [-0.06, 0.02], "lost": 2,
+        "gained": 0, "p_value": 0.5, "p_holm": 0.77, "primary": True, "verdict": "not_enough_rows",
+    }  # fmt: skip
+    mean = {"tasks": ["piqa"], "metrics": {"piqa": "acc"}, "verdict": "not_enough_rows", "margin": 0.01} | {
+        key: row[key] for key in ("n", "before", "after", "delta", "ci95")
+    }
+    text = {"before": 30.0, "after": 32.0, "delta": 2.0, "ci95": [1.1, 2.9], "p_value": 0.01, "n": 4, "tokens": 4096}
+    gate = {"passed": True, "strict_passed": False, "reasons": [{"scope": "mean", "code": "not_enough_rows"}]}
+    write_json(full / "eval" / "comparison.json", {
+        "compared": "after", "status": "not_enough_rows", "mean_accuracy": mean, "tasks": {"piqa": {"acc": row}},
+        "perplexity": {"held_out": text}, "problems": ["law: a problem"], "gate": gate,
+    })  # fmt: skip
+    shown = " ".join(page(full).text.split())
+    for words in (
+        "-2.0 [-6.0, +2.0] 0.77", "2 [+1.1, +2.9] 0.01", "law: a problem", "corrected over the tasks (Holm)",
+        "Quality gate: passed, not strictly (mean: not enough rows).",
+    ):  # fmt: skip
+        assert words in shown, words
+    assert "p-values are not corrected" not in shown
+    (full / "eval" / "after").rename(full / "eval" / "elsewhere")
+    assert build_report(full)["compared"] == "converted"  # and not believed where it is not
+
+
 def test_several_runs_lie_on_one_plot(run_dir: Path, tmp_path: Path):
     smaller = write_run(tmp_path / "smaller")
     convert = json.loads((smaller / "convert.json").read_text())

@@ -92,6 +92,16 @@ def test_caveats_are_said_where_they_apply(run_dir: Path):
     assert "cross-entropy" in " ".join(build_report(run_dir)["caveats"])
 
 
+def test_distillation_is_its_own_control(run_dir: Path):
+    recipe = yaml.safe_load((run_dir / "recipe.yaml").read_text())
+    for decay, kind in ((0.0, "source"), (0.1, None)):  # with weight decay a control moves, and is not trained here
+        recipe["train"] |= {"control": True, "tokens": 4096, "weight_decay": decay, "from_a_later_version": 1}
+        (run_dir / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        control = build_report(run_dir)["control"]
+        assert (control or {}).get("kind") == kind
+    assert build_report(run_dir)["tasks"]["piqa"]["acc"]["control"] is None
+
+
 def test_points_measured_differently_are_called_out(run_dir: Path):
     write_point(run_dir, "after", specification="z" * 64, n=90)
     report = build_report(run_dir)
