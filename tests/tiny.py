@@ -33,6 +33,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("granite", {"attention_multiplier": 0.3, "residual_multiplier": 0.5, "logits_scaling": 2.0}),
     "smollm3": ("smollm3", {"no_rope_layer_interval": 3}),
     "starcoder2": ("starcoder2", {"sliding_window": 8}),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "sliding_window": 8}),
+    "qwen3_moe": ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
     "gpt_bigcode": ("gpt_bigcode", {"num_key_value_heads": ABSENT, "head_dim": ABSENT}),
 }
 """Name of the case -> family and what differs from COMMON."""
@@ -51,6 +53,8 @@ def shake(model: PreTrainedModel) -> PreTrainedModel:
     for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator).to(parameter)
+    if hasattr(model.config, "num_experts"):
+        model.set_experts_implementation("eager")  # the default has no float64
     return model
 
 

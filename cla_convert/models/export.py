@@ -134,6 +134,8 @@ def export_model(
     source = check_exportable(tensors, template)
     with publishing(out, overwrite=overwrite) as staging:
         writer = ShardWriter(staging, SHARD_SIZE)
+        if source.tensors.keys() - tensors.keys():
+            tensors = unstacked(tensors, template)
         for name, info in source.tensors.items():
             writer.add(name, tensors[name].detach().to("cpu", getattr(torch, FLOATING[info.dtype])))
         writer.finish()
@@ -146,12 +148,26 @@ def export_model(
 def check_exportable(tensors: "Mapping[str, torch.Tensor]", template: Path) -> Checkpoint:
     """The template, opened. Raises InputError if it stores a tensor that `tensors` lacks."""
     source = Checkpoint.open(template, as_stored=True)
+    if source.tensors.keys() - tensors.keys():
+        tensors = unstacked(tensors, template)
     if missing := source.tensors.keys() - tensors.keys():
         raise InputError(
             f"The model in {template} stores {len(missing)} tensors that it does not use, such as {min(missing)!r}",
             fix="Remove them from the source model, and convert again.",
         )
     return source
+
+
+def unstacked(tensors: "Mapping[str, torch.Tensor]", template: Path) -> "Mapping[str, torch.Tensor]":
+    """The state as checkpoints store it: models with experts hold them stacked, their files hold them one by one."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
+
+    register()
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(template, trust_remote_code=False))
+    return revert_weight_conversion(model, dict(tensors))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -171,6 +171,11 @@ _ROWS = [
         "gpt_bigcode", "GPTBigCode", defaults={"num_key_value_heads": 1}, layers="transformer.h", attention="attn",
         o_proj="c_proj", fused="c_attn", norms=LayerNorms("ln_1", "ln_2"), keys=_GPT2_KEYS, requires=(_MULTI_QUERY,),
     ),
+    Family("mixtral", "Mixtral", kinds.windowed, {"num_key_value_heads": 8}),
+    Family(
+        "qwen3_moe", "Qwen3Moe", kinds.optional_window, {"num_key_value_heads": 4, "sliding_window": 4096},
+        qk_norm=True,
+    ),
 ]  # fmt: skip
 FAMILIES = {family.model_type: family for family in _ROWS}
 

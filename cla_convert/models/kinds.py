@@ -27,6 +27,11 @@ def windowed(config: Config) -> list[str]:
     return [kind] * config["num_hidden_layers"]
 
 
+def optional_window(config: Config) -> list[str]:
+    """One `sliding_window` for all layers, if `use_sliding_window` says so (Qwen 3 with experts)."""
+    return windowed(config if config.get("use_sliding_window") else {**config, "sliding_window": None})
+
+
 def late_windows(config: Config) -> list[str]:
     """Layers from `max_window_layers` on slide, if `use_sliding_window` says so (Qwen 2 and 3)."""
     if config.get("layer_types"):

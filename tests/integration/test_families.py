@@ -69,8 +69,8 @@ def test_the_cache_that_is_measured_is_the_one_that_is_planned(case, folders):
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["source", "converted"])
-@pytest.mark.parametrize("case", ["phi3", "gpt_bigcode"])
-def test_training_exports_fused_and_split_projections_as_they_are_stored(case, which, folders, tmp_path):
+@pytest.mark.parametrize("case", ["phi3", "gpt_bigcode", "mixtral", "qwen3_moe"])
+def test_training_exports_projections_and_experts_as_they_are_stored(case, which, folders, tmp_path):
     folder = folders[case][which]
     model = load_model(folder, dtype=torch.float32)
     with torch.no_grad():

@@ -28,6 +28,8 @@ CONFIGS = [
     {"model_type": "gemma3_text", "sliding_window_pattern": 4, "sliding_window": 512},
     {"model_type": "gemma3_text", "layer_types": ["full_attention", "sliding_attention"] * 15},
     {"model_type": "phi3", "sliding_window": 2047},
+    {"model_type": "mixtral", "sliding_window": 4096},
+    {"model_type": "qwen3_moe", "use_sliding_window": True},
     {"model_type": "starcoder2", "sliding_window": 4096},
     {"model_type": "smollm3", "no_rope_layer_interval": 5},
     {"model_type": "smollm3", "no_rope_layers": [0, 1] * 15, "use_sliding_window": True, "sliding_window": 64},
