@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
 
+from cla_convert.recipe import Train
 from cla_convert.training.loss import IGNORE, next_token_labels
-from cla_convert.training.objective import CrossEntropy, Distillation, hidden_states
-from tests.conftest import tiny_llama_config
-from tests.unit.test_models import MAPS, build
+from cla_convert.training.objective import Objective, hidden_states
+from tests.tiny import cla_model, source_model
+from tests.unit.test_models import MAPS
 
 LENGTHS = [[9, 14, 1], [1, 1, 22], [24]]
 """Documents in each row of a batch; the last row is one document."""
@@ -26,8 +26,7 @@ def packed(documents: list[list[torch.Tensor]]) -> tuple[torch.Tensor, torch.Ten
 
 def model(sharing: str | None, implementation: str, seed: int = 0):
     """A CLA model, or with None a plain one; float64, so that the comparison is about the mask."""
-    torch.manual_seed(seed)
-    made = build(MAPS[sharing], seed) if sharing else LlamaForCausalLM(tiny_llama_config()).eval()
+    made = cla_model("llama", MAPS[sharing], seed) if sharing else source_model("llama", seed)
     made.set_attn_implementation(implementation)
     return made.double()
 
@@ -48,7 +47,8 @@ def test_packed_documents_equal_the_documents_alone(sharing, implementation, doc
 @pytest.mark.parametrize(("loss", "checkpointing"), [("cross_entropy", False), ("distill", True)])
 def test_the_loss_and_its_gradient_are_those_of_the_documents_alone(loss, checkpointing, documents):
     student = model("cla2-keep-ends", "sdpa").train()
-    objective = CrossEntropy() if loss == "cross_entropy" else Distillation(model(None, "sdpa", seed=1))
+    teacher = model(None, "sdpa", seed=1) if loss == "distill" else None
+    objective = Objective(Train(loss=loss), student, teacher)
     if checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     ids, positions = packed(documents)
@@ -60,9 +60,9 @@ def test_the_loss_and_its_gradient_are_those_of_the_documents_alone(loss, checkp
         total.backward()
         return total.item(), {name: p.grad.clone() for name, p in student.named_parameters()}
 
-    value, mine = gradients([objective(student, ids, denominator, positions)])
+    value, mine = gradients([objective(student, ids, positions, denominator)[0]])
     several = [d for row in documents for d in row if len(d) > 1]
-    expected, theirs = gradients([objective(student, d[None], denominator) for d in several])
+    expected, theirs = gradients([objective(student, d[None], None, denominator)[0] for d in several])
     assert value == pytest.approx(expected, rel=1e-6)
     for name in theirs:
         torch.testing.assert_close(mine[name], theirs[name], rtol=1e-5, atol=1e-8)

@@ -11,7 +11,8 @@ from cla_convert.models.checkpoint import Checkpoint
 from cla_convert.models.export import load_model, register
 from cla_convert.models.families import FAMILIES, KV_MODULES
 from cla_convert.models.shape import shape_of
-from cla_convert.training.objective import CrossEntropy
+from cla_convert.recipe import Train
+from cla_convert.training.objective import Objective
 from tests.conftest import byte_tokenizer
 from tests.tiny import CASES, cla_model, save_tiny, source_model, tiny_config
 
@@ -195,9 +196,10 @@ def test_layers_of_different_kinds_cannot_share(case):
 def test_the_loss_of_uptraining_is_the_models_own(case, ids):
     """Its logits come in chunks from `base_model` and the head, so it must know what a family does after the head."""
     model = cla_model(case, share(case, "cla2-keep-ends"))
-    with torch.inference_mode():
+    objective = Objective(Train(loss="cross_entropy"), model)
+    with torch.no_grad():
         expected = model(ids, labels=ids).loss
-        found = CrossEntropy()(model, ids, denominator=ids.numel() - len(ids))
+        found, _ = objective(model, ids, None, ids.numel() - len(ids))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
