@@ -12,7 +12,7 @@ from ..recipe import Train
 Part = Literal["shared", "attention", "other"]
 """`shared`: attention of layers that share K/V, owners and consumers; `attention`: of the others; `other`: the rest."""
 
-_ATTENTION = re.compile(r"\blayers\.(\d+)\.(?:self_attn|attention)\.")
+_ATTENTION = re.compile(r"\b(?:layers|h)\.(\d+)\.(?:self_attn|attn)\.")
 
 
 def parts_of(model: Any) -> Iterator[tuple[str, torch.nn.Parameter, Part]]:

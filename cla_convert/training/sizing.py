@@ -37,6 +37,7 @@ def activation_bytes(config: Any, *, recomputed: bool) -> float:
 
     Recomputing activations leaves a layer's input in every layer, and all of it in one.
     """
-    layer = 40 * config.hidden_size + 10 * config.intermediate_size
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size  # GPT-2's way to leave it out
+    layer = 40 * config.hidden_size + 10 * inner
     inputs = 4 * config.hidden_size * config.num_hidden_layers
     return inputs + 2 * layer if recomputed else config.num_hidden_layers * layer

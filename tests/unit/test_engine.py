@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, LlamaForCausalLM
 
@@ -26,6 +27,7 @@ from cla_convert.training.precision import Precision, choose_precision
 from cla_convert.training.schedule import Budget
 from cla_convert.training.sizing import micro_batch_size
 from cla_convert.training.teacher import share_frozen
+from cla_convert.training.trackers import TensorBoard
 
 from ..conftest import tiny_llama_config
 
@@ -108,12 +110,20 @@ class TestCompiling:
         """Traces and differentiates as always, but runs the graph as it is: seconds instead of a minute."""
         torch._dynamo.reset()
         compiled = torch.compile(compiling._layer, dynamic=False, backend="aot_eager", fullgraph=True)
-        monkeypatch.setattr(compiling, "_compiled_layer", lambda: compiled)
-        yield
+        calls = []
+
+        def counted(*args):
+            calls.append(args)
+            return compiled(*args)
+
+        monkeypatch.setattr(compiling, "_compiled_layer", lambda: counted)
+        yield calls
         torch._dynamo.reset()
 
     @pytest.mark.parametrize("checkpointing", [False, True])
-    def test_compiled_layers_give_the_same_and_each_kind_is_compiled_once(self, checkpointing: bool) -> None:
+    def test_compiled_layers_give_the_same_and_each_kind_is_compiled_once(
+        self, checkpointing: bool, compiler: list
+    ) -> None:
         model = student().train()
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -128,6 +138,7 @@ class TestCompiling:
             for mine, theirs in zip(torch.autograd.grad(hidden.pow(3).mean(), parameters), gradients, strict=True):
                 torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3  # alone, owner, consumer
+        assert len(compiler) == 2 * len(MAP) * (2 if checkpointing else 1)  # recomputed in the backward pass
 
     def test_another_shape_runs_as_before(self) -> None:
         model = student()
@@ -270,6 +281,19 @@ class TestHeads:
         monkeypatch.setattr("cla_convert.training.objective.logit_rule", lambda _: LogitRule())
         with pytest.raises(InputError, match="cannot be uptrained"):
             check_head(model)
+
+
+def test_a_resumed_run_replaces_what_its_predecessor_wrote_too_far(tmp_path) -> None:
+    for step, value in ((0, 1.0), (3, 2.0)):
+        board = TensorBoard(tmp_path, step, {"seed": 0})
+        for later in range(step + 1, 6):
+            board.log({"step": later, "loss": value})
+        board.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [
+        (1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0)
+    ]  # fmt: skip
 
 
 class TestHealth:
