@@ -16,22 +16,15 @@ import yaml
 
 from .console import say
 from .environment import command_line, hardware, pick_device, versions
-from .errors import UsageError
 from .files import read_json, write_json
-from .recipe import Recipe, Resolved, flatten, is_named
+from .recipe import Recipe, Resolved
+from .same_recipe import check_same_recipe
 
 STAGES = ["plan", "convert", "uptrain", "eval", "report"]
-FREE_TO_CHANGE = (
-    "eval.", "device", "train.control", "train.keep_checkpoints", "train.checkpoint_every", "train.validate_every",
-    "train.spike", "train.log_to",
-)  # fmt: skip
-"""Settings that may differ when a run folder is continued: they do not invalidate what earlier stages made."""
 DEFAULT_BUDGET = 0.5
 """Of `sharing: auto`."""
 CPU_CALIBRATION = 24_576
 """Calibration tokens at most on a CPU: minutes for a 135M model on two cores."""
-ALLOWED_TO_CHANGE = ("train.", "data.")
-"""Settings that may differ once the user names them, while uptraining is not finished; it records what changed."""
 
 
 def run(
@@ -90,7 +83,7 @@ class Run:
         from .models.source import resolve_source
 
         recipe = resolved.recipe
-        _check_same_recipe(folder, recipe, overwrite, allow_changes)
+        check_same_recipe(folder, recipe, overwrite, allow_changes)
         device = pick_device(recipe.device)
         pickles = recipe.source.allow_pickle
         source = resolve_source(
@@ -366,35 +359,6 @@ def _disk_needed(run: Run) -> int:
         kept = sum(file.stat().st_size for file in folder.glob("checkpoints/*/*"))
         needed += size + max(12 * parameters * (run.recipe.train.keep_checkpoints + 1) - kept, 12 * parameters)
     return needed
-
-
-def _check_same_recipe(folder: Path, recipe: Recipe, overwrite: bool, allow_changes: Collection[str] = ()) -> None:
-    """Refuse to continue a run folder under another recipe, or to take over a folder that holds no run."""
-    if folder.is_file():
-        raise UsageError(f"{folder} is a file", fix="Give a folder for --out.")
-    saved = folder / "recipe.yaml"
-    if folder.is_dir() and any(folder.iterdir()) and not (saved.exists() and (folder / "environment.json").exists()):
-        raise UsageError(f"{folder} is not empty and holds no run", fix="Give another folder for --out.")
-    made = any((folder / name).exists() for name in ("converted", "checkpoints"))
-    if overwrite or not saved.exists() or not made:
-        return
-    before = flatten(yaml.safe_load(saved.read_text(encoding="utf-8")) or {})
-    after = flatten(recipe.model_dump(mode="json"))
-    changed = {
-        name: f"{name}: {before.get(name)!r} -> {after.get(name)!r}"
-        for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name) and not name.startswith(FREE_TO_CHANGE)
-    }
-    can_be_allowed = () if (folder / "train.json").exists() else ALLOWED_TO_CHANGE
-    refused = [n for n in changed if not (n.startswith(can_be_allowed) and is_named(n, allow_changes))]
-    if refused:
-        options = " ".join(f"--allow-change {name}" for name in refused if name.startswith(can_be_allowed))
-        raise UsageError(
-            f"{folder} holds a run of another recipe",
-            why="; ".join(changed[name] for name in refused),
-            fix=f"{f'Accept it with {options}, give' if options else 'Give'} another --out, or --overwrite to start "
-            "this folder anew.",
-        )
 
 
 def _clear(folder: Path) -> None:

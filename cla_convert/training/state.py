@@ -29,11 +29,12 @@ from ..console import human_bytes, warn
 from ..errors import TrainingError
 from ..files import sync
 from ..recipe import is_named
+from ..same_recipe import PLACE_IN_DATA
 from .parallel import Team, own_rows
 
 _STATE = "state.json"
 _TEMPORARY = ".tmp-"
-_FIXED = ("model", "train.sequence_length", "train.batch_tokens")
+_FIXED = ("model", *PLACE_IN_DATA)
 """A run whose weights or place in the data mean something else is not this run any more."""
 
 
@@ -178,7 +179,7 @@ class Checkpoints:
         if not whole:
             return None
         saved = json.loads((whole[-1] / _STATE).read_text())
-        self.changes = list(saved["changes"])
+        self.changes = list(saved.get("changes", []))
         if changed := differences(saved["identity"], self.identity):
             self._check_allowed(changed)
             self.changes.append({"step": saved["position"]["step"], "changed": changed})
@@ -186,7 +187,7 @@ class Checkpoints:
         return whole[-1]
 
     def _check_allowed(self, changed: list[dict[str, Any]]) -> None:
-        refused = [change for change in changed if not is_allowed(change["name"], self.allow_changes)]
+        refused = [c for c in changed if c["name"] in _FIXED or not is_named(c["name"], self.allow_changes)]
         if not refused:
             return
         options = " ".join(f"--allow-change {c['name']}" for c in refused if c["name"] not in _FIXED)
@@ -235,11 +236,6 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[di
 def describe(change: Mapping[str, Any]) -> str:
     """`train.clip: 1.0 -> 0.5`."""
     return f"{change['name']}: {change['before']!r} -> {change['after']!r}"
-
-
-def is_allowed(name: str, allowed: Collection[str]) -> bool:
-    """Whether a setting was named, itself or by its section, and can change in mid-run at all."""
-    return name not in _FIXED and is_named(name, allowed)
 
 
 def environment(team: Team) -> dict[str, Any]:

@@ -78,6 +78,18 @@ def test_the_numbers_are_those_of_one_process(
     assert_equal(load_file(alone / "model.safetensors"), load_file(out / "model.safetensors"))
 
 
+def test_bfloat16_is_that_of_one_process(work: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    options: dict[str, Any] = {"steps": STEPS, "precision": "bfloat16", "validate_every": 0}
+    codes = finish(
+        start(uptrain(work, one, **options), tmp_path / "log1"),
+        *start_team(uptrain(work, two, **options), tmp_path / "log2"),
+    )
+    assert codes == [0, 0, 0], (tmp_path / "log2").read_text()
+    losses = [[row["loss"] for row in rows(out) if "loss" in row] for out in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
 def test_only_one_process_speaks_and_the_output_is_as_any_other(work: Path, tmp_path: Path) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
     assert finish(*start_team(uptrain(work, out, steps=2), log)) == [0, 0], log.read_text()

@@ -1,0 +1,64 @@
+"""Whether a run folder may be continued: under the recipe it was made with, unless the user accepts what changed."""
+
+from collections.abc import Collection
+from pathlib import Path
+
+import yaml
+
+from .errors import UsageError
+from .recipe import Recipe, flatten, is_named
+
+FREE_TO_CHANGE = (
+    "eval.", "device", "train.control", "train.keep_checkpoints", "train.checkpoint_every", "train.validate_every",
+    "train.spike", "train.log_to",
+)  # fmt: skip
+"""Settings that may differ when a run folder is continued: they do not invalidate what earlier stages made."""
+ALLOWED_TO_CHANGE = ("train.", "data.")
+"""Settings that may differ once the user names them, while uptraining is not finished; it records what changed."""
+PLACE_IN_DATA = ("train.sequence_length", "train.batch_tokens")
+"""Settings that say what the number of a step means: they cannot change while uptraining is under way."""
+
+
+def check_same_recipe(folder: Path, recipe: Recipe, overwrite: bool, allow_changes: Collection[str] = ()) -> None:
+    """Refuse to continue a run folder under another recipe, or to take over a folder that holds no run.
+
+    Args:
+        folder: the run folder, which may not exist yet.
+        recipe: the recipe now.
+        overwrite: whether the folder is to be started anew.
+        allow_changes: names of settings or sections that may differ; see ALLOWED_TO_CHANGE.
+
+    Raises:
+        UsageError: naming every setting that differs, with its value before and after.
+    """
+    if folder.is_file():
+        raise UsageError(f"{folder} is a file", fix="Give a folder for --out.")
+    saved = folder / "recipe.yaml"
+    if folder.is_dir() and any(folder.iterdir()) and not (saved.exists() and (folder / "environment.json").exists()):
+        raise UsageError(f"{folder} is not empty and holds no run", fix="Give another folder for --out.")
+    made = any((folder / name).exists() for name in ("converted", "checkpoints"))
+    if overwrite or not saved.exists() or not made:
+        return
+    before = flatten(yaml.safe_load(saved.read_text(encoding="utf-8")) or {})
+    after = flatten(recipe.model_dump(mode="json"))
+    changed = {
+        name: f"{name}: {before.get(name)!r} -> {after.get(name)!r}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name) and not name.startswith(FREE_TO_CHANGE)
+    }
+    can_be_allowed = {name for name in changed if _can_be_allowed(name, folder)}
+    refused = [name for name in changed if name not in can_be_allowed or not is_named(name, allow_changes)]
+    if refused:
+        options = " ".join(f"--allow-change {name}" for name in refused if name in can_be_allowed)
+        raise UsageError(
+            f"{folder} holds a run of another recipe",
+            why="; ".join(changed[name] for name in refused),
+            fix=f"{f'Accept it with {options}, give' if options else 'Give'} another --out, or --overwrite to start "
+            "this folder anew.",
+        )
+
+
+def _can_be_allowed(name: str, folder: Path) -> bool:
+    if (folder / "train.json").exists() or not name.startswith(ALLOWED_TO_CHANGE):
+        return False
+    return name not in PLACE_IN_DATA or not (folder / "checkpoints").exists()
