@@ -9,12 +9,11 @@ import os
 import re
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from ..console import say
-from ..errors import ClaError, InputError, did_you_mean
+from ..errors import InputError, did_you_mean
 from ..files import write_json
-from . import hub
+from . import gguf_source, hub
 from .checkpoint import INDEX, Checkpoint
 from .text_part import has_text_part, text_part, text_sidecars
 from .writer import ShardWriter, check_disk, publishing
@@ -48,7 +47,9 @@ def open_headers(model: str, *, revision: str | None = None) -> Checkpoint:
     path = _local(model)
     if path is None:
         return text_part(hub.headers(model, revision))
-    return text_part(Checkpoint.open(_from_gguf(path) if path.is_file() else _with_safetensors(path, False)))
+    if path.is_file():
+        return gguf_source.headers(path)
+    return text_part(Checkpoint.open(_with_safetensors(path, allow_pickle=False)))
 
 
 def _local(model: str) -> Path | None:
@@ -164,86 +165,13 @@ def _rewritten(folder: Path, weights: list[Path]) -> Path:
 
 
 def _from_gguf(path: Path) -> Path:
-    """Dequantise a GGUF file to float32 safetensors in the cache, with config and tokenizer (through transformers)."""
-    from transformers import AutoTokenizer
-
+    """Dequantise a GGUF file into the cache."""
     digest = _sha256(path)
     out = cache_folder() / "sources" / f"{path.stem}-{digest[:16]}"
-    if out.exists():
-        return out
-    say(f"dequantising {path.name} to float32 in {out}")
-    origin = _gguf_origin(path) | {"file": path.name, "sha256": digest, "format": "gguf"}
-    model = _load_gguf(path)
-    config = model.config.to_diff_dict() | {"architectures": [type(model).__name__]}
-    for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
-        config.pop(key, None)
-    with publishing(out) as staging:
-        writer = ShardWriter(staging, max_shard_size=5_000_000_000)
-        tied = model._tied_weights_keys if config.get("tie_word_embeddings") else {}
-        for name, tensor in model.state_dict().items():
-            if name not in (tied or {}):
-                writer.add(name, tensor)
-        writer.finish()
-        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(staging)
-        model.generation_config.save_pretrained(staging)
-        write_json(staging / "config.json", config)
-        write_json(staging / "cla_source.json", origin)
+    if not out.exists():
+        say(f"dequantising {path.name} to float32 in {out}")
+        gguf_source.dequantise(path, digest, out)
     return out
-
-
-def _load_gguf(path: Path) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM, GgufConfig
-
-    from .families import family_of
-
-    try:
-        config = gguf_config(path)
-        family_of(config)  # refuse an unsupported architecture before minutes of dequantising
-        return AutoModelForCausalLM.from_pretrained(
-            path.parent,
-            gguf_file=path.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.float32,
-        )
-    except ClaError:
-        raise
-    except Exception as error:
-        raise InputError(
-            f"{path} cannot be read as a GGUF model",
-            why=f"{type(error).__name__}: {error}",
-            fix="Check that the file is whole and its architecture is known to transformers.",
-        ) from error
-
-
-def gguf_config(path: Path) -> dict[str, Any]:
-    """The config.json that transformers derives from a GGUF file's metadata; tensors are not read."""
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-
-    return load_gguf_checkpoint(str(path), return_tensors=False)["config"]
-
-
-def _gguf_origin(path: Path) -> dict[str, Any]:
-    """Name, licence and quantisation of a GGUF file, for the manifest and the report."""
-    from gguf import GGUFReader, LlamaFileType
-
-    try:
-        fields = GGUFReader(path).fields
-        meta = {key: field.contents() for key, field in fields.items() if key.startswith("general.")}
-        quantisation = meta.get("general.file_type")
-        return {
-            "name": meta.get("general.name"),
-            "license": meta.get("general.license"),
-            "quantization": LlamaFileType(quantisation).name.removeprefix("MOSTLY_")
-            if quantisation is not None
-            else None,
-        }
-    except ClaError:
-        raise
-    except Exception as error:
-        raise InputError(
-            f"{path} is not a whole GGUF file", why=f"{type(error).__name__}: {error}", fix="Download it again."
-        ) from error
 
 
 def _sha256(path: Path) -> str:
