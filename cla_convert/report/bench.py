@@ -3,6 +3,7 @@
 import statistics
 
 from ..console import human_bytes
+from .formats import hardware_line
 from .run_folder import Json
 
 
@@ -43,6 +44,8 @@ def bench_notes(bench: Json) -> list[str]:
             f"In the same memory: batch {batches[0]} -> {batches[1]}, decoding {equal['source']:,.0f} -> "
             f"{equal['converted']:,.0f} tokens/s ({equal['ratio']:.2f}x).",
         )
+    if bench.get("hardware"):
+        notes.append(f"Measured on {hardware_line(bench['hardware'])}; torch {bench['versions'].get('torch')}.")
     built_for = bench["models"]["converted"]["max_position_embeddings"]
     if built_for and built_for < bench["models"]["converted"]["longest_context"]:
         notes.append(f"Longest contexts are what the memory holds; the model was built for {built_for:,} tokens.")

@@ -1,5 +1,6 @@
 """How numbers and names are written: filters of the report's templates. `-` stands for what was not measured."""
 
+from collections import Counter
 from typing import Any
 
 import yaml
@@ -156,6 +157,12 @@ def cla_cost(row: Json) -> str:
 def found(cell: Json | None) -> str:
     """A cell of a grid: 0.75 -> 75.0."""
     return MISSING if cell is None else percent(cell["acc"])
+
+
+def layer_bytes(layers: list[float]) -> str:
+    """[1536, 0, 1536, 768] -> 2 x 1,536 + 1 x 768 bytes; layers that cache nothing are left out."""
+    sizes = Counter(size for size in layers if size)
+    return " + ".join(f"{times} x {size:,.0f}" for size, times in sizes.items()) + " bytes"
 
 
 def duration(seconds: float | None) -> str:

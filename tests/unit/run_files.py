@@ -82,7 +82,9 @@ def bench_result() -> dict:
         models[name] = {
             "model": name, "weight_bytes": 1000, "length": 64, "largest_batch": largest,
             "longest_context": 64 * largest, "max_position_embeddings": 512,
-            "kv": {"bytes_per_token": size, "cached_layers": layers, "layers": 6},
+            "kv": {
+                "bytes_per_token": size, "layer_bytes_per_token": [128.0] * layers + [0.0] * (6 - layers), "layers": 6,
+            },
         }  # fmt: skip
         for phase, batch in (("prefill", 1), ("decode", 1), ("decode", 8), ("decode", 16)):
             row = {"model": name, "phase": phase, "batch": batch, "fits": batch <= largest}
