@@ -118,7 +118,8 @@ def test_bfloat16_keeps_the_softmax_and_the_sums_in_float32() -> None:
     # A thousand equal chunks: summed in bfloat16, everything after the first 256 or so would be lost.
     thousand, single = (
         torch.autograd.grad(
-            vocabulary_loss(hidden[:1].repeat(1, n, 1), weight, labels[:1].repeat(1, n), CROSS_ENTROPY, chunk=T)[0], weight
+            vocabulary_loss(hidden[:1].repeat(1, n, 1), weight, labels[:1].repeat(1, n), CROSS_ENTROPY, chunk=T)[0],
+            weight,
         )[0].float() / n
         for n in (1000, 1)
     )  # fmt: skip
