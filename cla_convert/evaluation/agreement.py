@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from ..files import plain
+from .inference import mean_interval
 from .perplexity import Head, evaluating, positions_at_a_time, split_model
-from .stats import mean_interval
 
 
 @torch.no_grad()
@@ -40,7 +41,7 @@ def agreement(model: Any, source: Any, rows: torch.Tensor, *, batch_size: int = 
         "kl": float(per_token[:, 0].mean()),
         "top1": float(per_token[:, 1].mean()),
         "tokens": rows.numel(),
-        "ci95": {"kl": mean_interval(per_token[:, 0]), "top1": mean_interval(per_token[:, 1])},
+        "ci95": {name: plain(mean_interval(per_token[:, i])) for i, name in enumerate(("kl", "top1"))},
         "windows": windows,
     }
 

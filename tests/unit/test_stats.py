@@ -1,10 +1,13 @@
 """The paired statistics against scipy, against closed forms, and by simulation of their coverage."""
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 from scipy import stats as scipy_stats
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
 
 from cla_convert.errors import InputError
 from cla_convert.evaluation import inference, stats
@@ -19,10 +22,68 @@ def task_file(values: list, metric: str = "acc", task: str = "piqa", **changes) 
     return {"task": task, "samples": samples} | changes
 
 
-def test_mcnemar_equals_scipy_and_the_closed_form():
+def test_mcnemar_equals_statsmodels_and_the_closed_form():
     assert inference.mcnemar(0, 0) == 1.0
     assert inference.mcnemar(0, 5) == pytest.approx(2 * 0.5**5)
-    assert inference.mcnemar(12, 3) == pytest.approx(scipy_stats.binomtest(3, 15).pvalue)
+    for lost, gained in [(12, 3), (3, 12), (40, 41), (1, 1), (9, 0)]:
+        reference = mcnemar([[100, lost], [gained, 50]], exact=True).pvalue
+        assert inference.mcnemar(lost, gained) == pytest.approx(reference)
+
+
+def test_holm_equals_statsmodels():
+    assert inference.holm([]) == []
+    assert inference.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    rng = np.random.default_rng(0)
+    for n in (1, 2, 7, 30):
+        p = list(rng.random(n) ** 3)
+        assert inference.holm(p) == pytest.approx(list(multipletests(p, method="holm")[1]))
+    assert inference.holm([0.02, 0.02]) == [0.04, 0.04]
+
+
+def test_student_interval_equals_scipy():
+    values = np.random.default_rng(4).normal(0.3, 2.0, size=9)
+    reference = scipy_stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert inference.student(values, float(values.mean())) == pytest.approx((reference.low, reference.high))
+
+
+def test_few_documents_get_an_interval_that_is_wide_enough():
+    values = np.array([0.1, 0.2, 0.3])
+    low, high = inference.mean_interval(values)
+    assert (low, high) == pytest.approx(inference.student(values, 0.2))
+    narrow = inference.bootstrap_interval(values)
+    assert low < narrow[0] and high > narrow[1]
+    assert inference.mean_interval(values[:1]) is None
+
+
+def test_p_inferior_agrees_with_its_interval():
+    """Below 2.5% exactly when the adjusted Wald interval lies below the margin."""
+    rng = np.random.default_rng(0)
+    seen = set()
+    for _ in range(200):
+        differences = rng.choice([-1.0, 0.0, 1.0], p=[0.12, 0.83, 0.05], size=300)
+        below = inference.wald([differences])[1] < -0.02
+        assert (inference.p_inferior(differences, 0.02) < 0.025) == below
+        seen.add(below)
+    assert seen == {True, False}
+
+
+def test_verdicts_at_the_margin_err_in_at_most_a_fortieth_of_the_cases():
+    """True loss equal to the margin: neither verdict may come more often than 2.5% (plus simulation noise)."""
+    rng = np.random.default_rng(1)
+    verdicts = []
+    for seed in range(400):
+        groups = [rng.choice([-1.0, 0.0, 1.0], p=[0.11, 0.80, 0.09], size=n) for n in (800, 2000, 500)]
+        verdicts.append(inference.verdict(inference.mean_of_groups_interval(groups, seed=seed), margin=0.02))
+    for wrong in ("within_margin", "margin_broken"):
+        assert verdicts.count(wrong) / 400 < 0.045
+    assert verdicts.count("within_margin") + verdicts.count("margin_broken") > 0  # it is not just silent
+
+
+def test_bootstrap_of_counts_is_the_bootstrap_of_documents(monkeypatch: pytest.MonkeyPatch):
+    differences = np.random.default_rng(3).choice([-1.0, 0.0, 1.0], p=[0.1, 0.7, 0.2], size=250)
+    by_count = inference.bootstrap_interval(differences, seed=0)
+    by_document = inference.percentiles(inference.resample(lambda i: differences[i].mean(axis=1), 250, seed=0))
+    assert by_count == pytest.approx(by_document, abs=0.006)
 
 
 def test_sign_flip_is_exact_for_few_documents():
@@ -106,6 +167,44 @@ def test_perplexity_is_weighted_by_words_and_tested_by_document():
     assert found.ci95[0] <= found.delta <= found.ci95[1]
     (bits,) = stats.compare(task_file(before, "bits_per_byte"), task_file(after, "bits_per_byte"))
     assert bits.before == pytest.approx(490 / 180 / math.log(2))
+
+
+def test_one_page_gives_no_interval_and_three_pages_a_wide_one():
+    (one,) = stats.compare(task_file([[-100.0, 50]], "word_perplexity"), task_file([[-110.0, 50]], "word_perplexity"))
+    assert one.ci95 is None and one.as_dict()["ci95"] is None
+    before, after = [[-100.0, 50], [-300.0, 100], [-90.0, 30]], [[-111.0, 50], [-330.0, 100], [-98.0, 30]]
+    (found,) = stats.compare(task_file(before, "word_perplexity"), task_file(after, "word_perplexity"))
+    assert found.ci95 is not None
+    pairs = np.array([before, after]).swapaxes(0, 1)
+    draws = [np.exp(-p[:, 1, 0].sum() / p[:, 1, 1].sum()) - np.exp(-p[:, 0, 0].sum() / p[:, 0, 1].sum())
+             for p in (pairs[list(i)] for i in itertools.product(range(3), repeat=3))]  # fmt: skip
+    assert found.ci95[0] < min(draws) and found.ci95[1] > max(draws)  # beyond all that a bootstrap can draw
+
+
+def test_the_linearised_interval_agrees_with_the_bootstrap_on_many_pages():
+    rng = np.random.default_rng(0)
+    words = rng.integers(50, 2000, 400).astype(float)
+    before = -words * rng.normal(3.0, 0.2, 400)
+    after = before - words * rng.normal(0.05, 0.05, 400)
+    pairs = np.stack([np.stack([before, words], 1), np.stack([after, words], 1)], 1)
+    low, high = stats.compare_likelihoods("t", "perplexity", pairs).ci95
+    delta = stats.compare_likelihoods("t", "perplexity", pairs).delta
+    linear = inference.student(stats._influence(pairs, "perplexity"), delta)
+    assert (low, high) == pytest.approx(linear, rel=0.08)
+
+
+def test_the_perplexity_of_single_answers_is_lm_evals():
+    before, after = [-0.5, -3.0, -1.0], [-0.7, -3.5, -0.9]
+    (found,) = stats.compare(task_file(before, "perplexity"), task_file(after, "perplexity"))
+    assert found.kind == "likelihood"
+    assert (found.before, found.after) == pytest.approx((math.exp(1.5), math.exp(1.7)))
+
+
+def test_a_metric_where_less_is_better_gets_no_verdict():
+    left, right = (task_file(values, "error", higher_is_better={"error": False}) for values in ([1.0, 0.0], [0.0, 0.0]))
+    (found,) = stats.compare(left, right)
+    assert found.verdict == ""
+    assert stats.macro_average([found], margin=0.01) is None
 
 
 @pytest.mark.parametrize("key", ["prompt_hash", "doc_hash", "doc_id", "target_hash"])

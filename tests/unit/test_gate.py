@@ -1,0 +1,131 @@
+"""From the files of a run folder to the verdict, and from the verdict to the exit code."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from cla_convert.errors import ExitCode, QualityGate
+from cla_convert.evaluation.comparison import compare_run
+from cla_convert.evaluation.gate import enforce
+from cla_convert.evaluation.inference import mcnemar
+from cla_convert.files import write_json
+from tests.integration.test_convert import cla
+
+
+def point(run: Path, name: str, scores: dict[str, list[float]], specification: str = "same") -> None:
+    """The result files of one point, as the harness writes them."""
+    for task, values in scores.items():
+        metric = "acc" if set(values) <= {0.0, 1.0} else "loglikelihood"
+        identity = {"task": task, "doc_hash": "d", "prompt_hash": "p", "target_hash": "t"}
+        samples = [identity | {"doc_id": i, "metrics": {metric: value}} for i, value in enumerate(values)]
+        write_json(run / "eval" / name / "tasks" / f"{task}.json", {"task": task, "samples": samples})
+    results = {"tasks": {task: {} for task in scores}, "specification_hash": specification}
+    write_json(run / "eval" / name / "results.json", results)
+
+
+def right(n: int, share: float) -> list[float]:
+    return [1.0] * round(n * share) + [0.0] * (n - round(n * share))
+
+
+def gate(run: Path, margin: float = 0.01) -> dict:
+    return compare_run(run, margin=margin, seed=0)
+
+
+def test_no_loss_on_many_rows_passes_both_gates(tmp_path: Path):
+    scores = {"piqa": right(3000, 0.7), "boolq": right(3000, 0.6)}
+    point(tmp_path, "before", scores)
+    point(tmp_path, "converted", scores)
+    found = gate(tmp_path)
+    assert (found["compared"], found["status"]) == ("converted", "within_margin")
+    assert found["gate"] == {"passed": True, "strict_passed": True, "reasons": []}
+    enforce(found, "strict")
+
+
+def test_few_rows_pass_the_gate_but_not_the_strict_one(tmp_path: Path):
+    for name in ("before", "converted", "after"):
+        point(tmp_path, name, {"piqa": right(20, 0.7)})
+    found = gate(tmp_path)
+    assert (found["compared"], found["status"]) == ("after", "not_enough_rows")
+    enforce(found, True)
+    enforce(found, False)
+    with pytest.raises(QualityGate, match=r"strict(.|\n)*the mean over tasks is not shown to be within"):
+        enforce(found, "strict")
+
+
+def test_a_shown_loss_fails(tmp_path: Path):
+    point(tmp_path, "before", {"piqa": right(1000, 0.7), "boolq": right(1000, 0.6)})
+    point(tmp_path, "after", {"piqa": right(1000, 0.6), "boolq": right(1000, 0.5)})
+    found = gate(tmp_path)
+    assert found["status"] == "margin_broken"
+    with pytest.raises(QualityGate, match="the mean over tasks is worse than the margin of 1 points: -10.0") as caught:
+        enforce(found, True)
+    assert caught.value.exit_code == ExitCode.GATE == 4
+    assert gate(tmp_path, margin=0.2)["gate"]["strict_passed"]  # the same loss within a wider margin
+
+
+def test_one_collapsed_task_cannot_hide_behind_the_mean(tmp_path: Path):
+    before = {f"task{i}": right(1000, 0.5) for i in range(6)}
+    after = before | {"task0": right(1000, 0.40)} | {f"task{i}": right(1000, 0.53) for i in range(1, 6)}
+    point(tmp_path, "before", before)
+    point(tmp_path, "after", after)
+    found = gate(tmp_path)
+    assert found["status"] == "within_margin"
+    assert [(r["scope"], r["code"]) for r in found["gate"]["reasons"]] == [("task0", "margin_broken")]
+    assert not found["gate"]["passed"]
+    row = found["tasks"]["task0"]["acc"]
+    assert row["p_value"] == mcnemar(row["lost"], row["gained"])
+    assert row["p_inferior_holm"] == pytest.approx(6 * row["p_inferior"])
+    assert row["p_holm"] == pytest.approx(6 * row["p_value"])
+
+
+def test_retrieval_is_judged_by_itself_and_does_not_move_the_mean(tmp_path: Path):
+    point(tmp_path, "before", {"piqa": right(2000, 0.5), "passkey": right(400, 1.0)})
+    point(tmp_path, "after", {"piqa": right(2000, 0.5), "passkey": right(400, 0.2)})
+    found = gate(tmp_path)
+    assert found["mean_accuracy"]["tasks"] == ["piqa"]
+    assert [reason["scope"] for reason in found["gate"]["reasons"]] == ["passkey"]
+
+
+@pytest.mark.parametrize("absent", ["everything", "a task", "accuracies", "likeness"])
+def test_absent_numbers_do_not_open_the_gate(tmp_path: Path, absent: str):
+    scores = {"piqa": right(3000, 0.7), "boolq": right(3000, 0.6)}
+    if absent == "accuracies":
+        scores = {"passkey": list(np.linspace(-3, -1, 50))}
+    point(tmp_path, "before", scores)
+    if absent != "everything":
+        point(tmp_path, "after", scores, "another" if absent == "likeness" else "same")
+    if absent == "a task":
+        (tmp_path / "eval" / "after" / "tasks" / "boolq.json").unlink()
+    found = gate(tmp_path)
+    assert not found["gate"]["passed"]
+    with pytest.raises(QualityGate):
+        enforce(found, True)
+
+
+def test_texts_are_compared_window_by_window(tmp_path: Path):
+    for name, worse in (("before", 0.0), ("after", 0.1)):
+        point(tmp_path, name, {"piqa": right(10, 0.5)})
+        windows = [[(3.0 + worse + i / 100) * 64, 64] for i in range(8)]
+        write_json(tmp_path / "eval" / name / "perplexity" / "story.json", {"windows": windows})
+    row = gate(tmp_path)["perplexity"]["story"]
+    assert (row["n"], row["tokens"], row["lost"], row["gained"]) == (8, 512, 8, 0)
+    assert row["after"] / row["before"] == pytest.approx(np.exp(0.1))
+    assert row["p_value"] == pytest.approx(2 / 2**8)
+    assert row["ci95"][0] < row["delta"] < row["ci95"][1]
+
+
+def test_the_command_line_exits_with_4_after_writing_everything(tmp_path: Path):
+    point(tmp_path, "before", {"piqa": right(1000, 0.7)})
+    point(tmp_path, "converted", {"piqa": right(1000, 0.6)})
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"eval": {"margin": 0.02}}))
+    done = cla("report", str(tmp_path), "--json", "--gate")
+    assert done.returncode == 4, done.stderr
+    assert "error: The quality gate failed" in done.stderr and "margin of 2 points: -10.0" in done.stderr
+    assert json.loads(done.stdout) == json.loads((tmp_path / "report.json").read_text())
+    assert json.loads((tmp_path / "eval" / "comparison.json").read_text())["status"] == "margin_broken"
+    assert cla("report", str(tmp_path)).returncode == 0
+    early = cla("run", "demo", "--out", str(tmp_path / "run"), "--until", "convert", "--gate")
+    assert early.returncode == 2 and "nothing to judge" in early.stderr

@@ -1,0 +1,113 @@
+"""Perplexity of text files, agreement with the source model, and measuring nothing twice."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from cla_convert.errors import InputError
+from cla_convert.evaluation import texts as module
+from cla_convert.evaluation.agreement import agreement
+from cla_convert.evaluation.texts import Texts, check_texts, measure_texts, text_perplexity
+from cla_convert.models.export import load_model, load_tokenizer
+from cla_convert.recipe import TextFile
+from tests.conftest import save_tiny_llama
+
+COMMON = {"batch_size": 2, "device": "cpu", "dtype": "float32"}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The source and another model."""
+    return [save_tiny_llama(tmp_path_factory.mktemp("texts") / str(seed), seed=seed) for seed in (0, 1)]
+
+
+@pytest.fixture
+def story(tmp_path: Path) -> TextFile:
+    (tmp_path / "story.txt").write_bytes("Zoë read the map.\r\nThere was no north on it; only a river, twice.".encode())
+    return TextFile(name="story", path=str(tmp_path / "story.txt"), window=16)
+
+
+def test_every_token_is_predicted_once_from_its_window(models: list[Path], story: TextFile):
+    model = load_model(models[0])
+    found = text_perplexity(model, models[0], story, batch_size=2)
+    ids = load_tokenizer(models[0])(Path(story.path).read_bytes().decode(), add_special_tokens=False)["input_ids"]
+    nats = 0.0
+    for start in range(0, len(ids), 16):
+        window = ids[start : start + 16]
+        with torch.no_grad():
+            logits = model(torch.tensor([[0, *window[:-1]]])).logits[0].double()  # 0 is BOS
+        nats -= logits.log_softmax(-1).gather(-1, torch.tensor(window)[:, None]).sum().item()
+    assert found["tokens"] == len(ids) == found["bytes"]  # a tokenizer of bytes
+    assert found["nll"] == pytest.approx(nats / len(ids), rel=1e-6)
+    assert found["perplexity"] == pytest.approx(math.exp(nats / len(ids)), rel=1e-6)
+    assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / found["bytes"], rel=1e-6)
+    assert [tokens for _, tokens in found["windows"]] == [16] * (len(ids) // 16) + [len(ids) % 16]
+
+
+def test_bits_per_byte_count_the_bytes_that_were_read(models: list[Path], story: TextFile):
+    part = story.model_copy(update={"characters": 10})
+    found = text_perplexity(load_model(models[0]), models[0], part, batch_size=2)
+    assert (found["characters"], found["bytes"]) == (10, 11)  # the e with its dots has two
+
+
+def test_what_cannot_be_read_is_refused_before_work(tmp_path: Path, models: list[Path], story: TextFile):
+    (tmp_path / "empty").write_text(" \n")
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    for name, words in (("nowhere", "cannot be read"), ("empty", "is empty"), ("latin", "cannot be read")):
+        with pytest.raises(InputError, match=words):
+            check_texts([TextFile(name=name, path=str(tmp_path / name))])
+    check_texts([story])
+    with pytest.raises(InputError, match="600 tokens does not fit"):
+        text_perplexity(load_model(models[0]), models[0], story.model_copy(update={"window": 600}), batch_size=1)
+
+
+def rows() -> torch.Tensor:
+    return torch.randint(2, 258, (5, 12), generator=torch.Generator().manual_seed(1))
+
+
+def test_agreement_equals_its_definition(models: list[Path], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("cla_convert.evaluation.perplexity._LOGITS", 258 * 7)  # 7 positions at a time
+    source, model = map(load_model, models)
+    found = agreement(model, source, rows(), batch_size=2)
+    with torch.no_grad():
+        q, p = (one(rows()).logits.double().log_softmax(-1) for one in (source, model))
+    kl, same = (q.exp() * (q - p)).sum(-1), (q.argmax(-1) == p.argmax(-1)).double()
+    assert found["kl"] == pytest.approx(kl.mean().item(), rel=1e-5)
+    assert found["kl"] > 0.1
+    assert found["top1"] == pytest.approx(same.mean().item())
+    assert [w[0] for w in found["windows"]] == pytest.approx(kl.sum(1).tolist(), rel=1e-5)
+    assert [w[1] for w in found["windows"]] == same.sum(1).tolist()
+    assert found["ci95"]["kl"][0] < found["kl"] < found["ci95"]["kl"][1]
+    assert found["tokens"] == 60
+
+
+def test_a_model_agrees_with_itself(models: list[Path]):
+    model = load_model(models[0])
+    found = agreement(model, model, rows())
+    assert found["kl"] == pytest.approx(0, abs=1e-6)
+    assert found["top1"] == 1.0
+
+
+def test_files_and_nothing_twice(models: list[Path], story: TextFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    loads: list[Path] = []
+    monkeypatch.setattr(module, "load_model", lambda folder, **o: (loads.append(folder), load_model(folder, **o))[1])
+    texts = Texts([story], rows(), rows()[:2], source=models[0])
+    source = measure_texts(texts, models[0], tmp_path / "before", COMMON, "source")
+    assert set(source) == {"held_out", "perplexity/story"}  # the source agrees with itself: not measured
+    assert loads == [models[0]]
+    first = measure_texts(texts, models[1], tmp_path / "after", COMMON, "other")
+    assert set(first) == {"held_out", "agreement", "perplexity/story"}
+    assert loads == [models[0], models[1], models[0]]
+    written = json.loads((tmp_path / "after" / "agreement.json").read_text())
+    assert written["kl"] == first["agreement"]["kl"] and len(written["windows"]) == 2
+    assert measure_texts(texts, models[1], tmp_path / "after", COMMON, "other") == first
+    assert len(loads) == 3  # all found
+    single = measure_texts(texts, models[1], tmp_path / "after", COMMON | {"batch_size": 1}, "other")
+    assert len(loads) == 5  # other settings: all anew
+    Path(story.path).write_text("Another story.")
+    changed = measure_texts(texts, models[1], tmp_path / "after", COMMON | {"batch_size": 1}, "other")
+    assert len(loads) == 6 and changed["held_out"] == single["held_out"]
+    assert changed["perplexity/story"]["bytes"] == 14
