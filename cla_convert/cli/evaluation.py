@@ -85,7 +85,7 @@ def bench(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure what sharing saves: KV bytes, what fits into the same memory, tokens per second.
+    """Measure what sharing saves, in memory and in speed.
 
     Both models run on this machine in turn; nothing is computed from the config.
     """

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..environment import has_native_bfloat16
+from ..errors import InputError
 from ..models.kinds import NOPE
 from ..models.shape import shape_of
 from .group_fit import HeadShape
@@ -28,7 +29,7 @@ class Factory:
     def __init__(
         self, source: Source, config: dict[str, Any], tokens: Tensor, device: str, dtype: torch.dtype | None = None
     ) -> None:
-        """Read the config. Raises InputError for a family that is not supported.
+        """Read the config. Raises InputError for a family that is not supported, or stored in other pieces.
 
         Args:
             source: where weights are read from.
@@ -41,8 +42,20 @@ class Factory:
         self.batch = 8192 if self.device.type == "cuda" else 2048  # tokens at a time: fills a GPU, fits a CPU's caches
         self.shell = Shell(source, config, tokens, self.device)
         self.source, self.family, self.config = source, self.shell.family, self.shell.config
+        self._check_names()
         self._attention = shape_of(config)
         self._calls = [_for_layers(call, self.dtype) for call in self.shell.calls]
+
+    def _check_names(self) -> None:
+        """A layer must be stored as it runs: mixtures of experts are not, transformers fuses them while loading."""
+        with torch.device("meta"):
+            names = self.shell.layer_class(self.config, 0).state_dict().keys()
+        if missing := [n for n in names if f"{self.family.layers}.0.{n}" not in self.source.tensors]:
+            raise InputError(
+                f"--init calibrated does not support this checkpoint of type {self.family.model_type!r}",
+                why=f"Its layers are stored in other pieces than they run in: {missing[0]} is not there.",
+                fix="Use --init mean and uptrain for longer.",
+            )
 
     def head_shape(self, layer: int) -> HeadShape:
         """Sizes of a layer's attention."""
