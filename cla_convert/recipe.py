@@ -247,7 +247,8 @@ class Train(Section):
     @property
     def needs_control(self) -> bool:
         """Whether to train a control: without weight decay, distilling the source from itself changes nothing."""
-        return self.control and self.tokens > 0 and not (self.loss == "distill" and self.weight_decay == 0)
+        itself = self.loss == "distill" and not (self.teacher or self.cross_entropy_weight or self.weight_decay)
+        return self.control and self.tokens > 0 and not itself
 
 
 class TextFile(Section):

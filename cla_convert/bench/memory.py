@@ -108,11 +108,20 @@ def _allocate(subject: Subject, budget: Budget, batch: int, length: int) -> bool
 
 def capacity(subject: Subject, budget: Budget, length: int) -> dict[str, int]:
     """Largest batch at `length` tokens, and longest context of one sequence; 0 where not even one fits."""
-    one, two = (cache_bytes(filled_cache(subject.model, 1, n)) for n in (length, 2 * length))
-    room, growth = max(0, budget.bytes - subject.weight_bytes), (two - one) / length
-    batch = largest(lambda n: fits(subject, budget, n, length), room // one)
-    units = largest(lambda n: fits(subject, budget, 1, n * UNIT), round(room / growth / UNIT) if growth else LIMIT)
+    batch_guess, context_guess = _guesses(subject, budget.bytes - subject.weight_bytes, length)
+    batch = largest(lambda n: fits(subject, budget, n, length), batch_guess)
+    units = largest(lambda n: fits(subject, budget, 1, n * UNIT), context_guess // UNIT)
     return {"largest_batch": batch, "longest_context": units * UNIT}
+
+
+def _guesses(subject: Subject, room: int, length: int) -> tuple[int, int]:
+    """Batch and context that the cache of one sequence suggests, so that the search starts close to the answer."""
+    try:
+        half, whole = (cache_bytes(filled_cache(subject.model, 1, n)) for n in (length // 2, length))
+    except torch.OutOfMemoryError:
+        return 0, 0
+    growth = (whole - half) / (length - length // 2)
+    return room // whole, round(room / growth) if growth else UNIT * LIMIT  # full windows do not grow
 
 
 def largest(holds: Callable[[int], bool], guess: int, limit: int = LIMIT) -> int:

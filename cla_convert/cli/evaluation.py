@@ -7,7 +7,7 @@ import typer
 
 from ..console import data, data_json
 from ..environment import command_line
-from ..errors import InputError
+from ..errors import InputError, UsageError
 from .app import (
     AllowPickle,
     Gate,
@@ -101,6 +101,8 @@ def bench(
     from ..report.render import render_bench
 
     sizes, room = numbers_of(batch_sizes, "--batch-sizes"), size_of(memory, "--memory")
+    if out and out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file", fix="Give a folder for --out.")
     folders = [resolve_source(model) for model in (source, converted)]
     result = measure(*folders, device=pick_device(device), memory=room, batch_sizes=sizes, prompt=prompt, new=new)
     result["command"] = command_line()

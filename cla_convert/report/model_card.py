@@ -37,7 +37,7 @@ def write_model_card(folder: Path, report: Json, source_card: str | None = None,
     measured_at: str = point or report["compared"] or "converted"
     if report["compared"] not in (None, measured_at):
         report |= {"compared": measured_at, "verdict": _OTHER[measured_at]}
-    if measured_at == "converted":
+    if point == "converted":  # whatever happened to it later
         report["train"] = None
     fields = metadata(report, source_card)
     if measured := model_index(report, folder.name, measured_at):

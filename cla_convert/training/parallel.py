@@ -71,7 +71,7 @@ class Team:
         if self.size == 1:
             return
         mesh = init_device_mesh(torch.device(self.device).type, (self.size,))
-        policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+        policy = MixedPrecisionPolicy(compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
         names = set(getattr(model, "_no_split_modules", None) or ())
         for layer in [module for module in model.modules() if type(module).__name__ in names]:
             fully_shard(layer, mesh=mesh, mp_policy=policy)

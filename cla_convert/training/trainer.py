@@ -110,8 +110,9 @@ def set_up(
     rows = micro_batch_size(settings, budget, student, device)
     if compiled:
         for model in filter(None, (student, teacher)):
-            compile_layers(model, rows, budget.length)
+            compile_layers(model, len(team.share(0, budget.batch, rows)[0]), budget.length)
     team.shard(student, precision.compute)  # before the optimiser, which is to hold the sharded parameters
+    peak = peak_flops(device, precision.compute)
     trainer = Trainer(
         settings=settings,
         budget=budget,
@@ -130,7 +131,7 @@ def set_up(
         micro_batch=rows,
         compiled=compiled,
         flops_per_token=flops,
-        peak_flops=peak_flops(device, precision.compute),
+        peak_flops=peak and peak * team.size,
     )
     say(_describe(trainer))
     return trainer

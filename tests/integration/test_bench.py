@@ -106,11 +106,14 @@ def test_running_out_of_memory_is_an_answer(tiny_llama: Path, monkeypatch: pytes
     def exhausted(*_arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
+    plenty = Budget(2**30, "cpu")
+    assert capacity(subject(tiny_llama), Budget(2**19, "cpu"), 8)["largest_batch"] > 0
     monkeypatch.setattr(memory, "filled_cache", exhausted)
     monkeypatch.setattr(speed, "filled_cache", exhausted)
     ours = subject(tiny_llama)
-    assert fits(ours, Budget(2**30, "cpu"), 1, 8) is False
-    rows = speed.measure_speed([ours], {"source": [("prefill", 1), ("decode", 1)]}, Budget(2**30, "cpu"), 8, 4)
+    assert fits(ours, plenty, 1, 8) is False
+    assert capacity(ours, plenty, 8) == {"largest_batch": 0, "longest_context": 0}
+    rows = speed.measure_speed([ours], {"source": [("prefill", 1), ("decode", 1)]}, plenty, 8, 4)
     assert [row["fits"] for row in rows] == [True, False]
 
 

@@ -188,6 +188,11 @@ def test_model_card_right_after_a_plain_conversion(tmp_path: Path):
     assert "None" not in text
 
 
+def test_model_card_of_a_model_uptrained_on_its_own(tmp_path: Path):
+    text = write_model_card(tmp_path, {"train": {"tokens": 26_000_000, "loss_name": "distill"}}).read_text()
+    assert "Uptrained on 26M tokens with the loss `distill`" in text and "Not evaluated yet" in text
+
+
 def test_text_from_outside_cannot_break_a_table(run_dir: Path):
     convert = json.loads((run_dir / "convert.json").read_text())
     convert["source"]["model"] = "evil|<script>alert(1)</script>\nname"
