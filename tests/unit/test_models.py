@@ -78,6 +78,21 @@ def test_generate_is_greedy_token_by_token(case, ids):
     assert torch.equal(generated, tokens)
 
 
+@pytest.mark.parametrize("case", ["llama", "gemma3", "smollm3", "gpt_bigcode"])
+def test_beams_and_lookahead_decoding_use_the_small_cache_rightly(case, ids):
+    """They reorder and crop the cache, where consumers have nothing to reorder or crop."""
+    model = cla_model(case, share(case, "cla2-keep-ends"))
+    settings = dict(attention_mask=torch.ones_like(ids[:1]), max_new_tokens=8, do_sample=False, eos_token_id=None)
+
+    def generate(**more) -> torch.Tensor:
+        return model.generate(ids[:1], **settings, **more)
+
+    with torch.inference_mode():
+        assert torch.equal(generate(num_beams=3), generate(num_beams=3, use_cache=False))
+        if case != "gemma3":  # transformers cannot crop a sliding window
+            assert torch.equal(generate(prompt_lookup_num_tokens=3), generate())
+
+
 @pytest.mark.parametrize("implementation", [None, "static"])
 @pytest.mark.parametrize("case", CASES)
 def test_cache_holds_exactly_the_owners(case, implementation, ids):
