@@ -85,7 +85,7 @@ class Plan:
     def render(self) -> str:
         """The plan for a person."""
         before, after = self.kv_bytes_per_token["before"], self.kv_bytes_per_token["after"]
-        owners = len(self.groups)
+        owners, window = len(self.groups), self.shape.sliding_window
         lines = [
             f"source      {self.source} ({self.shape.model_type}, {self.shape.num_layers} layers, "
             f"{self.shape.num_attention_heads} query / {self.shape.num_key_value_heads} KV heads)",
@@ -95,6 +95,7 @@ class Plan:
             f"tensors     {self.count('keep')} kept, {self._changed()}, {self.count('drop')} dropped",
             f"parameters  {human_count(self.parameters['before'])} -> {human_count(self.parameters['after'])}",
             f"KV cache    {before} -> {after} bytes per token in {self.dtype} ({before / after:.2f}x smaller)",
+            *([f"            sliding layers keep their last {window} tokens at most"] if window else []),
             f"needs       {human_bytes(self.output_bytes)} of disk, about {human_bytes(self.memory_bytes)} of memory",
         ]
         return "\n".join(lines + [f"warning     {warning}" for warning in self.warnings])

@@ -1,6 +1,6 @@
 """The table of supported families: where their attention lies, and the CLA code that replaces it. Imports no torch.
 
-A new family is one row here, its two code files beside this one, and its name in the tests.
+A new family is one row here, its two code files beside this one, and a tiny case in tests/tiny.py.
 """
 
 import re
