@@ -20,10 +20,11 @@ def main() -> None:
         # A process that waits to be called cannot run a handler, and has nothing to lose.
         signal.signal(signal_number, _interrupt if leads else signal.SIG_DFL)
     try:
-        if leads:
+        if not leads:
+            mute()
+        if leads or sys.argv[1:2] == ["eval"]:  # lm-eval divides documents by itself: every process runs the verb
             app()
         else:
-            mute()
             training.take_part()
     except (ClaError, PermissionError, FileExistsError, NotADirectoryError) as error:
         if debug():

@@ -60,8 +60,8 @@ def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     """Handle the options that come before a verb."""
-    if world_size() > 1 and context.invoked_subcommand not in ("run", "uptrain"):
-        raise UsageError("Only run and uptrain use several processes", fix="Start cla-convert without torchrun.")
+    if world_size() > 1 and context.invoked_subcommand not in ("run", "uptrain", "eval"):
+        raise UsageError("Only run, uptrain and eval use several processes", fix="Start cla-convert without torchrun.")
     if version:
         from .. import __version__
 
