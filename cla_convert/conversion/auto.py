@@ -1,9 +1,13 @@
-"""`sharing: auto`: measure what each group costs on calibration text, once, and choose the map under a KV budget."""
+"""`sharing: auto`: the map that costs least under a KV budget, by measurements on calibration text.
+
+First what each group costs alone, once for all budgets; then the maps that look best by that, whole.
+"""
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +15,8 @@ from .. import __version__
 from ..console import progress, say
 from ..files import read_json, write_json
 from ..models.checkpoint import Checkpoint
-from .search import choose_map, owners_for
-from .sharing import groups_of
+from .search import likely_maps, owners_for
+from .sharing import groups_of, picture
 
 if TYPE_CHECKING:
     from .convert import Calibration
@@ -24,20 +28,25 @@ class Choice:
     """A sharing map and the measurements that it was chosen by."""
 
     kv_budget: float
-    kv_source_layers: list[int]
+    finalists: "list[Damage]"
+    """Whole maps, the winner first; `layers` is the map."""
     damage: "list[Damage]"
+    """Of every group alone."""
 
     @property
-    def expected(self) -> float:
-        """Nats per token that the map's groups cost in sum."""
-        costs = {entry.layers: entry.kl for entry in self.damage}
-        return sum(costs[tuple(group)] for group in groups_of(self.kv_source_layers) if len(group) > 1)
+    def kv_source_layers(self) -> list[int]:
+        """The chosen map."""
+        return list(self.finalists[0].layers)
 
     def to_json(self) -> dict[str, Any]:
         """For plan.json and `convert --json`."""
         return {
             "kv_budget": self.kv_budget,
-            "expected_kl": round(self.expected, 5),
+            "expected_kl": round(self.finalists[0].kl, 5),
+            "finalists": [
+                {"kv_source_layers": found.layers, "kl": found.kl, "delta_nll": found.delta_nll}
+                for found in self.finalists
+            ],
             "damage": [asdict(entry) for entry in self.damage],
         }
 
@@ -51,7 +60,13 @@ class Choice:
             row = {len(group): group for group in costs if group[0] == first}
             cells = [_cell(row.get(size), costs, chosen) for size in sizes]
             lines.append(f"            {''.join(cells)}".rstrip())
-        return "\n".join([*lines, f"expected    {self.expected:.3f} nats per token before uptraining"])
+        lines.append(
+            "finalists   whole maps, KL from the source in nats per token before uptraining; the first is chosen"
+        )
+        for found in self.finalists:
+            first, *more = picture(found.layers).splitlines()
+            lines += [f"      {found.kl:.3f} {first}", *(f"            {line}" for line in more)]
+        return "\n".join(lines)
 
 
 def choose(
@@ -64,25 +79,44 @@ def choose(
     Raises:
         InputError: the budget cannot be met, the family is not supported, or the text is too short.
     """
+    from .damage import measure_damage
+    from .finalists import measure_maps
+
     owners = owners_for(kv_budget, len(kinds))
-    damage = _measured(checkpoint, kinds, calibration, cache)
-    sources = choose_map({entry.layers: entry.kl for entry in damage}, kinds, owners)
-    return Choice(kv_budget, sources, damage)
+    damage = _measured(
+        "measuring what each group costs", partial(measure_damage, kinds=kinds), checkpoint, calibration, cache,
+        [list(kinds)], len(kinds),
+    )  # fmt: skip
+    maps = likely_maps({entry.layers: entry.kl for entry in damage}, kinds, owners)
+    finalists = _measured(
+        "measuring the likeliest maps", partial(measure_maps, maps=maps), checkpoint, calibration, cache,
+        [maps], len(kinds) * len(maps),
+    )  # fmt: skip
+    return Choice(kv_budget, sorted(finalists, key=lambda found: found.kl), damage)
 
 
-def _measured(checkpoint: Checkpoint, kinds: Sequence[str], calibration: "Calibration", cache: Path) -> "list[Damage]":
-    from .damage import Damage, Search, measure_damage
+def _measured(
+    what: str,
+    measure: "Callable[..., list[Damage]]",
+    checkpoint: Checkpoint,
+    calibration: "Calibration",
+    cache: Path,
+    subject: list[Any],
+    layers: int,
+) -> "list[Damage]":
+    """The result of `measure`, from `cache` if the same was measured before."""
+    from .damage import Damage, Search
 
     search = Search.default(calibration.device)
-    depends = [__version__, checkpoint.fingerprint(), list(kinds), calibration.digest, list(calibration.tokens.shape)]
+    depends = [__version__, checkpoint.fingerprint(), *subject, calibration.digest, list(calibration.tokens.shape)]
     depends += [calibration.seed, calibration.device.partition(":")[0], asdict(search)]
     file = cache / f"{hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:16]}.json"
     if found := read_json(file):
-        say(f"damage of each group: measured before, {file}")
+        say(f"{what}: done before, {file}")
         return [Damage(tuple(entry.pop("layers")), **entry) for entry in found["damage"]]
-    with progress(len(kinds), "measuring what each group costs", unit="layer") as bar:
-        damage = measure_damage(
-            checkpoint, checkpoint.config, kinds, calibration.tokens, search=search, device=calibration.device,
+    with progress(layers, what, unit="layer") as bar:
+        damage = measure(
+            checkpoint, checkpoint.config, tokens=calibration.tokens, search=search, device=calibration.device,
             seed=calibration.seed, on_progress=lambda done, _: bar.update(done - bar.n),
         )  # fmt: skip
     cache.mkdir(parents=True, exist_ok=True)

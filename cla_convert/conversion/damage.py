@@ -5,7 +5,7 @@ The cost is the divergence from the source's next-token distribution: the error 
 side, so only one layer's weights are in memory.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,12 +41,20 @@ class Search:
             return cls(4, 4, Effort(20, 8192), 32_768)
         return cls(3, 2, Effort(4, 2048), 8192)
 
+    def split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of `tokens` [rows, T] to fit to, and others to measure on. Raises InputError if there are too few."""
+        if tokens.dim() != 2 or tokens.shape[0] <= self.probe_rows:
+            raise InputError(f"Choosing a sharing map needs more than {self.probe_rows} rows of calibration text")
+        fit, probe = tokens[: -self.probe_rows], tokens[-self.probe_rows :]
+        return fit[: max(1, self.fit_tokens // fit.shape[1])], probe
+
 
 @dataclass(frozen=True)
 class Damage:
-    """What one group alone costs after calibrated pooling, on text it was not fitted to."""
+    """What sharing costs after calibrated pooling, on text it was not fitted to."""
 
     layers: tuple[int, ...]
+    """One group that shares alone; or a whole map, the owner of every layer."""
     kl: float
     """Nats per token, source to pooled model."""
     delta_nll: float
@@ -77,11 +85,8 @@ def measure_damage(
         on_progress: called with (layers done, layers in all).
     """
     search = search or Search.default(device)
-    if tokens.dim() != 2 or tokens.shape[0] <= search.probe_rows:
-        raise InputError(f"Choosing a sharing map needs more than {search.probe_rows} rows of calibration text")
+    fit, probe = search.split(tokens)
     factory = Factory(source, config, tokens, device)
-    fit, probe = tokens[: -search.probe_rows], tokens[-search.probe_rows :]
-    fit = fit[: max(1, search.fit_tokens // fit.shape[1])]
     with torch.no_grad():
         teacher = Teacher(factory, fit, Store.choose(device, 10 * fit.numel() * factory.config.hidden_size * 4))
         race = _Race(factory, Pooler(factory, teacher, search.effort, seed), teacher, probe)
@@ -118,26 +123,34 @@ class _Race:
                 block, shared = self._factory.build(layer, changed, group), self._shared[group]
             if layer == group[-1]:
                 self._shared.pop(group)
-            self._streams[group] = _through(block, stream, shared)
-        self._clean = _through(unchanged, self._clean, {})
+            self._streams[group] = through(block, stream, shared)
+        self._clean = through(unchanged, self._clean, {})
         self._teacher.release(layer)
 
     def finish(self) -> list[Damage]:
-        """Compare next-token distributions, one row at a time."""
-        kl, nll = dict.fromkeys(self._streams, 0.0), dict.fromkeys(self._streams, 0.0)
-        head = self._factory.shell.head(self._factory.dtype)
-        rows, length = self._probe.shape
-        for row in range(rows):
-            labels = self._probe[row, 1:, None].to(self._factory.device)
-            wanted = head(self._clean[row : row + 1])[0, :-1]
-            base = wanted.gather(1, labels).sum().item()
-            for group, stream in self._streams.items():
-                found = head(stream[row : row + 1])[0, :-1]
-                kl[group] += (wanted.exp() * (wanted - found)).sum().item()
-                nll[group] += base - found.gather(1, labels).sum().item()
-        count = rows * (length - 1)
-        return [Damage(group, kl[group] / count, nll[group] / count) for group in kl]
+        """Compare next-token distributions."""
+        return divergence(self._factory, self._probe, self._clean, self._streams)
 
 
-def _through(block: Block, stream: Tensor, shared: SharedKV) -> Tensor:
+def divergence(
+    factory: Factory, probe: Tensor, clean: Tensor, streams: Mapping[tuple[int, ...], Tensor]
+) -> list[Damage]:
+    """What the ends of `streams` [rows, T, hidden] say of the tokens `probe` [rows, T] against `clean`."""
+    kl, nll = dict.fromkeys(streams, 0.0), dict.fromkeys(streams, 0.0)
+    head = factory.shell.head(factory.dtype)
+    rows, length = probe.shape
+    for row in range(rows):  # the logits of one at a time
+        labels = probe[row, 1:, None].to(factory.device)
+        wanted = head(clean[row : row + 1])[0, :-1]
+        base = wanted.gather(1, labels).sum().item()
+        for layers, stream in streams.items():
+            found = head(stream[row : row + 1])[0, :-1]
+            kl[layers] += (wanted.exp() * (wanted - found)).sum().item()
+            nll[layers] += base - found.gather(1, labels).sum().item()
+    count = rows * (length - 1)
+    return [Damage(layers, kl[layers] / count, nll[layers] / count) for layers in kl]
+
+
+def through(block: Block, stream: Tensor, shared: SharedKV) -> Tensor:
+    """The residual stream [rows, T, hidden] behind a layer."""
     return block.mlp(block.attend(stream, block.heads(block.norm_in(stream), shared)))

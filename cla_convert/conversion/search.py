@@ -1,13 +1,14 @@
 """Which layers should share? The cheapest map under a KV budget, exactly, given what each group alone costs.
 
-Costs add up over groups. That is an approximation, good enough to beat every fixed pattern where it was measured
-(docs/sharing.md).
+That costs add up over groups is an approximation. So a few likely maps are chosen here, and measured whole before one
+of them is taken (`finalists.py`).
 """
 
 import math
 from collections.abc import Mapping, Sequence
 
 from ..errors import InputError
+from .sharing import sharing_map
 
 Group = tuple[int, ...]
 Plans = dict[int, tuple[float, list[Group]]]
@@ -32,12 +33,55 @@ def candidate_groups(kinds: Sequence[str], largest: int) -> list[Group]:
     )
 
 
+def likely_maps(costs: Mapping[Group, float], kinds: Sequence[str], owners: int) -> list[list[int]]:
+    """Maps worth measuring, each once: the cheapest one, the cheapest ones of smaller groups, and plain patterns.
+
+    Where errors compound, smaller groups or equal ones can beat the sum's winner. Of the patterns `cla<k>` and
+    `cla<k>-keep-ends` those that use most of the budget are taken.
+
+    Raises:
+        InputError: see `choose_map`.
+    """
+    maps = [choose_map(costs, kinds, owners)]
+    sizes = range(max(map(len, costs), default=1), 1, -1)
+    maps += [found for size in sizes if (found := _cheapest(_up_to(size, costs), kinds, owners))]
+    names = (f"cla{size}{ends}" for size in sizes for ends in ("", "-keep-ends"))
+    patterns = [found for name in names if len(set(found := sharing_map(name, kinds))) <= owners]
+    most = max((len(set(found)) for found in patterns), default=0)
+    maps += [found for found in patterns if len(set(found)) == most]
+    return [found for i, found in enumerate(maps) if found not in maps[:i]]
+
+
 def choose_map(costs: Mapping[Group, float], kinds: Sequence[str], owners: int) -> list[int]:
     """The sharing map with at most `owners` owners whose groups' costs add up to least. Exact (dynamic programme).
 
     Raises:
         InputError: no partition into the groups in `costs` (and single layers, which cost nothing) has so few owners.
     """
+    if found := _cheapest(costs, kinds, owners):
+        return found
+    raise InputError(
+        f"No sharing map has only {owners} of {len(kinds)} layers own K/V",
+        why=f"At least {min(_plans(costs, kinds))} are needed with the groups that were measured.",
+        fix="Raise kv_budget.",
+    )
+
+
+def _up_to(size: int, costs: Mapping[Group, float]) -> dict[Group, float]:
+    return {group: cost for group, cost in costs.items() if len(group) <= size}
+
+
+def _cheapest(costs: Mapping[Group, float], kinds: Sequence[str], owners: int) -> list[int] | None:
+    feasible = [plan for count, plan in _plans(costs, kinds).items() if count <= owners]
+    if not feasible:
+        return None
+    _, groups = min(feasible, key=lambda plan: plan[0])
+    owner_of = {layer: group[0] for group in groups for layer in group}
+    return [owner_of[layer] for layer in range(len(kinds))]
+
+
+def _plans(costs: Mapping[Group, float], kinds: Sequence[str]) -> Plans:
+    """The cheapest partition of all layers for every number of owners."""
     plans: Plans = {0: (0.0, [])}
     for sequence in _by_kind(kinds):
         options = _partitions(sequence, costs)
@@ -46,16 +90,7 @@ def choose_map(costs: Mapping[Group, float], kinds: Sequence[str], owners: int) 
             for count, (extra, more) in options.items():
                 merged = _keep_best(merged, used + count, cost + extra, groups + more)
         plans = merged
-    feasible = [plan for count, plan in plans.items() if count <= owners]
-    if not feasible:
-        raise InputError(
-            f"No sharing map has only {owners} of {len(kinds)} layers own K/V",
-            why=f"At least {min(plans)} are needed with the groups that were measured.",
-            fix="Raise kv_budget.",
-        )
-    _, groups = min(feasible, key=lambda plan: plan[0])
-    owner_of = {layer: group[0] for group in groups for layer in group}
-    return [owner_of[layer] for layer in range(len(kinds))]
+    return plans
 
 
 def _by_kind(kinds: Sequence[str]) -> list[list[int]]:

@@ -1,0 +1,80 @@
+"""What do whole maps cost? The costs of groups do not quite add up, so likely winners are measured before one wins.
+
+Each map is pooled as conversion would pool it, with the effort of a search, while the probe rows pass through the
+layers as they are decided: only one layer's weights are in memory.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .blocks import Factory, SharedKV
+from .calibration import LayerPatch, calibrated_pooling
+from .damage import Damage, Search, divergence, through
+from .sharing import groups_of
+from .shell import Source
+
+
+def measure_maps(
+    source: Source,
+    config: dict[str, Any],
+    maps: Sequence[Sequence[int]],
+    tokens: Tensor,
+    *,
+    search: Search | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[Damage]:
+    """Pool the model by every map, on the first rows of `tokens`; measure it on the last ones.
+
+    Args:
+        source: lazily read checkpoint.
+        config: its config.json.
+        maps: validated sharing maps.
+        tokens: int64 [rows, T] of calibration text, rows in random order.
+        search: how thoroughly; default by device.
+        device: where layers run.
+        seed: of the order of rows.
+        dtype: of matrix products; default by device.
+        on_progress: called with (layers done, layers in all), counted over all maps.
+    """
+    search = search or Search.default(device)
+    fit, probe = search.split(tokens)
+    factory = Factory(source, config, probe, device, dtype)
+    layers, done = factory.config.num_hidden_layers, 0
+
+    def counted(patches: Iterable[LayerPatch]) -> Iterable[LayerPatch]:
+        nonlocal done
+        for patch in patches:
+            yield patch
+            done += 1
+            if on_progress:
+                on_progress(done, layers * len(maps))
+
+    with torch.no_grad():
+        clean = _end(factory, probe, range(layers), (LayerPatch(layer, {}) for layer in range(layers)))
+        ends = {}
+        for sources in map(list, maps):
+            patches = calibrated_pooling(
+                source, config, sources, fit, device=device, seed=seed, effort=search.effort, dtype=factory.dtype
+            )
+            ends[tuple(sources)] = _end(factory, probe, sources, counted(patches))
+        return divergence(factory, probe, clean, ends)
+
+
+def _end(factory: Factory, probe: Tensor, sources: Sequence[int], patches: Iterable[LayerPatch]) -> Tensor:
+    """The residual stream [rows, T, hidden] of the probe rows behind the last layer of the patched model."""
+    groups = {group[0]: group for group in groups_of(sources)}
+    stream, shared = factory.shell.embed(probe), SharedKV()
+    for patch in patches:
+        prefix, group = f"{factory.family.layers}.{patch.layer}.", groups[sources[patch.layer]]
+        changed = {name.removeprefix(prefix): tensor.to(factory.device) for name, tensor in patch.tensors.items()}
+        block = factory.build(patch.layer, factory.read_layer(patch.layer) | changed, group)
+        stream = through(block, stream, shared)
+        if patch.layer == group[-1]:
+            shared.pop(group[0], None)
+    return stream
