@@ -87,6 +87,24 @@ def peak_memory_bytes(device: str) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def available_memory() -> int:
+    """Bytes that this process may still take without swapping, within the limit of its container (cgroup v2)."""
+    import psutil
+
+    free = psutil.virtual_memory().available
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit, used = ((group / f"memory.{name}").read_text(encoding="utf-8") for name in ("max", "current"))
+        cached = next(
+            int(line.split()[1])
+            for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines()
+            if line.startswith("inactive_file ")
+        )
+        return min(free, int(limit) - int(used) + cached)
+    except (OSError, ValueError, StopIteration):  # no such limit
+        return free
+
+
 def world_size() -> int:
     """Processes that torchrun started; 1 without torchrun."""
     return int(os.environ["WORLD_SIZE"]) if "LOCAL_RANK" in os.environ else 1

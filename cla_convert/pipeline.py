@@ -321,7 +321,7 @@ def plan_for(checkpoint: Any, recipe: Recipe, device: str) -> Any:
         init=recipe.convert.init,
         dtype=recipe.source.dtype,
         max_shard_size=recipe.convert.max_shard_size,
-        calibration_tokens=recipe.convert.calibration.tokens,
+        calibration_tokens=min(recipe.convert.calibration.tokens, CPU_CALIBRATION if device == "cpu" else 10**12),
         choice=choice,
     )
 
@@ -341,7 +341,7 @@ def calibration_for(recipe: Recipe, source: Path, device: str) -> Any:
     if device == "cpu" and rows.numel() > CPU_CALIBRATION:
         rows = rows[: max(1, CPU_CALIBRATION // rows.shape[1])]
         say(f"calibrating on {rows.numel()} tokens: more would take a CPU too long")
-    return Calibration(rows, store.digest, device, recipe.seed)
+    return Calibration(rows, store.digest, device, recipe.seed, recipe.convert.calibration.steps)
 
 
 def _disk_needed(run: Run) -> int:

@@ -147,6 +147,9 @@ class Calibration(Section):
     """Calibration tokens, taken from `data`."""
     sequence_length: int = Field(default=1024, ge=16)
     """Length of a calibration sequence."""
+    steps: int | None = Field(default=None, ge=0)
+    """Matching steps of each group (docs/how-it-works.md); 0: the closed form alone. None: 60, on a CPU 20. What a step
+    takes grows with the cube of the hidden size, so a large model on a CPU may afford only a few."""
 
 
 class Convert(Section):

@@ -114,12 +114,12 @@ def _measured(
     if found := read_json(file):
         say(f"{what}: done before, {file}")
         return [Damage(tuple(entry.pop("layers")), **entry) for entry in found["damage"]]
+    cache.mkdir(parents=True, exist_ok=True)
     with progress(layers, what, unit="layer") as bar:
         damage = measure(
             checkpoint, checkpoint.config, tokens=calibration.tokens, search=search, device=calibration.device,
-            seed=calibration.seed, on_progress=lambda done, _: bar.update(done - bar.n),
+            seed=calibration.seed, on_progress=lambda done, _: bar.update(done - bar.n), spill=cache,
         )  # fmt: skip
-    cache.mkdir(parents=True, exist_ok=True)
     write_json(file, {"damage": [asdict(entry) for entry in damage]})
     return damage
 

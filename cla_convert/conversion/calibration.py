@@ -20,6 +20,7 @@ from .blocks import Block, Factory, SharedKV
 from .group_pooling import GroupFit, Pooler
 from .matching import Effort
 from .refit import ridge_towards
+from .sharing import activation_bytes
 from .shell import Source
 from .streams import SecondMoment, Store, batches
 from .teacher import Teacher
@@ -63,10 +64,11 @@ def calibrated_pooling(
         on_progress: called with (layers done, layers in all).
         effort: matching steps; with 0 the closed form stays. Default: by device.
         dtype: of matrix products; default bfloat16 where the hardware has it. Linear algebra is float64 in any case.
-        spill: folder for activations that shall not stay in memory.
+        spill: folder for activations that memory has no room for.
 
     Raises:
-        InputError: the family is not supported, q, k and v do not agree on having biases, or there are no tokens.
+        InputError: the family is not supported, q, k and v do not agree on having biases, there are no tokens, or the
+            disk of `spill` is full.
     """
     if tokens.dim() != 2 or not tokens.numel():
         raise InputError("Calibration needs tokens", why=f"Got a tensor of shape {tuple(tokens.shape)}.")
@@ -95,9 +97,8 @@ class Walk:
     ) -> None:
         self._factory, self._map = factory, list(kv_source_layers)
         self._groups = {o: [i for i, owner in enumerate(self._map) if owner == o] for o in sorted(set(self._map))}
-        config = factory.config
-        span = max(group[-1] - group[0] + 1 for group in self._groups.values())
-        store = Store.choose(str(factory.device), (2 * span + 5) * tokens.numel() * config.hidden_size * 4, spill)
+        needed = activation_bytes(self._map, tokens.numel(), factory.config.hidden_size)
+        store = Store.choose(str(factory.device), needed, spill)
         self._store, self._teacher = store, Teacher(factory, tokens, store)
         self._pooler = Pooler(factory, self._teacher, effort, seed)
         self._student: Tensor | None = None  # None while it is still the teacher's
@@ -129,10 +130,9 @@ class Walk:
         """Move the student's stream past a layer, refitting its W_O on the way; returns the patch's tensors."""
         assert self._student is not None
         decided = self._decided.pop(layer)
-        weights = self._factory.read_layer(layer) | decided
-        block = self._factory.build(layer, weights, self._groups[self._map[layer]])
+        block = self._factory.build(layer, self._factory.read_layer(layer) | decided, self._groups[self._map[layer]])
         output = block.family.output_weight
-        heads, decided[output] = self._refit(layer, block, weights[output])
+        heads, decided[output] = self._refit(layer, block, decided[output])
         for part in batches(self._student, self._factory.batch):
             hidden, head = (stream[part].to(self._factory.device) for stream in (self._student, heads))
             self._student[part] = block.mlp(block.attend(hidden, head)).to(self._student.device)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +11,12 @@ from ..console import progress
 from ..environment import peak_memory_bytes
 from ..errors import InputError
 from ..files import write_json
-from ..models.checkpoint import Checkpoint
+from ..models.checkpoint import FLOATING, Checkpoint
 from ..models.export import cla_config, write_sidecars
 from ..models.writer import MANIFEST, ShardWriter, check_disk, check_output, publishing
 from .plan import Plan, TensorPlan
 from .pooling import WEIGHT_SPACE
+from .sharing import activation_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +34,8 @@ class Calibration:
     """Hash of the text they come from."""
     device: str = "cpu"
     seed: int = 0
+    steps: int | None = None
+    """Of matching, per group; None: by device."""
 
 
 def convert(
@@ -60,13 +63,10 @@ def convert(
     """
     started = time.monotonic()
     check_output(out, overwrite=overwrite)
-    check_disk(out.parent, plan.output_bytes)
-    fits: list[GroupFit] = []
+    check_disk(out.parent, plan.output_bytes + _spilled(plan, calibration))
     with publishing(out, overwrite=overwrite) as staging:
-        writer = ShardWriter(staging, max_shard_size)
-        for name, tensor in _tensors(plan, checkpoint, calibration, fits):
-            writer.add(name, tensor)
-        writer.finish()
+        patches = _patches(plan, checkpoint, calibration, spill=staging)
+        fits = _write(plan, checkpoint, patches, ShardWriter(staging, plan.written(checkpoint), max_shard_size))
         write_json(
             staging / "config.json", cla_config(checkpoint.config, plan.family, plan.kv_source_layers, plan.dtype)
         )
@@ -98,34 +98,48 @@ def manifest(plan: Plan, checkpoint: Checkpoint, calibration: Calibration | None
     }
 
 
-def _tensors(
-    plan: Plan, checkpoint: Checkpoint, calibration: Calibration | None, fits: "list[GroupFit]"
-) -> "Iterator[tuple[str, Tensor]]":
-    """Names and values of the output, in the plan's order, under a progress bar; collects what calibration found."""
+def _write(
+    plan: Plan, checkpoint: Checkpoint, patches: "Iterator[LayerPatch]", writer: ShardWriter
+) -> "list[GroupFit]":
+    """Write the output's tensors, in the plan's order, under a progress bar; returns what calibration found."""
     import torch
 
     dtype = getattr(torch, plan.dtype)
-    patches = _patches(plan, checkpoint, calibration)
-    layer, fitted = None, {}
+    fits: list[GroupFit] = []
+    layer, fitted = None, dict[str, torch.Tensor]()
     with progress(len(plan.tensors), "converting", unit="tensor") as bar:
         for tensor in plan.tensors:
             if tensor.layer != layer:
-                layer, patch = tensor.layer, next(patches)
-                fitted = patch.tensors
-                fits.extend([patch.fit] if patch.fit else [])
-            if tensor.action != "drop":
-                value = fitted[tensor.name] if tensor.name in fitted else _from_source(tensor, checkpoint, plan.init)
-                yield tensor.name, value.to(dtype) if value.is_floating_point() else value
+                layer, patch = tensor.layer, next(patches, None)
+                fitted = patch.tensors if patch else {}
+                fits.extend([patch.fit] if patch and patch.fit else [])
+            info = checkpoint.tensors[tensor.name]
+            if tensor.name in fitted:
+                writer.add(tensor.name, fitted[tensor.name].to(dtype))
+            elif tensor.action == "pool":
+                writer.add(tensor.name, _pooled(tensor, checkpoint, plan.init).to(dtype))
+            elif tensor.action != "drop" and FLOATING[info.dtype] == plan.dtype:  # untouched bytes need no torch
+                writer.copy(tensor.name, checkpoint.folder / info.file, info.start)
+            elif tensor.action != "drop":
+                writer.add(tensor.name, checkpoint.read(tensor.name).to(dtype))
             bar.update()
+    writer.finish()
+    return fits
 
 
-def _patches(plan: Plan, checkpoint: Checkpoint, calibration: Calibration | None) -> "Iterator[LayerPatch]":
-    """One patch per layer; weight-space pooling needs none, it reads what it pools."""
-    from .calibration import LayerPatch, calibrated_pooling
-
+def _patches(
+    plan: Plan, checkpoint: Checkpoint, calibration: Calibration | None, spill: Path
+) -> "Iterator[LayerPatch]":
+    """One patch per layer, or none: weight-space pooling reads what it pools."""
     if plan.init != "calibrated" or len(plan.groups) == len(plan.kv_source_layers):
-        return (LayerPatch(layer, {}) for layer in range(len(plan.kv_source_layers)))
+        return iter(())
+    from .calibration import calibrated_pooling
+    from .matching import Effort
+
     assert calibration is not None, "init: calibrated needs calibration text"
+    effort = Effort.default(calibration.device)
+    if calibration.steps is not None:
+        effort = replace(effort, steps=calibration.steps)
     return calibrated_pooling(
         checkpoint,
         checkpoint.config,
@@ -133,13 +147,23 @@ def _patches(plan: Plan, checkpoint: Checkpoint, calibration: Calibration | None
         calibration.tokens,
         device=calibration.device,
         seed=calibration.seed,
+        effort=effort,
+        spill=spill,
     )
 
 
-def _from_source(tensor: TensorPlan, checkpoint: Checkpoint, init: str) -> "Tensor":
-    """A tensor as it is, or pooled over its group."""
-    if tensor.action != "pool":
-        return checkpoint.read(tensor.name)
+def _spilled(plan: Plan, calibration: Calibration | None) -> int:
+    """Bytes of activations that will lie beside the output while it is made."""
+    if calibration is None:
+        return 0
+    from .streams import place_for
+
+    needed = activation_bytes(plan.kv_source_layers, calibration.tokens.numel(), plan.shape.hidden_size)
+    return 0 if place_for(calibration.device, needed) else needed
+
+
+def _pooled(tensor: TensorPlan, checkpoint: Checkpoint, init: str) -> "Tensor":
+    """A tensor pooled over its group."""
     members = [checkpoint.read(name) for name in tensor.members]
     if len({member.shape for member in members}) > 1:
         raise InputError(

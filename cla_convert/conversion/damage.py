@@ -2,11 +2,13 @@
 
 The cost is the divergence from the source's next-token distribution: the error right behind the group says little
 (layers 0 and 1 share almost for free there and cost most at the end). All candidates walk through the layers side by
-side, so only one layer's weights are in memory.
+side, so only one layer's weights are in memory, and the new attention weights of the groups that are under way.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +22,9 @@ from .search import candidate_groups
 from .shell import Source
 from .streams import Store
 from .teacher import Teacher
+
+_POSITIONS = 256
+"""Next-token distributions compared at a time: with a large vocabulary nothing else here is as large."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ def measure_damage(
     device: str = "cpu",
     seed: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
+    spill: Path | None = None,
 ) -> list[Damage]:
     """Pool every candidate group alone, on the first rows of `tokens`; measure it on the last ones.
 
@@ -83,14 +89,20 @@ def measure_damage(
         device: where layers run.
         seed: of the order of rows.
         on_progress: called with (layers done, layers in all).
+        spill: folder for activations that memory has no room for.
+
+    Raises:
+        InputError: the family is not supported, there is too little text, or the disk of `spill` is full.
     """
     search = search or Search.default(device)
     fit, probe = search.split(tokens)
     factory = Factory(source, config, tokens, device)
+    groups = candidate_groups(kinds, search.largest)
+    streams = 10 * fit.numel() + len(groups) * probe.numel()
+    store = Store.choose(device, streams * factory.config.hidden_size * 4, spill)
     with torch.no_grad():
-        teacher = Teacher(factory, fit, Store.choose(device, 10 * fit.numel() * factory.config.hidden_size * 4))
-        race = _Race(factory, Pooler(factory, teacher, search.effort, seed), teacher, probe)
-        groups = candidate_groups(kinds, search.largest)
+        teacher = Teacher(factory, fit, store)
+        race = _Race(factory, Pooler(factory, teacher, search.effort, seed), teacher, probe, store)
         for layer in range(len(kinds)):
             race.step(layer, [group for group in groups if group[0] == layer])
             if on_progress:
@@ -101,8 +113,9 @@ def measure_damage(
 class _Race:
     """The candidates' streams on the probe rows, one layer at a time, beside the unchanged model's."""
 
-    def __init__(self, factory: Factory, pooler: Pooler, teacher: Teacher, probe: Tensor) -> None:
+    def __init__(self, factory: Factory, pooler: Pooler, teacher: Teacher, probe: Tensor, store: Store) -> None:
         self._factory, self._pooler, self._teacher, self._probe = factory, pooler, teacher, probe
+        self._store = store
         self._clean = factory.shell.embed(probe)
         self._streams: dict[tuple[int, ...], Tensor] = {}
         self._weights: dict[tuple[int, ...], dict[int, dict[str, Tensor]]] = {}
@@ -113,7 +126,8 @@ class _Race:
         self._teacher.upto(layer)
         for group in starting:
             self._weights[group], _ = self._pooler.pool(group, self._teacher.inputs[layer])
-            self._streams[group], self._shared[group] = self._clean, {}
+            self._streams[group], self._shared[group] = self._store.empty(*self._clean.shape), {}
+            self._streams[group].copy_(self._clean)
         weights = self._factory.read_layer(layer)
         unchanged = self._factory.build(layer, weights)
         for group, stream in self._streams.items():
@@ -123,7 +137,7 @@ class _Race:
                 block, shared = self._factory.build(layer, changed, group), self._shared[group]
             if layer == group[-1]:
                 self._shared.pop(group)
-            self._streams[group] = through(block, stream, shared)
+            stream.copy_(through(block, stream.to(self._factory.device), shared))
         self._clean = through(unchanged, self._clean, {})
         self._teacher.release(layer)
 
@@ -139,12 +153,13 @@ def divergence(
     kl, nll = dict.fromkeys(streams, 0.0), dict.fromkeys(streams, 0.0)
     head = factory.shell.head(factory.dtype)
     rows, length = probe.shape
-    for row in range(rows):  # the logits of one at a time
-        labels = probe[row, 1:, None].to(factory.device)
-        wanted = head(clean[row : row + 1])[0, :-1]
+    for row, start in product(range(rows), range(0, length - 1, _POSITIONS)):
+        part = slice(start, min(start + _POSITIONS, length - 1))
+        labels = probe[row, part.start + 1 : part.stop + 1, None].to(factory.device)
+        wanted = head(clean[row : row + 1, part])[0]
         base = wanted.gather(1, labels).sum().item()
         for layers, stream in streams.items():
-            found = head(stream[row : row + 1])[0, :-1]
+            found = head(stream[row : row + 1, part].to(factory.device))[0]
             kl[layers] += (wanted.exp() * (wanted - found)).sum().item()
             nll[layers] += base - found.gather(1, labels).sum().item()
     count = rows * (length - 1)

@@ -5,6 +5,7 @@ layers as they are decided: only one layer's weights are in memory.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ def measure_maps(
     seed: int = 0,
     dtype: torch.dtype | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    spill: Path | None = None,
 ) -> list[Damage]:
     """Pool the model by every map, on the first rows of `tokens`; measure it on the last ones.
 
@@ -41,6 +43,7 @@ def measure_maps(
         seed: of the order of rows.
         dtype: of matrix products; default by device.
         on_progress: called with (layers done, layers in all), counted over all maps.
+        spill: folder for activations that memory has no room for.
     """
     search = search or Search.default(device)
     fit, probe = search.split(tokens)
@@ -60,8 +63,9 @@ def measure_maps(
         ends = {}
         for sources in map(list, maps):
             patches = calibrated_pooling(
-                source, config, sources, fit, device=device, seed=seed, effort=search.effort, dtype=factory.dtype
-            )
+                source, config, sources, fit, device=device, seed=seed, effort=search.effort, dtype=factory.dtype,
+                spill=spill,
+            )  # fmt: skip
             ends[tuple(sources)] = _end(factory, probe, sources, counted(patches))
         return divergence(factory, probe, clean, ends)
 

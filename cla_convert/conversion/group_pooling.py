@@ -1,7 +1,7 @@
 """One sharing group, pooled: its moments from the streams, the closed form, and the matching that follows."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,6 +41,13 @@ class Pooler:
     def pool(self, group: Sequence[int], student: Tensor) -> tuple[dict[int, dict[str, Tensor]], GroupFit]:
         """New attention weights per layer (a consumer has no k and v), by their name inside the layer."""
         self._teacher.upto(group[-1])
+        ready, closed, error = self._closed_form(group, student)
+        decided, damage = self.match(ready, group, student)
+        permutations = dict(zip(group, closed.permutations, strict=True))
+        return decided, GroupFit(tuple(group), permutations, closed.captured_k, closed.captured_v, damage, error)
+
+    def _closed_form(self, group: Sequence[int], student: Tensor) -> tuple[list[Block], ClosedForm, float | None]:
+        """Blocks ready to be matched. All float64 ends with this call: of a large layer it is gigabytes."""
         weights = {layer: self._factory.read_layer(layer, mlp=False) for layer in group}
         blocks = [self._factory.build(layer, weights[layer]) for layer in group]
         sources = [AttentionWeights.of(block, weights[layer]) for block, layer in zip(blocks, group, strict=True)]
@@ -61,9 +68,7 @@ class Pooler:
             for layer, block, attention in zip(group, blocks, new, strict=True)
         ]
         error = self._temperature_error(group, sources, new, closed, seconds) if new[0].norms else None
-        decided, damage = self.match(ready, group, student)
-        permutations = dict(zip(group, closed.permutations, strict=True))
-        return decided, GroupFit(tuple(group), permutations, closed.captured_k, closed.captured_v, damage, error)
+        return ready, replace(closed, members=[]), error
 
     def match(
         self, blocks: Sequence[Block], group: Sequence[int], student: Tensor

@@ -6,11 +6,11 @@ from typing import Any
 
 from ..console import human_bytes, human_count
 from ..errors import InputError
-from ..models.checkpoint import ELEMENT_SIZE, FLOATING, Checkpoint
+from ..models.checkpoint import ELEMENT_SIZE, FLOATING, Checkpoint, TensorInfo
 from ..models.families import KV_MODULES, Family, family_of
 from ..models.shape import AttentionShape, shape_of
 from .auto import Choice
-from .sharing import groups_of, picture, sharing_map
+from .sharing import activation_bytes, groups_of, picture, sharing_map
 
 _COMPUTED = "rotary_emb.inv_freq"
 """Ends the names of tensors that old checkpoints store and transformers computes."""
@@ -55,6 +55,11 @@ class Plan:
     def groups(self) -> list[list[int]]:
         """Sharing groups, the owner first."""
         return groups_of(self.kv_source_layers)
+
+    def written(self, checkpoint: Checkpoint) -> dict[str, TensorInfo]:
+        """Names, dtypes and shapes of the output's tensors, in order."""
+        code, names = _DTYPES[self.dtype], (tensor.name for tensor in self.tensors if tensor.action != "drop")
+        return {name: replace(checkpoint.tensors[name], dtype=code) for name in names}
 
     def count(self, action: str) -> int:
         """Number of tensors with this action."""
@@ -137,8 +142,7 @@ def make_plan(
     written = [numel[tensor.name] for tensor in tensors if tensor.action != "drop"]
     sidecars = sum(file.stat().st_size for file in checkpoint.sidecars)
     group = max((sum(checkpoint.tensors[m].numel * 4 for m in t.members) for t in tensors), default=0)
-    span = max(members[-1] - members[0] + 1 for members in groups_of(sources))
-    streams = (2 * span + 5) * calibration_tokens * shape.hidden_size * 4
+    streams = activation_bytes(sources, calibration_tokens, shape.hidden_size)
     return Plan(
         source=checkpoint.folder,
         family=family,

@@ -66,6 +66,12 @@ def groups_of(sources: Sequence[int]) -> list[list[int]]:
     return list(groups.values())
 
 
+def activation_bytes(sources: Sequence[int], tokens: int, hidden_size: int) -> int:
+    """What calibrated pooling keeps of its text: float32 streams, two per layer that the widest group reaches over."""
+    span = max(group[-1] - group[0] + 1 for group in groups_of(sources))
+    return (2 * span + 5) * tokens * hidden_size * 4
+
+
 def describe(kind: Hashable) -> str:
     """A kind in words: its parts joined by commas."""
     return ", ".join(map(str, kind)) if isinstance(kind, tuple) else str(kind)

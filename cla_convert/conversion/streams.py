@@ -1,5 +1,6 @@
 """Activations of the calibration tokens: where they are kept, and how they are visited in batches of rows."""
 
+import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,6 +8,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from ..console import human_bytes, say
+from ..environment import available_memory
+from ..models.writer import disk_full_is_an_input_error
 
 
 @dataclass(frozen=True)
@@ -18,19 +23,39 @@ class Store:
 
     @classmethod
     def choose(cls, device: str, nbytes: int, spill: Path | None = None) -> "Store":
-        """A store for about `nbytes` of streams in all; a third of the accelerator's free memory may go to them."""
-        chosen = torch.device(device)
-        if spill is not None or (chosen.type == "cuda" and nbytes > torch.cuda.mem_get_info(chosen)[0] // 3):
-            chosen = torch.device("cpu")
-        return cls(chosen, spill)
+        """A store for about `nbytes` of streams in all; in `spill` if `place_for` finds no other place."""
+        place = place_for(device, nbytes)
+        if place is None and spill:
+            say(f"activations: {human_bytes(nbytes)} would fill the memory, so they are kept on the disk of {spill}")
+        return cls(place or torch.device("cpu"), None if place else spill)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """An uninitialised stream. A file is removed from its folder at once; its space is freed with the tensor."""
+        """An uninitialised stream. A file is removed from its folder at once; its space is freed with the tensor.
+
+        Raises:
+            InputError: the disk is full.
+        """
         if self.spill is None:
             return torch.empty(*shape, dtype=dtype, device=self.device)
-        with tempfile.NamedTemporaryFile(dir=self.spill) as file:
-            count = torch.Size(shape).numel()
+        count = torch.Size(shape).numel()
+        with tempfile.NamedTemporaryFile(dir=self.spill, prefix=".activations-") as file:
+            if hasattr(os, "posix_fallocate"):  # else a full disk would kill the process when it writes to the map
+                with disk_full_is_an_input_error(self.spill):
+                    os.posix_fallocate(file.fileno(), 0, max(1, count * dtype.itemsize))
             return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(*shape)
+
+
+def place_for(device: str, nbytes: int) -> torch.device | None:
+    """Where streams of `nbytes` in all may live: the accelerator (a third of what is free), memory (half), or neither.
+
+    The rest is for the layers.
+    """
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and nbytes <= torch.cuda.mem_get_info(chosen)[0] // 3:
+        return chosen
+    if chosen.type not in ("cuda", "cpu"):
+        return chosen  # shares the memory of the host
+    return torch.device("cpu") if nbytes <= available_memory() // 2 else None
 
 
 def batches(stream: Tensor, tokens: int) -> Iterator[slice]:

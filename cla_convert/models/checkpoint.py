@@ -1,12 +1,13 @@
 """A checkpoint folder, read lazily: names, shapes and dtypes from the headers, tensors one at a time. Imports no torch.
 
 Headers are parsed here (8 bytes of length, JSON; https://huggingface.co/docs/safetensors) because a plan must know a
-model of any size without loading it and must name what is wrong with a broken file. Tensors are read by safetensors.
+model of any size without loading it and must name what is wrong with a broken file. Tensors are read from their place
+in the file and not through a map of it, whose pages would count as memory for as long as it is open.
 """
 
 import hashlib
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import prod
 from pathlib import Path
@@ -21,7 +22,11 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 ELEMENT_SIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-FLOATING = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+TORCH_NAMES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+FLOATING = {code: name for code, name in TORCH_NAMES.items() if "float" in name}
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".py"}
 _REWRITTEN = {"config.json", "README.md", INDEX, "pytorch_model.bin.index.json", "cla_manifest.json", "cla_source.json"}
 
@@ -34,10 +39,8 @@ class TensorInfo:
     dtype: str
     """safetensors' name: F32, BF16, ..."""
     shape: tuple[int, ...]
-    stored: str | None = None
-    """Name of the stored tensor, if it is another; this one is a block of its rows, or all of them."""
-    first_row: int = 0
-    """Where that block begins."""
+    start: int = 0
+    """Byte of the file where it begins."""
 
     @property
     def numel(self) -> int:
@@ -60,7 +63,6 @@ class Checkpoint:
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
-    _open: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def open(cls, folder: Path, *, as_stored: bool = False) -> "Checkpoint":
@@ -97,14 +99,15 @@ class Checkpoint:
 
     def read(self, name: str) -> "Tensor":
         """Load one tensor (a copy on the CPU)."""
-        from safetensors import safe_open
+        import torch
 
         info = self.tensors[name]
-        if info.file not in self._open:  # one open file: shards are visited in order, and each maps its pages
-            self._open = {info.file: safe_open(self.folder / info.file, framework="pt")}
-        if info.stored:
-            return self._open[info.file].get_slice(info.stored)[info.first_row : info.first_row + info.shape[0]]
-        return self._open[info.file].get_tensor(name)
+        tensor = torch.empty(info.shape, dtype=getattr(torch, TORCH_NAMES[info.dtype]))
+        with (self.folder / info.file).open("rb") as file:
+            file.seek(info.start)
+            found = file.readinto(bytes_of(tensor))
+        assert found == info.nbytes, f"{info.file} became shorter while it was read"
+        return tensor
 
     @property
     def sidecars(self) -> list[Path]:
@@ -128,6 +131,13 @@ class Checkpoint:
         return digest.hexdigest()
 
 
+def bytes_of(tensor: "Tensor") -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    import torch
+
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Names, dtypes and shapes of a safetensors file. Raises InputError if it is truncated or not safetensors."""
     try:
@@ -138,7 +148,14 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                 raise ValueError(f"its header claims {length} bytes, the file has {size}")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        infos = {name: TensorInfo(path.name, entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+        infos = {
+            name: TensorInfo(path.name, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+            for name, entry in header.items()
+        }
+        for name, info in infos.items():
+            first, last = header[name]["data_offsets"]
+            if first < 0 or (info.dtype in ELEMENT_SIZE and last - first != info.nbytes):
+                raise ValueError(f"{name} does not have the bytes that its shape needs")
         end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if end != size:
             raise ValueError(f"its header describes {end} bytes, the file has {size}")
@@ -165,7 +182,8 @@ def _split_fused(tensors: dict[str, TensorInfo], family: Family, config: dict[st
                 fix="Check that config.json belongs to the weights.",
             )
         for (module, count), end in zip(rows.items(), accumulate(rows.values()), strict=True):
-            block = replace(info, shape=(count, *info.shape[1:]), stored=name, first_row=end - count)
+            first = info.start + (end - count) * (info.nbytes // info.shape[0])
+            block = replace(info, shape=(count, *info.shape[1:]), start=first)
             split[family.tensor(place.layer, module, place.part)] = block
     return split
 

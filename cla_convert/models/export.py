@@ -133,7 +133,7 @@ def export_model(
     tensors = state.state_dict() if isinstance(state, torch.nn.Module) else state
     source = check_exportable(tensors, template)
     with publishing(out, overwrite=overwrite) as staging:
-        writer = ShardWriter(staging, SHARD_SIZE)
+        writer = ShardWriter(staging, source.tensors, SHARD_SIZE)
         if source.tensors.keys() - tensors.keys():
             tensors = unstacked(tensors, template)
         for name, info in source.tensors.items():

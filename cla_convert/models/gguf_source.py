@@ -10,7 +10,7 @@ from ..files import write_json
 from .checkpoint import Checkpoint, TensorInfo
 from .families import family_of
 from .gguf_header import Header, read_gguf_header
-from .writer import ShardWriter, publishing
+from .writer import ShardWriter, infos_of, publishing
 
 
 def headers(path: Path) -> Checkpoint:
@@ -47,11 +47,11 @@ def dequantise(path: Path, digest: str, out: Path) -> None:
     for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         config.pop(key, None)
     with publishing(out) as staging:
-        writer = ShardWriter(staging, max_shard_size=5_000_000_000)
         tied = model._tied_weights_keys if config.get("tie_word_embeddings") else {}
-        for name, tensor in model.state_dict().items():
-            if name not in (tied or {}):
-                writer.add(name, tensor)
+        state = {name: tensor for name, tensor in model.state_dict().items() if name not in (tied or {})}
+        writer = ShardWriter(staging, infos_of(state), max_shard_size=5_000_000_000)
+        for name, tensor in state.items():
+            writer.add(name, tensor)
         writer.finish()
         AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(staging)
         model.generation_config.save_pretrained(staging)

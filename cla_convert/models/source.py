@@ -16,7 +16,7 @@ from ..files import write_json
 from . import gguf_source, hub
 from .checkpoint import INDEX, Checkpoint
 from .text_part import has_text_part, text_part, text_sidecars
-from .writer import ShardWriter, check_disk, publishing
+from .writer import ShardWriter, check_disk, infos_of, publishing
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -117,16 +117,17 @@ def _from_pickle(folder: Path, pickles: list[Path]) -> Path:
     if out.exists():
         return out
     say(f"rewriting pickled weights as safetensors in {out}")
+    state: dict[str, torch.Tensor] = {}  # mapped, not in memory
+    for path in pickles:
+        try:
+            state |= torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(f"{path} cannot be loaded with weights_only=True", why=reason) from error
     with publishing(out) as staging:
-        writer = ShardWriter(staging, max_shard_size=5_000_000_000)
-        for path in pickles:
-            try:
-                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-                reason = str(error).strip().splitlines()[0]
-                raise InputError(f"{path} cannot be loaded with weights_only=True", why=reason) from error
-            for name, tensor in state.items():
-                writer.add(name, tensor.clone())
+        writer = ShardWriter(staging, infos_of(state), max_shard_size=5_000_000_000)
+        for name, tensor in state.items():
+            writer.add(name, tensor)
         writer.finish()
         for file in folder.iterdir():
             if file.is_file() and file.suffix != ".bin" and not file.name.endswith(".bin.index.json"):
@@ -148,9 +149,9 @@ def _text_only(folder: Path) -> Path:
     text = text_part(checkpoint)
     with publishing(out) as staging:
         check_disk(out, sum(info.nbytes for info in text.tensors.values()))
-        writer = ShardWriter(staging, max_shard_size=5_000_000_000)
-        for name in text.tensors:
-            writer.add(name, text.read(name))
+        writer = ShardWriter(staging, text.tensors, max_shard_size=5_000_000_000)
+        for name, info in text.tensors.items():
+            writer.copy(name, folder / info.file, info.start)
         writer.finish()
         for file in text_sidecars(checkpoint):
             shutil.copyfile(file, staging / file.name)

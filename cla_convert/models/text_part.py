@@ -5,7 +5,6 @@ model is a `gemma3_text` like the smaller ones.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,7 @@ def text_part(checkpoint: Checkpoint) -> Checkpoint:
     for name, info in checkpoint.tensors.items():
         for prefix, own in _PREFIXES.items():
             if name.startswith(prefix):
-                tensors[own + name.removeprefix(prefix)] = replace(info, stored=name)
+                tensors[own + name.removeprefix(prefix)] = info
                 break
     return Checkpoint(checkpoint.folder, text_config(checkpoint.config), tensors)
 

@@ -1,66 +1,129 @@
 """Writing a model folder: tensors stream into shards, and the folder appears whole or not at all."""
 
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from ..files import sync, write_json
-from .checkpoint import INDEX
+from .checkpoint import ELEMENT_SIZE, INDEX, TORCH_NAMES, TensorInfo, bytes_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 MANIFEST = "cla_manifest.json"
+_BLOCK = 1 << 18
+"""Bytes copied at a time: what stays in a processor's cache."""
 
 
 class ShardWriter:
-    """Collects tensors into safetensors shards of at most `max_shard_size` bytes; holds one shard in memory."""
+    """Writes tensors to their places in safetensors shards of at most `max_shard_size` bytes; holds none of them.
 
-    def __init__(self, folder: Path, max_shard_size: int) -> None:
-        self.folder, self.max_shard_size = folder, max_shard_size
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = 0
-        self._shards: list[tuple[Path, list[str]]] = []
-        self.total_bytes = 0
+    What will be written is known beforehand, from the headers of a source, so the shards are laid out first. Then
+    tensors may come in any order.
+    """
+
+    def __init__(self, folder: Path, tensors: Mapping[str, TensorInfo], max_shard_size: int) -> None:
+        """Write the headers of all shards, and the index if there are several. Raises InputError if the disk is full.
+
+        Args:
+            folder: where the shards go.
+            tensors: dtype and shape of each tensor; where they lie now does not matter.
+            max_shard_size: bytes of tensors in a shard at most; a larger tensor gets a shard of its own.
+        """
+        self._folder, self._tensors, self._places = folder, tensors, dict[str, tuple[str, int]]()
+        self._missing = set(tensors)
+        shards = _shards(tensors, max_shard_size)
+        for number, names in enumerate(shards, 1):
+            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            self._lay_out("model.safetensors" if len(shards) == 1 else name, names)
+        if len(shards) > 1:
+            weight_map = {name: file for name, (file, _) in sorted(self._places.items())}
+            total = sum(info.nbytes for info in tensors.values())
+            write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
     def add(self, name: str, tensor: "Tensor") -> None:
-        """Append a tensor; writes a shard whenever one is full. Raises InputError if the disk is full."""
-        size = tensor.numel() * tensor.element_size()
-        if self._pending and self._pending_bytes + size > self.max_shard_size:
-            self._flush()
-        self._pending[name] = tensor.contiguous()
-        self._pending_bytes += size
-        self.total_bytes += size
+        """Write a tensor. Raises InputError if the disk is full."""
+        info = self._tensors[name]
+        kind = (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        assert kind == (TORCH_NAMES[info.dtype], info.shape), f"{name} is {kind}, {info} was announced"
+        with self._at(name) as file:
+            left = bytes_of(tensor.cpu().contiguous())
+            while left:  # Linux writes 2 GiB at a time
+                left = left[file.write(left) :]
+
+    def copy(self, name: str, source: Path, start: int) -> None:
+        """Write a tensor that lies in the file `source` from byte `start` on, as it is. Raises InputError likewise."""
+        with source.open("rb", buffering=0) as reader, self._at(name) as file:
+            reader.seek(start)
+            _copy_bytes(reader, file, self._tensors[name].nbytes)
 
     def finish(self) -> None:
-        """Write the last shard, give shards their final names and write the index if there are several."""
-        self._flush()
-        if len(self._shards) == 1:
-            self._shards[0][0].rename(self.folder / "model.safetensors")
-            return
-        weight_map = {}
-        for number, (path, names) in enumerate(self._shards, 1):
-            final = f"model-{number:05d}-of-{len(self._shards):05d}.safetensors"
-            path.rename(self.folder / final)
-            weight_map |= dict.fromkeys(names, final)
-        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-        write_json(self.folder / INDEX, index)
+        """Check that nothing is missing."""
+        assert not self._missing, f"{len(self._missing)} tensors were not written, such as {min(self._missing)}"
 
-    def _flush(self) -> None:
-        if not self._pending:
-            return
-        from safetensors.torch import save_file
+    def _lay_out(self, file: str, names: list[str]) -> None:
+        """Write a shard's header and reserve its size. Wide elements come first, so that all are aligned."""
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offsets, end = {}, 0
+        for name in sorted(names, key=lambda name: -ELEMENT_SIZE[self._tensors[name].dtype]):
+            info = self._tensors[name]
+            offsets[name], end = end, end + info.nbytes
+            header[name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": [offsets[name], end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._places |= {name: (file, 8 + len(text) + offset) for name, offset in offsets.items()}
+        with disk_full_is_an_input_error(self._folder), (self._folder / file).open("wb") as shard:
+            shard.write(len(text).to_bytes(8, "little") + text)
+            shard.truncate(8 + len(text) + end)
 
-        path = self.folder / f"shard-{len(self._shards)}.partial"
-        with disk_full_is_an_input_error(self.folder):
-            save_file(self._pending, path, metadata={"format": "pt"})
-        path.chmod(0o644)  # safetensors writes 0600, which a serving user could not read
-        self._shards.append((path, list(self._pending)))
-        self._pending, self._pending_bytes = {}, 0
+    @contextmanager
+    def _at(self, name: str) -> Iterator[FileIO]:
+        """The shard, open for writing where the tensor belongs."""
+        file, offset = self._places[name]
+        with disk_full_is_an_input_error(self._folder), (self._folder / file).open("r+b", buffering=0) as shard:
+            shard.seek(offset)
+            yield shard
+        self._missing.remove(name)
+
+
+def _copy_bytes(reader: FileIO, writer: FileIO, count: int) -> None:
+    """Copy from where one file stands to where the other does; inside the kernel, as cp does, where that works."""
+    try:
+        while count and (done := os.copy_file_range(reader.fileno(), writer.fileno(), count)):
+            count -= done
+    except (AttributeError, OSError):  # not Linux, or two file systems that do not know each other
+        pass
+    while count:
+        block = reader.read(min(count, _BLOCK))
+        assert block, f"{reader.name} became shorter while it was read"
+        count -= writer.write(block)
+
+
+def infos_of(state: "Mapping[str, Tensor]") -> dict[str, TensorInfo]:
+    """Dtypes and shapes of tensors in memory, for a `ShardWriter`."""
+    codes = {name: code for code, name in TORCH_NAMES.items()}
+    return {
+        name: TensorInfo("", codes[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape))
+        for name, tensor in state.items()
+    }
+
+
+def _shards(tensors: Mapping[str, TensorInfo], max_shard_size: int) -> list[list[str]]:
+    """Names of each shard: filled in order, at least one."""
+    shards, size = [[]], 0
+    for name, info in tensors.items():
+        if shards[-1] and size + info.nbytes > max_shard_size:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += info.nbytes
+    return shards
 
 
 @contextmanager

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from cla_convert.errors import InputError
-from cla_convert.models.checkpoint import INDEX, Checkpoint, read_header
+from cla_convert.models.checkpoint import INDEX, TORCH_NAMES, Checkpoint, read_header
 from cla_convert.models.families import family_of
 from cla_convert.models.shape import shape_of
 from cla_convert.models.source import resolve_source
-from cla_convert.models.writer import MANIFEST, ShardWriter, check_disk, publishing
+from cla_convert.models.writer import MANIFEST, ShardWriter, check_disk, infos_of, publishing
 from tests.conftest import save_tiny_llama
 
 
@@ -123,9 +123,9 @@ def test_unsupported_architecture_is_named():
 
 def test_writer_shards_and_index(tmp_path):
     tensors = {f"t{i}": torch.full((10,), float(i)) for i in range(5)}
-    writer = ShardWriter(tmp_path, max_shard_size=85)
-    for name, tensor in tensors.items():
-        writer.add(name, tensor)
+    writer = ShardWriter(tmp_path, infos_of(tensors), max_shard_size=85)
+    for name in reversed(tensors):  # in any order
+        writer.add(name, tensors[name])
     writer.finish()
     index = json.loads((tmp_path / INDEX).read_text())
     assert index["metadata"]["total_size"] == 5 * 40
@@ -133,6 +133,46 @@ def test_writer_shards_and_index(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     checkpoint = Checkpoint.open(tmp_path)
     assert all(torch.equal(checkpoint.read(name), tensor) for name, tensor in tensors.items())
+
+
+def test_what_is_written_is_what_safetensors_reads(tmp_path):
+    """Every dtype, odd sizes in between, no elements, no dimensions, not contiguous; added, and copied from there."""
+    kinds = [getattr(torch, name) for name in TORCH_NAMES.values()]
+    tensors = {f"{kind}": (torch.arange(3) + i).to(kind) for i, kind in enumerate(kinds)}
+    tensors |= {"empty": torch.empty(0, 4), "number": torch.tensor(3.5), "turned": torch.arange(6.0).view(2, 3).T}
+    for folder in ("added", "copied"):
+        (tmp_path / folder).mkdir()
+    writer = ShardWriter(tmp_path / "added", infos_of(tensors), max_shard_size=10_000)
+    for name, tensor in tensors.items():
+        writer.add(name, tensor)
+    writer.finish()
+    (tmp_path / "added" / "config.json").write_text("{}")
+    added = Checkpoint.open(tmp_path / "added")
+    writer = ShardWriter(tmp_path / "copied", dict(reversed(added.tensors.items())), max_shard_size=10_000)
+    for name, info in added.tensors.items():
+        writer.copy(name, added.folder / info.file, info.start)
+    writer.finish()
+    for folder in ("added", "copied"):
+        found = load_file(tmp_path / folder / "model.safetensors")
+        assert found.keys() == tensors.keys()
+        assert all(torch.equal(found[n], t) and found[n].dtype == t.dtype for n, t in tensors.items())
+    assert all(torch.equal(added.read(name), tensor) for name, tensor in tensors.items())
+
+
+def test_a_forgotten_tensor_is_noticed(tmp_path):
+    writer = ShardWriter(tmp_path, infos_of({"a": torch.zeros(2), "b": torch.zeros(2)}), max_shard_size=100)
+    writer.add("a", torch.zeros(2))
+    with pytest.raises(AssertionError, match="such as b"):
+        writer.finish()
+    with pytest.raises(AssertionError, match="was announced"):
+        writer.add("b", torch.zeros(3))
+
+
+def test_a_header_whose_offsets_do_not_fit_the_shapes_is_refused(tmp_path):
+    header = b'{"w":{"dtype":"F32","shape":[3],"data_offsets":[0,8]}}'
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 8)
+    with pytest.raises(InputError, match="bytes that its shape needs"):
+        read_header(tmp_path / "x.safetensors")
 
 
 def test_publishing_is_all_or_nothing(tmp_path):
