@@ -1,6 +1,7 @@
 """`cla-convert convert`, `inspect` and `verify` through the command line on tiny checkpoints."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from cla_convert.models.checkpoint import Checkpoint
+from cla_convert.models.checkpoint import Checkpoint, TensorInfo
 from cla_convert.models.export import export_model, load_model
+from cla_convert.models.writer import ShardWriter
 from tests.conftest import save_tiny_llama
 
 
@@ -135,6 +137,20 @@ def test_calibrated_beats_mean_and_reports_its_groups(tmp_path, tiny_llama):
     assert {"head_permutation", "captured_k", "captured_v", "damage"} <= groups[(1, 2)].keys()
     assert sorted(groups[(1, 2)]["head_permutation"]["2"]) == [0, 1]
     assert groups[(0,)].keys() == {"layers"}
+
+
+def test_what_stays_is_copied_without_being_in_memory(tmp_path, tiny_llama):
+    peaks = []
+    for name, size in (("small", 1000), ("large", 100_000_000)):
+        source = shutil.copytree(tiny_llama, tmp_path / name)
+        checkpoint = Checkpoint.open(tiny_llama)
+        infos = checkpoint.tensors | {"extra.weight": TensorInfo("", "F32", (size,))}
+        writer = ShardWriter(source, infos, max_shard_size=10**9)
+        for tensor in checkpoint.tensors:
+            writer.add(tensor, checkpoint.read(tensor))
+        peaks.append(convert(source, tmp_path / f"{name}-out", "--init", "mean")["peak_rss_bytes"])
+    assert (tmp_path / "large-out" / "model.safetensors").stat().st_size > 400_000_000
+    assert peaks[1] < peaks[0] + 50_000_000
 
 
 def test_dry_run_writes_nothing_and_draws_the_map(tmp_path, tiny_llama):

@@ -12,7 +12,7 @@ from cla_convert.conversion.blocks import Factory
 from cla_convert.conversion.calibration import LayerPatch, calibrated_pooling
 from cla_convert.conversion.matching import Effort, orthogonalise
 from cla_convert.conversion.sharing import sharing_map
-from cla_convert.conversion.streams import Store
+from cla_convert.conversion.streams import Store, place_for
 from cla_convert.conversion.teacher import Teacher
 from cla_convert.errors import InputError
 from cla_convert.models.checkpoint import Checkpoint
@@ -180,16 +180,44 @@ def test_matching_lowers_the_damage(tokens: Tensor, saved) -> None:
     assert all(b < 0.8 * a for a, b in zip(before, after, strict=True))
 
 
-def test_the_same_seed_gives_the_same_weights_wherever_streams_are_kept(tokens: Tensor, tmp_path: Path, saved) -> None:
+def test_the_same_seed_gives_the_same_weights_wherever_streams_are_kept(
+    tokens: Tensor, tmp_path: Path, saved, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     source, sources = saved(source_model("llama")), [0, 1, 1, 3, 3, 5]
     spill = tmp_path / "spill"
     spill.mkdir()
-    settings = [{"seed": 1}, {"seed": 1, "spill": spill}, {"seed": 2}]
-    first, spilled, other = (patches_of(source, sources, tokens, effort=Effort(3, 64), **s) for s in settings)
+    settings = {"effort": Effort(3, 64), "spill": spill}
+    first, again, other = (patches_of(source, sources, tokens, seed=seed, **settings) for seed in (1, 1, 2))
+    assert "kept on the disk" not in capsys.readouterr().err
+    monkeypatch.setattr("cla_convert.conversion.streams.available_memory", lambda: 0)
+    spilled = patches_of(source, sources, tokens, seed=1, **settings)
+    assert "kept on the disk" in capsys.readouterr().err
+    for patch, *same in zip(first, again, spilled, strict=True):
+        assert all(patch.tensors.keys() == one.tensors.keys() for one in same)
+        assert all(torch.equal(tensor, one.tensors[name]) for name, tensor in patch.tensors.items() for one in same)
     name = "model.layers.3.self_attn.q_proj.weight"
-    assert torch.equal(first[3].tensors[name], spilled[3].tensors[name])
     assert not torch.equal(first[3].tensors[name], other[3].tensors[name])
     assert not list(spill.iterdir())
+
+
+def test_a_spilled_stream_takes_disk_at_once_and_gives_it_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Store(torch.device("cpu"), tmp_path).empty(4, 8, 16)
+    stream[1:3] = 5.0
+    assert stream.shape == (4, 8, 16) and stream[1:3].eq(5).all()
+    assert not list(tmp_path.iterdir())  # its name is gone already: nothing is left even by a process that is killed
+
+    def full(*_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(InputError, match="is full"):
+        Store(torch.device("cpu"), tmp_path).empty(4, 8, 16)
+    assert not list(tmp_path.iterdir())
+
+
+def test_half_of_the_memory_is_for_the_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cla_convert.conversion.streams.available_memory", lambda: 1000)
+    assert place_for("cpu", 500) == torch.device("cpu") and place_for("cpu", 501) is None
 
 
 def test_progress_is_reported_layer_by_layer(tokens: Tensor, saved) -> None:

@@ -1,6 +1,7 @@
 """The choice of the map is exact, and the damage table ranks what is free below what is not."""
 
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,9 +86,13 @@ TOKENS = torch.randint(2, 258, (12, 32), generator=torch.Generator().manual_seed
 SEARCH = Search(largest=3, probe_rows=3, effort=Effort(0, 64), fit_tokens=9 * 32)
 
 
-def test_a_group_that_loses_nothing_ranks_lowest() -> None:
+def test_a_group_that_loses_nothing_ranks_lowest_wherever_streams_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = Planted()
     table = measure_damage(model, model.config, ["full"] * 6, TOKENS, search=SEARCH)
+    monkeypatch.setattr("cla_convert.conversion.streams.available_memory", lambda: 0)
+    assert table == measure_damage(model, model.config, ["full"] * 6, TOKENS, search=SEARCH, spill=tmp_path)
     assert [entry.layers for entry in table] == candidate_groups(["full"] * 6, 3)
     costs = {entry.layers: entry.kl for entry in table}
     assert min(costs, key=lambda group: costs[group]) == (2, 3)
