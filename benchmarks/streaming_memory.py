@@ -14,6 +14,7 @@ mapped files (libraries, spilled activations); `anonymous` is without them.
 import argparse
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -70,6 +71,12 @@ def forget(folder: Path) -> None:
         descriptor = os.open(file, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
+
+
+def cpu_seconds() -> float:
+    """Of all processes that have ended: what a busy machine does not stretch."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def copied(source: Path, out: Path) -> tuple[float, float]:
@@ -130,13 +137,17 @@ def main() -> None:
     more += [word for value in options.set for word in ("--set", value)]
     copies, conversions, peaks = [], [], []
     for _ in range(options.runs):
+        used = cpu_seconds()
         if not options.no_cp:
             copies.append(copied(source, out))
-            print("cp -r {:.1f} s, synced {:.1f} s".format(*copies[-1]), flush=True)
+            alone, synced = copies[-1]
+            print(f"cp -r {alone:.1f} s, synced {synced:.1f} s, {cpu_seconds() - used:.1f} s of CPU", flush=True)
+        used = cpu_seconds()
         seconds, peak = converted(source, out, more)
         conversions.append(seconds)
         peaks.append(peak)
-        print(f"convert {seconds:.1f} s, " + ", ".join(f"{k} {v / MIB:.0f} MiB" for k, v in peak.items()), flush=True)
+        memory = ", ".join(f"{name} {size / MIB:.0f} MiB" for name, size in peak.items())
+        print(f"convert {seconds:.1f} s, {cpu_seconds() - used:.1f} s of CPU, {memory}", flush=True)
     shards = [file.stat().st_size for file in source.glob("*.safetensors")]
     print(f"model {sum(shards) / MIB:.0f} MiB in {len(shards)} shards of up to {max(shards) / MIB:.0f} MiB")
     print(f"convert --init {options.init}: median {statistics.median(conversions):.1f} s, "

@@ -320,7 +320,6 @@ def plan_for(checkpoint: Any, recipe: Recipe, device: str) -> Any:
         sharing=sharing,
         init=recipe.convert.init,
         dtype=recipe.source.dtype,
-        max_shard_size=recipe.convert.max_shard_size,
         calibration_tokens=min(recipe.convert.calibration.tokens, CPU_CALIBRATION if device == "cpu" else 10**12),
         choice=choice,
     )

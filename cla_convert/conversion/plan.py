@@ -1,5 +1,6 @@
 """What a conversion will do, from headers only: `--dry-run` prints it, `convert` executes the same object."""
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from ..models.shape import AttentionShape, shape_of
 from .auto import Choice
 from .sharing import activation_bytes, groups_of, picture, sharing_map
 
+_PROGRAM = 400_000_000
+"""Memory of Python, torch and transformers."""
 _COMPUTED = "rotary_emb.inv_freq"
 """Ends the names of tensors that old checkpoints store and transformers computes."""
 _DTYPES = {name: code for code, name in FLOATING.items()}
@@ -46,7 +49,7 @@ class Plan:
     parameters: dict[str, int]
     output_bytes: int
     memory_bytes: int
-    """Estimate of the peak: one shard, the largest group of tensors, the activations of calibrated pooling."""
+    """Estimate of the peak: the program, what is pooled or fitted at a time, the activations of calibrated pooling."""
     warnings: list[str]
     choice: Choice | None = None
     """What `sharing: auto` measured."""
@@ -112,7 +115,6 @@ def make_plan(
     sharing: str | list[int] | list[list[int]],
     init: str,
     dtype: str = "auto",
-    max_shard_size: int = 5_000_000_000,
     calibration_tokens: int = 0,
     choice: Choice | None = None,
 ) -> Plan:
@@ -141,7 +143,9 @@ def make_plan(
     numel = {name: info.numel for name, info in checkpoint.tensors.items()}
     written = [numel[tensor.name] for tensor in tensors if tensor.action != "drop"]
     sidecars = sum(file.stat().st_size for file in checkpoint.sidecars)
-    group = max((sum(checkpoint.tensors[m].numel * 4 for m in t.members) for t in tensors), default=0)
+    working = (
+        _fitting_bytes(checkpoint, family, sources) if init == "calibrated" else _pooling_bytes(checkpoint, tensors)
+    )
     streams = activation_bytes(sources, calibration_tokens, shape.hidden_size)
     return Plan(
         source=checkpoint.folder,
@@ -158,10 +162,29 @@ def make_plan(
         },
         parameters={"before": sum(numel.values()), "after": sum(written)},
         output_bytes=sum(written) * size + sidecars + 1_000_000,
-        memory_bytes=min(max_shard_size, sum(written) * size) + group + streams,
+        memory_bytes=_PROGRAM + working + streams,
         warnings=_warnings(checkpoint.config, shape, sources),
         choice=choice,
     )
+
+
+def _pooling_bytes(checkpoint: Checkpoint, tensors: list[TensorPlan]) -> int:
+    """Weight-space pooling holds the members of one tensor, as stored and in float32, and their mean."""
+    return max((sum(checkpoint.tensors[m].numel for m in t.members) * 10 for t in tensors), default=0)
+
+
+def _fitting_bytes(checkpoint: Checkpoint, family: Family, sources: list[int]) -> int:
+    """Calibrated pooling holds a layer in float32 and bfloat16; or the attention of a group, 36 bytes a parameter.
+
+    That is its closed form in float64 with the second moments of its inputs, as measured where hidden_size is 4096.
+    """
+    layers, attention = Counter[int](), Counter[int]()
+    for name, info in checkpoint.tensors.items():
+        if place := family.place(name):
+            layers[place.layer] += info.numel
+            attention[place.layer] += info.numel * bool(place.module)
+    groups = (sum(attention[layer] for layer in group) for group in groups_of(sources) if len(group) > 1)
+    return max(6 * max(layers.values()), 36 * max(groups, default=0))
 
 
 def _sharing_name(sharing: str | list[int] | list[list[int]], choice: Choice | None) -> str:

@@ -95,6 +95,7 @@ class ShardWriter:
 def _copy_bytes(reader: FileIO, writer: FileIO, count: int) -> None:
     """Copy from where one file stands to where the other does; inside the kernel, as cp does, where that works."""
     try:
+        os.posix_fadvise(reader.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
         while count and (done := os.copy_file_range(reader.fileno(), writer.fileno(), count)):
             count -= done
     except (AttributeError, OSError):  # not Linux, or two file systems that do not know each other
