@@ -60,11 +60,12 @@ def match_group(members: Sequence[Member], effort: Effort, *, seed: int) -> floa
         parameter.requires_grad_(True)
     for step, chosen in enumerate(order):
         with torch.enable_grad():
-            gradients = torch.autograd.grad(_loss(members, chosen), parameters)
+            gradients = list(torch.autograd.grad(_loss(members, chosen), parameters))
         rate = LEARNING_RATE * _schedule(step, effort.steps)
-        for momentum, gradient in zip(momenta, gradients, strict=True):
-            momentum.mul_(MOMENTUM).add_(gradient)
-        updates = _directions([g + MOMENTUM * m for g, m in zip(gradients, momenta, strict=True)])
+        for i, momentum in enumerate(momenta):
+            momentum.mul_(MOMENTUM).add_(gradients[i])
+            gradients[i] = gradients[i] + MOMENTUM * momentum  # frees the old one: of a large layer they are gigabytes
+        updates = _directions(gradients)
         for parameter, update, size in zip(parameters, updates, sizes, strict=True):
             parameter.data.sub_(rate * size * update)
     for parameter in parameters:
@@ -109,7 +110,7 @@ def _schedule(step: int, steps: int) -> float:
 
 def _directions(updates: Sequence[Tensor]) -> list[Tensor]:
     """Updates scaled to a root mean square of about 1, matrices with all their singular values made alike."""
-    result = [update / update.square().mean().sqrt().clamp_min(1e-12) for update in updates]
+    result = [u if u.dim() == 2 else u / u.square().mean().sqrt().clamp_min(1e-12) for u in updates]
     for shape in {update.shape for update in updates if update.dim() == 2}:
         indices = [i for i, update in enumerate(updates) if update.shape == shape]
         stack = orthogonalise(torch.stack([updates[i] for i in indices])) * math.sqrt(max(shape))
