@@ -81,6 +81,7 @@ def calibrated_pooling(
         if on_progress:
             on_progress(layer + 1, len(kv_source_layers))
         yield patch
+        del patch  # before the next layer needs the room
 
 
 class Walk:

@@ -106,11 +106,12 @@ def _write(
 
     dtype = getattr(torch, plan.dtype)
     fits: list[GroupFit] = []
-    layer, fitted = None, dict[str, torch.Tensor]()
+    layer, patch, fitted = None, None, dict[str, torch.Tensor]()
     with progress(len(plan.tensors), "converting", unit="tensor") as bar:
         for tensor in plan.tensors:
             if tensor.layer != layer:
-                layer, patch = tensor.layer, next(patches, None)
+                layer, patch, fitted = tensor.layer, None, {}  # the last layer goes before the next needs the room
+                patch = next(patches, None)
                 fitted = patch.tensors if patch else {}
                 fits.extend([patch.fit] if patch and patch.fit else [])
             info = checkpoint.tensors[tensor.name]

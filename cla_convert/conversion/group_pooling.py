@@ -47,11 +47,12 @@ class Pooler:
         return decided, GroupFit(tuple(group), permutations, closed.captured_k, closed.captured_v, damage, error)
 
     def _closed_form(self, group: Sequence[int], student: Tensor) -> tuple[list[Block], ClosedForm, float | None]:
-        """Blocks ready to be matched. All float64 ends with this call: of a large layer it is gigabytes."""
+        """Blocks ready to be matched. All float64 ends with this call; float32 is read twice, for want of room."""
         weights = {layer: self._factory.read_layer(layer, mlp=False) for layer in group}
         blocks = [self._factory.build(layer, weights[layer]) for layer in group]
         sources = [AttentionWeights.of(block, weights[layer]) for block, layer in zip(blocks, group, strict=True)]
         with_bias = has_biases(weights[group[0]], f"{blocks[0].family.attention}.")
+        del weights
         moments = self._moments(blocks, group, with_bias, student)
         linear = [source.linear(second) for source, second in zip(sources, moments.member, strict=True)]
         shape = self._factory.head_shape(group[0])
@@ -64,8 +65,9 @@ class Pooler:
             )
         ]
         ready = [
-            self._factory.build(layer, weights[layer] | attention.tensors(block, weights[layer]), group, training=True)
+            self._factory.build(layer, old | attention.tensors(block, old), group, training=True)
             for layer, block, attention in zip(group, blocks, new, strict=True)
+            for old in [self._factory.read_layer(layer, mlp=False)]
         ]
         error = self._temperature_error(group, sources, new, closed, seconds) if new[0].norms else None
         return ready, replace(closed, members=[]), error

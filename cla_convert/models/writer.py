@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MANIFEST = "cla_manifest.json"
+_PAGE = 4096
 _BLOCK = 1 << 18
 """Bytes copied at a time: what stays in a processor's cache."""
 
@@ -53,9 +54,7 @@ class ShardWriter:
         kind = (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
         assert kind == (TORCH_NAMES[info.dtype], info.shape), f"{name} is {kind}, {info} was announced"
         with self._at(name) as file:
-            left = bytes_of(tensor.cpu().contiguous())
-            while left:  # Linux writes 2 GiB at a time
-                left = left[file.write(left) :]
+            _write_all(file, bytes_of(tensor.cpu().contiguous()))
 
     def copy(self, name: str, source: Path, start: int) -> None:
         """Write a tensor that lies in the file `source` from byte `start` on, as it is. Raises InputError likewise."""
@@ -68,7 +67,10 @@ class ShardWriter:
         assert not self._missing, f"{len(self._missing)} tensors were not written, such as {min(self._missing)}"
 
     def _lay_out(self, file: str, names: list[str]) -> None:
-        """Write a shard's header and reserve its size. Wide elements come first, so that all are aligned."""
+        """Write a shard's header and reserve its size. Wide elements come first, so that all are aligned.
+
+        The header is padded so that tensors lie in their pages as they do in the source: such copies take less time.
+        """
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offsets, end = {}, 0
         for name in sorted(names, key=lambda name: -ELEMENT_SIZE[self._tensors[name].dtype]):
@@ -76,7 +78,8 @@ class ShardWriter:
             offsets[name], end = end, end + info.nbytes
             header[name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": [offsets[name], end]}
         text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
+        start = self._tensors[names[0]].start if names else 0
+        text += b" " * ((start - start % 8 - 8 - len(text)) % _PAGE)
         self._places |= {name: (file, 8 + len(text) + offset) for name, offset in offsets.items()}
         with disk_full_is_an_input_error(self._folder), (self._folder / file).open("wb") as shard:
             shard.write(len(text).to_bytes(8, "little") + text)
@@ -103,7 +106,14 @@ def _copy_bytes(reader: FileIO, writer: FileIO, count: int) -> None:
     while count:
         block = reader.read(min(count, _BLOCK))
         assert block, f"{reader.name} became shorter while it was read"
-        count -= writer.write(block)
+        _write_all(writer, memoryview(block))
+        count -= len(block)
+
+
+def _write_all(file: FileIO, data: memoryview) -> None:
+    """Unbuffered files write as much as they like: on Linux 2 GiB at most."""
+    while data:
+        data = data[file.write(data) :]
 
 
 def infos_of(state: "Mapping[str, Tensor]") -> dict[str, TensorInfo]:
