@@ -6,6 +6,10 @@ from typing import Any
 
 import yaml
 
+from ..files import read_json
+from ..models.checkpoint import ELEMENT_SIZE, FLOATING
+from ..models.shape import shape_of
+from ..models.writer import MANIFEST
 from .model_index import model_index
 from .render import environment
 from .run_folder import Json
@@ -47,6 +51,23 @@ def write_model_card(folder: Path, report: Json, source_card: str | None = None,
     path = folder / "README.md"
     path.write_text(f"---\n{front}---\n\n{body}", encoding="utf-8")
     return path
+
+
+def described(folder: Path, train: Json | None = None) -> Json:
+    """What the files of an output folder say, as a report for `write_model_card`: the map, its bytes, the source."""
+    config, manifest = read_json(folder / "config.json") or {}, read_json(folder / MANIFEST) or {}
+    shape = shape_of(config)
+    size = {name: ELEMENT_SIZE[code] for code, name in FLOATING.items()}.get(str(config.get("dtype")), 4)
+    base = front_matter(source_card(folder)).get("base_model")
+    return {
+        "source": {**(manifest.get("source") or {}), **({"model": base} if base else {})},
+        "converted": {key: manifest[key] for key in ("kv_source_layers", "sharing", "init") if key in manifest},
+        "kv": {
+            "bytes_per_token_before": shape.kv_bytes_per_token(size, shape.num_layers),
+            "bytes_per_token_after": shape.kv_bytes_per_token(size),
+        },
+        "train": train,
+    }
 
 
 def metadata(report: Json, source_card: str | None) -> Json:
