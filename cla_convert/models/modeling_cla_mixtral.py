@@ -28,6 +28,9 @@ try:
 except ImportError:  # transformers < 5.23: all it lacks is moving between devices
     from collections import UserDict as KVSharingDict
 
+# The experts are the family's own and obey @use_experts_implementation; transformers looks for that word in this file
+# before it lets them run fast (grouped_mm), which it does by default.
+
 # Checkpoints store every expert apart, the model holds them stacked: load and save as Mixtral does.
 register_checkpoint_conversion_mapping("cla_mixtral", get_checkpoint_conversion_mapping("mixtral"), overwrite=True)
 

@@ -8,7 +8,7 @@ from cla_convert.conversion.convert import convert
 from cla_convert.conversion.plan import make_plan
 from cla_convert.conversion.sharing import groups_of, sharing_map
 from cla_convert.models.checkpoint import Checkpoint
-from cla_convert.models.export import load_model, register
+from cla_convert.models.export import cla_classes, load_model, register
 from cla_convert.models.families import FAMILIES, KV_MODULES
 from cla_convert.models.shape import shape_of
 from cla_convert.recipe import Train
@@ -189,6 +189,28 @@ def test_consumers_have_no_kv_parameters(case):
 def test_reentrant_checkpointing_is_refused(case):
     with pytest.raises(ValueError, match="use_reentrant"):
         cla_model(case, share(case, "cla2")).activation_checkpointing_enable({"use_reentrant": True})
+
+
+@pytest.mark.parametrize("case", ["mixtral", "qwen3_moe"])
+def test_experts_run_as_in_the_source_model(case, ids):
+    """transformers allows its fast implementation to classes in whose file it finds a word, and else says nothing."""
+    settings, sources = tiny_config(case).to_dict(), share(case, "cla2-keep-ends")
+    settings.pop("model_type")
+    classes = cla_classes(FAMILIES[CASES[case][0]])
+    model = classes["ForCausalLM"](classes["Config"](**settings, kv_source_layers=sources)).eval()
+    source = AutoModelForCausalLM.from_config(tiny_config(case))
+    assert model.config._experts_implementation == source.config._experts_implementation == "grouped_mm"
+    with torch.inference_mode():
+        fast = model(ids).logits
+        model.set_experts_implementation("eager")
+        torch.testing.assert_close(fast, model(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_old_flag_for_activation_checkpointing_is_heeded(case):
+    model = cla_model(case, share(case, "cla2"), gradient_checkpointing=True)
+    assert all(layer.gradient_checkpointing for layer in model.get_submodule(FAMILIES[CASES[case][0]].layers))
+    assert not hasattr(model.config, "gradient_checkpointing")  # used up, as in transformers
 
 
 @pytest.mark.parametrize("case", CASES)
