@@ -6,6 +6,8 @@ model of any size without loading it and must name what is wrong with a broken f
 
 import hashlib
 import json
+import shutil
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from math import prod
@@ -23,6 +25,8 @@ INDEX = "model.safetensors.index.json"
 ELEMENT_SIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 FLOATING = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".py"}
+_TEMPLATES = "additional_chat_templates"
+"""Where transformers keeps the chat templates but for the first."""
 _REWRITTEN = {"config.json", "README.md", INDEX, "pytorch_model.bin.index.json", "cla_manifest.json", "cla_source.json"}
 
 
@@ -109,8 +113,17 @@ class Checkpoint:
     @property
     def sidecars(self) -> list[Path]:
         """Files that travel with the model byte for byte: tokenizer, chat template, generation config, licence."""
-        files = (file for file in self.folder.iterdir() if file.is_file() and not file.name.startswith("."))
+        files = [file for file in self.folder.iterdir() if file.is_file() and not file.name.startswith(".")]
+        files += self.folder.glob(f"{_TEMPLATES}/*.jinja")
         return sorted(f for f in files if f.suffix not in _WEIGHTS and f.name not in _REWRITTEN)
+
+    def copy_sidecars(self, out: Path, *, without: Collection[str] = ()) -> None:
+        """Copy them into `out`, but for those named."""
+        for file in self.sidecars:
+            if file.name not in without:
+                copy = out / file.relative_to(self.folder)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)
 
     @property
     def origin(self) -> dict[str, Any]:
