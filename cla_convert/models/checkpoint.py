@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
-ELEMENT_SIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+ELEMENT_SIZE = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+}  # fmt: skip
 FLOATING = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".py"}
 _TEMPLATES = "additional_chat_templates"
@@ -97,7 +100,9 @@ class Checkpoint:
                 fix="Use the unquantised checkpoint of this model.",
             )
         family = FAMILIES.get(str(config.get("model_type")))
-        return cls(folder, config, _split_fused(tensors, family, config) if family and family.fused else tensors)
+        if family and family.fused and "quantization_config" not in config:  # packed rows are others
+            tensors = _split_fused(tensors, family, config)
+        return cls(folder, config, tensors)
 
     def read(self, name: str) -> "Tensor":
         """Load one tensor (a copy on the CPU)."""
