@@ -5,6 +5,7 @@ Done by transformers' own rules, those that loading and saving follow; the shipp
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
@@ -26,7 +27,7 @@ class Pieces:
     def assemble(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The model's tensors, by name. `stored` has all pieces of each."""
         found: dict[str, Tensor] = {}
-        stacks: dict[str, WeightConverter] = {}
+        stacks: dict[str, Any] = {}
         by_pattern = {pattern: rule for rule in self._converters for pattern in rule.source_patterns}
         for name in sorted(stored, key=dot_natural_key):  # expert 10 comes after expert 9
             whole, pattern = rename_source_key(name, self._renamings, self._converters)

@@ -11,6 +11,7 @@ from cla_convert.models.checkpoint import Checkpoint
 from cla_convert.models.export import cla_classes, load_model, register
 from cla_convert.models.families import FAMILIES, KV_MODULES
 from cla_convert.models.shape import shape_of
+from cla_convert.models.verify import planned_bytes
 from cla_convert.recipe import Train
 from cla_convert.training.objective import Objective
 from tests.conftest import byte_tokenizer
@@ -148,6 +149,18 @@ def test_cache_holds_exactly_the_owners(case, implementation, ids):
         before, after = sizes(source_model(case)), sizes(cla_model(case, sources))
     assert min(before) > 0
     assert after == [size if sources[layer] == layer else 0 for layer, size in enumerate(before)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_cache_is_as_large_as_verify_demands(case, ids, tmp_path):
+    """Computed from config.json alone, for every layer: beyond the window, too (24 tokens, windows of 8)."""
+    model = cla_model(case, share(case, "cla2-keep-ends"))
+    model.config.save_pretrained(tmp_path)
+    with torch.inference_mode():
+        cache = model(ids[:1], use_cache=True).past_key_values
+        cache = model(ids[:1, :1], past_key_values=cache).past_key_values
+    held = [sum(t.nbytes for t in (layer.keys, layer.values) if t is not None) for layer in cache.layers]
+    assert planned_bytes(tmp_path, 25) == held
 
 
 @pytest.mark.parametrize("case", CASES)
