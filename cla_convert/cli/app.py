@@ -92,9 +92,17 @@ def destination(repo: str | None, private: bool) -> "Destination | None":
         return None
     from ..models.upload import Destination
 
-    found = Destination(repo, private)
-    found.check()
-    return found
+    return Destination(repo, private).checked()
+
+
+def push(hub: "Destination | None", folder: Path) -> dict[str, str]:
+    """Upload a finished model, if that was asked for; what to add to the result. Raises InputError, Interrupted."""
+    if hub is None:
+        return {}
+    from ..report.model_card import rename_card
+
+    rename_card(folder, hub.repo)
+    return {"uploaded": hub.upload(folder)}
 
 
 def gate_mode(gate: bool, strict: bool) -> bool | str:

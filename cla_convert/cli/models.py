@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from ..console import data, data_json, say
-from ..environment import command_line
 from .app import (
     AllowPickle,
     Json,
@@ -19,6 +18,7 @@ from .app import (
     Sets,
     app,
     destination,
+    push,
     settings_of,
 )
 
@@ -65,7 +65,7 @@ def convert(
     from ..models.source import resolve_source
     from ..models.writer import check_output
     from ..pipeline import calibration_for, plan_for
-    from ..report.model_card import source_card, write_model_card
+    from ..report.model_card import write_first_card
 
     options = {
         "source.model": model, "source.revision": revision, "source.dtype": dtype, "convert.sharing": sharing,
@@ -88,20 +88,10 @@ def convert(
     shard_size = settings.convert.max_shard_size
     result = execute(plan, checkpoint, out, calibration=calibration, max_shard_size=shard_size, overwrite=overwrite)
     result["source"] |= settings.source.model_dump(include={"model", "base_model", "revision"}) | checkpoint.origin
-    write_model_card(
-        out,
-        {
-            "converted": result,
-            "source": result["source"],
-            "kv": {f"bytes_per_token_{k}": v for k, v in result["kv_bytes_per_token"].items()},
-            "command": command_line(),
-        },
-        source_card(source),
-    )
+    write_first_card(out, result, source)
     say(f"done in {result['seconds']:.1f} s. It has lost quality until it is uptrained: cla-convert uptrain --help")
     try:
-        if hub:
-            result["uploaded"] = hub.upload(out)
+        result |= push(hub, out)
     finally:
         data_json(result) if as_json else data(str(out))
 

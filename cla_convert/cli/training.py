@@ -22,6 +22,7 @@ from .app import (
     destination,
     enforce_gate,
     gate_mode,
+    push,
 )
 
 
@@ -88,8 +89,7 @@ def uptrain(
     write_json(state / "train.json", result)
     finish(state, keep=settings.train.keep_checkpoints_after_success)
     try:
-        if hub:
-            result["uploaded"] = hub.upload(out)
+        result |= push(hub, out)
     finally:
         data_json(result) if as_json else data(str(out))
 
@@ -143,9 +143,8 @@ def run(
         data((out / "report.md").read_text(encoding="utf-8"))
     if until in ("eval", "report"):
         enforce_gate(out, resolved.recipe.eval.gate)
-    if hub:  # a model that failed the gate is not published
-        trained = resolved.recipe.train.tokens and until != "convert"
-        hub.upload(out / ("uptrained" if trained else "converted"))
+    trained = resolved.recipe.train.tokens and until != "convert"
+    push(hub, out / ("uptrained" if trained else "converted"))  # not reached by a model that failed the gate
 
 
 def take_part() -> None:

@@ -2,8 +2,8 @@
 
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,10 @@ class Destination:
     private: bool = False
     """Create it private. One that exists keeps its visibility, so a public one is refused."""
 
-    def check(self) -> None:
+    def checked(self) -> "Destination":
         """Find out now what would otherwise fail after hours of work: the name, the token, the network.
+
+        Returns the destination with the full name of the repository.
 
         Raises:
             UsageError: the hub allows no such name.
@@ -50,12 +52,10 @@ class Destination:
             )
         api = HfApi()
         with _explained(self.repo):
-            repo = _writable(self.repo, api.whoami())
-            try:
-                found = api.model_info(repo)
-            except RepositoryNotFoundError:
-                return
-        self._check_existing(found)
+            full = replace(self, repo=_writable(self.repo, api.whoami()))
+            with suppress(RepositoryNotFoundError):  # it will be created
+                self._check_existing(api.model_info(full.repo))
+        return full
 
     def upload(self, folder: Path) -> str:
         """Upload all files of `folder` and return the address; the folder stays as it is, whatever happens.
