@@ -30,7 +30,6 @@ LEFT_OUT = {
     "test_generation_tester_mixin_inheritance": "asks for the generation tests, which are not distributed",
     "test_num_layers_is_small": "asks for two layers; sharing needs more",
     "test_training_gradient_checkpointing_use_reentrant_true": "refused, because its gradients are wrong",
-    "test_gradient_checkpointing_backward_compatibility": "config.gradient_checkpointing of old versions is not heeded",
 }
 
 

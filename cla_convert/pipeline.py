@@ -188,6 +188,7 @@ def convert(run: Run) -> dict[str, Any]:
     """Write the converted model."""
     from .conversion.convert import convert as execute
     from .models.checkpoint import Checkpoint
+    from .report.model_card import write_first_card
 
     if run.converted.exists() and (done := run.read("convert.json")):
         say(f"found {run.converted}")
@@ -202,6 +203,7 @@ def convert(run: Run) -> dict[str, Any]:
         overwrite=True,
     )
     result["source"] |= run.recipe.source.model_dump(include={"model", "base_model", "revision"}) | checkpoint.origin
+    write_first_card(run.converted, result, run.source)
     return run.write("convert.json", result)
 
 

@@ -11,6 +11,7 @@ from ..environment import world_size
 from ..errors import UsageError
 
 if TYPE_CHECKING:
+    from ..models.upload import Destination
     from ..recipe import Recipe as Schema
 
 app = typer.Typer(
@@ -47,6 +48,11 @@ Sets = Annotated[
     typer.Option("--set", metavar="A.B=VALUE", help="Override a value of the recipe; repeatable."),
 ]
 
+PushToHub = Annotated[
+    str | None,
+    typer.Option("--push-to-hub", metavar="REPO", help="Upload the finished model to this repository of the hub."),
+]
+Private = Annotated[bool, typer.Option("--private", help="With --push-to-hub: a new repository is private.")]
 TaskData = Annotated[str | None, typer.Option(help="Folder of full evaluation sets (docs/evaluation.md).")]
 Gate = Annotated[bool, typer.Option("--gate", help="Exit with code 4 if a loss beyond the margin is shown.")]
 GateStrict = Annotated[
@@ -76,6 +82,27 @@ def settings_of(recipe: str | None, sets: list[str] | None, options: dict[str, A
 
     given = [f"{name}={json.dumps(value)}" for name, value in options.items() if value is not None]
     return load_recipe(find_recipe(recipe) if recipe else None, [*(sets or []), *given]).recipe
+
+
+def destination(repo: str | None, private: bool) -> "Destination | None":
+    """Where to upload, checked before any work; None: nowhere. Raises UsageError, InputError."""
+    if repo is None:
+        if private:
+            raise UsageError("--private has nothing to hide", fix="Give --push-to-hub REPO, too.")
+        return None
+    from ..models.upload import Destination
+
+    return Destination(repo, private).checked()
+
+
+def push(hub: "Destination | None", folder: Path) -> dict[str, str]:
+    """Upload a finished model, if that was asked for; what to add to the result. Raises InputError, Interrupted."""
+    if hub is None:
+        return {}
+    from ..report.model_card import rename_card
+
+    rename_card(folder, hub.repo)
+    return {"uploaded": hub.upload(folder)}
 
 
 def gate_mode(gate: bool, strict: bool) -> bool | str:

@@ -6,7 +6,21 @@ from typing import Annotated
 import typer
 
 from ..console import data, data_json, say
-from .app import AllowPickle, Json, Model, Overwrite, Recipe, Revision, Sets, app, settings_of
+from .app import (
+    AllowPickle,
+    Json,
+    Model,
+    Overwrite,
+    Private,
+    PushToHub,
+    Recipe,
+    Revision,
+    Sets,
+    app,
+    destination,
+    push,
+    settings_of,
+)
 
 
 @app.command()
@@ -37,6 +51,8 @@ def convert(
     allow_pickle: AllowPickle = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     overwrite: Overwrite = False,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
     as_json: Json = False,
 ) -> None:
     """Share K/V projections between layers and write the model.
@@ -49,7 +65,7 @@ def convert(
     from ..models.source import resolve_source
     from ..models.writer import check_output
     from ..pipeline import calibration_for, plan_for
-    from ..report.model_card import source_card, write_model_card
+    from ..report.model_card import write_first_card
 
     options = {
         "source.model": model, "source.revision": revision, "source.dtype": dtype, "convert.sharing": sharing,
@@ -57,6 +73,7 @@ def convert(
         "convert.init": init, "convert.max_shard_size": max_shard_size, "source.allow_pickle": allow_pickle or None,
     }  # fmt: skip
     settings = settings_of(recipe, sets, options)
+    hub = destination(push_to_hub, private)
     source = resolve_source(
         model, revision=settings.source.revision, allow_pickle=settings.source.allow_pickle, to_convert=True
     )
@@ -71,20 +88,12 @@ def convert(
     shard_size = settings.convert.max_shard_size
     result = execute(plan, checkpoint, out, calibration=calibration, max_shard_size=shard_size, overwrite=overwrite)
     result["source"] |= settings.source.model_dump(include={"model", "base_model", "revision"}) | checkpoint.origin
-    write_model_card(
-        out,
-        {
-            "converted": result,
-            "source": result["source"],
-            "kv": {f"bytes_per_token_{k}": v for k, v in result["kv_bytes_per_token"].items()},
-        },
-        source_card(source),
-    )
-    if as_json:
-        data_json(result)
-    else:
-        data(str(out))
-        say(f"done in {result['seconds']:.1f} s. It has lost quality until it is uptrained: cla-convert uptrain --help")
+    write_first_card(out, result, source)
+    say(f"done in {result['seconds']:.1f} s. It has lost quality until it is uptrained: cla-convert uptrain --help")
+    try:
+        result |= push(hub, out)
+    finally:
+        data_json(result) if as_json else data(str(out))
 
 
 @app.command()

@@ -9,7 +9,21 @@ import typer
 from ..console import data, data_json, say
 from ..environment import command_line
 from ..errors import InputError, UsageError
-from .app import AllowChanges, Gate, GateStrict, Json, Sets, TaskData, app, enforce_gate, gate_mode
+from .app import (
+    AllowChanges,
+    Gate,
+    GateStrict,
+    Json,
+    Private,
+    PushToHub,
+    Sets,
+    TaskData,
+    app,
+    destination,
+    enforce_gate,
+    gate_mode,
+    push,
+)
 
 
 @app.command()
@@ -26,6 +40,8 @@ def uptrain(
     ] = True,
     allow_changes: AllowChanges = None,
     sets: Sets = None,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
     as_json: Json = False,
 ) -> None:
     """Recover a converted model's quality on a token budget.
@@ -37,6 +53,7 @@ def uptrain(
     from ..models.source import resolve_source
     from ..recipe import load_recipe
     from ..recipes import find_recipe
+    from ..report.model_card import described, source_card, write_model_card
     from ..training.loop import uptrain as train
     from ..training.state import finish
 
@@ -52,6 +69,7 @@ def uptrain(
     done = (state / "train.json").exists()
     if out.exists() and (done or not (state / "checkpoints").exists()):  # else it was interrupted at the very end
         raise InputError(f"{out} exists", fix="Give another folder, or remove it to train again.")
+    hub = destination(push_to_hub, private)
     say(resolved.table())
     state.mkdir(parents=True, exist_ok=True)
     (state / "train.json").unlink(missing_ok=True)
@@ -66,9 +84,14 @@ def uptrain(
         fresh=not resume,
         allow_changes=allow_changes or (),
     )
+    card = described(out, result | {"loss_name": result["objective"]}) | {"command": command_line()}
+    write_model_card(out, card, source_card(out))
     write_json(state / "train.json", result)
     finish(state, keep=settings.train.keep_checkpoints_after_success)
-    data_json(result) if as_json else data(str(out))
+    try:
+        result |= push(hub, out)
+    finally:
+        data_json(result) if as_json else data(str(out))
 
 
 @app.command()
@@ -86,6 +109,8 @@ def run(
     task_data: TaskData = None,
     gate: Gate = False,
     gate_strict: GateStrict = False,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
     as_json: Json = False,
 ) -> None:
     """Do it all: plan, convert, uptrain, evaluate, report.
@@ -108,6 +133,9 @@ def run(
         )
     if (gate or gate_strict) and until not in ("eval", "report"):
         raise UsageError("--gate has nothing to judge", why=f"--until {until} stops before the evaluation.")
+    if push_to_hub and until == "plan":
+        raise UsageError("--push-to-hub has nothing to upload", why="--until plan stops before there is a model.")
+    hub = destination(push_to_hub, private)
     result = pipeline.run(resolved, out, until=until, overwrite=overwrite, allow_changes=allow_changes or ())
     if as_json:
         data_json(result)
@@ -115,6 +143,8 @@ def run(
         data((out / "report.md").read_text(encoding="utf-8"))
     if until in ("eval", "report"):
         enforce_gate(out, resolved.recipe.eval.gate)
+    trained = resolved.recipe.train.tokens and until != "convert"
+    push(hub, out / ("uptrained" if trained else "converted"))  # not reached by a model that failed the gate
 
 
 def take_part() -> None:

@@ -17,6 +17,7 @@ from ..errors import InputError
 from ..models.kinds import NOPE
 from ..models.shape import shape_of
 from .group_fit import HeadShape
+from .pieces import Pieces
 from .shell import Shell, Source
 
 SharedKV = dict[int, tuple[Tensor, Tensor]]
@@ -42,15 +43,17 @@ class Factory:
         self.batch = 8192 if self.device.type == "cuda" else 2048  # tokens at a time: fills a GPU, fits a CPU's caches
         self.shell = Shell(source, config, tokens, self.device)
         self.source, self.family, self.config = source, self.shell.family, self.shell.config
+        self._pieces = Pieces(self.family.cla_type)
         self._check_names()
         self._attention = shape_of(config)
         self._calls = [_for_layers(call, self.dtype) for call in self.shell.calls]
 
     def _check_names(self) -> None:
-        """A layer must be stored as it runs: mixtures of experts are not, transformers fuses them while loading."""
+        """Everything that a layer runs on must be there, whole or in pieces."""
         with torch.device("meta"):
             names = self.shell.layer_class(self.config, 0).state_dict().keys()
-        if missing := [n for n in names if f"{self.family.layers}.0.{n}" not in self.source.tensors]:
+        stored = {self._pieces.whole(name) for name in self.source.tensors}
+        if missing := [n for n in names if f"{self.family.layers}.0.{n}" not in stored]:
             raise InputError(
                 f"--init calibrated does not support this checkpoint of type {self.family.model_type!r}",
                 why=f"Its layers are stored in other pieces than they run in: {missing[0]} is not there.",
@@ -67,9 +70,11 @@ class Factory:
     def read_layer(self, index: int, *, mlp: bool = True) -> dict[str, Tensor]:
         """Weights of a layer in float32, by their name inside the layer."""
         prefix = f"{self.family.layers}.{index}."
-        names = [n for n in self.source.tensors if n.startswith(prefix) and (mlp or ".mlp." not in n)]
-        weights = ((name.removeprefix(prefix), self.source.read(name)) for name in names)
-        return {name: weight.to(self.device, torch.float32, copy=True) for name, weight in weights}  # trained in place
+        stored = (name for name in self.source.tensors if name.startswith(prefix))
+        names = [name for name in stored if mlp or ".mlp." not in self._pieces.whole(name)]
+        # A copy, because weights are trained in place.
+        weights = {name: self.source.read(name).to(self.device, torch.float32, copy=True) for name in names}
+        return {name.removeprefix(prefix): weight for name, weight in self._pieces.assemble(weights).items()}
 
     def build(
         self, index: int, weights: Mapping[str, Tensor], group: Sequence[int] = (), *, training: bool = False

@@ -4,12 +4,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..errors import ClaError, InputError
-from ..models.checkpoint import FLOATING, Checkpoint
-from ..models.families import family_of
+from ..models.checkpoint import ELEMENT_SIZE, FLOATING, Checkpoint, TensorInfo
 from ..models.kinds import SLIDING
 from ..models.shape import AttentionShape, shape_of
 from ..models.source import open_headers
 from .sharing import sharing_map
+from .supported import check_convertible
 
 PATTERNS = ["cla2", "cla3", "cla4", "cla2-keep-ends", "cla3-keep-ends", "dense-front", "dense-back"]
 
@@ -34,7 +34,7 @@ def inspect_model(model: str, *, revision: str | None = None) -> dict[str, Any]:
         "parameters": sum(info.numel for info in checkpoint.tensors.values()),
     }
     try:
-        return description | _attention(shape_of(checkpoint.config), largest.nbytes // largest.numel, reason is None)
+        return description | _attention(shape_of(checkpoint.config), _cache_size(checkpoint, largest), reason is None)
     except InputError:
         if reason is None:
             raise
@@ -84,10 +84,19 @@ def _attention(shape: AttentionShape, size: int, supported: bool) -> dict[str, A
     }
 
 
+def _cache_size(checkpoint: Checkpoint, largest: TensorInfo) -> int:
+    """Bytes of a number in the cache: as large as one of the weights; of quantised ones, as config.json says."""
+    code = largest.dtype
+    if code not in FLOATING:
+        named = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype"))
+        code = {name: code for code, name in FLOATING.items()}.get(named, "BF16")
+    return ELEMENT_SIZE[code]
+
+
 def _reason(checkpoint: Checkpoint) -> str | None:
     """Why the model is not supported, if it is not."""
     try:
-        family_of(checkpoint.config)
+        check_convertible(checkpoint)
     except InputError as error:
         return " ".join(f"{part.rstrip('.')}." for part in (error.what, error.why, error.fix) if part)
     return None

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from ..console import human_bytes, human_count
-from ..errors import InputError
 from ..models.checkpoint import ELEMENT_SIZE, FLOATING, Checkpoint, TensorInfo
-from ..models.families import KV_MODULES, Family, family_of
-from ..models.shape import AttentionShape, shape_of
+from ..models.families import KV_MODULES, Family
+from ..models.shape import AttentionShape
 from .auto import Choice
 from .sharing import activation_bytes, groups_of, picture, sharing_map
+from .supported import check_convertible
 
 _PROGRAM = 400_000_000
 """Memory of Python, torch and transformers."""
@@ -121,18 +121,12 @@ def make_plan(
     """Plan a conversion from the checkpoint's headers.
 
     Raises:
-        InputError: the architecture is unsupported, or the K/V projections are not where the family has them.
+        InputError: the model cannot be converted (`check_convertible`).
         UsageError: the sharing is unknown or impossible for this model.
     """
-    family, shape = family_of(checkpoint.config), shape_of(checkpoint.config)
+    family, shape = check_convertible(checkpoint)
     sources = sharing_map(sharing, shape.kinds)
-    if "quantization_config" in checkpoint.config or any(t.dtype not in FLOATING for t in checkpoint.tensors.values()):
-        raise InputError(
-            "The model's weights are quantised",
-            why="Packed numbers cannot be pooled or fitted.",
-            fix="Use the unquantised checkpoint of this model, or a GGUF file, which is dequantised.",
-        )
-    tensors = _plan_tensors(checkpoint, family, shape, sources)
+    tensors = _plan_tensors(checkpoint, family, sources)
     if init == "calibrated":
         tensors = _fitted(tensors, family, sources)
     else:
@@ -193,11 +187,8 @@ def _sharing_name(sharing: str | list[int] | list[list[int]], choice: Choice | N
     return sharing if isinstance(sharing, str) else "by hand"
 
 
-def _plan_tensors(
-    checkpoint: Checkpoint, family: Family, shape: AttentionShape, sources: list[int]
-) -> list[TensorPlan]:
+def _plan_tensors(checkpoint: Checkpoint, family: Family, sources: list[int]) -> list[TensorPlan]:
     """One entry per tensor of the source: first those outside the layers, then layer by layer."""
-    _check_projections(checkpoint, family, shape)
     groups = {group[0]: group for group in groups_of(sources)}
     tensors = []
     for name in checkpoint.tensors:
@@ -213,24 +204,6 @@ def _plan_tensors(
             members = tuple(family.tensor(member, place.module, place.part) for member in groups[place.layer])
             tensors.append(TensorPlan(name, layer, "pool", members))
     return sorted(tensors, key=lambda tensor: -1 if tensor.layer is None else tensor.layer)
-
-
-def _check_projections(checkpoint: Checkpoint, family: Family, shape: AttentionShape) -> None:
-    """Every layer has the q, k and v that config.json describes, so that any two layers can be pooled."""
-    for layer in range(shape.num_layers):
-        for module, rows in shape.projection_rows.items():
-            info = checkpoint.tensors.get(family.tensor(layer, module))
-            if info is None:
-                raise InputError(
-                    f"Layer {layer} has no {module}.weight",
-                    why=f"A {shape.model_type} checkpoint has one in every layer.",
-                    fix="Check that the checkpoint is whole and that config.json belongs to it.",
-                )
-            if info.shape[0] != rows:
-                raise InputError(
-                    f"{family.tensor(layer, module)} has {info.shape[0]} rows where config.json promises {rows}",
-                    fix="Check that config.json belongs to the weights.",
-                )
 
 
 def _fitted(tensors: list[TensorPlan], family: Family, sources: list[int]) -> list[TensorPlan]:

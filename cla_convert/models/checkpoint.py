@@ -7,6 +7,8 @@ in the file and not through a map of it, whose pages would count as memory for a
 
 import hashlib
 import json
+import shutil
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import prod
@@ -21,13 +23,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
-ELEMENT_SIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+ELEMENT_SIZE = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+}  # fmt: skip
 TORCH_NAMES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
     "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
 FLOATING = {code: name for code, name in TORCH_NAMES.items() if "float" in name}
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".py"}
+_TEMPLATES = "additional_chat_templates"
+"""Where transformers keeps the chat templates but for the first."""
 _REWRITTEN = {"config.json", "README.md", INDEX, "pytorch_model.bin.index.json", "cla_manifest.json", "cla_source.json"}
 
 
@@ -95,7 +102,9 @@ class Checkpoint:
                 fix="Use the unquantised checkpoint of this model.",
             )
         family = FAMILIES.get(str(config.get("model_type")))
-        return cls(folder, config, _split_fused(tensors, family, config) if family and family.fused else tensors)
+        if family and family.fused and "quantization_config" not in config:  # packed rows are others
+            tensors = _split_fused(tensors, family, config)
+        return cls(folder, config, tensors)
 
     def read(self, name: str) -> "Tensor":
         """Load one tensor (a copy on the CPU)."""
@@ -112,8 +121,17 @@ class Checkpoint:
     @property
     def sidecars(self) -> list[Path]:
         """Files that travel with the model byte for byte: tokenizer, chat template, generation config, licence."""
-        files = (file for file in self.folder.iterdir() if file.is_file() and not file.name.startswith("."))
+        files = [file for file in self.folder.iterdir() if file.is_file() and not file.name.startswith(".")]
+        files += self.folder.glob(f"{_TEMPLATES}/*.jinja")
         return sorted(f for f in files if f.suffix not in _WEIGHTS and f.name not in _REWRITTEN)
+
+    def copy_sidecars(self, out: Path, *, without: Collection[str] = ()) -> None:
+        """Copy them into `out`, but for those named."""
+        for file in self.sidecars:
+            if file.name not in without:
+                copy = out / file.relative_to(self.folder)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)
 
     @property
     def origin(self) -> dict[str, Any]:

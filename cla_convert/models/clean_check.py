@@ -63,6 +63,7 @@ def compare(model: Any, ids: torch.Tensor) -> dict[str, Any]:
         "cached_layers": sum(size > 0 for size in held),
         "owners_only": [layer for layer, size in enumerate(held) if size] == owners,
         "cache_bytes": sum(held),
+        "layer_bytes": held,
     }
 
 

@@ -104,8 +104,9 @@ def cla_config(source: Mapping[str, Any], family: Family, kv_source_layers: list
 
 def write_sidecars(source: Checkpoint, family: Family, out: Path) -> None:
     """Copy the family's code and the source's tokenizer, template, generation and licence files, byte for byte."""
-    for file in [*family.code_files, *source.sidecars]:
+    for file in family.code_files:
         shutil.copyfile(file, out / file.name)
+    source.copy_sidecars(out)
 
 
 def export_model(
@@ -139,7 +140,8 @@ def export_model(
         for name, info in source.tensors.items():
             writer.add(name, tensors[name].detach().to("cpu", getattr(torch, FLOATING[info.dtype])))
         writer.finish()
-        for file in [*source.sidecars, *template.glob("*.py"), template / "config.json", template / "README.md"]:
+        source.copy_sidecars(staging)
+        for file in [*template.glob("*.py"), template / "config.json", template / "README.md"]:
             if file.exists():
                 shutil.copyfile(file, staging / file.name)
         write_json(staging / MANIFEST, read_manifest(template) | dict(manifest or {}))

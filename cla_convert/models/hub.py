@@ -17,10 +17,14 @@ _FILES = [
     "*.txt",
     "*.jinja",
     "*.tiktoken",
-    "LICENSE*",
+    "[Ll][Ii][Cc][Ee][Nn][CcSs][Ee]*",
     "NOTICE*",
+    "COPYING*",
+    "USE_POLICY*",
     "README.md",
 ]
+_NOT_NEEDED = ["consolidated*", "original/*", "onnx/*"]
+"""The same weights again, in forms that transformers does not load."""
 
 
 def download(model: str, revision: str | None, *, allow_pickle: bool, to_convert: bool) -> Path:
@@ -42,7 +46,7 @@ def download(model: str, revision: str | None, *, allow_pickle: bool, to_convert
             config = Path(hf_hub_download(model, "config.json", revision=revision))
             family_of(text_config(json.loads(config.read_text(encoding="utf-8"))))
         patterns = _FILES + (["*.bin"] if allow_pickle else [])
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_NEEDED))
 
 
 def headers(model: str, revision: str | None) -> Checkpoint:

@@ -95,6 +95,13 @@ class ClaMistralPreTrainedModel(MistralPreTrainedModel):
     _no_split_modules = ["ClaMistralDecoderLayer"]
     _can_record_outputs = {"hidden_states": ClaMistralDecoderLayer, "attentions": ClaMistralAttention}
 
+    def __init__(self, config, *args, **kwargs):
+        # transformers heeds this old flag once, while the parent still has layers that are about to be replaced.
+        checkpointing = getattr(config, "gradient_checkpointing", False)
+        super().__init__(config, *args, **kwargs)
+        if checkpointing:
+            config.gradient_checkpointing = True
+
     def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=None, **kwargs):
         # Reentrant checkpointing silently drops the gradient that consumers send to their owner.
         if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant", True):

@@ -99,6 +99,13 @@ class ClaPhi3PreTrainedModel(Phi3PreTrainedModel):
     _no_split_modules = ["ClaPhi3DecoderLayer"]
     _can_record_outputs = {"hidden_states": ClaPhi3DecoderLayer, "attentions": ClaPhi3Attention}
 
+    def __init__(self, config, *args, **kwargs):
+        # transformers heeds this old flag once, while the parent still has layers that are about to be replaced.
+        checkpointing = getattr(config, "gradient_checkpointing", False)
+        super().__init__(config, *args, **kwargs)
+        if checkpointing:
+            config.gradient_checkpointing = True
+
     def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=None, **kwargs):
         # Reentrant checkpointing silently drops the gradient that consumers send to their owner.
         if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant", True):

@@ -28,6 +28,9 @@ try:
 except ImportError:  # transformers < 5.23: all it lacks is moving between devices
     from collections import UserDict as KVSharingDict
 
+# The experts are the family's own and obey @use_experts_implementation; transformers looks for that word in this file
+# before it lets them run fast (grouped_mm), which it does by default.
+
 # Checkpoints store every expert apart, the model holds them stacked: load and save as Qwen3Moe does.
 register_checkpoint_conversion_mapping("cla_qwen3_moe", get_checkpoint_conversion_mapping("qwen3_moe"), overwrite=True)
 
@@ -104,6 +107,13 @@ class ClaQwen3MoePreTrainedModel(Qwen3MoePreTrainedModel):
         "hidden_states": ClaQwen3MoeDecoderLayer,
         "attentions": ClaQwen3MoeAttention,
     }
+
+    def __init__(self, config, *args, **kwargs):
+        # transformers heeds this old flag once, while the parent still has layers that are about to be replaced.
+        checkpointing = getattr(config, "gradient_checkpointing", False)
+        super().__init__(config, *args, **kwargs)
+        if checkpointing:
+            config.gradient_checkpointing = True
 
     def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=None, **kwargs):
         # Reentrant checkpointing silently drops the gradient that consumers send to their owner.

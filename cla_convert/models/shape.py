@@ -56,6 +56,8 @@ def shape_of(config: Mapping[str, Any]) -> AttentionShape:
     try:
         layers, heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
         kinds = family.kinds(config) if family else config.get("layer_types") or ["full_attention"] * layers
+        if len(kinds) != layers:
+            raise ValueError(f"layer_types tells the kind of {len(kinds)} layers, not of {layers}")
         return AttentionShape(
             model_type=model_type,
             hidden_size=int(config["hidden_size"]),
@@ -70,5 +72,5 @@ def shape_of(config: Mapping[str, Any]) -> AttentionShape:
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
             "config.json does not describe a decoder-only transformer",
-            why=f"A size is missing or not a number: {error}",
+            why=f"A size is missing or does not fit: {error}",
         ) from error

@@ -15,7 +15,7 @@ from ..errors import InputError, did_you_mean
 from ..files import write_json
 from . import gguf_source, hub
 from .checkpoint import INDEX, Checkpoint
-from .text_part import has_text_part, text_part, text_sidecars
+from .text_part import OF_IMAGES, has_text_part, text_part
 from .writer import ShardWriter, check_disk, infos_of, publishing
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -137,8 +137,6 @@ def _from_pickle(folder: Path, pickles: list[Path]) -> Path:
 
 def _text_only(folder: Path) -> Path:
     """Copy the language model of a multimodal checkpoint into the cache; any other folder stays what it is."""
-    import shutil
-
     checkpoint = Checkpoint.open(folder)
     if not has_text_part(checkpoint.config):
         return folder
@@ -153,8 +151,7 @@ def _text_only(folder: Path) -> Path:
         for name, info in text.tensors.items():
             writer.copy(name, folder / info.file, info.start)
         writer.finish()
-        for file in text_sidecars(checkpoint):
-            shutil.copyfile(file, staging / file.name)
+        checkpoint.copy_sidecars(staging, without=OF_IMAGES)
         write_json(staging / "config.json", text.config)
     return out
 

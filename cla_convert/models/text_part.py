@@ -5,7 +5,6 @@ model is a `gemma3_text` like the smaller ones.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from .checkpoint import Checkpoint
@@ -17,7 +16,8 @@ _PREFIXES = {
     "lm_head.": "lm_head.",
 }
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
-_OF_IMAGES = {"preprocessor_config.json", "processor_config.json"}
+OF_IMAGES = {"preprocessor_config.json", "processor_config.json"}
+"""Files that do not belong to the language model."""
 
 
 def has_text_part(config: Mapping[str, Any]) -> bool:
@@ -46,8 +46,3 @@ def text_part(checkpoint: Checkpoint) -> Checkpoint:
                 tensors[own + name.removeprefix(prefix)] = info
                 break
     return Checkpoint(checkpoint.folder, text_config(checkpoint.config), tensors)
-
-
-def text_sidecars(checkpoint: Checkpoint) -> list[Path]:
-    """Files that belong to the language model: tokenizer, template, licence."""
-    return [file for file in checkpoint.sidecars if file.name not in _OF_IMAGES]

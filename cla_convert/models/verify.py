@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..files import read_json
+from .kinds import SLIDING
+from .shape import shape_of
 
 SCRIPT = Path(__file__).with_name("clean_check.py")
 
@@ -56,6 +59,7 @@ def _judged(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
         "logits with and without cache agree": result["cached_difference"] <= rounding,
         "logits token by token agree": result["stepwise_difference"] <= rounding,
         "the cache holds the owners only": result["owners_only"],
+        "the cache is as large as planned": result["layer_bytes"] == planned_bytes(folder, result["tokens"]),
         "the tokenizer round-trips": result["tokenizer_round_trip"],
         "it generates": result["generated_tokens"] > 0,
     }
@@ -68,6 +72,15 @@ def _judged(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
             fix="Convert it again; if it stays, report a bug.",
         )
     return result
+
+
+def planned_bytes(folder: Path, tokens: int) -> list[int]:
+    """Bytes of each layer's cache in float32 after so many tokens; a full window keeps room for the one to come."""
+    shape = shape_of(read_json(folder / "config.json") or {})
+    per_token, window = shape.kv_bytes_per_token(4, 1), shape.sliding_window
+    kept = {kind: min(tokens, window - 1) if window and kind.startswith(SLIDING) else tokens for kind in shape.kinds}
+    sources = shape.kv_source_layers
+    return [per_token * kept[shape.kinds[layer]] * (source == layer) for layer, source in enumerate(sources)]
 
 
 def render(result: dict[str, Any]) -> str:

@@ -6,6 +6,11 @@ from typing import Any
 
 import yaml
 
+from ..environment import command_line
+from ..files import read_json
+from ..models.checkpoint import ELEMENT_SIZE, FLOATING
+from ..models.shape import shape_of
+from ..models.writer import MANIFEST
 from .model_index import model_index
 from .render import environment
 from .run_folder import Json
@@ -42,11 +47,53 @@ def write_model_card(folder: Path, report: Json, source_card: str | None = None,
     fields = metadata(report, source_card)
     if measured := model_index(report, folder.name, measured_at):
         fields["model-index"] = measured
-    front = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=110)
     body = environment().get_template("model_card.md.j2").render(report=report, name=folder.name)
     path = folder / "README.md"
-    path.write_text(f"---\n{front}---\n\n{body}", encoding="utf-8")
+    path.write_text(f"{_front(fields)}\n{body}", encoding="utf-8")
     return path
+
+
+def write_first_card(folder: Path, result: Json, source: Path) -> Path:
+    """The card of a model that was converted, and nothing else yet.
+
+    Args:
+        folder: the converted model.
+        result: what `convert` returns.
+        source: folder of the source model.
+    """
+    kv = {f"bytes_per_token_{when}": size for when, size in result["kv_bytes_per_token"].items()}
+    report = {"converted": result, "source": result["source"], "kv": kv, "command": command_line()}
+    return write_model_card(folder, report, source_card(source))
+
+
+def rename_card(folder: Path, name: str) -> None:
+    """Call the model `name` on the card in its folder: the id that it is about to have on the hub."""
+    path = folder / "README.md"
+    if not path.exists():
+        return
+    text, fields = path.read_text(encoding="utf-8"), front_matter(source_card(folder))
+    for entry in fields.get("model-index", []):
+        entry["name"] = name.rsplit("/", 1)[-1]
+    body = text.split("\n---\n", 1)[1].replace(f"# {folder.name}\n", f"# {name}\n", 1)
+    body = body.replace(f'folder = "{folder.name}"', f'folder = "{name}"', 1)
+    path.write_text(_front(fields) + body, encoding="utf-8")
+
+
+def described(folder: Path, train: Json | None = None) -> Json:
+    """What the files of an output folder say, as a report for `write_model_card`: the map, its bytes, the source."""
+    config, manifest = read_json(folder / "config.json") or {}, read_json(folder / MANIFEST) or {}
+    shape = shape_of(config)
+    size = {name: ELEMENT_SIZE[code] for code, name in FLOATING.items()}.get(str(config.get("dtype")), 4)
+    base = front_matter(source_card(folder)).get("base_model")
+    return {
+        "source": {**(manifest.get("source") or {}), **({"model": base} if base else {})},
+        "converted": {key: manifest[key] for key in ("kv_source_layers", "sharing", "init") if key in manifest},
+        "kv": {
+            "bytes_per_token_before": shape.kv_bytes_per_token(size, shape.num_layers),
+            "bytes_per_token_after": shape.kv_bytes_per_token(size),
+        },
+        "train": train,
+    }
 
 
 def metadata(report: Json, source_card: str | None) -> Json:
@@ -73,6 +120,11 @@ def source_card(folder: Path) -> str | None:
 def is_hub_id(model: Any) -> bool:
     """Whether `model` names a model on the hub: the hub refuses a card whose base_model is a local path."""
     return isinstance(model, str) and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", model)) and not Path(model).exists()
+
+
+def _front(fields: Json) -> str:
+    """The YAML block at the top of a card."""
+    return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=110)}---\n"
 
 
 def _source_tags(source_card: str | None) -> list[str]:

@@ -20,7 +20,7 @@ class Hub(ThreadingHTTPServer):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.folder, self.sent = folder, {}
+        self.folder, self.sent, self.tokens, self.revisions = folder, {}, set(), set()
 
     def environment(self) -> dict[str, str]:
         endpoint = f"http://127.0.0.1:{self.server_port}"
@@ -42,8 +42,10 @@ class Handler(BaseHTTPRequestHandler):
         repo = self.server.folder / "/".join(parts[2:4] if api else parts[:2])
         if not repo.is_dir():
             return self.reply(b"", body, 404, "RepoNotFound")
+        self.server.tokens.add(self.headers.get("Authorization"))
         if api:
             return self.reply(json.dumps(self.listing(repo, "tree" in parts)).encode(), body)
+        self.server.revisions.add(parts[3])
         file = repo / "/".join(parts[4:])  # owner/name/resolve/revision/file
         if not file.is_file():
             return self.reply(b"", body, 404, "EntryNotFound")
@@ -57,10 +59,10 @@ class Handler(BaseHTTPRequestHandler):
 
     @staticmethod
     def listing(repo: Path, tree: bool) -> object:
-        files = list(repo.iterdir())
+        files = {str(file.relative_to(repo)): file.stat().st_size for file in repo.rglob("*") if file.is_file()}
         if tree:
-            return [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": "1"} for f in files]
-        return {"id": f"owner/{repo.name}", "sha": COMMIT, "siblings": [{"rfilename": f.name} for f in files]}
+            return [{"type": "file", "path": name, "size": size, "oid": "1"} for name, size in files.items()]
+        return {"id": f"owner/{repo.name}", "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
 
     def reply(self, content: bytes, body: bool, status: int = 200, error: str = "") -> None:
         self.send_response(status)
@@ -109,11 +111,40 @@ def test_weights_of_an_unsupported_model_stay_on_the_hub(hub, tmp_path):
     assert described["num_layers"] == 6 and described["patterns"] == {}
 
 
-def test_convert_fetches_the_whole_model(hub, tmp_path):
+CARRIED = [
+    "LICENSE.txt", "USE_POLICY.md", "chat_template.jinja", "additional_chat_templates/tool_use.jinja",
+    "generation_config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json",
+]  # fmt: skip
+
+
+def test_convert_fetches_the_whole_model_and_nothing_else(hub, tmp_path):
     folder = save_tiny("llama", tmp_path / "owner" / "llama")
-    done = cla("convert", "owner/llama", tmp_path / "out", "--init", "mean", env=hub.environment())
+    for name in (*CARRIED, "consolidated.safetensors", "original/params.json", "pytorch_model.bin"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        if not (folder / name).exists():
+            (folder / name).write_bytes(b"{ }\r\n")  # not as anything here would write it
+    (folder / "README.md").write_text("---\nlicense: llama3.2\nlanguage: [en]\ntags: [chat]\n---\n# The source\n")
+    online = hub.environment() | {"HF_TOKEN": "hf_secret"}
+    done = cla("convert", "owner/llama", tmp_path / "out", "--init", "mean", "--revision", "v1", env=online)
     assert done.returncode == 0, done.stderr
     assert hub.sent["model.safetensors"] >= (folder / "model.safetensors").stat().st_size
-    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
-    missing = cla("inspect", "owner/nothing", env=hub.environment())
+    assert not hub.sent.keys() & {"consolidated.safetensors", "params.json", "pytorch_model.bin"}
+    assert hub.tokens == {"Bearer hf_secret"} and hub.revisions <= {"v1", COMMIT}
+    for name in CARRIED:
+        assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes(), name
+    card = (tmp_path / "out" / "README.md").read_text()
+    for line in ("license: llama3.2", "- en", "base_model: owner/llama", "library_name: transformers", "- chat"):
+        assert line in card
+    assert "hf_secret" not in "".join(f.read_text(errors="replace") for f in (tmp_path / "out").glob("*.*"))
+
+    missing = cla("inspect", "owner/nothing", env=online)
     assert missing.returncode == 3 and "was not found" in missing.stderr
+    hub.sent.clear()
+    hub.tokens.clear()
+    offline = online | {"HF_HUB_OFFLINE": "1"}
+    again = cla("convert", "owner/llama", tmp_path / "again", "--init", "mean", "--revision", "v1", env=offline)
+    assert again.returncode == 0, again.stderr
+    seen = json.loads(cla("inspect", "owner/llama", "--revision", "v1", "--json", env=offline).stdout)
+    assert seen["supported"] and not hub.sent and not hub.tokens
+    missing = cla("inspect", "owner/other", env=offline)
+    assert missing.returncode == 3 and "HF_HUB_OFFLINE" in missing.stderr

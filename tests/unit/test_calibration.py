@@ -11,17 +11,18 @@ from transformers import PreTrainedModel
 from cla_convert.conversion.blocks import Factory
 from cla_convert.conversion.calibration import LayerPatch, calibrated_pooling
 from cla_convert.conversion.matching import Effort, orthogonalise
+from cla_convert.conversion.pieces import Pieces
 from cla_convert.conversion.sharing import sharing_map
 from cla_convert.conversion.streams import Store, place_for
 from cla_convert.conversion.teacher import Teacher
 from cla_convert.errors import InputError
 from cla_convert.models.checkpoint import Checkpoint
+from cla_convert.models.export import load_model
 from cla_convert.models.families import family_of
 from cla_convert.models.shape import shape_of
 from tests.tiny import CASES, cla_model, source_model
 
 LLAMAS = [case for case, (family, _) in CASES.items() if family == "llama"]
-DENSE = [case for case, (family, _) in CASES.items() if family not in ("mixtral", "qwen3_moe")]
 CLOSED = Effort(0, 64)
 
 
@@ -58,7 +59,7 @@ def patches_of(source: Checkpoint, sources: list[int], tokens: Tensor, **setting
 def converted(case: str, source: Checkpoint, sources: list[int], patches: list[LayerPatch]) -> PreTrainedModel:
     """The model that the patches describe; fails if they name a tensor that it lacks."""
     student = cla_model(case, sources)
-    state = {name: source.read(name) for name in source.tensors}
+    state = load_model(source.folder).state_dict() | {name: source.read(name) for name in source.tensors}
     for patch in patches:
         assert patch.tensors.keys() <= student.state_dict().keys()
         state |= patch.tensors
@@ -77,9 +78,10 @@ def logits(model: Callable, tokens: Tensor) -> Tensor:
 def plant(model: PreTrainedModel, member: int, owner: int) -> None:
     """Let layers owner..member-1 add nothing, and make `member` the owner in other bases: both see the same input."""
     config, layers = model.config, model.model.layers
+    silent = "experts.down_proj" if hasattr(layers[0].mlp, "experts") else "down_proj.weight"
     for layer in layers[owner:member]:
         layer.self_attn.o_proj.weight.data.zero_()
-        layer.mlp.down_proj.weight.data.zero_()
+        torch.nn.init.zeros_(dict(layer.mlp.named_parameters())[silent])
         if layer.self_attn.o_proj.bias is not None:
             layer.self_attn.o_proj.bias.data.zero_()
     layers[member].input_layernorm.load_state_dict(layers[owner].input_layernorm.state_dict())
@@ -92,7 +94,7 @@ def plant(model: PreTrainedModel, member: int, owner: int) -> None:
         gain[half:] = gain[:half]
     if normed:
         layers[member].self_attn.k_norm.load_state_dict(layers[owner].self_attn.k_norm.state_dict())
-    for name in ("weight", "bias") if config.attention_bias else ("weight",):
+    for name in ("weight", "bias") if layers[owner].self_attn.q_proj.bias is not None else ("weight",):
         get = lambda index, projection: getattr(getattr(layers[index].self_attn, projection), name).data  # noqa: E731, B023
         for slot, head in enumerate(order):
             generator = torch.Generator().manual_seed(slot)
@@ -105,7 +107,7 @@ def plant(model: PreTrainedModel, member: int, owner: int) -> None:
             get(member, "v_proj")[new] = torch.randn(dim, dim, generator=generator) @ get(owner, "v_proj")[old]
 
 
-@pytest.mark.parametrize("case", [*LLAMAS, "qwen3"])
+@pytest.mark.parametrize("case", [*LLAMAS, "qwen3", "mixtral", "qwen3_moe"])
 def test_a_planted_change_of_basis_is_recovered(case: str, tokens: Tensor, saved) -> None:
     model, sources = source_model(case), [0, 1, 1, 3, 4, 5]
     plant(model, member=2, owner=1)
@@ -119,7 +121,7 @@ def test_a_planted_change_of_basis_is_recovered(case: str, tokens: Tensor, saved
     )
 
 
-@pytest.mark.parametrize("case", DENSE)
+@pytest.mark.parametrize("case", CASES)
 def test_the_layers_one_by_one_are_the_model(case: str, tokens: Tensor, saved) -> None:
     model = source_model(case)
     source = saved(model)
@@ -129,6 +131,17 @@ def test_the_layers_one_by_one_are_the_model(case: str, tokens: Tensor, saved) -
         teacher.upto(last - 1)
         found = factory.shell.head(torch.float32)(teacher.inputs[last])
     torch.testing.assert_close(found, logits(model, tokens).log_softmax(-1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["mixtral", "qwen3_moe"])
+def test_experts_are_stacked_in_their_order(case: str, saved) -> None:
+    """Twelve of them: as text, 10 comes before 2."""
+    model = source_model(case, num_experts=12, num_local_experts=12)
+    source, pieces = saved(model), Pieces(family_of(model.config.to_dict()).cla_type)
+    found = pieces.assemble({name: source.read(name) for name in source.tensors})
+    assert found.keys() == model.state_dict().keys() and len(found) < len(source.tensors)
+    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
+    assert {pieces.whole(name) for name in source.tensors} == found.keys()
 
 
 def test_without_sharing_nothing_changes(tokens: Tensor, saved) -> None:
@@ -150,7 +163,7 @@ def test_any_map_is_calibrated(case: str, sources: list[int], tokens: Tensor, sa
     assert divergence(model, after, tokens) < 0.8 * divergence(model, before, tokens)
 
 
-@pytest.mark.parametrize("case", DENSE)
+@pytest.mark.parametrize("case", CASES)
 def test_calibration_beats_the_owners_own_projections(case: str, tokens: Tensor, saved) -> None:
     model = source_model(case)
     source = saved(model)
@@ -233,12 +246,6 @@ def test_bfloat16_products_stay_close(tokens: Tensor, saved) -> None:
         for dtype in (torch.float32, torch.bfloat16)
     ]
     assert damage[1] == pytest.approx(damage[0], rel=0.1)
-
-
-@pytest.mark.parametrize("case", CASES.keys() - DENSE)
-def test_mixtures_of_experts_are_refused(case: str, tokens: Tensor, saved) -> None:
-    with pytest.raises(InputError, match="other pieces"):
-        patches_of(saved(source_model(case)), [0, 1, 1, 3, 4, 5], tokens)
 
 
 def test_no_tokens_are_refused(saved) -> None:

@@ -8,9 +8,10 @@ from cla_convert.conversion.convert import convert
 from cla_convert.conversion.plan import make_plan
 from cla_convert.conversion.sharing import groups_of, sharing_map
 from cla_convert.models.checkpoint import Checkpoint
-from cla_convert.models.export import load_model, register
+from cla_convert.models.export import cla_classes, load_model, register
 from cla_convert.models.families import FAMILIES, KV_MODULES
 from cla_convert.models.shape import shape_of
+from cla_convert.models.verify import planned_bytes
 from cla_convert.recipe import Train
 from cla_convert.training.objective import Objective
 from tests.conftest import byte_tokenizer
@@ -151,6 +152,18 @@ def test_cache_holds_exactly_the_owners(case, implementation, ids):
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_the_cache_is_as_large_as_verify_demands(case, ids, tmp_path):
+    """Computed from config.json alone, for every layer: beyond the window, too (24 tokens, windows of 8)."""
+    model = cla_model(case, share(case, "cla2-keep-ends"))
+    model.config.save_pretrained(tmp_path)
+    with torch.inference_mode():
+        cache = model(ids[:1], use_cache=True).past_key_values
+        cache = model(ids[:1, :1], past_key_values=cache).past_key_values
+    held = [sum(t.nbytes for t in (layer.keys, layer.values) if t is not None) for layer in cache.layers]
+    assert planned_bytes(tmp_path, 25) == held
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_gradients_do_not_depend_on_activation_checkpointing(case, ids):
     def gradients(checkpointing: bool) -> dict[str, torch.Tensor]:
         model = cla_model(case, share(case, "cla3")).train()
@@ -189,6 +202,28 @@ def test_consumers_have_no_kv_parameters(case):
 def test_reentrant_checkpointing_is_refused(case):
     with pytest.raises(ValueError, match="use_reentrant"):
         cla_model(case, share(case, "cla2")).activation_checkpointing_enable({"use_reentrant": True})
+
+
+@pytest.mark.parametrize("case", ["mixtral", "qwen3_moe"])
+def test_experts_run_as_in_the_source_model(case, ids):
+    """transformers allows its fast implementation to classes in whose file it finds a word, and else says nothing."""
+    settings, sources = tiny_config(case).to_dict(), share(case, "cla2-keep-ends")
+    settings.pop("model_type")
+    classes = cla_classes(FAMILIES[CASES[case][0]])
+    model = classes["ForCausalLM"](classes["Config"](**settings, kv_source_layers=sources)).eval()
+    source = AutoModelForCausalLM.from_config(tiny_config(case))
+    assert model.config._experts_implementation == source.config._experts_implementation == "grouped_mm"
+    with torch.inference_mode():
+        fast = model(ids).logits
+        model.set_experts_implementation("eager")
+        torch.testing.assert_close(fast, model(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_old_flag_for_activation_checkpointing_is_heeded(case):
+    model = cla_model(case, share(case, "cla2"), gradient_checkpointing=True)
+    assert all(layer.gradient_checkpointing for layer in model.get_submodule(FAMILIES[CASES[case][0]].layers))
+    assert not hasattr(model.config, "gradient_checkpointing")  # used up, as in transformers
 
 
 @pytest.mark.parametrize("case", CASES)
