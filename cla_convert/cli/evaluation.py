@@ -34,6 +34,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Documents per task: the first so many.")] = None,
     task_data: TaskData = None,
     out: Annotated[Path | None, typer.Option(help="Folder for results (per task, resumable).")] = None,
+    backend: Annotated[str | None, typer.Option(help="What scores the tasks: hf, or vllm if installed.")] = None,
     recipe: Recipe = None,
     revision: Revision = None,
     allow_pickle: AllowPickle = False,
@@ -48,6 +49,7 @@ def evaluate(
     import tempfile
 
     from ..environment import pick_device
+    from ..evaluation.backend import check_backend
     from ..evaluation.harness import check_tasks
     from ..evaluation.points import Bench, evaluate_points, shared_work
     from ..evaluation.results import render
@@ -55,11 +57,12 @@ def evaluate(
     from ..models.source import resolve_source
 
     options = {"eval.tasks": tasks.split(",") if tasks else None, "eval.limit": limit, "eval.task_data": task_data}
-    settings = settings_of(recipe, sets, options)
+    settings = settings_of(recipe, sets, options | {"eval.backend": backend})
+    device = pick_device(settings.device)
+    check_backend(settings.eval, device)
     check_tasks(settings.eval)
     check_texts(settings.eval.perplexity)
     folder = resolve_source(model, revision=revision, allow_pickle=allow_pickle)
-    device = pick_device(settings.device)
     with tempfile.TemporaryDirectory() as scratch:
         texts = Texts(settings.eval.perplexity)
         bench = Bench(out or Path(scratch), device, settings.seed, texts, accelerator=shared_work(device))

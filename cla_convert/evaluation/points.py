@@ -60,6 +60,8 @@ def evaluate_points(points: dict[str, Path], spec: Evaluate, bench: Bench) -> di
         try:
             return {name: _measure(name, model, settled, bench, name == first) for name, model in points.items()}
         except batch.BatchTooLarge as error:
+            if spec.backend == "vllm":  # not a task but a text, one window at a time
+                raise batch.too_long() from error
             if bench.accelerator:  # the others wait for this process's share: nothing can be repeated together
                 fix = f"Lower eval.batch_size to {max(1, size // 2)}; finished tasks are measured anew with it."
                 raise InputError(f"Out of memory with batch size {size}", fix=fix) from error
