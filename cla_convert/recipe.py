@@ -302,7 +302,8 @@ class Evaluate(Section):
     """Requests per forward pass, the same at every point, because scores can move with it. auto: the largest power of
     two up to 64 that fits, found once on the source model (on a CPU: 8). Out of memory halves it, for all points."""
     backend: Literal["hf", "vllm"] = "hf"
-    """What scores the tasks, at every point: transformers, or vLLM where it is installed (docs/evaluation.md)."""
+    """What scores the tasks, at every point: transformers, or vLLM where it is installed, which forms batches by itself
+    (docs/evaluation.md)."""
     vllm: dict[str, Any] = {}
     """Further arguments of vLLM's engine, such as {tensor_parallel_size: 2, gpu_memory_utilization: 0.5}."""
     max_length: int = Field(default=2048, ge=16)

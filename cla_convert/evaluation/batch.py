@@ -28,10 +28,6 @@ ON_CPU = 8
 """A CPU does not run out of memory before it is slow; larger batches only pad more."""
 
 
-ON_VLLM = 1024
-"""Requests handed to vLLM at a time."""
-
-
 class BatchTooLarge(Exception):
     """The device ran out of memory with this batch size."""
 
@@ -51,8 +47,6 @@ def out_of_memory() -> Iterator[None]:
 
 def settle(spec: Evaluate, model_dir: Path, out: Path, device: str, dtype: str) -> int:
     """The batch size of this run: what is on record for the same request, else the recipe's, else probed."""
-    if spec.backend == "vllm":  # forms batches by itself, of what its memory holds
-        return ON_VLLM
     kind = device.partition(":")[0]
     record = read_json(out / FILE) or {}
     if (record.get("requested"), record.get("device")) == (spec.batch_size, kind):

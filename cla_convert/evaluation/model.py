@@ -27,9 +27,7 @@ Base: Any = HFLM  # its registration decorator hides the class from type checker
 class MeteredLM(Metered, Base):
     """HFLM that reports tokens as it goes, and counts the requests that it had to shorten."""
 
-    def __init__(
-        self, model: Any, tokenizer: Any, *, batch_size: int, context: int, accelerator: Any = None
-    ) -> None:
+    def __init__(self, model: Any, tokenizer: Any, *, batch_size: int, context: int, accelerator: Any = None) -> None:
         # The batch size must be given here: simple_evaluate ignores its own with a model object.
         super().__init__(
             context=context, pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=context

@@ -60,8 +60,6 @@ def evaluate_points(points: dict[str, Path], spec: Evaluate, bench: Bench) -> di
         try:
             return {name: _measure(name, model, settled, bench, name == first) for name, model in points.items()}
         except batch.BatchTooLarge as error:
-            if spec.backend == "vllm":  # not a task but a text, one window at a time
-                raise batch.too_long() from error
             if bench.accelerator:  # the others wait for this process's share: nothing can be repeated together
                 fix = f"Lower eval.batch_size to {max(1, size // 2)}; finished tasks are measured anew with it."
                 raise InputError(f"Out of memory with batch size {size}", fix=fix) from error
@@ -77,7 +75,8 @@ def _measure(name: str, model: Path, spec: Evaluate, bench: Bench, first: bool) 
     )  # fmt: skip
     if not result:  # not the first process
         return result
-    common = common_settings(spec, choose_dtype("auto", device), device, seed)
+    here = spec.model_copy(update={"backend": "hf"})  # texts are read with transformers, whatever scores the tasks
+    common = common_settings(here, choose_dtype("auto", device), device, seed)
     return result | {"texts": measure_texts(bench.texts, model, bench.out / name, common, result["model_fingerprint"])}
 
 

@@ -21,10 +21,11 @@ from ..errors import InputError, UsageError
 from ..models.checkpoint import Checkpoint
 from ..models.export import register
 from ..models.families import FAMILIES
-from .batch import ON_VLLM
 from .metered import Metered
 from .model import fed_tokens
 
+REQUESTS = 1024
+"""Handed to vLLM at a time; it forms batches by itself."""
 LOGITS = 2**29
 """Logits of a forward pass at most, 2 GiB in float32: log-probabilities of a prompt take all of them, which vLLM does
 not count when it measures how much memory the cache may have."""
@@ -90,7 +91,7 @@ def load_vllm(model_dir: Path, *, device: str, dtype: str, max_length: int, seed
         try:
             return VllmLM(
                 context=context, pretrained=str(_with_our_code(model_dir, config, Path(scratch))), dtype=dtype,
-                trust_remote_code=True, batch_size=ON_VLLM, max_model_len=context + SPARE, seed=seed, **arguments,
+                trust_remote_code=True, batch_size=REQUESTS, max_model_len=context + SPARE, seed=seed, **arguments,
             )  # fmt: skip
         except Exception as error:
             raise _failed(f"vLLM cannot run the model in {model_dir}", error) from error
