@@ -91,6 +91,8 @@ def rate(row: Json | None) -> str:
         return MISSING
     if not row["fits"]:
         return "does not fit"
+    if len(row["runs"]) == 1:
+        return number(row["tokens_per_second"], 3)
     return f"{number(row['tokens_per_second'], 3)} ({number(row['low'], 3)} - {number(row['high'], 3)})"
 
 

@@ -36,4 +36,4 @@ def test_both_backends_agree_at_every_point(tmp_path: Path):
                 assert ours["prompt_hash"] == theirs["prompt_hash"]
                 assert ours.get("loglikelihoods", []) == pytest.approx(theirs.get("loglikelihoods", []), abs=1e-3)
                 for metric, value in ours["metrics"].items():
-                    assert theirs["metrics"][metric] == pytest.approx(value, abs=1e-3), (task, metric)
+                    assert theirs["metrics"][metric] == pytest.approx(value, abs=1e-3, rel=1e-6), (task, metric)

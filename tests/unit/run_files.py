@@ -89,10 +89,10 @@ def bench_result() -> dict:
         for phase, batch in (("prefill", 1), ("decode", 1), ("decode", 8), ("decode", 16)):
             row = {"model": name, "phase": phase, "batch": batch, "fits": batch <= largest}
             runs = [batch * rate * factor for factor in (0.9, 1.0, 1.1)]
-            speed.append(row | ({"tokens_per_second": runs[1], "low": runs[0], "high": runs[2], "runs": runs}
+            speed.append(row | ({"tokens_per_second": runs[1], "low": runs[0], "high": runs[2], "runs": runs, "steps": None}
                                 if row["fits"] else {}))  # fmt: skip
     return {
-        "device": "cuda", "dtype": "bfloat16", "prompt": 56, "new": 8, "repetitions": 3, "models": models,
+        "device": "cuda", "dtype": "bfloat16", "prompt": 56, "new": 8, "turns": 3, "seconds": 60.0, "cut": [], "models": models,
         "memory": {"bytes": 10**9, "enforced": True, "meaning": "for all that torch allocates."}, "speed": speed,
     }  # fmt: skip
 
