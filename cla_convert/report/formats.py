@@ -156,12 +156,10 @@ def cla_cost(row: Json) -> str:
     return f"{points(cost.get('delta'))} {points_interval(cost.get('ci95'))}".strip()
 
 
-def perplexity_cost(row: Json) -> str:
-    """After against control, of a row of the table of perplexities: `+1.5%, +0.31 [+0.2, +0.42]`."""
+def cost_interval(row: Json) -> str:
+    """After minus control, of a row of the table of perplexities: `+0.31 [+0.2, +0.42]`; nothing without windows."""
     cost = row.get("cla_cost") or {}
-    if cost.get("delta") is None:
-        return change(row["cla_cost_relative"])
-    return f"{change(row['cla_cost_relative'])}, {cost['delta']:+.3g} {interval(cost['ci95'])}".strip()
+    return "" if cost.get("delta") is None else f"{cost['delta']:+.3g} {interval(cost['ci95'])}".strip()
 
 
 def found(cell: Json | None) -> str:

@@ -33,7 +33,7 @@ def environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
     named = ["cell", "prose", "percent", "points", "points_interval", "number", "ratio", "factor", "times", "rate",
-             "change", "cla_cost", "perplexity_cost", "found", "layer_bytes", "interval", "bracket", "count", "integer",
+             "change", "cla_cost", "cost_interval", "found", "layer_bytes", "interval", "bracket", "count", "integer",
              "duration", "model_name"]  # fmt: skip
     env.filters |= {name: getattr(formats, name) for name in named}
     env.filters |= {"p": formats.p_value, "bytes": formats.size, "yaml": formats.to_yaml}
