@@ -39,7 +39,10 @@ def bench_notes(bench: Json) -> list[str]:
         "same memory.",
     ]
     if bench.get("cut"):
-        notes.append(f"Cut short, to end within {bench['seconds']:g} s of timing: {'; '.join(bench['cut'])}.")
+        notes.append(
+            f"Cut short, to end within {bench['seconds']:g} s of timing: {'; '.join(bench['cut'])}. "
+            "A figure of a single turn may be off by whatever else the machine did: raise --seconds."
+        )
     if equal := at_equal_memory(bench):
         batches = [bench["models"][name]["largest_batch"] for name in ("source", "converted")]
         notes.insert(
