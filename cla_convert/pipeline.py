@@ -158,6 +158,7 @@ class Run:
 
 def check_before_work(run: Run) -> None:
     """Find out now what would otherwise fail after hours: tasks, text, tokenizer, disk."""
+    from .evaluation.backend import check_backend
     from .evaluation.harness import check_tasks
     from .evaluation.texts import check_texts
     from .models.export import load_tokenizer
@@ -165,6 +166,7 @@ def check_before_work(run: Run) -> None:
     from .training.teacher import check_teacher
     from .training.trackers import check_trackers
 
+    check_backend(run.recipe.eval, run.device)
     check_tasks(run.recipe.eval, run.source, run.recipe.seed)
     check_texts(run.recipe.eval.perplexity)
     load_tokenizer(run.source)

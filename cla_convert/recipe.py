@@ -304,6 +304,11 @@ class Evaluate(Section):
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 8
     """Requests per forward pass, the same at every point, because scores can move with it. auto: the largest power of
     two up to 64 that fits, found once on the source model (on a CPU: 8). Out of memory halves it, for all points."""
+    backend: Literal["hf", "vllm"] = "hf"
+    """What scores the tasks, at every point: transformers, or vLLM where it is installed, which forms batches by itself
+    (docs/evaluation.md)."""
+    vllm: dict[str, Any] = {}
+    """Further arguments of vLLM's engine, such as {tensor_parallel_size: 2, gpu_memory_utilization: 0.5}."""
     max_length: int = Field(default=2048, ge=16)
     """Longest context fed to the model."""
     margin: float = Field(default=0.01, ge=0)

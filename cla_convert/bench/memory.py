@@ -13,6 +13,8 @@ STEPS = 2
 """Decoding steps that a cache must survive to count as fitting."""
 UNIT = 64
 """The longest context is found to within so many tokens."""
+TOLERANCE = 0.01
+"""On a device that refuses, where every try costs seconds, the search stops this close to the answer."""
 LIMIT = 2**24
 """Where a search gives up: a model of sliding windows only takes any length."""
 CPU_CACHE = 2**30
@@ -107,10 +109,14 @@ def _allocate(subject: Subject, budget: Budget, batch: int, length: int) -> bool
 
 
 def capacity(subject: Subject, budget: Budget, length: int) -> dict[str, int]:
-    """Largest batch at `length` tokens, and longest context of one sequence; 0 where not even one fits."""
+    """Largest batch at `length` tokens, and longest context of one sequence; 0 where not even one fits.
+
+    Where memory is counted both are exact; where it is really filled they fit, and 1% more may fit too.
+    """
+    close = TOLERANCE if budget.enforced else 0.0
     batch_guess, context_guess = _guesses(subject, budget.bytes - subject.weight_bytes, length)
-    batch = largest(lambda n: fits(subject, budget, n, length), batch_guess)
-    units = largest(lambda n: fits(subject, budget, 1, n * UNIT), context_guess // UNIT)
+    batch = largest(lambda n: fits(subject, budget, n, length), batch_guess, tolerance=close)
+    units = largest(lambda n: fits(subject, budget, 1, n * UNIT), context_guess // UNIT, tolerance=close)
     return {"largest_batch": batch, "longest_context": units * UNIT}
 
 
@@ -124,22 +130,24 @@ def _guesses(subject: Subject, room: int, length: int) -> tuple[int, int]:
     return room // whole, round(room / growth) if growth else UNIT * LIMIT  # full windows do not grow
 
 
-def largest(holds: Callable[[int], bool], guess: int, limit: int = LIMIT) -> int:
+def largest(holds: Callable[[int], bool], guess: int, limit: int = LIMIT, tolerance: float = 0.0) -> int:
     """The largest n in 0..limit for which `holds`, given that it holds up to some n and not beyond.
 
-    Starts at `guess` and doubles its steps until the answer lies between two tries; bisection does the rest.
+    Starts at `guess` and doubles its steps until the answer lies between two tries; bisection does the rest. With a
+    tolerance the answer holds, and is too small by at most that part of it.
     """
-    low, high, step = 0, min(max(1, guess), limit), 1
+    first = max(1, int(guess * tolerance))
+    low, high, step = 0, min(max(1, guess), limit), first
     while holds(high):
         if high == limit:
             return limit
         low, high, step = high, min(high + step, limit), 2 * step
     if not low:
-        step = 1
+        step = first
         while high > step and not holds(high - step):
             high, step = high - step, 2 * step
         low = max(0, high - step)
-    while high - low > 1:
+    while high - low > max(1, int(low * tolerance)):
         middle = (low + high) // 2
         low, high = (middle, high) if holds(middle) else (low, middle)
     return low

@@ -42,14 +42,25 @@ def write_comparison(run_dir: Path, *, margin: float, seed: int) -> Json:
 
 
 def compare_run(run_dir: Path, *, margin: float, seed: int) -> Json:
-    """Compare `before` with the last measured point of a run folder (see above)."""
+    """Compare `before` with the last measured point of a run folder."""
     folder = run_dir / "eval"
-    point = next((p for p in ("after", "converted") if (folder / p / "results.json").exists()), None)
-    measured = [read_json(folder / side / "results.json") or {} for side in ("before", point or "converted")]
-    if not all(measured):
-        point = None
-    comparisons, problems = _tasks(folder, list(measured[0]["tasks"]), point, margin, seed) if point else ([], [])
-    if point and measured[0].get("specification_hash") != measured[1].get("specification_hash"):
+    last = next((point for point in ("after", "converted") if (folder / point / "results.json").exists()), "converted")
+    return compare_points(folder, "before", last, margin=margin, seed=seed)
+
+
+def compare_points(folder: Path, left: str, right: str, *, margin: float, seed: int) -> Json:
+    """Compare two measured points, document by document and window by window (see above).
+
+    Args:
+        folder: eval/ of a run folder.
+        left, right: points; the differences are right - left. Where one of them was not measured, `compared` is None.
+        margin: of non-inferiority, in accuracy.
+        seed: of the resampling.
+    """
+    sides = [read_json(folder / side / "results.json") or {} for side in (left, right)]
+    point = right if all(sides) else None
+    comparisons, problems = _tasks(folder, list(sides[0]["tasks"]), left, right, margin, seed) if point else ([], [])
+    if point and sides[0].get("specification_hash") != sides[1].get("specification_hash"):
         problems.append("The points were not measured alike: their evaluation specifications differ.")
     chosen = primary(comparisons)
     # Retrieval is judged by itself: how much it would weigh in a mean depends on the grid that was asked for.
@@ -65,7 +76,7 @@ def compare_run(run_dir: Path, *, margin: float, seed: int) -> Json:
         "status": summary["verdict"] if summary else "not_measured",
         "mean_accuracy": summary,
         "tasks": tasks,
-        "perplexity": _texts(folder, point, seed) if point else {},
+        "perplexity": _texts(folder, left, right, seed) if point else {},
         "problems": problems,
         "gate": judge(summary, tasks, problems),
     }
@@ -81,12 +92,14 @@ def primary(comparisons: list[Comparison]) -> list[Comparison]:
     return list(chosen.values())
 
 
-def _tasks(folder: Path, names: list[str], point: str, margin: float, seed: int) -> tuple[list[Comparison], list[str]]:
+def _tasks(
+    folder: Path, names: list[str], left: str, right: str, margin: float, seed: int
+) -> tuple[list[Comparison], list[str]]:
     """The comparisons of all tasks and metrics, and why some are missing."""
     found: list[Comparison] = []
     problems: list[str] = []
     for name in names:
-        before, after = (read_json(task_file(folder / side, name)) for side in ("before", point))
+        before, after = (read_json(task_file(folder / side, name)) for side in (left, right))
         if before is None or after is None:
             problems.append(f"{name}: no per-document results for both points, so no interval.")
             continue
@@ -117,15 +130,13 @@ def _table(comparisons: list[Comparison], chosen: list[Comparison], margin: floa
     return table
 
 
-def _texts(folder: Path, point: str, seed: int) -> dict[str, Json]:
+def _texts(folder: Path, left: str, right: str, seed: int) -> dict[str, Json]:
     """Perplexity of the held-out text and of text files, compared window by window."""
     files = {"held_out": "held_out.json"}
-    files |= {
-        path.stem: f"perplexity/{path.name}" for path in sorted((folder / "before" / "perplexity").glob("*.json"))
-    }
+    files |= {path.stem: f"perplexity/{path.name}" for path in sorted((folder / left / "perplexity").glob("*.json"))}
     table = {}
     for name, file in files.items():
-        sides: list[Any] = [(read_json(folder / side / file) or {}).get("windows") for side in ("before", point)]
+        sides: list[Any] = [(read_json(folder / side / file) or {}).get("windows") for side in (left, right)]
         if not all(sides) or [tokens for _, tokens in sides[0]] != [tokens for _, tokens in sides[1]]:
             continue
         pairs = np.array([[(-nats, tokens) for nats, tokens in side] for side in sides]).swapaxes(0, 1)

@@ -18,6 +18,7 @@ from .. import console
 from ..environment import pick_device
 from ..files import write_json
 from ..recipe import Evaluate
+from .backend import load_backend
 from .batch import out_of_memory
 from .fingerprint import model_fingerprint
 from .prepare import Prepared, prepare, reset
@@ -78,7 +79,7 @@ def evaluate(
         if accelerator:
             accelerator.wait_for_everyone()  # nobody writes before all have looked at what is there
         missing = [task for task in prepared if done[task.name] is None]
-        for name, result in _run(missing, model_dir, common, seed, label, accelerator):
+        for name, result in _run(missing, model_dir, spec, common, label, accelerator):
             if first:
                 done[name] = result = result | {"identity": identity[name]}
                 store(name, result, out_dir, cache_dir)
@@ -103,7 +104,9 @@ def check_tasks(spec: Evaluate, model_dir: Path | None = None, seed: int = 0) ->
 
 def common_settings(spec: Evaluate, dtype: str, device: str, seed: int, processes: int = 1) -> dict[str, Any]:
     """What all tasks of a specification share. Versions belong to it: scores may move with them."""
+    packages = ["lm-eval", "torch", "transformers", "tokenizers", *(["vllm"] if spec.backend == "vllm" else [])]
     return {
+        "backend": {spec.backend: spec.vllm if spec.backend == "vllm" else {}},
         "batch_size": spec.batch_size,
         "rolling_batch_size": 1,
         "max_length": spec.max_length,
@@ -111,28 +114,26 @@ def common_settings(spec: Evaluate, dtype: str, device: str, seed: int, processe
         "device": device.partition(":")[0],
         "processes": processes,
         "seed": seed,
-        "versions": {name: version(name) for name in ("lm-eval", "torch", "transformers", "tokenizers")},
+        "versions": {name: version(name) for name in packages},
     }
 
 
 def _run(
-    tasks: list[Prepared], model_dir: Path, common: dict[str, Any], seed: int, label: str, accelerator: Any
+    tasks: list[Prepared], model_dir: Path, spec: Evaluate, common: dict[str, Any], label: str, accelerator: Any
 ) -> Results:
     """Load the model once and yield (name, result) as each task finishes. Nothing to run: nothing is loaded."""
-    from .model import load
-
     if not tasks:
         return
-
-    settings = {key: common[key] for key in ("device", "dtype", "batch_size", "max_length")}
-    lm = load(model_dir, **settings, accelerator=accelerator)
     total = sum(task.characters for task in tasks) // CHARACTERS_PER_TOKEN
     hidden = accelerator is not None and not accelerator.is_main_process
-    with closing(console.progress(total, f"eval {label}".strip(), unit="tok", disable=hidden)) as bar:
+    with (
+        closing(load_backend(model_dir, spec, common, accelerator)) as lm,
+        closing(console.progress(total, f"eval {label}".strip(), unit="tok", disable=hidden)) as bar,
+    ):
         for task in tasks:
             bar.set_postfix_str(task.name)
             with out_of_memory():
-                result = _run_task(task, lm, bar, seed)
+                result = _run_task(task, lm, bar, common["seed"])
             yield task.name, result
 
 
@@ -156,12 +157,12 @@ def _run_task(task: Prepared, lm: Any, bar: Any, seed: int) -> dict[str, Any]:
     if output is None:  # the results are with the first process
         return {}
     if truncated:
-        console.warn(f"{task.name}: {truncated} requests exceed {lm.max_length} tokens and lost their start")
+        console.warn(f"{task.name}: {truncated} requests exceed {lm.context} tokens and lost their start")
     values, stderr = scores(output["results"][task.name])
     return {
         "task": task.name, "scores": values, "stderr": stderr, "n": task.frozen["n"],
         "higher_is_better": output["higher_is_better"].get(task.name, {}), "specification": task.frozen,
-        "truncated": truncated, "max_length": lm.max_length, "seconds": round(time.monotonic() - began, 3),
+        "truncated": truncated, "max_length": lm.context, "seconds": round(time.monotonic() - began, 3),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "subtasks": {name: scores(output["results"][name])[0] for name in task.tasks["tasks"] if name != task.name},
         "samples": compact(output["samples"]), **grid(task.frozen["source"], output["samples"]),

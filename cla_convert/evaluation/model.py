@@ -1,14 +1,13 @@
 """The model as lm-eval sees it: HFLM on a live model, with our progress bar and bounded memory."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from ..errors import InputError
 from .batch import BatchTooLarge, out_of_memory, too_long
+from .metered import Metered
 
 
 def choose_dtype(dtype: str, device: str) -> str:
@@ -25,27 +24,17 @@ def choose_dtype(dtype: str, device: str) -> str:
 Base: Any = HFLM  # its registration decorator hides the class from type checkers
 
 
-class MeteredLM(Base):
+class MeteredLM(Metered, Base):
     """HFLM that reports tokens as it goes, and counts the requests that it had to shorten."""
 
-    def __init__(
-        self, model: Any, tokenizer: Any, *, batch_size: int, max_length: int, accelerator: Any = None
-    ) -> None:
+    def __init__(self, model: Any, tokenizer: Any, *, batch_size: int, context: int, accelerator: Any = None) -> None:
         # The batch size must be given here: simple_evaluate ignores its own with a model object.
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
+        super().__init__(
+            context=context, pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=context
+        )
         if accelerator is not None:  # with a model object lm-eval leaves this to the caller
             self.accelerator = accelerator
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
-        self.on_tokens: Callable[[int], None] = lambda _: None
-        self.truncated = 0
-
-    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
-        """As HFLM, without its bar."""
-        return super().loglikelihood(requests, disable_tqdm=True)
-
-    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
-        """As HFLM, without its bar."""
-        return super().generate_until(requests, disable_tqdm=True)
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
         """As HFLM, one window at a time.
@@ -56,7 +45,7 @@ class MeteredLM(Base):
         batch_size, self.batch_size_per_gpu = self.batch_size_per_gpu, 1
         try:
             with out_of_memory():
-                return super().loglikelihood_rolling(requests, disable_tqdm=True)
+                return super().loglikelihood_rolling(requests)
         except BatchTooLarge as error:  # a smaller batch would change nothing
             raise too_long() from error
         finally:
@@ -67,17 +56,6 @@ class MeteredLM(Base):
         if self.world_size == 1:
             return self.truncated
         return int(self.accelerator.reduce(torch.tensor(self.truncated, device=self.device)).item())
-
-    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
-        longest = max(len(target) for _, _, target in requests)
-        if longest > self.max_length:  # lm-eval stops at a bare assertion here
-            raise InputError(
-                f"An answer of {longest} tokens does not fit into the context of {self.max_length}",
-                why="eval.max_length, or what the model was built for, is shorter than an answer to be scored.",
-                fix="Raise eval.max_length, or leave this task out.",
-            )
-        self.truncated += sum(len(context) + len(target) > self.max_length + 1 for _, context, target in requests)
-        return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
 
     def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         logits = super()._model_call(inps, *args, **kwargs)
@@ -93,9 +71,9 @@ def load(
 
     place = str(accelerator.device) if accelerator is not None else device
     model = load_model(model_dir, dtype=dtype, device=place).eval()
-    length = fed_tokens(model.config, max_length)
+    context = fed_tokens(model.config, max_length)
     tokenizer = load_tokenizer(model_dir)
-    return MeteredLM(model, tokenizer, batch_size=batch_size, max_length=length, accelerator=accelerator)
+    return MeteredLM(model, tokenizer, batch_size=batch_size, context=context, accelerator=accelerator)
 
 
 def fed_tokens(config: Any, max_length: int) -> int:

@@ -75,7 +75,8 @@ def _measure(name: str, model: Path, spec: Evaluate, bench: Bench, first: bool) 
     )  # fmt: skip
     if not result:  # not the first process
         return result
-    common = common_settings(spec, choose_dtype("auto", device), device, seed)
+    here = spec.model_copy(update={"backend": "hf"})  # texts are read with transformers, whatever scores the tasks
+    common = common_settings(here, choose_dtype("auto", device), device, seed)
     return result | {"texts": measure_texts(bench.texts, model, bench.out / name, common, result["model_fingerprint"])}
 
 

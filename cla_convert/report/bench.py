@@ -8,7 +8,7 @@ from .run_folder import Json
 
 
 def speed_table(bench: Json) -> list[Json]:
-    """One row per phase and batch: phase, batch, source, converted (their rows of `bench`), ratio.
+    """One row per phase and batch: phase, batch, source, converted (their rows of `bench`), turns, ratio.
 
     The ratio is the median over repetitions of converted to source, two runs that followed each other: what else the
     machine did meanwhile falls out.
@@ -18,18 +18,19 @@ def speed_table(bench: Json) -> list[Json]:
         found.setdefault((row["phase"], row["batch"]), {})[row["model"]] = row
     table = []
     for (phase, batch), models in sorted(found.items(), key=lambda item: (item[0][0] != "prefill", item[0][1])):
-        runs = zip(models["converted"].get("runs", []), models["source"].get("runs", []), strict=False)
-        ratio = statistics.median(ratios) if (ratios := [ours / theirs for ours, theirs in runs]) else None
-        table.append({"phase": phase, "batch": batch, **models, "ratio": ratio})
+        ours, theirs = (models[name].get("runs", []) for name in ("converted", "source"))
+        ratio = statistics.median(ratios) if (ratios := [a / b for a, b in zip(ours, theirs, strict=False)]) else None
+        table.append({"phase": phase, "batch": batch, **models, "turns": max(len(ours), len(theirs)), "ratio": ratio})
     return table
 
 
 def bench_notes(bench: Json) -> list[str]:
     """What the tables mean, and what sharing does not speed up."""
     notes = [
-        f"Memory: {human_bytes(bench['memory']['bytes'])} for each model, {bench['memory']['meaning']}",
-        f"Speed: median of {bench['repetitions']} runs, lowest to highest in brackets; the two models take turns, and "
-        "the ratio is the median over turns. The same shapes run once untimed before. Decoding starts with "
+        f"Memory: {human_bytes(bench['memory']['bytes'])} for each model, {bench['memory']['meaning']}"
+        + (" The largest batch and context are found to within 1%." if bench["memory"]["enforced"] else ""),
+        "Speed: median over turns, lowest to highest in brackets; the two models take turns, and the ratio is the "
+        "median over turns. The same shapes run once untimed before. Decoding starts with "
         f"{bench['prompt']} tokens in the cache and generates {bench['new']}, with the dynamic cache of transformers, "
         "which copies itself at every step.",
         "Sharing does not speed up prefill: only the key and value projections of consumer layers are saved. Nor does "
@@ -37,6 +38,11 @@ def bench_notes(bench: Json) -> list[str]:
         "there comes from writing and copying less. What sharing buys is a larger batch, or a longer context, in the "
         "same memory.",
     ]
+    if bench.get("cut"):
+        notes.append(
+            f"Cut short, to end within {bench['seconds']:g} s of timing: {'; '.join(bench['cut'])}. "
+            "A figure of a single turn may be off by whatever else the machine did: raise --seconds."
+        )
     if equal := at_equal_memory(bench):
         batches = [bench["models"][name]["largest_batch"] for name in ("source", "converted")]
         notes.insert(

@@ -91,6 +91,8 @@ def rate(row: Json | None) -> str:
         return MISSING
     if not row["fits"]:
         return "does not fit"
+    if len(row["runs"]) == 1:
+        return number(row["tokens_per_second"], 3)
     return f"{number(row['tokens_per_second'], 3)} ({number(row['low'], 3)} - {number(row['high'], 3)})"
 
 
@@ -152,6 +154,12 @@ def cla_cost(row: Json) -> str:
     """After minus control with its interval, of a row of the table of tasks."""
     cost = row.get("cla_cost") or {}
     return f"{points(cost.get('delta'))} {points_interval(cost.get('ci95'))}".strip()
+
+
+def cost_interval(row: Json) -> str:
+    """After minus control, of a row of the table of perplexities: `+0.31 [+0.2, +0.42]`; nothing without windows."""
+    cost = row.get("cla_cost") or {}
+    return "" if cost.get("delta") is None else f"{cost['delta']:+.3g} {interval(cost['ci95'])}".strip()
 
 
 def found(cell: Json | None) -> str:

@@ -2,63 +2,23 @@
 
 from typing import Any
 
-from ..errors import InputError
-from ..evaluation.stats import Comparison, compare, macro_average
+from ..evaluation.comparison import compare_points
 from .run_folder import POINTS, Json, RunFolder
 
 
 def comparison_of(run: RunFolder, margin: float, seed: int) -> Json:
     """Before against the last point: eval/comparison.json if evaluation left it, else computed here."""
-    point = run.last_point
-    if run.comparison and run.comparison.get("compared") == point:
+    point, fixed = run.last_point, run.comparison.get("margin", margin)
+    if run.comparison and (run.comparison.get("compared"), fixed) == (point, margin):
         return run.comparison
-    return compare_points(run, "before", point, margin, seed)
+    return compare_points(run.path / "eval", "before", point or "converted", margin=margin, seed=seed)
 
 
-def compare_points(run: RunFolder, left: str, right: str | None, margin: float, seed: int) -> Json:
-    """Compare two points document by document, in the shape of eval/comparison.json.
-
-    Returns:
-        compared (`right`, or None), status, mean_accuracy (or None), tasks {task: {metric: statistics}}, perplexity,
-        problems (what could not be compared, in words).
-    """
-    found: list[Comparison] = []
-    problems: list[str] = []
-    for task in run.results.get(left, {}).get("tasks", {}) if right in run.results else ():
-        before, after = run.task_file(left, task), run.task_file(right or "", task)
-        if before is None or after is None:
-            problems.append(f"{task}: no per-document results for both points, so no interval.")
-            continue
-        try:
-            found += compare(before, after, margin=margin, seed=seed)
-        except InputError as error:
-            problems.append(str(error).replace("\n", " "))
-    chosen = _primary(found)
-    summary = macro_average(chosen, margin=margin, seed=seed)
-    tasks: dict[str, dict[str, Json]] = {}
-    for one in found:
-        primary = any(one is another for another in chosen)
-        tasks.setdefault(one.task, {})[one.metric] = one.as_dict() | {"primary": primary}
-    return {
-        "compared": right if right in run.results else None,
-        "status": summary["verdict"] if summary else "not_measured",
-        "mean_accuracy": summary and summary | {"metrics": {one.task: one.metric for one in chosen}},
-        "tasks": tasks,
-        "perplexity": {},
-        "problems": problems,
-    }
-
-
-def _primary(comparisons: list[Comparison]) -> list[Comparison]:
-    """One 0/1 metric a task: acc_norm (log-likelihood per character) if it has it, else acc, else the first."""
-    chosen: dict[str, Comparison] = {}
-    rank = {"acc_norm": 0, "acc": 1}
-    for comparison in comparisons:
-        current = chosen.get(comparison.task)
-        better = current is None or rank.get(comparison.metric, 2) < rank.get(current.metric, 2)
-        if comparison.kind == "binary" and better:
-            chosen[comparison.task] = comparison
-    return list(chosen.values())
+def control_comparison(run: RunFolder, margin: float, seed: int) -> Json | None:
+    """The control against the uptrained model, in the same shape; None without a measured control."""
+    if "control" not in run.results:
+        return None
+    return compare_points(run.path / "eval", "control", "after", margin=margin, seed=seed)
 
 
 def task_table(run: RunFolder, comparison: Json, control: Json | None) -> dict[str, dict[str, Json]]:
@@ -87,19 +47,29 @@ def _row(run: RunFolder, comparison: Json, control: Json | None, task: str, metr
     else:
         row["delta"] = _difference(values["before"], values.get(comparison["compared"] or ""))
     if control:
-        cost = control["tasks"].get(task, {}).get(metric, {})
-        row["cla_cost"] = {key: cost.get(key) for key in ("delta", "ci95", "p_value")}
+        row["cla_cost"] = _cost(control["tasks"].get(task, {}).get(metric, {}))
     return row
 
 
-def perplexity_table(run: RunFolder, tasks: dict[str, dict[str, Json]], comparison: Json) -> dict[str, Json]:
-    """{name: {before, converted, after, control, unit, relative, cla_cost, ...}}: held-out text, text files, tasks."""
+def _cost(statistics: Json) -> Json:
+    return {key: statistics.get(key) for key in ("delta", "ci95", "p_value")}
+
+
+def perplexity_table(
+    run: RunFolder, tasks: dict[str, dict[str, Json]], comparison: Json, control: Json | None
+) -> dict[str, Json]:
+    """{name: {before, converted, after, control, unit, relative, cla_cost, ...}}: held-out text, text files, tasks.
+
+    With a control, `cla_cost` holds delta, ci95 and p_value of after against the control, paired by window or document.
+    """
     table: dict[str, Json] = {}
     for name in ["held_out", *dict.fromkeys(name for texts in run.texts.values() for name in texts)]:
         files = run.held_out if name == "held_out" else {p: t[name] for p, t in run.texts.items() if name in t}
         if files:
             statistics = {"ci95": None, "p_value": None} | comparison["perplexity"].get(name, {})
             table[name] = statistics | _text_row(files)
+            if control:
+                table[name]["cla_cost"] = _cost(control["perplexity"].get(name, {}))
     for task, metrics in tasks.items():
         for metric, unit in (("word_perplexity", "word"), ("perplexity", "answer")):
             if metric in metrics:

@@ -12,7 +12,7 @@ from ..recipe import Train
 from .figures import save_png, to_svg
 from .flips import find_flips
 from .grids import find_grids
-from .numbers import compare_points, comparison_of, kv_numbers, mean_at, perplexity_table, task_table
+from .numbers import comparison_of, control_comparison, kv_numbers, mean_at, perplexity_table, task_table
 from .page import render_page
 from .plots import draw_bench, draw_curves, draw_pareto
 from .render import render
@@ -56,9 +56,9 @@ def collect(run: RunFolder, others: Sequence[RunFolder] = ()) -> Json:
     settings = run.recipe.get("eval") or {}
     seed, margin = int(run.recipe.get("seed") or 0), float(settings.get("margin", 0.01))
     comparison = comparison_of(run, margin, seed)
-    against = compare_points(run, "control", "after", margin, seed) if "control" in run.results else None
+    against = control_comparison(run, margin, seed)
     tasks = task_table(run, comparison, against)
-    perplexity, kv = perplexity_table(run, tasks, comparison), kv_numbers(run)
+    perplexity, kv = perplexity_table(run, tasks, comparison, against), kv_numbers(run)
     summary, point = comparison["mean_accuracy"], comparison["compared"]
     control = _control(run, against, perplexity)
     return {

@@ -116,6 +116,11 @@ def _comparability(run: RunFolder) -> list[str]:
     found = []
     if len(set(hashes.values())) > 1:
         found.append("THE POINTS WERE NOT MEASURED ALIKE: their evaluation specifications differ. Evaluate them again.")
+    if "vllm" in next((r.get("specification", {}).get("backend", {}) for r in run.results.values()), {}):
+        found.append(
+            "Tasks were scored with vLLM, through transformers' modelling code at every point; perplexity of texts, "
+            "agreement and the KV cache were measured with transformers itself. Stock vLLM does not save the memory."
+        )
     quantization = (run.convert.get("source") or {}).get("quantization")
     if quantization:
         found.append(

@@ -10,6 +10,7 @@ import torch
 from cla_convert.bench import memory, speed
 from cla_convert.bench.bench import bench
 from cla_convert.bench.memory import Budget, capacity, fits, largest
+from cla_convert.bench.speed import Work
 from cla_convert.bench.subject import Subject, cache_bytes, decode, filled_cache, prefill, token_ids
 from cla_convert.cli.app import numbers_of, size_of
 from cla_convert.errors import InputError, UsageError
@@ -51,7 +52,7 @@ def test_bench_through_the_command_line(tiny_llama: Path, converted: Path, tmp_p
     assert (
         rows["source", "prefill", 100_000]["fits"] is rows["source", "decode", ours["largest_batch"]]["fits"] is False
     )
-    assert len(rows["converted", "decode", ours["largest_batch"]]["runs"]) == speed.REPETITIONS
+    assert len(rows["converted", "decode", ours["largest_batch"]]["runs"]) == speed.TURNS
     text = (out / "bench.md").read_text()
     assert "| KV bytes per token, measured | 768 | 512 | 1.50x smaller |" in text and "does not fit" in text
     assert (out / "bench.png").read_bytes().startswith(b"\x89PNG")
@@ -113,8 +114,38 @@ def test_running_out_of_memory_is_an_answer(tiny_llama: Path, monkeypatch: pytes
     ours = subject(tiny_llama)
     assert fits(ours, plenty, 1, 8) is False
     assert capacity(ours, plenty, 8) == {"largest_batch": 0, "longest_context": 0}
-    rows = speed.measure_speed([ours], {"source": [("prefill", 1), ("decode", 1)]}, plenty, 8, 4)
+    rows = speed.measure_speed([ours], {"source": [("prefill", 1), ("decode", 1)]}, plenty, Work(8, 4, 60))
     assert [row["fits"] for row in rows] == [True, False]
+
+
+def test_a_time_limit_costs_turns_and_tokens_of_the_slow_cases_and_says_so(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """On a clock that every decoded token moves by one second, a token of batch 9 by three."""
+    now, decoded = [0.0], []
+
+    def slow(_model, _cache, batch: int, steps: int) -> None:
+        now[0] += steps * (3 if batch == 9 else 1)
+        decoded.append((batch, steps))
+
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(speed.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(speed, "decode", slow)
+    monkeypatch.setattr(speed, "RUN_SECONDS", 6)
+    both = [subject(tiny_llama, name) for name in ("source", "converted")]
+    cases = {name: [("decode", 1), ("decode", 9)] for name in ("source", "converted")}
+    rows = speed.measure_speed(both, cases, Budget(2**30, "cpu"), Work(8, 33, 84))
+    # Batch 1 takes 6 tokens and one to warm up, batch 9 the 4 that are the least: rounds of 14 and 30 seconds.
+    assert decoded[:8] == [(1, 1), (1, 6)] * 2 + [(9, 1), (9, 4)] * 2
+    assert {(row["batch"], len(row["runs"]), row["steps"]) for row in rows} == {(1, 3, 6), (9, 1, 4)}
+    assert [row["tokens_per_second"] for row in rows if row["batch"] == 9] == [3.0, 3.0]
+    assert now[0] == 3 * 14 + 30 <= 84
+    assert speed.cut(rows, 33) == [
+        "decode at batch 1: 3 of 5 turns, 6 of 32 tokens",
+        "decode at batch 9: 1 of 5 turns, 4 of 32 tokens",
+    ]
+    plenty = speed.measure_speed(both, cases, Budget(2**30, "cpu"), Work(8, 4, 10**6))
+    assert {len(row["runs"]) for row in plenty} == {speed.TURNS} and speed.cut(plenty, 4) == []
 
 
 def test_a_gpu_is_capped_at_the_budget_and_the_other_models_weights(monkeypatch: pytest.MonkeyPatch):
@@ -141,6 +172,9 @@ def test_the_search_finds_the_largest_wherever_it_starts(answer: int, guess: int
     assert largest(holds, guess, limit=1 << 20) == answer
     assert len(tried) <= 30 and max(tried) <= max(guess, 2 * answer, 1) + 2
     assert largest(lambda _: True, guess, limit=4096) == 4096
+    tried.clear()
+    close = largest(holds, guess, limit=1 << 20, tolerance=0.1)
+    assert close <= answer <= close + max(0, int(0.1 * close)) and len(tried) <= 30
 
 
 def test_what_cannot_be_compared_is_refused(tiny_llama: Path, converted: Path, tmp_path: Path):

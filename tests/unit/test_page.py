@@ -1,6 +1,7 @@
 """report.html: one file, nothing loaded from elsewhere, no script, every foreign text escaped; rendered in Chromium."""
 
 import json
+import math
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -103,6 +104,19 @@ def test_the_mean_has_every_column(full: Path):
     row = next(line for line in (full / "report.md").read_text().splitlines() if line.startswith("| **mean**"))
     assert row.startswith("| **mean** | acc_norm or acc | 100 | 60.0 | 30.0 | 58.0 | 64.0 | -2.0 [")
     assert "| -6.0 [" in row
+
+
+def test_perplexities_have_an_interval_against_the_control_too(full: Path):
+    report = build_report(full)
+    for name, before, after in (("held_out", 25, 32), ("wikitext", math.exp(2.5), math.exp(3.2))):
+        cost = report["perplexity"][name]["cla_cost"]
+        assert cost["delta"] == pytest.approx(after - before)
+        assert cost["ci95"][0] <= cost["delta"] <= cost["ci95"][1] and cost["p_value"] < 0.01
+    low, high = report["perplexity"]["held_out"]["cla_cost"]["ci95"]
+    text = " ".join(page(full).text.split())
+    assert f"+28.0% +7 [{low:+.3g}, {high:+.3g}]" in text
+    assert "cla_cost" in report["perplexity"]["law"]  # without windows: no interval, and none is made up
+    assert report["perplexity"]["law"]["cla_cost"]["ci95"] is None and "+28.0% +7 [" in (full / "report.md").read_text()
 
 
 def test_a_bare_run_has_no_empty_sections(run_dir: Path):

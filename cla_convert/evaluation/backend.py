@@ -1,0 +1,70 @@
+"""What scores the tasks: transformers (`hf`) or vLLM (`vllm`), each through lm-eval's own model class.
+
+All points of a run are scored by the same one, and it is part of the specification. Perplexity of texts, agreement and
+the KV cache are always measured with transformers: they need logits and cache tensors, which vLLM does not hand out.
+"""
+
+import os
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ..environment import world_size
+from ..errors import InputError, UsageError
+from ..recipe import Evaluate
+from .batch import out_of_memory
+
+
+def check_backend(spec: Evaluate, device: str) -> None:
+    """Refuse what cannot work, without importing vLLM.
+
+    Raises:
+        InputError: vLLM is not installed.
+        UsageError: vLLM under torchrun, or on a device that it would not pick.
+    """
+    if spec.backend == "hf":
+        return
+    try:
+        version("vllm")
+    except PackageNotFoundError as error:
+        raise InputError(
+            "eval.backend is vllm, which is not installed here",
+            fix="Install vllm next to cla-convert (docs/evaluation.md says which versions), or use --backend hf.",
+        ) from error
+    if world_size() > 1:
+        raise UsageError(
+            "vLLM uses several GPUs by itself",
+            fix="Start without torchrun; --set 'eval.vllm={tensor_parallel_size: 2}' divides a model.",
+        )
+    if device not in ("cpu", "cuda"):
+        raise UsageError(
+            f"vLLM cannot be given the device {device!r}",
+            fix="Use --set device=cuda (CUDA_VISIBLE_DEVICES chooses which), or --backend hf.",
+        )
+
+
+def load_backend(model_dir: Path, spec: Evaluate, common: dict[str, Any], accelerator: Any) -> Any:
+    """The loaded model as an lm-eval model with the extras of `metered.Metered`.
+
+    Raises:
+        InputError, UsageError: as `load_vllm`, or vLLM cannot be imported.
+    """
+    from . import model
+
+    settings = {key: common[key] for key in ("device", "dtype", "max_length")}
+    if spec.backend == "hf":
+        with out_of_memory():
+            return model.load(model_dir, **settings, batch_size=common["batch_size"], accelerator=accelerator)
+    _hush_vllm()
+    try:
+        from .vllm_model import load_vllm
+    except (ImportError, OSError, RuntimeError) as error:
+        raise InputError("vLLM is installed but cannot be imported", why=str(error).splitlines()[0]) from error
+    return load_vllm(model_dir, **settings, seed=common["seed"], options=spec.vllm)
+
+
+def _hush_vllm() -> None:
+    """Before vLLM is imported: log to stderr, where data does not go, and errors only; report no usage."""
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")

@@ -1,0 +1,114 @@
+"""The model as lm-eval sees it through vLLM: lm-eval's own `vllm` model class, with our progress bar.
+
+Import this module only where vLLM is installed, and through `backend.load_backend`, which sets its environment.
+
+Every point is run through vLLM's Transformers backend: the source model by transformers' modelling code, a CLA model by
+the code that ships with it. vLLM's own implementation of the source's family would round differently in bfloat16, and
+that difference would pass for a cost of sharing. vLLM then keeps the owner's keys and values once more for every
+consumer, so this backend says nothing about memory.
+"""
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.models.vllm_causallms import VLLM
+from transformers import AutoConfig
+
+from ..errors import InputError, UsageError
+from ..models.checkpoint import Checkpoint
+from ..models.export import register
+from ..models.families import FAMILIES
+from .metered import Metered
+from .model import fed_tokens
+
+REQUESTS = 1024
+"""Handed to vLLM at a time; it forms batches by itself."""
+LOGITS = 2**29
+"""Logits of a forward pass at most, 2 GiB in float32: log-probabilities of a prompt take all of them, which vLLM does
+not count when it measures how much memory the cache may have."""
+SPARE = 2
+"""Positions beyond what is fed, for the last token of an answer and the one token that vLLM must generate."""
+ENGINE = {"model_impl": "transformers", "enforce_eager": True, "enable_prefix_caching": False}
+"""Nothing is decoded, so compiling and capturing graphs would only take time; `eval.vllm` may overrule all of it."""
+
+Base: Any = VLLM  # its registration decorator hides the class from type checkers
+
+
+class VllmLM(Metered, Base):
+    """lm-eval's VLLM that reports tokens as it goes and can be closed."""
+
+    def close(self) -> None:
+        """End vLLM's process, so that the next model finds the memory free."""
+        self.model.llm_engine.engine_core.shutdown()
+
+    def _model_generate(self, requests: Any, generate: bool = False, sampling_params: Any = None) -> Any:
+        try:
+            outputs = super()._model_generate(requests, generate=generate, sampling_params=sampling_params)
+        except Exception as error:
+            # Whatever a third party's engine raises, and mostly in another process (CLA_DEBUG shows all).
+            raise _failed("vLLM stopped while scoring", error) from error
+        self.on_tokens(sum(map(len, requests)))
+        return outputs
+
+
+def load_vllm(model_dir: Path, *, device: str, dtype: str, max_length: int, seed: int, options: dict[str, Any]) -> Any:
+    """Start vLLM on a folder (plain transformers or CLA).
+
+    Args:
+        model_dir: the folder. Code in it is never run: a CLA model gets this package's own.
+        device: cpu or cuda; which of them vLLM serves is fixed by how it was built.
+        dtype: float32, bfloat16, ...
+        max_length: longest context; two tokens less than the model was built for are possible.
+        seed: of vLLM's sampling.
+        options: further arguments of vLLM's engine (`eval.vllm`).
+
+    Raises:
+        UsageError: vLLM is built for another device.
+        InputError: vLLM cannot run this model.
+    """
+    from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
+
+    if current_platform.device_type != device:
+        raise UsageError(
+            f"This vLLM runs on {current_platform.device_type}, and the device is {device}",
+            fix=f"Use --set device={current_platform.device_type}, or eval.backend=hf.",
+        )
+    Checkpoint.open(model_dir)
+    register()
+    config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
+    built_for = getattr(config.get_text_config(), "max_position_embeddings", None) or max_length + SPARE
+    context = min(fed_tokens(config, max_length), built_for - SPARE)
+    together = max(context + SPARE, LOGITS // config.get_text_config().vocab_size)
+    arguments = {**ENGINE, "gpu_memory_utilization": 0.7, "max_num_batched_tokens": together, **options}
+    if device == "cpu":
+        arguments.pop("gpu_memory_utilization")
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()  # what this process measured before
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            return VllmLM(
+                context=context, pretrained=str(_with_our_code(model_dir, config, Path(scratch))), dtype=dtype,
+                trust_remote_code=True, batch_size=REQUESTS, max_model_len=context + SPARE, seed=seed, **arguments,
+            )  # fmt: skip
+        except Exception as error:
+            raise _failed(f"vLLM cannot run the model in {model_dir}", error) from error
+
+
+def _with_our_code(folder: Path, config: Any, scratch: Path) -> Path:
+    """`folder` again, its files linked, with this package's modelling code in place of any code that lies in it."""
+    for file in folder.iterdir():
+        if file.suffix != ".py" and file.is_file():
+            (scratch / file.name).symlink_to(file.resolve())
+    family = next((family for family in FAMILIES.values() if family.cla_type == config.model_type), None)
+    for file in family.code_files if family else ():
+        shutil.copyfile(file, scratch / file.name)
+    return scratch
+
+
+def _failed(what: str, error: Exception) -> InputError:
+    reason = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')[:300]}"
+    fix = "Read vLLM's messages above; change its settings (--set eval.vllm={...}), or use --backend hf."
+    return InputError(what, why=reason, fix=fix)

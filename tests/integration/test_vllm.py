@@ -1,0 +1,39 @@
+"""vLLM and transformers give the same scores, for plain and CLA models. Runs where vLLM is installed."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cla_convert.evaluation.points import Bench, evaluate_points
+from cla_convert.evaluation.texts import Texts
+from cla_convert.recipe import Evaluate
+from tests.conftest import save_tiny_llama
+from tests.integration.test_convert import convert
+
+pytest.importorskip("vllm")
+
+SPEC = Evaluate.model_validate(
+    {"tasks": ["arc_easy", "winogrande", "wikitext", "passkey"], "limit": 3, "max_length": 256,
+     "retrieval": {"lengths": [256], "samples": 1}}
+)  # fmt: skip
+
+
+def test_both_backends_agree_at_every_point(tmp_path: Path):
+    source = save_tiny_llama(tmp_path / "source", hidden_size=128, head_dim=32)
+    convert(source, tmp_path / "converted", "--init", "mean")
+    (tmp_path / "converted" / "modeling_cla_llama.py").write_text("raise SystemExit('code of the folder ran')\n")
+    points = {"before": source, "converted": tmp_path / "converted"}
+    for name in ("hf", "vllm"):
+        spec = SPEC.model_copy(update={"backend": name})
+        evaluate_points(points, spec, Bench(tmp_path / name, "cpu", 0, Texts()))
+    for point in points:
+        for task in SPEC.tasks:
+            hf, vllm = (json.loads((tmp_path / name / point / "tasks" / f"{task}.json").read_text())
+                        for name in ("hf", "vllm"))  # fmt: skip
+            assert (hf["max_length"], hf["truncated"]) == (vllm["max_length"], vllm["truncated"])
+            for ours, theirs in zip(hf["samples"], vllm["samples"], strict=True):
+                assert ours["prompt_hash"] == theirs["prompt_hash"]
+                assert ours.get("loglikelihoods", []) == pytest.approx(theirs.get("loglikelihoods", []), abs=1e-3)
+                for metric, value in ours["metrics"].items():
+                    assert theirs["metrics"][metric] == pytest.approx(value, abs=1e-3, rel=1e-6), (task, metric)
