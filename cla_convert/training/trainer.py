@@ -17,7 +17,7 @@ from .data import Sequences, TokenStore, held_out_rows, store_for
 from .flops import peak_flops, training_flops
 from .objective import Objective, check_head
 from .parallel import Team
-from .parameters import freeze_all_but, make_optimizer
+from .parameters import check_optimizer, freeze_all_but, make_optimizers
 from .precision import Precision, cast_frozen, choose_precision
 from .schedule import Budget
 from .sizing import micro_batch_size
@@ -41,7 +41,7 @@ class Trainer:
     precision: Precision
     student: Any
     objective: Objective
-    optimizer: torch.optim.Optimizer
+    optimizers: tuple[torch.optim.Optimizer, ...]
     sequences: Sequences
     validation: torch.Tensor
     """Held-out rows [n, T]."""
@@ -86,6 +86,7 @@ def set_up(
             fix="Raise train.tokens or lower train.sequence_length.",
         )
     check_trackers(settings.log_to)
+    check_optimizer(settings)
     if data is None:
         check_teacher(settings, student_dir, teacher_dir)
         with team.leader_first():
@@ -120,7 +121,7 @@ def set_up(
         precision=precision,
         student=student,
         objective=objective,
-        optimizer=make_optimizer(student, settings, precision.device_type),
+        optimizers=make_optimizers(student, settings, precision.device_type),
         sequences=Sequences(
             data.train, settings.sequence_length, recipe.seed, starts=data.starts if settings.document_masking else None
         ),

@@ -22,7 +22,7 @@ from cla_convert.training.loss import LogitRule
 from cla_convert.training.metrics import Metrics
 from cla_convert.training.monitor import Monitor, clock, describe
 from cla_convert.training.objective import check_head, chunk_size, hidden_states
-from cla_convert.training.parameters import freeze_all_but, make_optimizer, parts_of
+from cla_convert.training.parameters import check_optimizer, freeze_all_but, make_optimizers, parts_of
 from cla_convert.training.precision import Precision, choose_precision
 from cla_convert.training.schedule import Budget
 from cla_convert.training.sizing import micro_batch_size
@@ -65,7 +65,7 @@ class TestWhatIsTrained:
     def test_every_part_has_its_rate_and_only_matrices_decay(self) -> None:
         train = Train(learning_rate=1.0, learning_rates={"attention": 2.0, "shared": 3.0}, weight_decay=0.1)
         model = student()
-        optimizer = make_optimizer(model, train, "cpu")
+        (optimizer,) = make_optimizers(model, train, "cpu")
         found = {p: (g["peak"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
         for _, parameter, part in parts_of(model):
             peak = {"other": 1.0, "attention": 2.0, "shared": 3.0}[part]
@@ -73,8 +73,33 @@ class TestWhatIsTrained:
         assert not found
 
     def test_the_rate_of_attention_is_also_that_of_shared_attention(self) -> None:
-        optimizer = make_optimizer(student(), Train(learning_rate=1.0, learning_rates={"attention": 2.0}), "cpu")
+        rates = Train(learning_rate=1.0, learning_rates={"attention": 2.0})
+        (optimizer,) = make_optimizers(student(), rates, "cpu")
         assert {group["peak"] for group in optimizer.param_groups} == {1.0, 2.0}
+
+    def test_muon_takes_the_matrices_of_the_layers_only(self) -> None:
+        model = student()
+        train = Train(optimizer="muon", learning_rate=1.0, learning_rates={"attention": 2.0})
+        adamw, muon = make_optimizers(model, train, "cpu")
+        assert isinstance(adamw, torch.optim.AdamW) and isinstance(muon, torch.optim.Muon)
+        names = {p: name for name, p in model.named_parameters()}
+        taken = {names[p]: group["peak"] for group in muon.param_groups for p in group["params"]}
+        assert taken == {n: 2.0 if "self_attn" in n else 1.0 for n in names.values() if n.endswith("proj.weight")}
+        rest = {names[p] for group in adamw.param_groups for p in group["params"]}
+        assert rest == set(names.values()) - taken.keys() and "model.embed_tokens.weight" in rest
+        freeze_all_but(model, "attention")
+        assert [type(each) for each in make_optimizers(model, train, "cpu")] == [torch.optim.Muon]
+
+    def test_muon_is_refused_where_it_cannot_be_had(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        check_optimizer(Train(optimizer="muon"))
+        with monkeypatch.context() as patch, pytest.raises(InputError, match="in one process"):
+            patch.setenv("LOCAL_RANK", "0")
+            patch.setenv("WORLD_SIZE", "2")
+            check_optimizer(Train(optimizer="muon"))
+        monkeypatch.delattr(torch.optim, "Muon")
+        check_optimizer(Train())
+        with pytest.raises(InputError, match="torch 2.9"):
+            check_optimizer(Train(optimizer="muon"))
 
 
 class TestPrecision:
