@@ -15,7 +15,7 @@ from ..recipe import Recipe, Train
 from .compiling import choose_compile, compile_layers
 from .data import Sequences, TokenStore, held_out_rows, store_for
 from .flops import peak_flops, training_flops
-from .objective import Objective, check_head
+from .objective import Objective, check_head, skip_other_documents
 from .parallel import Team
 from .parameters import check_optimizer, freeze_all_but, make_optimizers
 from .precision import Precision, cast_frozen, choose_precision
@@ -109,8 +109,10 @@ def set_up(
         # Reentrant checkpointing gives silently wrong gradients for K/V that travel between layers.
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     rows = micro_batch_size(settings, budget, student, device)
-    if compiled:
-        for model in filter(None, (student, teacher)):
+    for model in filter(None, (student, teacher)):
+        if settings.document_masking:
+            skip_other_documents(model, precision.device_type)
+        if compiled:
             compile_layers(model, len(team.share(0, budget.batch, rows)[0]), budget.length)
     team.shard(student, precision.compute)  # before the optimiser, which is to hold the sharded parameters
     peak = peak_flops(device, precision.compute)

@@ -6,9 +6,17 @@ import sys
 
 import pytest
 import torch
+import torch.nn.attention.flex_attention as flex_attention
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
+    LlamaForCausalLM,
+    masking_utils,
+)
 
 from cla_convert.errors import InputError
 from cla_convert.models.configuration_cla_llama import ClaLlamaConfig
@@ -164,6 +172,26 @@ class TestCompiling:
                 torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3  # alone, owner, consumer
         assert len(compiler) == 2 * len(MAP) * (2 if checkpointing else 1)  # recomputed in the backward pass
+
+    def test_other_documents_in_a_row_are_not_compiled_anew(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The block mask of FlexAttention is an input: what it says may change from step to step."""
+        monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)  # differentiable: not by a kernel
+        create = masking_utils.create_block_mask
+        monkeypatch.setattr(masking_utils, "create_block_mask", lambda **o: create(**o | {"_compile": False}))  # slow
+        model = student().train()
+        parameters = list(model.model.parameters())
+        positions = [torch.arange(32).expand(2, 32) % at for at in (20, 8, 13)]
+        expected = [hidden_states(model, IDS, p) for p in positions]
+        gradients = [torch.autograd.grad(hidden.pow(3).mean(), parameters) for hidden in expected]
+        model.set_attn_implementation("flex_attention")
+        compile_layers(model, *IDS.shape)
+        torch._dynamo.utils.counters.clear()
+        for p, hidden, theirs in zip(positions, expected, gradients, strict=True):
+            mine = hidden_states(model, IDS, p)
+            torch.testing.assert_close(mine, hidden, rtol=1e-4, atol=1e-4)
+            for one, other in zip(torch.autograd.grad(mine.pow(3).mean(), parameters), theirs, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
 
     def test_another_shape_runs_as_before(self) -> None:
         model = student()
