@@ -111,7 +111,8 @@ def test_no_more_is_sampled_than_is_asked_for(folder: Path, tmp_path: Path) -> N
     """4000 tokens may be sampled, 900 are taken: about fifty documents, where three whole batches have 192."""
     settings = Generate(tokens=4000, length=20, batch_size=64)
     taken: list[int] = []
-    for batch in sampled(SourceModel(folder, "cpu", tmp_path), byte_tokenizer(), settings, 0, lambda: 900 - sum(taken)):
+    batches = sampled(SourceModel(folder, "cpu", tmp_path), byte_tokenizer(), settings, 0, lambda: 900 - sum(taken))
+    for batch in batches:
         taken += [len(document.content) for document in batch]
         if sum(taken) >= 900:
             break
