@@ -2,6 +2,7 @@
 
     python benchmarks/training_speed.py --model smollm2-135m/ --out speed.json
     python benchmarks/training_speed.py --llama-1b --sequence 2048 --micro 8 --only cross_entropy --out speed-1b.json
+    python benchmarks/training_speed.py --model smollm2-135m/ --document-masking --only documents --out documents.json
     python benchmarks/training_speed.py --tiny --device cpu --sequence 64 --batch-tokens 512 --micro 4 --steps 2
 
 Works offline, on random tokens. Every variant does its steps after one or two for warming up and compiling; one that
@@ -21,6 +22,7 @@ from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -111,6 +113,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--micro", type=int, default=32, help="sequences in a pass")
     parser.add_argument("--steps", type=int, default=20, help="measured steps of a variant")
     parser.add_argument("--only", default="", help="comma-separated parts of the names of variants")
+    parser.add_argument("--document-masking", action="store_true", help="also with the documents of a row kept apart")
+    parser.add_argument("--document-length", type=int, default=700, help="mean length of its made-up documents")
     parser.add_argument("--profile", action="store_true", help="list the slowest kernels of our compiled variants")
     parser.add_argument("--seconds", type=float, default=330, help="begin no variant after so long")
     parser.add_argument("--out", help="JSON file for the results")
@@ -132,7 +136,9 @@ def prepare(options: argparse.Namespace, folder: Path) -> Setting:
     vocabulary = checkpoint.config["vocab_size"]
     random = np.random.default_rng(0).integers(0, vocabulary, size=max(4_000_000, 2 * options.batch_tokens))
     tokens = np.load(options.tokens, mmap_mode="r") if options.tokens else random.astype(np.uint32)
-    store = TokenStore(tokens, tokens[: options.sequence + 1], "benchmark", {})
+    lengths = np.random.default_rng(1).geometric(1 / options.document_length, size=len(tokens))
+    starts = np.cumsum(lengths) - lengths
+    store = TokenStore(tokens, tokens[: options.sequence + 1], "benchmark", {}, starts[starts < len(tokens)])
     return Setting(
         source, folder / "student", options.device, options.sequence, options.batch_tokens, options.micro,
         options.steps, store, folder,
@@ -157,6 +163,14 @@ def variants(setting: Setting, options: argparse.Namespace) -> dict[str, Callabl
         "cross_entropy": loop(loss="cross_entropy", compile=False),
         "distill, compiled, attention only": loop(loss="distill", compile=True, parameters="attention"),
     }
+    if options.document_masking:
+        apart = loop(loss="distill", compile=True, document_masking=True)
+        table |= {
+            "distill, compiled, documents ignored": table["distill, compiled"],
+            "distill, compiled, documents apart": apart,
+            "distill, compiled, documents, dense mask": lambda: with_dense_mask(apart),
+            "distill, documents apart": loop(loss="distill", compile=False, document_masking=True),
+        }
     if find_spec("liger_kernel"):
         table |= {
             "Trainer cross_entropy, Liger": lambda: stock(setting, compiled=False, liger=True),
@@ -208,6 +222,12 @@ def ours(setting: Setting, train: dict[str, Any], *, profile: bool, cudnn: bool)
     figures = clock.figures(seconds, first, trainer.flops_per_token)
     figures.loss, figures.kernels = row["loss"], kernels
     return figures
+
+
+def with_dense_mask(measure: Callable[[], Figures]) -> Figures:
+    """Documents kept apart as where there is no kernel for it."""
+    with patch("cla_convert.training.trainer.skip_other_documents"):
+        return measure()
 
 
 def stock(setting: Setting, *, compiled: bool, liger: bool = False) -> Figures:

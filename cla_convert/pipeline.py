@@ -163,6 +163,7 @@ def check_before_work(run: Run) -> None:
     from .evaluation.texts import check_texts
     from .models.export import load_tokenizer
     from .models.writer import check_disk
+    from .training.parameters import check_optimizer
     from .training.teacher import check_teacher
     from .training.trackers import check_trackers
 
@@ -172,6 +173,7 @@ def check_before_work(run: Run) -> None:
     load_tokenizer(run.source)
     if run.recipe.train.tokens:
         check_trackers(run.recipe.train.log_to)
+        check_optimizer(run.recipe.train)
         check_teacher(run.recipe.train, run.source, run.teacher)
     text(run)
     check_disk(run.folder, _disk_needed(run))

@@ -196,8 +196,10 @@ class Train(Section):
     parameters: Literal["all", "attention", "shared"] = "all"
     """What is trained. attention: the weights of all attention layers. shared: of the layers that share K/V,
     owners and consumers."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw. muon: Muon (arXiv 2502.16982) for the matrices of the decoder layers, AdamW for the rest (torch 2.9)."""
     learning_rate: float = Field(default=1e-3, gt=0)
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     learning_rates: dict[Literal["shared", "attention", "other"], Annotated[float, Field(gt=0)]] = {}
     """Peak rates for parts of the model, in place of `learning_rate`. shared: attention of layers that share K/V;
     attention: of all layers (but those, if `shared` is given too); other: everything else."""

@@ -27,7 +27,7 @@ from .sources import is_local, local_files, pinned, sample_source
 
 __all__ = ["Sequences", "TokenStore", "calibration_rows", "held_out_rows", "prepare_data", "store_for"]
 
-_FORMAT = 3  # raise it when the same settings would give other tokens
+_FORMAT = 4  # raise it when the same settings would give other tokens
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ def _resume(trainer: Trainer, checkpoints: Checkpoints) -> Position:
     path = checkpoints.latest()
     if path is None:
         return Position()
-    position = checkpoints.load(path, trainer.student, trainer.optimizer)
+    position = checkpoints.load(path, trainer.student, trainer.optimizers)
     say(f"resuming from {path} at {human_count(position.tokens)} of {human_count(trainer.budget.tokens)} tokens")
     return position
 
@@ -141,7 +141,7 @@ def _train(
         if last or stopping or (due and not above):  # what may be the start of a spike must not replace the good
             due = False
             metrics.sync()
-            saved = checkpoints.save(position, trainer.student, trainer.optimizer)
+            saved = checkpoints.save(position, trainer.student, trainer.optimizers)
             if stopping and not last:
                 raise Interrupted(
                     f"Interrupted at {human_count(position.tokens)} of {human_count(budget.tokens)} tokens",
@@ -170,10 +170,11 @@ def _step(trainer: Trainer, position: Position, checkpoints: Checkpoints) -> tup
     with trainer.computing():
         shares = _gradients(trainer, *budget.step_range(position.step))
     norm = whole(torch.nn.utils.clip_grad_norm_(trainer.parameters.values(), settings.clip))
-    for group in trainer.optimizer.param_groups:
-        group["lr"] = rate(peak=group["peak"])
-    trainer.optimizer.step()
-    trainer.optimizer.zero_grad(set_to_none=True)
+    for optimizer in trainer.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate(peak=group["peak"])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     # The only time that the host waits for the device, after all of the step is under way. If something is not finite
     # it is too late for the weights in memory, but not for the checkpoint.
     loss, *parts, norm = torch.cat((shares.sum(0), norm[None])).tolist()

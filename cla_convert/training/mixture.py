@@ -5,7 +5,7 @@ the weights hold whatever the sizes; if all hold less, the whole is as long as t
 round again. Held-out text is never repeated.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from math import ceil
@@ -18,7 +18,7 @@ from ..console import human_count, progress, say, warn
 from ..errors import InputError
 from ..recipe import TextSource
 from .sampling import SourceModel, sampled
-from .sources import Document, documents, name_of
+from .sources import Document, documents, in_batches, name_of
 from .tokenise import Side, Splitter, token_dtype
 
 
@@ -96,13 +96,14 @@ class Mixture:
     def _fill(self, source: TextSource, train: Side, held_out: Side, share: float, bar: Any) -> None:
         splitter = Splitter(self.tokenizer, self.seed, share)
         # Nothing is sampled for the sake of held-out text alone.
-        splitter.fill(self._open(source, train.limit), train, held_out, bar, patient=source.generate is None)
+        batches = self._open(source, lambda: ceil((train.limit - train.tokens) / (1 - share)))
+        splitter.fill(batches, train, held_out, bar, patient=source.generate is None)
 
-    def _open(self, source: TextSource, wanted: int) -> Iterator[Document]:
+    def _open(self, source: TextSource, wanted: Callable[[], int]) -> Iterator[list[Document]]:
         if source.generate is None:
-            return documents(source, self.seed)
+            return in_batches(documents(source, self.seed))
         assert self.model is not None, "a source with `generate` needs the source model"
-        return sampled(self.model, self.tokenizer, source.generate, self.seed, ceil(wanted / (1 - self.share)))
+        return sampled(self.model, self.tokenizer, source.generate, self.seed, wanted)
 
 
 def shares(total: int, weights: list[float]) -> list[int]:

@@ -1,15 +1,15 @@
 """Text from the source model itself, for those who have no corpus of their own.
 
 Distilling on the teacher's own samples needs no data (LLM-QAT, Liu et al. 2023, arXiv 2305.17888), and at temperature
-1 they have the teacher's distribution. Sampling takes long, so every batch is kept at once, under a name that says what
-it depends on: an interrupted or a longer run continues where the batches end.
+1 they have the teacher's distribution. Sampling takes long, so no more is sampled than is asked for, and every batch is
+kept at once, under a name that says what it depends on: an interrupted run, or a longer one, continues where the whole
+batches end.
 """
 
 import hashlib
 import json
-import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from ..recipe import Generate
 from .sources import Document
 from .tokenise import leading
 
-_FORMAT = 1  # raise it when the same settings would give other samples
+_FORMAT = 2  # raise it when the same settings would give other samples
 
 
 @dataclass(frozen=True)
@@ -50,37 +50,46 @@ class SourceModel:
         return [named] if isinstance(named, int) else named or []
 
 
-def sampled(model: SourceModel, tokenizer: Any, settings: Generate, seed: int, wanted: int) -> Iterator[Document]:
-    """Documents of token ids, the same ones for the same model, settings and seed, up to `settings.tokens` in all.
+def sampled(
+    model: SourceModel, tokenizer: Any, settings: Generate, seed: int, wanted: Callable[[], int]
+) -> Iterator[list[Document]]:
+    """Batches of documents of token ids, up to `settings.tokens` in all.
+
+    They are the same for the same model, settings, seed and answers of `wanted`; of other answers the first batches
+    are the same, as far as they are whole.
 
     Args:
         model: the source model; loaded only if there is something to sample.
         tokenizer: its tokenizer.
         settings: how to sample.
         seed: seed of the sampling.
-        wanted: tokens the caller is going to take, for the progress bar.
+        wanted: how many more tokens the caller is going to take, asked before every batch. The last ones have as many
+            documents as that should come to, by the mean length so far.
 
     Raises:
         InputError: the model has fewer positions than a document is long, or memory is too small for the batch.
     """
-    batch = min(settings.batch_size, math.ceil(settings.tokens / settings.length))
-    folder = model.cache / _key(model, tokenizer, settings, seed, batch)
+    folder = model.cache / _key(model, tokenizer, settings, seed)
     folder.mkdir(parents=True, exist_ok=True)
-    sampler, done, number = None, 0, 0
-    with progress(min(wanted, settings.tokens), "sampling", unit="tok") as bar:
+    sampler, done, count, number = None, 0, 0, 0
+    with progress(min(wanted(), settings.tokens), "sampling", unit="tok") as bar:
         while done < settings.tokens:
-            path = folder / f"{number:06d}.npz"
+            mean = done / count if count else settings.length
+            needed = min(wanted(), settings.tokens - done)
+            size = min(settings.batch_size, int(needed / mean) + 1)
+            path = folder / f"{number:06d}-{size}.npz"  # another size: other samples
             if not path.exists():
                 sampler = sampler or _Sampler(model, tokenizer, settings)
-                _keep(path, sampler.sample(batch, _seed(seed, number), bar))
+                _keep(path, sampler.sample(size, _seed(seed, number), bar))
                 bar.update(done - bar.n)  # what was counted on the way includes padding
+            batch = []
             for index, ids in enumerate(_kept(path)):
-                ids = ids[: settings.tokens - done]
-                if ids.size:
+                if (ids := ids[: settings.tokens - done]).size:
                     done += ids.size
-                    bar.update(ids.size)
-                    yield Document(ids, f"{folder.name}/{number}/{index}")
-            number += 1
+                    batch.append(Document(ids, f"{folder.name}/{number}/{index}"))
+            bar.update(done - bar.n)
+            yield batch
+            count, number = count + size, number + 1
 
 
 class _Sampler:
@@ -162,9 +171,9 @@ class _Progress(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def _key(model: SourceModel, tokenizer: Any, settings: Generate, seed: int, batch: int) -> str:
+def _key(model: SourceModel, tokenizer: Any, settings: Generate, seed: int) -> str:
     chosen = settings.model_dump(mode="json", exclude={"tokens", "batch_size"})
-    parts = [_FORMAT, model.fingerprint(), chosen, batch, seed, leading(tokenizer), tokenizer.all_special_ids]
+    parts = [_FORMAT, model.fingerprint(), chosen, seed, leading(tokenizer), tokenizer.all_special_ids]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
 
 

@@ -17,6 +17,8 @@ from ..recipe import TextSource
 
 SAMPLE = Path(__file__).parent.parent / "data" / "sample.parquet"
 SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".parquet")
+BATCH_CHARACTERS = 65_536
+"""Text tokenised at a time: enough to keep a fast tokenizer busy."""
 
 
 class Document(NamedTuple):
@@ -77,6 +79,20 @@ def documents(source: TextSource, seed: int) -> Iterator[Document]:
     random.Random(seed).shuffle(files)
     for file in files:
         yield from _file(file, source)
+
+
+def in_batches(stream: Iterator[Document]) -> Iterator[list[Document]]:
+    """A stream of documents, some of them at a time."""
+    batch: list[Document] = []
+    characters = 0
+    for document in stream:
+        batch.append(document)
+        characters += len(document.content)
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 def local_files(source: TextSource) -> list[Path]:

@@ -1,7 +1,7 @@
 """Exact checkpoints: everything that the next step depends on, published by rename.
 
 A checkpoint is a folder `step-00000120` with one safetensors file for each kind of state (the trained parameters and
-each of the optimiser's moments, all float32) and process, and state.json: step, tokens, what the run was started with,
+each of the optimisers' moments, all float32) and process, and state.json: step, tokens, what the run was started with,
 and the sizes of the other files. It is written under a temporary name, synced and renamed, so a folder with the final
 name is whole; the sizes guard against a disk that lost data anyway. Data order, learning rate and dropout need nothing
 here: all are functions of the step.
@@ -14,7 +14,7 @@ whose index is a pickle: resuming in a folder from elsewhere must not run code f
 import json
 import math
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,8 @@ _STATE = "state.json"
 _TEMPORARY = ".tmp-"
 _FIXED = ("model", *PLACE_IN_DATA)
 """A run whose weights or place in the data mean something else is not this run any more."""
+
+Optimizers = Sequence[torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class Checkpoints:
             shutil.rmtree(self.folder, ignore_errors=True)
         self.team.barrier()
 
-    def save(self, position: Position, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Path:
+    def save(self, position: Position, model: torch.nn.Module, optimizers: Optimizers) -> Path:
         """Publish a checkpoint, then prune. Raises TrainingError if the disk is full; earlier ones are untouched."""
         final = self.folder / f"step-{position.step:08d}"
         temporary = self.folder / f"{_TEMPORARY}{final.name}"
@@ -91,7 +93,7 @@ class Checkpoints:
             for stale in self.folder.glob(f"{_TEMPORARY}*"):
                 shutil.rmtree(stale, ignore_errors=True)
         self.team.barrier()
-        self._together(temporary, lambda: self._write_rows(temporary, model, optimizer))
+        self._together(temporary, lambda: self._write_rows(temporary, model, optimizers))
         self._together(temporary, lambda: self._publish(temporary, final, position))
         return final
 
@@ -103,11 +105,11 @@ class Checkpoints:
         """
         return self.team.decide(self._latest() if self.team.leads else None)
 
-    def load(self, path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Position:
-        """Put a checkpoint into the parameters and the optimiser, in place."""
+    def load(self, path: Path, model: torch.nn.Module, optimizers: Optimizers) -> Position:
+        """Put a checkpoint into the parameters and the optimisers, in place."""
         try:
             state = json.loads((path / _STATE).read_text())
-            for kind, tensors in _state_tensors(model, optimizer).items():
+            for kind, tensors in _state_tensors(model, optimizers).items():
                 self._read_rows(path, kind, tensors, state["environment"]["processes"])
         except (OSError, RuntimeError, SafetensorError, ValueError, KeyError) as error:
             raise TrainingError(
@@ -130,9 +132,9 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
         raise self.disk_trouble(troubles[0]) from trouble
 
-    def _write_rows(self, folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def _write_rows(self, folder: Path, model: torch.nn.Module, optimizers: Optimizers) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        for kind, tensors in _state_tensors(model, optimizer).items():
+        for kind, tensors in _state_tensors(model, optimizers).items():
             file = folder / _file_name(kind, self.team.rank, self.team.size)
             save_file({name: own_rows(tensor).detach().contiguous() for name, tensor in tensors.items()}, file)
             sync(file)
@@ -243,10 +245,10 @@ def environment(team: Team) -> dict[str, Any]:
     return {"torch": torch.__version__, "threads": torch.get_num_threads(), "processes": team.size}
 
 
-def _state_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, torch.Tensor]]:
+def _state_tensors(model: torch.nn.Module, optimizers: Optimizers) -> dict[str, dict[str, torch.Tensor]]:
     """What a checkpoint holds: kind (`model`, `exp_avg`, ...) -> name of the parameter -> the tensor in use."""
     kinds = {"model": {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}}
-    moments: Any = get_optimizer_state_dict(model, optimizer)["state"]
+    moments: Any = get_optimizer_state_dict(model, optimizers)["state"]
     for name, values in moments.items():
         for kind, value in values.items():
             kinds.setdefault(kind, {})[name] = value

@@ -9,9 +9,6 @@ import numpy as np
 
 from .sources import Document
 
-BATCH_CHARACTERS = 65_536
-"""Text tokenised at a time: enough to keep a fast tokenizer busy."""
-
 
 @dataclass
 class Side:
@@ -62,12 +59,14 @@ class Splitter:
     share: float
     """Share of documents that is held out."""
 
-    def fill(self, stream: Iterator[Document], train: Side, held_out: Side, bar: Any, *, patient: bool = True) -> None:
-        """Read until both sides are full (not `patient`: until the training side is) or the stream ends."""
+    def fill(
+        self, batches: Iterator[list[Document]], train: Side, held_out: Side, bar: Any, *, patient: bool = True
+    ) -> None:
+        """Read until both sides are full (not `patient`: until the training side is) or the batches end."""
         # Validation on a single long book would say little: a document's beginning first, the rest only if it must be.
         cap = max(64, held_out.limit // 8)
         rests: list[np.ndarray] = []
-        while batch := _take(stream, BATCH_CHARACTERS):
+        for batch in batches:
             held = [is_held_out(document.key, self.seed, self.share) for document in batch]
             wanted = [
                 (side, document)
@@ -118,14 +117,3 @@ def leading(tokenizer: Any) -> list[int]:
     """What the tokenizer itself puts in front of a text: BOS or nothing."""
     first = tokenizer("a").input_ids[:1]
     return first if first == [tokenizer.bos_token_id] else []
-
-
-def _take(stream: Iterator[Document], characters: int) -> list[Document]:
-    """The next documents of a stream, up to about so many characters; empty at its end."""
-    batch: list[Document] = []
-    for document in stream:
-        batch.append(document)
-        characters -= len(document.content)
-        if characters <= 0:
-            break
-    return batch

@@ -15,9 +15,9 @@ from ..recipe import Recipe, Train
 from .compiling import choose_compile, compile_layers
 from .data import Sequences, TokenStore, held_out_rows, store_for
 from .flops import peak_flops, training_flops
-from .objective import Objective, check_head
+from .objective import Objective, check_head, skip_other_documents
 from .parallel import Team
-from .parameters import freeze_all_but, make_optimizer
+from .parameters import check_optimizer, freeze_all_but, make_optimizers
 from .precision import Precision, cast_frozen, choose_precision
 from .schedule import Budget
 from .sizing import micro_batch_size
@@ -41,7 +41,7 @@ class Trainer:
     precision: Precision
     student: Any
     objective: Objective
-    optimizer: torch.optim.Optimizer
+    optimizers: tuple[torch.optim.Optimizer, ...]
     sequences: Sequences
     validation: torch.Tensor
     """Held-out rows [n, T]."""
@@ -86,6 +86,7 @@ def set_up(
             fix="Raise train.tokens or lower train.sequence_length.",
         )
     check_trackers(settings.log_to)
+    check_optimizer(settings)
     if data is None:
         check_teacher(settings, student_dir, teacher_dir)
         with team.leader_first():
@@ -108,8 +109,10 @@ def set_up(
         # Reentrant checkpointing gives silently wrong gradients for K/V that travel between layers.
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     rows = micro_batch_size(settings, budget, student, device)
-    if compiled:
-        for model in filter(None, (student, teacher)):
+    for model in filter(None, (student, teacher)):
+        if settings.document_masking:
+            skip_other_documents(model, precision.device_type)
+        if compiled:
             compile_layers(model, len(team.share(0, budget.batch, rows)[0]), budget.length)
     team.shard(student, precision.compute)  # before the optimiser, which is to hold the sharded parameters
     peak = peak_flops(device, precision.compute)
@@ -120,7 +123,7 @@ def set_up(
         precision=precision,
         student=student,
         objective=objective,
-        optimizer=make_optimizer(student, settings, precision.device_type),
+        optimizers=make_optimizers(student, settings, precision.device_type),
         sequences=Sequences(
             data.train, settings.sequence_length, recipe.seed, starts=data.starts if settings.document_masking else None
         ),

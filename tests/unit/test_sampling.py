@@ -35,7 +35,8 @@ def sample(folder: Path, tmp_path: Path) -> Callable[..., list[np.ndarray]]:
     def documents(seed: int = 0, cache: Path = tmp_path, **settings: Any) -> list[np.ndarray]:
         model = SourceModel(folder, "cpu", cache)
         generate = Generate(**{"tokens": 600, "length": 20, "batch_size": 8} | settings)
-        return [np.asarray(d.content) for d in sampled(model, byte_tokenizer(), generate, seed, generate.tokens)]
+        batches = sampled(model, byte_tokenizer(), generate, seed, lambda: generate.tokens)
+        return [np.asarray(document.content) for batch in batches for document in batch]
 
     return documents
 
@@ -97,12 +98,26 @@ def test_a_seed_fixes_the_samples_wherever_they_stop(
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert [document.tolist() for document in again] == [document.tolist() for document in whole]
     longer = sample(cache=tmp_path / "parts", tokens=900)
-    assert [d.tolist() for d in longer[: len(whole) - 1]] == [d.tolist() for d in whole[:-1]]
+    same = 8 * len(list((tmp_path / "whole").rglob("*-8.npz")))  # as far as its batches are whole
+    assert len(whole) > same >= 24 and [d.tolist() for d in longer[:same]] == [d.tolist() for d in whole[:same]]
     other = sample(seed=1, cache=tmp_path / "whole")
     assert not {d.tobytes() for d in other if d.size > 5} & {d.tobytes() for d in whole}
     with monkeypatch.context() as patch:  # all of it is there: no model is loaded
         patch.setattr(sampling, "load_model", lambda *_, **__: pytest.fail("loaded"))
         assert len(sample(cache=tmp_path / "whole")) == len(whole)
+
+
+def test_no_more_is_sampled_than_is_asked_for(folder: Path, tmp_path: Path) -> None:
+    """4000 tokens may be sampled, 900 are taken: about fifty documents, where three whole batches have 192."""
+    settings = Generate(tokens=4000, length=20, batch_size=64)
+    taken: list[int] = []
+    batches = sampled(SourceModel(folder, "cpu", tmp_path), byte_tokenizer(), settings, 0, lambda: 900 - sum(taken))
+    for batch in batches:
+        taken += [len(document.content) for document in batch]
+        if sum(taken) >= 900:
+            break
+    kept = sum(np.load(path)["ids"].size for path in tmp_path.rglob("*.npz"))
+    assert kept == sum(taken) and 900 <= kept < 900 + 5 * 20
 
 
 def test_the_global_random_state_is_left_alone(sample: Callable[..., list[np.ndarray]]) -> None:
@@ -134,3 +149,12 @@ def test_a_source_of_the_mixture(folder: Path, tmp_path: Path, tiny_llama: Path)
     assert sampled_text["name"] == "sampled from the source model" and 1.4 < sampled_text["passes"] < 2
     assert prepare(folder).digest == store.digest
     assert prepare(tiny_llama).digest != store.digest  # another source model (its ends of text differ)
+
+
+def test_the_mixture_asks_for_what_its_budget_needs(folder: Path, tmp_path: Path) -> None:
+    data = Data(sources=[TextSource(generate=Generate(tokens=100_000, length=40))])
+    source = SourceModel(folder, "cpu", tmp_path / "samples")
+    limits = {"tokens": 4000, "held_out_tokens": 100}
+    store = prepare_data(data, byte_tokenizer(), **limits, cache_dir=tmp_path / "tokens", seed=0, model=source)
+    kept = sum(np.load(path)["ids"].size for path in tmp_path.rglob("*.npz"))
+    assert store.train.size == 4000 and 4100 <= kept < 4000 / 0.95 + 5 * 40
