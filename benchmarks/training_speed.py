@@ -22,7 +22,6 @@ from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -164,11 +163,10 @@ def variants(setting: Setting, options: argparse.Namespace) -> dict[str, Callabl
         "distill, compiled, attention only": loop(loss="distill", compile=True, parameters="attention"),
     }
     if options.document_masking:
-        apart = loop(loss="distill", compile=True, document_masking=True)
         table |= {
             "distill, compiled, documents ignored": table["distill, compiled"],
-            "distill, compiled, documents apart": apart,
-            "distill, compiled, documents, dense mask": lambda: with_dense_mask(apart),
+            "distill, compiled, documents apart, flex": loop(loss="distill", compile=True, document_masking="flex"),
+            "distill, compiled, documents, dense mask": loop(loss="distill", compile=True, document_masking=True),
             "distill, documents apart": loop(loss="distill", compile=False, document_masking=True),
         }
     if find_spec("liger_kernel"):
@@ -222,12 +220,6 @@ def ours(setting: Setting, train: dict[str, Any], *, profile: bool, cudnn: bool)
     figures = clock.figures(seconds, first, trainer.flops_per_token)
     figures.loss, figures.kernels = row["loss"], kernels
     return figures
-
-
-def with_dense_mask(measure: Callable[[], Figures]) -> Figures:
-    """Documents kept apart as where there is no kernel for it."""
-    with patch("cla_convert.training.trainer.skip_other_documents"):
-        return measure()
 
 
 def stock(setting: Setting, *, compiled: bool, liger: bool = False) -> Figures:

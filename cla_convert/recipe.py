@@ -217,9 +217,10 @@ class Train(Section):
     """Largest global gradient norm."""
     sequence_length: int = Field(default=1024, ge=8)
     """Tokens in a packed sequence."""
-    document_masking: bool = False
+    document_masking: bool | Literal["flex"] = False
     """Documents packed into one sequence do not see each other: attention and positions start anew with each, and no
-    loss is taken on the first token of the next one. False: they are separated by EOS only."""
+    loss is taken on the first token of the next one. False: they are separated by EOS only. flex: as true, but on a GPU
+    through FlexAttention, which has not been measured on one yet."""
     batch_tokens: Count = 65_536
     """Tokens in an optimiser step (a multiple of sequence_length)."""
     micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"

@@ -24,10 +24,11 @@ from .mixture import Mixture
 from .sampling import SourceModel
 from .sequences import Sequences
 from .sources import is_local, local_files, pinned, sample_source
+from .tokenise import leading
 
 __all__ = ["Sequences", "TokenStore", "calibration_rows", "held_out_rows", "prepare_data", "store_for"]
 
-_FORMAT = 4  # raise it when the same settings would give other tokens
+_FORMAT = 5  # raise it when the same settings would give other tokens
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,11 @@ class TokenStore:
     """Documents and tokens, in all and per source."""
     starts: np.ndarray
     """Offsets in `train` where documents begin, ascending, int64."""
+
+    @property
+    def first(self) -> int | None:
+        """What every row begins with: BOS, where the tokenizer puts it in front of a text."""
+        return self.info.get("bos")
 
 
 def prepare_data(
@@ -101,7 +107,7 @@ def calibration_rows(store: TokenStore, recipe: Recipe) -> np.ndarray:
     """
     settings = recipe.convert.calibration
     length = min(settings.sequence_length, store.train.size)
-    rows = Sequences(store.train, length, recipe.seed + 1)
+    rows = Sequences(store.train, length, recipe.seed + 1, first=store.first)
     return rows.rows(min(rows.count, max(1, settings.tokens // length)))
 
 
@@ -110,7 +116,7 @@ def held_out_rows(store: TokenStore, train: Train) -> np.ndarray:
     length = min(train.sequence_length, store.held_out.size)
     if length < 2:
         raise InputError("There is no held-out text", fix="Give more documents, or raise data.held_out.")
-    rows = Sequences(store.held_out, length, seed=0)
+    rows = Sequences(store.held_out, length, seed=0, first=store.first)
     return rows.rows(min(rows.count, max(1, train.validation_tokens // length)))
 
 
@@ -137,7 +143,7 @@ def _publish(mixture: Mixture, folder: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        info = mixture.build(temporary)
+        info = mixture.build(temporary) | {"bos": next(iter(leading(mixture.tokenizer)), None)}
         digest = hashlib.sha256()
         for name in ("train.bin", "starts.bin", "held_out.bin"):
             with (temporary / name).open("rb") as file:

@@ -110,7 +110,7 @@ def set_up(
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     rows = micro_batch_size(settings, budget, student, device)
     for model in filter(None, (student, teacher)):
-        if settings.document_masking:
+        if settings.document_masking == "flex":
             skip_other_documents(model, precision.device_type)
         if compiled:
             compile_layers(model, len(team.share(0, budget.batch, rows)[0]), budget.length)
@@ -125,7 +125,11 @@ def set_up(
         objective=objective,
         optimizers=make_optimizers(student, settings, precision.device_type),
         sequences=Sequences(
-            data.train, settings.sequence_length, recipe.seed, starts=data.starts if settings.document_masking else None
+            data.train,
+            settings.sequence_length,
+            recipe.seed,
+            starts=data.starts if settings.document_masking else None,
+            first=data.first,
         ),
         validation=torch.from_numpy(held_out_rows(data, settings)),
         data=data,

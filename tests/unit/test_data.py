@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cla_convert.errors import InputError
-from cla_convert.recipe import Data, Recipe, TextSource, Train
+from cla_convert.recipe import Data, Recipe, TextSource, Train, validate
 from cla_convert.training.data import (
     Sequences,
     TokenStore,
@@ -226,6 +226,18 @@ def test_any_number_of_processes_sees_the_same_rows() -> None:
         ranks = [Sequences(tokens, 10, seed=3) for _ in range(processes)]
         rows = [ranks[index % processes].row(index) for index in range(240)]
         assert (np.stack(rows) == alone).all()
+
+
+def test_every_row_begins_with_bos_where_the_tokenizer_begins_so(tmp_path: Path, table: Path) -> None:
+    store = prepare(tmp_path, TextSource(path=str(table)))
+    assert store.first is None  # the tiny tokenizer puts nothing in front
+    tokens = np.arange(10, 1000, dtype=np.uint16)
+    plain, begun = Sequences(tokens, 10, seed=3).rows(200), Sequences(tokens, 10, seed=3, first=2).rows(200)
+    assert (begun[:, 0] == 2).all() and (begun[:, 1:] == plain[:, 1:]).all()
+    begun_store = TokenStore(tokens, tokens, "", {"bos": 2}, np.empty(0))
+    recipe = validate({"convert": {"calibration": {"tokens": 500, "sequence_length": 50}}})
+    assert (calibration_rows(begun_store, recipe)[:, 0] == 2).all()
+    assert (held_out_rows(begun_store, recipe.train)[:, 0] == 2).all()
 
 
 def test_positions_start_anew_with_each_document(tmp_path: Path, table: Path) -> None:
