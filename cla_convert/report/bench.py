@@ -6,12 +6,15 @@ from ..console import human_bytes
 from .formats import hardware_line
 from .run_folder import Json
 
+FEWEST_TURNS = 3
+"""For a ratio. With one or two turns two copies of one model have come out 2 to 3 times apart on a shared machine."""
+
 
 def speed_table(bench: Json) -> list[Json]:
     """One row per phase and batch: phase, batch, source, converted (their rows of `bench`), turns, ratio.
 
     The ratio is the median over repetitions of converted to source, two runs that followed each other: what else the
-    machine did meanwhile falls out.
+    machine did meanwhile falls out. None with fewer than `FEWEST_TURNS`.
     """
     found: dict[tuple[str, int], Json] = {}
     for row in bench["speed"]:
@@ -19,7 +22,8 @@ def speed_table(bench: Json) -> list[Json]:
     table = []
     for (phase, batch), models in sorted(found.items(), key=lambda item: (item[0][0] != "prefill", item[0][1])):
         ours, theirs = (models[name].get("runs", []) for name in ("converted", "source"))
-        ratio = statistics.median(ratios) if (ratios := [a / b for a, b in zip(ours, theirs, strict=False)]) else None
+        ratios = [a / b for a, b in zip(ours, theirs, strict=False)]
+        ratio = statistics.median(ratios) if len(ratios) >= FEWEST_TURNS else None
         table.append({"phase": phase, "batch": batch, **models, "turns": max(len(ours), len(theirs)), "ratio": ratio})
     return table
 
@@ -41,14 +45,16 @@ def bench_notes(bench: Json) -> list[str]:
     if bench.get("cut"):
         notes.append(
             f"Cut short, to end within {bench['seconds']:g} s of timing: {'; '.join(bench['cut'])}. "
-            "A figure of a single turn may be off by whatever else the machine did: raise --seconds."
+            "A figure of one or two turns may be off by whatever else the machine did, so it takes "
+            f"{FEWEST_TURNS} for a ratio: raise --seconds."
         )
     if equal := at_equal_memory(bench):
         batches = [bench["models"][name]["largest_batch"] for name in ("source", "converted")]
         notes.insert(
             0,
             f"In the same memory: batch {batches[0]} -> {batches[1]}, decoding {equal['source']:,.0f} -> "
-            f"{equal['converted']:,.0f} tokens/s ({equal['ratio']:.2f}x).",
+            f"{equal['converted']:,.0f} tokens/s"
+            + (f" ({equal['ratio']:.2f}x)." if equal["ratio"] else ", too few turns for a ratio."),
         )
     if bench.get("hardware"):
         notes.append(f"Measured on {hardware_line(bench['hardware'])}; torch {bench['versions'].get('torch')}.")
@@ -60,9 +66,13 @@ def bench_notes(bench: Json) -> list[str]:
 
 def at_equal_memory(bench: Json) -> Json | None:
     """Decoding rate of each model at the largest batch that fits it, and their ratio; None if one was not timed."""
-    rates = {
-        row["model"]: row["tokens_per_second"]
+    rows = [
+        row
         for row in bench["speed"]
         if row["phase"] == "decode" and row["fits"] and row["batch"] == bench["models"][row["model"]]["largest_batch"]
-    }
-    return {**rates, "ratio": rates["converted"] / rates["source"]} if len(rates) == 2 else None
+    ]
+    if len(rows) != 2:
+        return None
+    rates = {row["model"]: row["tokens_per_second"] for row in rows}
+    enough = min(len(row["runs"]) for row in rows) >= FEWEST_TURNS
+    return {**rates, "ratio": rates["converted"] / rates["source"] if enough else None}
