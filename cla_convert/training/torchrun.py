@@ -41,7 +41,10 @@ def dismiss_the_others() -> None:
 
 def wait_for_call() -> dict[str, Any] | None:
     """On every process but 0: the arguments of the call, or None if there is nothing to do."""
-    call = store().get("call")
+    try:
+        call = store().get("call")
+    except dist.DistError:  # process 0 kept the store itself and has left; torchrun keeps it elsewhere
+        return None
     return None if call == _NOTHING.encode() else pickle.loads(call)
 
 
