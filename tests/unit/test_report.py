@@ -11,6 +11,7 @@ import yaml
 
 from cla_convert.errors import InputError
 from cla_convert.files import write_json
+from cla_convert.report.bench import at_equal_memory, speed_table
 from cla_convert.report.formats import groups_text, p_value
 from cla_convert.report.model_card import front_matter, write_model_card
 from cla_convert.report.report import build_report
@@ -218,3 +219,16 @@ def test_importing_the_report_stays_light():
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )
+
+
+def test_a_ratio_of_speeds_takes_three_turns():
+    rows = {name: {"model": name, "phase": "decode", "batch": 8, "fits": True} for name in ("source", "converted")}
+    for turns, expected in ((2, None), (3, 2.0)):
+        timed = [
+            row | {"runs": [rate] * turns, "tokens_per_second": rate}
+            for row, rate in zip(rows.values(), (10.0, 20.0), strict=True)
+        ]
+        bench = {"speed": timed, "models": {name: {"largest_batch": 8} for name in rows}}
+        assert speed_table(bench)[0]["ratio"] == expected
+        equal = at_equal_memory(bench)
+        assert equal is not None and equal["ratio"] == expected
