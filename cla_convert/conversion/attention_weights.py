@@ -1,6 +1,6 @@
 """A layer's attention weights as the linear maps that calibrated pooling works on, and back."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from ..errors import InputError
 from .blocks import Block, gain_of
 from .group_fit import HeadShape, Projections
-from .norms import Norm
+from .norms import Norm, split
 
 
 @dataclass(frozen=True)
@@ -38,31 +38,28 @@ class AttentionWeights:
         maps = {name: norm.linear(getattr(self.projections, name), second) for name, norm in self.norms.items()}
         return replace(self.projections, **maps)
 
-    def norm_inputs(self, second: Tensor) -> dict[str, Tensor]:
-        """What the norms see, as rows scaled to a mean square of 1."""
+    def seen(self, second: Tensor, x: Tensor) -> dict[str, Tensor]:
+        """Squares [n, rows] of what the norms see of `x` [n, p], scaled to a mean of about 1 over each norm's rows."""
         weights = {name: getattr(self.projections, name) for name in self.norms}
-        return {name: self.norms[name].scale(weight, second)[:, None] * weight for name, weight in weights.items()}
+        return {n: (self.norms[n].scale(w, second) * (x @ w.T)).square() for n, w in weights.items()}
 
     def with_linear(
-        self, wanted: Projections, shape: HeadShape, permutation: Sequence[int], second: Tensor, *, keys: bool
-    ) -> "AttentionWeights":
-        """Weights and norms that give about the stand-ins `wanted`.
+        self, wanted: Projections, shape: HeadShape, x: Tensor, seen: Mapping[str, Tensor]
+    ) -> tuple["AttentionWeights", list[float]]:
+        """Weights and norms that give about the stand-ins `wanted`, and by how much they miss the right length.
 
         Args:
             wanted: what pooling found.
             shape: sizes.
-            permutation: which KV head of this layer sits on each shared head.
-            second: E[x x^T].
-            keys: whether the layer owns its keys; a consumer's norm of keys goes.
+            x: [n, p], inputs.
+            seen: of each norm that the layer keeps, `q` and, of an owner, `k`: what it should see, see `split`.
         """
-        before, kv_order = self.linear(second), torch.tensor(permutation)
-        orders = {"q": expand(kv_order, shape.repeat), "k": kv_order}
-        maps, norms = {}, {}
-        for name in self.norms if keys else self.norms.keys() - {"k"}:
-            maps[name], norms[name] = self.norms[name].split(
-                getattr(wanted, name), getattr(before, name), second, shape.head_dim, shape.rotary_dim, orders[name]
-            )
-        return AttentionWeights(replace(wanted, **maps), norms)
+        splits = {
+            name: split(getattr(wanted, name), x, squares, len(self.norms[name].gain), shape.head_dim, shape.rotary_dim)
+            for name, squares in seen.items()
+        }
+        maps, norms = ({name: parts[i] for name, parts in splits.items()} for i in (0, 1))
+        return AttentionWeights(replace(wanted, **maps), norms), [parts[2] for parts in splits.values()]
 
     def tensors(self, block: Block, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inverse of `of`, float32, by name."""
@@ -77,11 +74,6 @@ class AttentionWeights:
             _, offset = gain_of(getattr(block.attention, f"{name}_norm"))
             tensors[f"{prefix}{name}_norm.weight"] = norm.gain - offset
         return {name: tensor.to(block.device, torch.float32).contiguous() for name, tensor in tensors.items()}
-
-
-def expand(order: Tensor, repeat: int) -> Tensor:
-    """Order of query heads that goes with an order of KV heads."""
-    return (order[:, None] * repeat + torch.arange(repeat)).flatten()
 
 
 def has_biases(weights: Mapping[str, Tensor], prefix: str) -> bool:

@@ -160,6 +160,11 @@ class Block:
         found = {f"{prefix}.{name}": p for name, p in self.attention.named_parameters()}
         return found | {f"{prefix}.{self.family.o_proj}.{name}": p for name, p in self.output.named_parameters()}
 
+    def gains(self) -> dict[str, Tensor]:
+        """Of the norms of queries and keys, float32, by the names that `trainable` gives their weights."""
+        norms = {name: module for name, module in self.attention.named_children() if name.endswith("_norm")}
+        return {f"{self.family.attention}.{name}.weight": gain_of(norm)[0] for name, norm in norms.items()}
+
 
 def gain_of(norm: nn.Module) -> tuple[Tensor, float]:
     """What a norm multiplies by, per channel, and how much of it is not in its weight (Gemma's weight is gain - 1)."""

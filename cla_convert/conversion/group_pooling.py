@@ -6,13 +6,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .attention_weights import AttentionWeights, expand, has_biases
+from .attention_weights import AttentionWeights, has_biases
 from .blocks import Block, Factory
 from .group_fit import ClosedForm, Moments, fit_group
 from .matching import Effort, Member, match_group
-from .norms import temperature_error
 from .streams import SecondMoment, batches
 from .teacher import Teacher
+
+_SAMPLE = 4096
+"""Tokens that the gains of norms are fitted to."""
 
 
 @dataclass(frozen=True)
@@ -57,19 +59,12 @@ class Pooler:
         linear = [source.linear(second) for source, second in zip(sources, moments.member, strict=True)]
         shape = self._factory.head_shape(group[0])
         closed = fit_group(shape, linear, moments)
-        seconds = [moments.owner, *moments.member[1:]]  # of what each member will see, as far as is known yet
-        new = [
-            source.with_linear(wanted.to(second.device), shape, permutation, second, keys=i == 0)
-            for i, (source, wanted, permutation, second) in enumerate(
-                zip(sources, closed.members, closed.permutations, seconds, strict=True)
-            )
-        ]
+        new, error = self._with_norms(blocks, group, sources, closed, moments, student)
         ready = [
             self._factory.build(layer, old | attention.tensors(block, old), group, training=True)
             for layer, block, attention in zip(group, blocks, new, strict=True)
             for old in [self._factory.read_layer(layer, mlp=False)]
         ]
-        error = self._temperature_error(group, sources, new, closed, seconds) if new[0].norms else None
         return ready, replace(closed, members=[]), error
 
     def match(
@@ -97,25 +92,50 @@ class Pooler:
                 member[i].add(y, y)
         return Moments(own.value, mean.value[:, 0], [c.value for c in cross], [m.value for m in member])
 
-    def _temperature_error(
+    def _with_norms(
         self,
+        blocks: Sequence[Block],
         group: Sequence[int],
-        before: Sequence[AttentionWeights],
-        after: Sequence[AttentionWeights],
+        sources: Sequence[AttentionWeights],
         closed: ClosedForm,
-        seconds: Sequence[Tensor],
-    ) -> float:
-        """Mean over the members of `temperature_error` of their queries, on the first rows of the teacher's streams."""
-        shape, errors = self._factory.head_shape(group[0]), []
-        for i, layer in enumerate(group):
-            block = self._factory.build(layer, self._factory.read_layer(layer, mlp=False))
-            x = block.norm_in(self._teacher.inputs[layer][:1].to(self._factory.device)).double().flatten(0, 1)
-            old, new = before[i].norm_inputs(seconds[i])["q"], after[i].projections.q
-            x = _append_one(x, old.shape[1] > x.shape[1])
-            order = expand(torch.tensor(closed.permutations[i]), shape.repeat)
-            old = old.view(len(order), shape.head_dim, -1)[order].flatten(0, 1)
-            errors.append(temperature_error(x, old, new, len(after[i].norms["q"].gain)))
-        return sum(errors) / len(errors)
+        moments: Moments,
+        student: Tensor,
+    ) -> tuple[list[AttentionWeights], float | None]:
+        """The group's weights from the closed form; with norms on queries and keys, also how far it does not fold.
+
+        The norm of shared keys should see what those of the members see on average.
+        """
+        wanted = [projections.to(moments.owner.device) for projections in closed.members]
+        if not sources[0].norms:
+            return [AttentionWeights(projections, {}) for projections in wanted], None
+        shape, with_bias = self._factory.head_shape(group[0]), wanted[0].q.shape[1] > student.shape[-1]
+        streams = [student, *(self._teacher.inputs[layer] for layer in group)]
+        own, *inputs = [
+            self._sample(block, stream, with_bias) for block, stream in zip([blocks[0], *blocks], streams, strict=True)
+        ]
+        seen = [
+            {name: _reordered(square, order) for name, square in source.seen(second, x).items()}
+            for source, second, x, order in zip(sources, moments.member, inputs, closed.permutations, strict=True)
+        ]
+        keys = torch.stack([member.pop("k") for member in seen]).mean(0)
+        seen[0]["k"] = keys
+        pairs = [
+            source.with_linear(projections, shape, x, squares)
+            for source, projections, x, squares in zip(sources, wanted, [own, *inputs[1:]], seen, strict=True)
+        ]
+        errors = [error for _, found in pairs for error in found]
+        return [weights for weights, _ in pairs], sum(errors) / len(errors)
+
+    def _sample(self, block: Block, stream: Tensor, with_bias: bool) -> Tensor:
+        """Normed inputs of some tokens of a stream, float64 [n, p]."""
+        rows = -(-_SAMPLE // stream.shape[1])
+        normed = block.norm_in(stream[:rows].to(self._factory.device)).double().flatten(0, 1)
+        return _append_one(normed[:_SAMPLE], with_bias)
+
+
+def _reordered(rows: Tensor, order: Sequence[int]) -> Tensor:
+    """Columns [n, heads * D] of query or KV heads in the order of the shared KV heads."""
+    return rows.unflatten(1, (len(order), -1))[:, list(order)].flatten(1)
 
 
 def _append_one(x: Tensor, with_bias: bool) -> Tensor:

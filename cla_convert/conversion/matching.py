@@ -15,6 +15,8 @@ from torch import Tensor
 from .blocks import Block, SharedKV
 
 LEARNING_RATE = 0.02
+BEHIND_NORMS = 0.01
+"""Learning rate of families that normalise queries and keys: with large gains a step counts for more."""
 MOMENTUM = 0.9
 WARMUP = 0.05
 
@@ -49,11 +51,13 @@ def match_group(members: Sequence[Member], effort: Effort, *, seed: int) -> floa
 
     Loss: the sum of the members' `mismatch`. Optimiser: Muon (Jordan et al. 2024), whose orthogonalised steps reach the
     same loss in several times fewer steps than Adam's here; the step of a matrix is relative to its root mean square,
-    with cosine decay. Vectors (biases) move along their normalised gradient by the same rule.
+    with cosine decay. Vectors (biases) move along their normalised gradient by the same rule; gains of norms, which
+    differ widely, each in proportion to itself.
     """
     parameters = [p for member in members for p in member.block.trainable().values()]
     momenta = [torch.zeros_like(p) for p in parameters]
-    sizes = [p.square().mean().sqrt() for p in parameters]
+    sizes = [size for member in members for size in _sizes(member.block)]
+    peak = BEHIND_NORMS if members[0].block.family.qk_norm else LEARNING_RATE
     rows, length = members[0].inputs.shape[:2]
     order = _row_order(rows, max(1, effort.tokens_per_step // length), effort.steps, seed)
     for parameter in parameters:
@@ -61,8 +65,9 @@ def match_group(members: Sequence[Member], effort: Effort, *, seed: int) -> floa
     for step, chosen in enumerate(order):
         with torch.enable_grad():
             gradients = list(torch.autograd.grad(_loss(members, chosen), parameters))
-        rate = LEARNING_RATE * _schedule(step, effort.steps)
+        rate = peak * _schedule(step, effort.steps)
         for i, momentum in enumerate(momenta):
+            gradients[i] *= sizes[i]
             momentum.mul_(MOMENTUM).add_(gradients[i])
             gradients[i] = gradients[i] + MOMENTUM * momentum  # frees the old one: of a large layer they are gigabytes
         updates = _directions(gradients)
@@ -74,6 +79,12 @@ def match_group(members: Sequence[Member], effort: Effort, *, seed: int) -> floa
         probe = torch.arange(min(rows, 8)).split(max(1, effort.tokens_per_step // length))
         losses = [_loss(members, part) * len(part) for part in probe]
         return torch.stack(losses).sum().item() / min(rows, 8) / len(members)
+
+
+def _sizes(block: Block) -> list[Tensor]:
+    """What a step of each trainable parameter is relative to: its root mean square, or each gain itself."""
+    gains = block.gains()
+    return [gains[n].abs() if n in gains else p.detach().square().mean().sqrt() for n, p in block.trainable().items()]
 
 
 def mismatch(block: Block, residual: Tensor, target: Tensor) -> Tensor:
