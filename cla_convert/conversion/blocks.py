@@ -154,6 +154,17 @@ class Block:
             weight = weight / size[..., 0].square()
         return change - (0 if self.output.bias is None else self.output.bias), weight
 
+    def output_gains(self) -> Tensor:
+        """Squared gain of each channel of the output projection on its way to the residual, their mean 1: [hidden] or [].
+
+        Behind a norm small gains matter: refitting such a channel does little for the residual, and what the channel
+        grows by the norm takes from all others.
+        """
+        if not self._norm_attention:
+            return torch.ones((), device=self.device)
+        square = gain_of(self._norm_attention)[0].square()
+        return (square / square.mean()).clamp_min(1e-6)
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """What matching may change (projections and norms of queries and keys), by name inside the layer."""
         prefix = self.family.attention

@@ -156,7 +156,8 @@ class Walk:
             wanted, weight = block.wanted_output(hidden, target, head)
             gram.add(head, head, weight)
             cross.add(head, wanted, weight)
-        output = ridge_towards(output.double(), gram.value, cross.value, REFIT_STRENGTH).float()
+        strength = REFIT_STRENGTH / block.output_gains().double()
+        output = ridge_towards(output.double(), gram.value, cross.value, strength).float()
         block.output.weight.data = output.to(self._factory.dtype)
         return heads, output
 
