@@ -155,7 +155,7 @@ class Block:
         return change - (0 if self.output.bias is None else self.output.bias), weight
 
     def output_gains(self) -> Tensor:
-        """Squared gain of each channel of the output projection on its way to the residual, their mean 1: [hidden] or [].
+        """Squared gain of each channel of the output projection on its way to the residual, mean 1: [hidden] or [].
 
         Behind a norm small gains matter: refitting such a channel does little for the residual, and what the channel
         grows by the norm takes from all others.

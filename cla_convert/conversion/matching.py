@@ -19,6 +19,8 @@ BEHIND_NORMS = 0.01
 """Learning rate of families that normalise queries and keys: with large gains a step counts for more."""
 MOMENTUM = 0.9
 WARMUP = 0.05
+_EAGER = 3
+"""Steps before a GPU records one: libraries have allocated by then what they need."""
 
 
 @dataclass(frozen=True)
@@ -54,31 +56,62 @@ def match_group(members: Sequence[Member], effort: Effort, *, seed: int) -> floa
     with cosine decay. Vectors (biases) move along their normalised gradient by the same rule; gains of norms, which
     differ widely, each in proportion to itself.
     """
-    parameters = [p for member in members for p in member.block.trainable().values()]
-    momenta = [torch.zeros_like(p) for p in parameters]
-    sizes = [size for member in members for size in _sizes(member.block)]
-    peak = BEHIND_NORMS if members[0].block.family.qk_norm else LEARNING_RATE
     rows, length = members[0].inputs.shape[:2]
-    order = _row_order(rows, max(1, effort.tokens_per_step // length), effort.steps, seed)
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    for step, chosen in enumerate(order):
+    per_step = max(1, effort.tokens_per_step // length)
+    peak = BEHIND_NORMS if members[0].block.family.qk_norm else LEARNING_RATE
+    descent = _Descent(members)
+    for step, chosen in enumerate(_row_order(rows, per_step, effort.steps, seed)):
+        descent.step(chosen, peak * _schedule(step, effort.steps))
+    with torch.no_grad():
+        probe = torch.arange(min(rows, 8)).split(per_step)
+        losses = [_loss(members, [_rows(member, part) for member in members]) * len(part) for part in probe]
+        return torch.stack(losses).sum().item() / min(rows, 8) / len(members)
+
+
+class _Descent:
+    """Steps of one group. A GPU replays a recorded one: launching kernels one by one takes longer than their work."""
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        self._members = members
+        self._parameters = [p for member in members for p in member.block.trainable().values()]
+        self._momenta = [torch.zeros_like(p) for p in self._parameters]
+        self._sizes = [size for member in members for size in _sizes(member.block)]
+        self._batch: list[tuple[Tensor, Tensor]] = []
+        self._rate = torch.zeros((), device=members[0].block.device)
+        self._steps, self._graph = 0, None
+
+    def step(self, rows: Tensor, rate: float) -> None:
+        """One step on some rows, always the same number of them."""
+        batch = [_rows(member, rows) for member in self._members]
+        if not self._batch:
+            self._batch = batch
+        for kept, new in zip(self._batch, batch, strict=True):
+            for tensor, values in zip(kept, new, strict=True):
+                tensor.copy_(values)
+        self._rate.fill_(rate)
+        if self._steps == _EAGER and self._rate.is_cuda:
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._update()
+        if self._graph:
+            self._graph.replay()
+        else:
+            self._update()
+        self._steps += 1
+
+    def _update(self) -> None:
+        for parameter in self._parameters:
+            parameter.requires_grad_(True)
         with torch.enable_grad():
-            gradients = list(torch.autograd.grad(_loss(members, chosen), parameters))
-        rate = peak * _schedule(step, effort.steps)
-        for i, momentum in enumerate(momenta):
-            gradients[i] *= sizes[i]
+            gradients = list(torch.autograd.grad(_loss(self._members, self._batch), self._parameters))
+        for parameter in self._parameters:
+            parameter.requires_grad_(False)
+        for i, momentum in enumerate(self._momenta):
+            gradients[i] *= self._sizes[i]
             momentum.mul_(MOMENTUM).add_(gradients[i])
             gradients[i] = gradients[i] + MOMENTUM * momentum  # frees the old one: of a large layer they are gigabytes
-        updates = _directions(gradients)
-        for parameter, update, size in zip(parameters, updates, sizes, strict=True):
-            parameter.data.sub_(rate * size * update)
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    with torch.no_grad():
-        probe = torch.arange(min(rows, 8)).split(max(1, effort.tokens_per_step // length))
-        losses = [_loss(members, part) * len(part) for part in probe]
-        return torch.stack(losses).sum().item() / min(rows, 8) / len(members)
+        for parameter, update, size in zip(self._parameters, _directions(gradients), self._sizes, strict=True):
+            parameter.data.sub_(self._rate * size * update)
 
 
 def _sizes(block: Block) -> list[Tensor]:
@@ -96,11 +129,16 @@ def mismatch(block: Block, residual: Tensor, target: Tensor) -> Tensor:
     return (block.view(residual) - wanted).square().mean() / wanted.square().mean()
 
 
-def _loss(members: Sequence[Member], rows: Tensor) -> Tensor:
+def _rows(member: Member, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs and targets of some rows, on the device of the layer."""
+    inputs, targets = (t[rows.to(t.device)].to(member.block.device) for t in (member.inputs, member.targets))
+    return inputs, targets
+
+
+def _loss(members: Sequence[Member], batch: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     shared: SharedKV = {}
     losses = []
-    for member in members:
-        inputs, targets = (t[rows.to(t.device)].to(member.block.device) for t in (member.inputs, member.targets))
+    for member, (inputs, targets) in zip(members, batch, strict=True):
         heads = member.block.heads(member.block.norm_in(inputs), shared)
         losses.append(mismatch(member.block, member.block.attend(inputs, heads), targets))
     return torch.stack(losses).sum()

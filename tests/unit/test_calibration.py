@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cla_convert.conversion import matching
 from cla_convert.conversion.blocks import Factory
 from cla_convert.conversion.calibration import LayerPatch, calibrated_pooling
 from cla_convert.conversion.matching import Effort, orthogonalise
@@ -260,3 +261,16 @@ def test_orthogonalised_matrices_have_singular_values_near_one() -> None:
         values = torch.linalg.svdvals(orthogonalise(torch.randn(shape)))
         assert values.min() > 0.5 and values.max() < 1.3
     assert not orthogonalise(torch.zeros(1, 4, 4)).any()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a recorded step needs a GPU")
+@pytest.mark.parametrize("case", CASES)
+def test_replayed_steps_are_the_steps(case: str, tokens: Tensor, saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = saved(source_model(case))
+    sources = sharing_map("cla2-keep-ends", shape_of(source.config).kinds)
+    found = []
+    for eager in (3, 100):
+        monkeypatch.setattr(matching, "_EAGER", eager)
+        found.append(patches_of(source, sources, tokens, effort=Effort(8, 64), device="cuda"))
+    for replayed, plain in zip(*found, strict=True):
+        torch.testing.assert_close(replayed.tensors, plain.tensors, rtol=1e-4, atol=1e-5)

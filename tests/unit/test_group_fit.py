@@ -173,3 +173,11 @@ def test_ridge_keeps_the_weights_where_nothing_needs_to_change_and_moves_them_wh
     gram = x.T @ x / 50
     torch.testing.assert_close(ridge_towards(weight, gram, gram @ weight.T, 1.0), weight)
     torch.testing.assert_close(ridge_towards(weight, gram, gram @ target.T, 1e-9), target, rtol=1e-6, atol=1e-6)
+
+
+def test_ridge_of_each_output_is_its_own() -> None:
+    torch.manual_seed(0)
+    x, weight, target = torch.randn(50, 4).double(), torch.randn(3, 4).double(), torch.randn(3, 4).double()
+    gram, cross, strengths = x.T @ x / 50, x.T @ (x @ target.T) / 50, torch.tensor([0.1, 1.0, 10.0]).double()
+    rows = [ridge_towards(weight, gram, cross, s.item())[i] for i, s in enumerate(strengths)]
+    torch.testing.assert_close(ridge_towards(weight, gram, cross, strengths), torch.stack(rows))
