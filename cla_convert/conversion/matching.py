@@ -21,6 +21,8 @@ MOMENTUM = 0.9
 WARMUP = 0.05
 _EAGER = 3
 """Steps before a GPU records one: libraries have allocated by then what they need."""
+_WORTH_RECORDING = 40
+"""Steps in all. Recording empties torch's cache of GPU memory, which a search with its many short groups would feel."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def match_group(members: Sequence[Member], effort: Effort, *, seed: int) -> floa
     rows, length = members[0].inputs.shape[:2]
     per_step = max(1, effort.tokens_per_step // length)
     peak = BEHIND_NORMS if members[0].block.family.qk_norm else LEARNING_RATE
-    descent = _Descent(members)
+    descent = _Descent(members, record=effort.steps >= _WORTH_RECORDING)
     for step, chosen in enumerate(_row_order(rows, per_step, effort.steps, seed)):
         descent.step(chosen, peak * _schedule(step, effort.steps))
     with torch.no_grad():
@@ -71,14 +73,15 @@ def match_group(members: Sequence[Member], effort: Effort, *, seed: int) -> floa
 class _Descent:
     """Steps of one group. A GPU replays a recorded one: launching kernels one by one takes longer than their work."""
 
-    def __init__(self, members: Sequence[Member]) -> None:
+    def __init__(self, members: Sequence[Member], *, record: bool) -> None:
         self._members = members
         self._parameters = [p for member in members for p in member.block.trainable().values()]
         self._momenta = [torch.zeros_like(p) for p in self._parameters]
         self._sizes = [size for member in members for size in _sizes(member.block)]
         self._batch: list[tuple[Tensor, Tensor]] = []
         self._rate = torch.zeros((), device=members[0].block.device)
-        self._steps, self._graph = 0, None
+        self._record, self._steps = record and self._rate.is_cuda, 0
+        self._graph: torch.cuda.CUDAGraph | None = None
 
     def step(self, rows: Tensor, rate: float) -> None:
         """One step on some rows, always the same number of them."""
@@ -89,7 +92,7 @@ class _Descent:
             for tensor, values in zip(kept, new, strict=True):
                 tensor.copy_(values)
         self._rate.fill_(rate)
-        if self._steps == _EAGER and self._rate.is_cuda:
+        if self._record and self._steps == _EAGER:
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph):
                 self._update()

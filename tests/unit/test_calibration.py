@@ -269,8 +269,8 @@ def test_replayed_steps_are_the_steps(case: str, tokens: Tensor, saved, monkeypa
     source = saved(source_model(case))
     sources = sharing_map("cla2-keep-ends", shape_of(source.config).kinds)
     found = []
-    for eager in (3, 100):
-        monkeypatch.setattr(matching, "_EAGER", eager)
+    for least in (0, 100):
+        monkeypatch.setattr(matching, "_WORTH_RECORDING", least)
         found.append(patches_of(source, sources, tokens, effort=Effort(8, 64), device="cuda"))
     for replayed, plain in zip(*found, strict=True):
         torch.testing.assert_close(replayed.tensors, plain.tensors, rtol=1e-4, atol=1e-5)
