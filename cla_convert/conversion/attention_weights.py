@@ -58,8 +58,9 @@ class AttentionWeights:
             name: split(getattr(wanted, name), x, squares, len(self.norms[name].gain), shape.head_dim, shape.rotary_dim)
             for name, squares in seen.items()
         }
-        maps, norms = ({name: parts[i] for name, parts in splits.items()} for i in (0, 1))
-        return AttentionWeights(replace(wanted, **maps), norms), [parts[2] for parts in splits.values()]
+        maps = {name: weight for name, (weight, _, _) in splits.items()}
+        norms = {name: norm for name, (_, norm, _) in splits.items()}
+        return AttentionWeights(replace(wanted, **maps), norms), [error for _, _, error in splits.values()]
 
     def tensors(self, block: Block, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inverse of `of`, float32, by name."""
