@@ -39,7 +39,7 @@ class AttentionWeights:
         return replace(self.projections, **maps)
 
     def seen(self, second: Tensor, x: Tensor) -> dict[str, Tensor]:
-        """Squares [n, rows] of what the norms see of `x` [n, p], scaled to a mean of about 1 over each norm's rows."""
+        """Squares [n, rows] of what the norms see of `x` [n, p]; of mean 1 over tokens and a norm's rows."""
         weights = {name: getattr(self.projections, name) for name in self.norms}
         return {n: (self.norms[n].scale(w, second) * (x @ w.T)).square() for n, w in weights.items()}
 

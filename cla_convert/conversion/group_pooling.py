@@ -31,7 +31,8 @@ class GroupFit:
     damage: float
     """Relative squared error of the members' normed post-attention residual on calibration text, after matching."""
     temperature_error: float | None
-    """Families with norms on queries and keys: what of the closed form does not fold, in nats (see `norms`)."""
+    """Families with norms on queries and keys: what of the closed form does not fold, in nats on tokens that were
+    not fitted (see `norms`)."""
 
 
 class Pooler:

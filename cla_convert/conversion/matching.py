@@ -64,6 +64,7 @@ def match_group(members: Sequence[Member], effort: Effort, *, seed: int) -> floa
     descent = _Descent(members, record=effort.steps >= _WORTH_RECORDING)
     for step, chosen in enumerate(_row_order(rows, per_step, effort.steps, seed)):
         descent.step(chosen, peak * _schedule(step, effort.steps))
+    del descent  # the memory of a recorded step
     with torch.no_grad():
         probe = torch.arange(min(rows, 8)).split(per_step)
         losses = [_loss(members, [_rows(member, part) for member in members]) * len(part) for part in probe]
@@ -93,8 +94,8 @@ class _Descent:
                 tensor.copy_(values)
         self._rate.fill_(rate)
         if self._record and self._steps == _EAGER:
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            self._graph, device = torch.cuda.CUDAGraph(), self._rate.device
+            with torch.cuda.device(device), torch.cuda.graph(self._graph, stream=torch.cuda.Stream(device)):
                 self._update()
         if self._graph:
             self._graph.replay()

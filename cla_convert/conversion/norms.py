@@ -39,34 +39,45 @@ class Norm:
 def split(
     wanted: Tensor, x: Tensor, seen: Tensor, width: int, head_dim: int, rotary_dim: int
 ) -> tuple[Tensor, Norm, float]:
-    """A projection and a norm that together give about `wanted` x, and by how much the result comes out too long.
+    """A projection and a norm that together give about `wanted` x, and how far its length is off.
 
     Args:
         wanted: [rows, p], stand-in that is wanted.
-        x: [n, p], inputs.
-        seen: [n, rows], squares of what the norms of the source see of the same tokens, the mean of each row about 1.
+        x: [n, p], inputs. Every second one is for the fit, the others for the error.
+        seen: [n, rows], squares of what the norms of the source see of the same tokens, as `AttentionWeights.seen`
+            scales them.
         width: channels that are normalised together, which is also the length of the gain.
         head_dim: channels of a head.
         rotary_dim: the first of them that RoPE turns. The fit begins with one factor for both channels of a pair.
 
     Returns:
-        W [rows, p], norm, and the root mean square of the logarithm of the factor, in nats.
+        W [rows, p], norm, and the root mean square, in nats, of the logarithm of the factor by which it is too long.
     """
-    power, sizes = (x @ wanted.T).square(), seen.unflatten(1, (-1, width)).mean(-1).flatten()
-    totals = [_pairwise(t.sum(0).view(-1, width // head_dim, head_dim).sum(0), rotary_dim) for t in (seen, power)]
-    start = (totals[0] / totals[1].clamp_min(1e-30)).flatten()
-    start = start.clamp(start.median() * 1e-4, start.median() * 1e4)
-    relative = power.view(-1, width) / (width * sizes.clamp_min(1e-6 * sizes.mean()))[:, None]
-    inverse = _fit_to_ones(relative, start)
-    error = ((relative @ inverse).clamp_min(1e-30).log() / 2).square().mean().sqrt().item()
+    seen, power = (t.unflatten(1, (-1, width)) for t in (seen, (x @ wanted.T).square()))
+    sizes = width * seen.mean(2, keepdim=True)
+    sizes = sizes.clamp_min((1e-6 * sizes.mean()).clamp_min(1e-30))  # every token and norm counts alike
+    seen, power = seen / sizes, power / sizes
+    start = _start(*(_pairwise(t.sum((0, 1)).view(-1, head_dim), rotary_dim).flatten() for t in (seen, power)))
+    inverse = _fit_to_ones(power[::2].flatten(0, 1), start)
+    error = ((power[1::2] if len(x) > 1 else power) @ inverse).clamp_min(1e-30).log() / 2
     norm = Norm(inverse.rsqrt())
-    return wanted / norm.rows(len(wanted))[:, None], norm, error
+    return wanted / norm.rows(len(wanted))[:, None], norm, error.square().mean().sqrt().item()
+
+
+def _start(seen: Tensor, power: Tensor) -> Tensor:
+    """1 / gain^2 that keeps every channel's share of the norm; dead channels get what is usual."""
+    alive = (seen > 0) & (power > 0)
+    if not alive.any():
+        return torch.ones_like(seen)
+    ratio = torch.where(alive, seen / power.clamp_min(1e-300), 0)
+    usual = ratio[alive].median()
+    return torch.where(alive, ratio.clamp(usual * 1e-4, usual * 1e4), usual)
 
 
 def _fit_to_ones(parts: Tensor, start: Tensor, steps: int = 200) -> Tensor:
     """Positive h that makes `parts` [n, width] h about 1, by multiplicative updates (Lee and Seung 2000) from `start`.
 
-    Where `start` is a solution already, it stays. Few data leave h near it.
+    Where `start` is a solution already, it stays. It ends early and bounded below, rather than at the optimum.
     """
     gram, target, h = parts.T @ parts, parts.sum(0), start
     for _ in range(steps):
@@ -75,7 +86,7 @@ def _fit_to_ones(parts: Tensor, start: Tensor, steps: int = 200) -> Tensor:
 
 
 def _pairwise(square: Tensor, rotary_dim: int) -> Tensor:
-    """Mean squares [groups, head_dim] with both channels of a rotary pair given their sum."""
+    """Squares [heads, head_dim] with both channels of a rotary pair given their sum."""
     half = rotary_dim // 2
     pairs = square[:, :half] + square[:, half:rotary_dim]
     return torch.cat([pairs, pairs, square[:, rotary_dim:]], 1)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from ..errors import InputError
+
 
 def ridge_towards(weight: Tensor, gram: Tensor, cross: Tensor, strength: float | Tensor) -> Tensor:
     """argmin_W E|y - W x|^2 + |lam (W - weight)|^2, with lam^2 = strength times the mean diagonal of E[x x^T].
@@ -14,7 +16,14 @@ def ridge_towards(weight: Tensor, gram: Tensor, cross: Tensor, strength: float |
         strength: dimensionless; one for all outputs, or one for each.
 
     Shrinking towards `weight` makes the regression exact where nothing needs to change: if y = weight x, W = weight.
+    Raises InputError if the data are not finite.
     """
+    if not (gram.isfinite().all() and cross.isfinite().all()):
+        raise InputError(
+            "The model's activations on the calibration text are not finite",
+            why="Its weights hold inf or nan, or it overflows on this text.",
+            fix="Check that the source model generates text; --init mean looks at no activations.",
+        )
     penalty = strength * gram.diagonal().mean().clamp_min(1e-30)
     missing = cross - gram @ weight.T
     if isinstance(penalty, Tensor) and penalty.dim():

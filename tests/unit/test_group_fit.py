@@ -12,6 +12,7 @@ from cla_convert.conversion.group_fit import HeadShape, Moments, Projections, fi
 from cla_convert.conversion.keys import fold_queries, mix_rotary
 from cla_convert.conversion.refit import ridge_towards
 from cla_convert.conversion.values import fold_free_queries, fold_outputs
+from cla_convert.errors import InputError
 
 TOKENS = 11
 
@@ -181,3 +182,11 @@ def test_ridge_of_each_output_is_its_own() -> None:
     gram, cross, strengths = x.T @ x / 50, x.T @ (x @ target.T) / 50, torch.tensor([0.1, 1.0, 10.0]).double()
     rows = [ridge_towards(weight, gram, cross, s.item())[i] for i, s in enumerate(strengths)]
     torch.testing.assert_close(ridge_towards(weight, gram, cross, strengths), torch.stack(rows))
+
+
+def test_ridge_refuses_what_is_not_finite() -> None:
+    """LAPACK's eigenvalues of such a matrix come back without a word."""
+    weight, gram = torch.zeros(3, 64).double(), torch.full((64, 64), torch.nan).double()
+    for strength in (0.1, torch.ones(3).double()):
+        with pytest.raises(InputError, match="not finite"):
+            ridge_towards(weight, gram, torch.zeros(64, 3).double(), strength)

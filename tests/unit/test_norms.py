@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cla_convert.conversion import norms
 from cla_convert.conversion.norms import Norm, split
 
 HEADS, DIM, INPUTS, TOKENS = 3, 8, 12, 400
@@ -43,11 +44,27 @@ def test_a_rotation_of_pairs_with_equal_gains_splits_exactly(width: int) -> None
 
 
 @pytest.mark.parametrize("dead", [0.0, 1e-3])
-def test_lengths_stay_although_a_channel_of_a_pair_has_almost_no_gain(dead: float) -> None:
-    """Gemma 3 has such gains. Dividing the turned pair by them would make one channel larger than all others."""
-    weight, gain, x = given(DIM)
-    gain[1] = dead
-    wanted = rotated(Norm(gain).rows(len(weight))[:, None] * weight)
-    new, norm, error = split(wanted, x, (x @ weight.T).square(), DIM, DIM, DIM)
-    assert error < 0.25 and norm.gain.max() < 20
+def test_unequal_gains_follow_a_quarter_turn(dead: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The turn swaps both channels of every pair, so gains must be swapped, too; the fit begins with equal ones.
+
+    Gemma 3 has gains near 0: dividing by them, unturned, would make one channel larger than all others.
+    """
+    weight, _, x = given(DIM)
+    gain = torch.tensor([dead, 8, 1, 0.5, 2, 0.25, 4, 1], dtype=torch.float64)
+    first, second = (Norm(gain).rows(len(weight))[:, None] * weight).view(HEADS, 2, DIM // 2, -1).unbind(1)
+    wanted, seen = torch.stack([-second, first], 1).flatten(0, 2), (x @ weight.T).square()
+    new, norm, error = split(wanted, x, seen, DIM, DIM, DIM)
     torch.testing.assert_close(norm.rows(len(new))[:, None] * new, wanted)
+    monkeypatch.setattr(norms, "_fit_to_ones", lambda _, start: start)
+    assert norm.gain.max() < 50 and error < 0.5 * split(wanted, x, seen, DIM, DIM, DIM)[2]
+
+
+def test_dead_channels_and_a_single_token_are_no_trouble() -> None:
+    weight, gain, x = given(DIM)
+    wanted, seen = Norm(gain).rows(len(weight))[:, None] * weight, (x @ weight.T).square()
+    for rows in (slice(0, 5), slice(None)):
+        w, s = wanted.clone(), seen.clone()
+        w.view(HEADS, DIM, -1)[:, rows], s.view(TOKENS, HEADS, DIM)[:, :, rows] = 0, 0
+        for count in (1, TOKENS):
+            new, norm, error = split(w, x[:count], s[:count], DIM, DIM, DIM)
+            assert new.isfinite().all() and norm.gain.isfinite().all() and norm.gain.max() < 1e3 and error < 1e3
