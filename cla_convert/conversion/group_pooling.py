@@ -14,7 +14,7 @@ from .streams import SecondMoment, batches
 from .teacher import Teacher
 
 _SAMPLE = 4096
-"""Tokens that the gains of norms are fitted to."""
+"""Tokens that the gains of norms are fitted to and judged by, half of them each."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Pooler:
         linear = [source.linear(second) for source, second in zip(sources, moments.member, strict=True)]
         shape = self._factory.head_shape(group[0])
         closed = fit_group(shape, linear, moments)
-        new, error = self._with_norms(blocks, group, sources, closed, moments, student)
+        new, error = self._with_norms(blocks, group, sources, closed, moments, student, with_bias)
         ready = [
             self._factory.build(layer, old | attention.tensors(block, old), group, training=True)
             for layer, block, attention in zip(group, blocks, new, strict=True)
@@ -101,6 +101,7 @@ class Pooler:
         closed: ClosedForm,
         moments: Moments,
         student: Tensor,
+        with_bias: bool,
     ) -> tuple[list[AttentionWeights], float | None]:
         """The group's weights from the closed form; with norms on queries and keys, also how far it does not fold.
 
@@ -109,7 +110,6 @@ class Pooler:
         wanted = [projections.to(moments.owner.device) for projections in closed.members]
         if not sources[0].norms:
             return [AttentionWeights(projections, {}) for projections in wanted], None
-        shape, with_bias = self._factory.head_shape(group[0]), wanted[0].q.shape[1] > student.shape[-1]
         streams = [student, *(self._teacher.inputs[layer] for layer in group)]
         own, *inputs = [
             self._sample(block, stream, with_bias) for block, stream in zip([blocks[0], *blocks], streams, strict=True)
@@ -118,10 +118,9 @@ class Pooler:
             {name: _reordered(square, order) for name, square in source.seen(second, x).items()}
             for source, second, x, order in zip(sources, moments.member, inputs, closed.permutations, strict=True)
         ]
-        keys = torch.stack([member.pop("k") for member in seen]).mean(0)
-        seen[0]["k"] = keys
+        seen[0]["k"] = torch.stack([member.pop("k") for member in seen]).mean(0)
         pairs = [
-            source.with_linear(projections, shape, x, squares)
+            source.with_linear(projections, self._factory.head_shape(group[0]), x, squares)
             for source, projections, x, squares in zip(sources, wanted, [own, *inputs[1:]], seen, strict=True)
         ]
         errors = [error for _, found in pairs for error in found]
