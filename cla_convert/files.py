@@ -1,10 +1,19 @@
-"""Small JSON files, written whole or not at all."""
+"""Small JSON files, written whole or not at all; a folder to oneself."""
 
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from .errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
@@ -20,6 +29,32 @@ def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Work in `folder`, made if need be and gone again if it stays empty; raises InputError if another process does.
+
+    The lock is the kernel's (flock): it ends with the process, however that ends.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        if fcntl and descriptor is not None:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(
+                    f"Another process is at work in {folder}", fix="Wait for it to end, or give another folder."
+                ) from error
+            except OSError:
+                pass  # a file system without locks
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+        with suppress(OSError):
+            folder.rmdir()  # only if nothing was written
 
 
 def sync(path: Path) -> None:

@@ -16,7 +16,7 @@ import yaml
 
 from .console import say
 from .environment import command_line, hardware, pick_device, versions
-from .files import read_json, write_json
+from .files import alone_in, read_json, write_json
 from .recipe import Recipe, Resolved
 from .same_recipe import check_same_recipe
 
@@ -51,17 +51,18 @@ def run(
     run = Run.start(resolved, out, overwrite=overwrite, allow_changes=allow_changes)
     say(resolved.table())
     check_before_work(run)
-    if overwrite:
-        _clear(out)  # only now: a run that cannot start must not cost the one before it
-    run.save_recipe()
-    result: dict[str, Any] = {}
-    for number, (name, stage) in enumerate(stages.items(), 1):
-        say(f"\n[{number}/{len(stages)}] {name}")
-        with run.timed(name):
-            result = stage(run)
-        if name == until:
-            break
-    return result
+    with alone_in(out):
+        if overwrite:
+            _clear(out)  # only now: a run that cannot start must not cost the one before it
+        run.save_recipe()
+        result: dict[str, Any] = {}
+        for number, (name, stage) in enumerate(stages.items(), 1):
+            say(f"\n[{number}/{len(stages)}] {name}")
+            with run.timed(name):
+                result = stage(run)
+            if name == until:
+                break
+        return result
 
 
 @dataclass

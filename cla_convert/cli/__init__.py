@@ -1,5 +1,6 @@
 """The command line. Each verb parses, calls one stage and prints its result; heavy imports happen inside the verbs."""
 
+import errno
 import signal
 import sys
 
@@ -11,6 +12,12 @@ from .app import app
 from . import models, training, evaluation, recipes  # isort: skip  (the order of --help)
 
 __all__ = ["app", "evaluation", "main", "models", "recipes", "training"]
+
+
+_OF_PATHS = (
+    errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EROFS, errno.ENOSPC, errno.ENAMETOOLONG
+)  # fmt: skip
+"""What a path given by the user may lead to, as opposed to a bug."""
 
 
 def main() -> None:
@@ -26,8 +33,8 @@ def main() -> None:
             app()
         else:
             training.take_part()
-    except (ClaError, PermissionError, FileExistsError, NotADirectoryError) as error:
-        if debug():
+    except (ClaError, OSError) as error:
+        if debug() or not (isinstance(error, ClaError) or error.errno in _OF_PATHS):
             raise
         error = error if isinstance(error, ClaError) else InputError(f"A path cannot be used: {error}")
         if alone or _speaks():

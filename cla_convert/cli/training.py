@@ -49,7 +49,7 @@ def uptrain(
     Interrupted? The same command line resumes. Several GPUs? torchrun --nproc-per-node N -m cla_convert.cli uptrain
     """
     from ..environment import pick_device
-    from ..files import write_json
+    from ..files import alone_in, write_json
     from ..models.source import resolve_source
     from ..recipe import load_recipe
     from ..recipes import find_recipe
@@ -62,32 +62,35 @@ def uptrain(
     settings = resolved.recipe
     if not settings.train.tokens:
         raise UsageError("No token budget", fix="Give --tokens, for example --tokens 26M.")
-    if not (source := teacher or settings.train.teacher or settings.source.model):
+    source = teacher or settings.train.teacher or settings.source.model
+    if not source and settings.train.loss == "cross_entropy" and not any(s.generate for s in settings.data.sources):
+        source = str(model)  # nothing is asked of a teacher
+    if not source:
         raise UsageError("No teacher", why="Distillation needs the source model.", fix="Give --teacher MODEL.")
     revision = settings.source.revision if source == settings.source.model else None
     state = out.with_name(f"{out.name}.state")
     done = (state / "train.json").exists()
     if out.exists() and (done or not (state / "checkpoints").exists()):  # else it was interrupted at the very end
-        raise InputError(f"{out} exists", fix="Give another folder, or remove it to train again.")
+        raise InputError(f"{out} exists", fix=f"Give another folder, or remove it and {state} to train again.")
     hub = destination(push_to_hub, private)
     say(resolved.table())
-    state.mkdir(parents=True, exist_ok=True)
-    (state / "train.json").unlink(missing_ok=True)
-    result = train(
-        model,
-        resolve_source(source, revision=revision, allow_pickle=settings.source.allow_pickle),
-        out,
-        settings,
-        run_dir=state,
-        device=pick_device(settings.device),
-        resume_command=command_line(),
-        fresh=not resume,
-        allow_changes=allow_changes or (),
-    )
-    card = described(out, result | {"loss_name": result["objective"]}) | {"command": command_line()}
-    write_model_card(out, card, source_card(out))
-    write_json(state / "train.json", result)
-    finish(state, keep=settings.train.keep_checkpoints_after_success)
+    with alone_in(state):
+        (state / "train.json").unlink(missing_ok=True)
+        result = train(
+            model,
+            resolve_source(source, revision=revision, allow_pickle=settings.source.allow_pickle),
+            out,
+            settings,
+            run_dir=state,
+            device=pick_device(settings.device),
+            resume_command=command_line(),
+            fresh=not resume,
+            allow_changes=allow_changes or (),
+        )
+        card = described(out, result | {"loss_name": result["objective"]}) | {"command": command_line()}
+        write_model_card(out, card, source_card(out))
+        write_json(state / "train.json", result)
+        finish(state, keep=settings.train.keep_checkpoints_after_success)
     try:
         result |= push(hub, out)
     finally:

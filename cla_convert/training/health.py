@@ -1,6 +1,6 @@
 """What stops a run that went wrong: a loss or gradient that is not finite, a loss that jumps up and stays there."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import median
 
 import torch
@@ -59,12 +59,30 @@ def not_finite(
     what = "loss" if bad else "gradient"
     return TrainingError(
         f"The {what} is not finite at step {position.step + 1}, sequences {first} to {end - 1}",
-        f"Loss {losses.sum().item()}, gradient norm {norm}. {last_good(checkpoints)}",
+        f"Loss {losses.sum().item()}, gradient norm {norm}. {last_good(checkpoints, position.step)}",
         "Lower train.learning_rate, raise train.warmup, or try train.precision=float32; then start over.",
     )
 
 
-def last_good(checkpoints: Checkpoints) -> str:
-    """A sentence that names the newest checkpoint."""
+def ruined(position: Position, what: str, checkpoints: Checkpoints) -> TrainingError:
+    """The error for weights that the step before `position` left without a use."""
+    return TrainingError(
+        f"{what} after step {position.step}: the model is not published",
+        last_good(checkpoints, position.step),
+        "Lower train.learning_rate or raise train.warmup, then start over.",
+    )
+
+
+def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether no weight is inf or nan."""
+    own = [getattr(tensor, "_local_tensor", tensor).detach() for tensor in tensors]  # of a sharded one, this process's
+    return not own or bool(torch.stack([tensor.sum() for tensor in own]).isfinite().all())
+
+
+def last_good(checkpoints: Checkpoints, step: int | None = None) -> str:
+    """Names the newest checkpoint; that of `step` itself, at which something failed, has not proved to be good."""
     whole = checkpoints.all()
-    return f"The last good checkpoint is {whole[-1]}." if whole else "There is no checkpoint yet."
+    unproved = [path for path in whole if step is not None and path == checkpoints.at(step)]
+    good = [path for path in whole if path not in unproved]
+    said = f"The last good checkpoint is {good[-1]}." if good else "There is no good checkpoint yet."
+    return f"{said} {unproved[0]} may hold what failed: remove it if resuming fails again." if unproved else said

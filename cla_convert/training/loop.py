@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..console import human_count, say
+from ..console import human_count, say, warn
 from ..environment import peak_memory_bytes
 from ..errors import Interrupted
 from ..evaluation.perplexity import token_perplexity
@@ -26,7 +26,7 @@ from ..models.checkpoint import Checkpoint
 from ..models.export import check_exportable, export_model
 from ..models.writer import check_output
 from ..recipe import Recipe
-from .health import HISTORY, PATIENCE, not_finite, spiked, steps_above
+from .health import HISTORY, PATIENCE, all_finite, not_finite, ruined, spiked, steps_above
 from .metrics import Metrics, NoMetrics, read_rows
 from .monitor import Monitor
 from .parallel import check_team, team, whole
@@ -102,9 +102,20 @@ def uptrain(
             raise checkpoints.disk_trouble(str(error)) from error
         result = _result(trainer, position, read_rows(log)) | {"changes": checkpoints.changes}
         state = _final_weights(trainer, student_dir)
+    _tell(result["validation"])
     if crew.leads:
         export_model(state, student_dir, out_dir, manifest={"uptraining": result | identity}, overwrite=True)
     return result
+
+
+def _tell(validation: list[dict[str, Any]]) -> None:
+    """What training did to the perplexity of the validation text."""
+    first, last = (validation[i]["validation_perplexity"] if validation else None for i in (0, -1))
+    if first is None or last is None:
+        return
+    say(f"validation perplexity {first:.4g} -> {last:.4g}")
+    if last > first:
+        warn("the validation perplexity rose: lower train.learning_rate, or train for longer")
 
 
 def _resume(trainer: Trainer, checkpoints: Checkpoints) -> Position:
@@ -127,7 +138,7 @@ def _train(
 ) -> Position:
     """Steps until the budget is spent; returns the final position."""
     settings, budget, team, due = trainer.settings, trainer.budget, trainer.team, False
-    _validate_if_due(trainer, position, metrics, monitor)
+    _validate_if_due(trainer, position, metrics, monitor, checkpoints)
     while position.step < budget.steps:
         before = position
         position, row = _step(trainer, position, checkpoints)
@@ -140,6 +151,8 @@ def _train(
         due = due or crossed(settings.checkpoint_every, before.tokens, position.tokens)
         if last or stopping or (due and not above):  # what may be the start of a spike must not replace the good
             due = False
+            if team.any(not all_finite(trainer.parameters.values())):
+                raise ruined(position, "The weights are not finite", checkpoints)
             metrics.sync()
             saved = checkpoints.save(position, trainer.student, trainer.optimizers)
             if stopping and not last:
@@ -148,7 +161,7 @@ def _train(
                     f"Everything is saved in {saved}.",
                     f"Resume with: {resume_command}" if resume_command else "Run the same command to resume.",
                 )
-        _validate_if_due(trainer, position, metrics, monitor)
+        _validate_if_due(trainer, position, metrics, monitor, checkpoints)
     return position
 
 
@@ -237,7 +250,9 @@ def _to_device(trainer: Trainer, tensor: torch.Tensor) -> torch.Tensor:
     )
 
 
-def _validate_if_due(trainer: Trainer, position: Position, metrics: Metrics, monitor: Monitor) -> None:
+def _validate_if_due(
+    trainer: Trainer, position: Position, metrics: Metrics, monitor: Monitor, checkpoints: Checkpoints
+) -> None:
     """Validation perplexity at the start, at intervals and at the end; once a step, also after a resume."""
     before = trainer.budget.tokens_after(max(0, position.step - 1))
     ends = position.step in (0, trainer.budget.steps)
@@ -248,6 +263,8 @@ def _validate_if_due(trainer: Trainer, position: Position, metrics: Metrics, mon
     with trainer.computing():  # every process does it all: the sequences are few, and the result is one
         size = min(8, trainer.micro_batch)
         score = trainer.team.run(token_perplexity, trainer.student, trainer.validation, batch_size=size)
+    if position.step == trainer.budget.steps and not math.isfinite(score["perplexity"]):
+        raise ruined(position, "The validation perplexity is not finite", checkpoints)
     monitor.validation({"step": position.step, "tokens": position.tokens, "validation_perplexity": score["perplexity"]})
 
 

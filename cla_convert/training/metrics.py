@@ -9,6 +9,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..files import plain
+
 
 class Metrics:
     """Appends rows to a JSON lines file. Every row has a `step`."""
@@ -35,7 +37,7 @@ class Metrics:
             self._validated.add(row["step"])
         if "loss" in row:
             self.losses.append(row["loss"])
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(json.dumps(plain(row), allow_nan=False) + "\n")
         self._file.flush()
 
     def sync(self) -> None:

@@ -127,7 +127,7 @@ def _why_nothing(path: Path) -> str:
 def _file(path: Path, source: TextSource) -> Iterator[Document]:
     try:
         if path.name.endswith((".txt", ".md")):
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
             if not text.isspace() and text:
                 yield Document(text, text)
             return
@@ -139,7 +139,11 @@ def _file(path: Path, source: TextSource) -> Iterator[Document]:
 
 
 def _jsonl(path: Path) -> Iterator[Any]:
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
+    with (
+        gzip.open(path, "rt", encoding="utf-8-sig")
+        if path.suffix == ".gz"
+        else path.open(encoding="utf-8-sig") as lines
+    ):
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue

@@ -78,6 +78,10 @@ class Checkpoints:
         found = sorted(self.folder.glob("step-*")) if self.folder.exists() else []
         return [path for path in found if _is_whole(path)]
 
+    def at(self, step: int) -> Path:
+        """Where the checkpoint of a step is, if there is one."""
+        return self.folder / f"step-{step:08d}"
+
     def clear(self) -> None:
         """Remove every checkpoint: start over."""
         self.team.barrier()
@@ -87,7 +91,7 @@ class Checkpoints:
 
     def save(self, position: Position, model: torch.nn.Module, optimizers: Optimizers) -> Path:
         """Publish a checkpoint, then prune. Raises TrainingError if the disk is full; earlier ones are untouched."""
-        final = self.folder / f"step-{position.step:08d}"
+        final = self.at(position.step)
         temporary = self.folder / f"{_TEMPORARY}{final.name}"
         if self.team.leads:
             for stale in self.folder.glob(f"{_TEMPORARY}*"):

@@ -21,8 +21,8 @@ def check_teacher(train: Train, student: Path, teacher: Path) -> None:
     """
     if train.loss != "distill":
         return
-    _check_vocabulary(load_tokenizer(student).get_vocab(), load_tokenizer(teacher).get_vocab())
     ours, theirs = (Checkpoint.open(folder).config for folder in (student, teacher))
+    _check_vocabulary(load_tokenizer(student).get_vocab(), load_tokenizer(teacher).get_vocab())
     if train.hidden_weight and ours.get("hidden_size") != theirs.get("hidden_size"):
         raise InputError(
             "Hidden states of different width cannot be matched",

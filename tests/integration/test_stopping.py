@@ -157,6 +157,32 @@ def test_asked_to_stop_it_saves_and_resumes_bit_for_bit(
     assert same_weights(out, uninterrupted) and rows(out) == rows(uninterrupted)
 
 
+def test_two_runs_do_not_share_a_folder(work: Path, tmp_path: Path, uninterrupted: Path) -> None:
+    out, log = tmp_path / "out", tmp_path / "log"
+    line = uptrain(work, out, steps=STEPS, **EVERY_STEP)
+    process = start(line, log)
+    wait_until(process, lambda: len(rows(out)) > 1)
+    printed = run([*line, "--set", "train.learning_rate=1e-5"], tmp_path / "second.log", code=3)
+    assert f"Another process is at work in {state(out)}" in printed
+    assert finish(process) == [0], log.read_text()
+    assert same_weights(out, uninterrupted) and rows(out) == rows(uninterrupted)
+
+
+def test_a_run_that_cannot_start_leaves_nothing(work: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    line = uptrain(work, out, steps=1, options=["--teacher", tmp_path / "nowhere"])
+    run(line, tmp_path / "log", code=3)
+    line[1] = tmp_path / "no-model"
+    assert "tokenizer" not in run(line[:4] + line[4:-2], tmp_path / "log2", code=3)
+    assert not out.exists() and not state(out).exists()
+
+
+def test_cross_entropy_asks_for_no_teacher(work: Path, tmp_path: Path) -> None:
+    line = uptrain(work, tmp_path / "out", steps=1, loss="cross_entropy", options=["--set", "source.model=''"])
+    run(line, tmp_path / "log")
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
 @pytest.fixture
 def stopped(work: Path, tmp_path: Path) -> Path:
     """A run that was stopped early."""

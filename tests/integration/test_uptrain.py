@@ -302,3 +302,21 @@ def test_a_folder_that_is_not_ours_is_refused_before_training(work: Path, tiny_l
     with pytest.raises(InputError, match="will not be replaced"):
         uptrain(work, tiny_llama, tmp_path, recipe(work))
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_ruined_weights_are_neither_saved_nor_published(work: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    """The loss is measured before the update: after the last one only the weights tell."""
+    settings = recipe(work, steps=1, warmup=0, loss="cross_entropy", learning_rate=3e38)
+    with pytest.raises(TrainingError, match="weights are not finite after step 1: the model is not published"):
+        uptrain(work, tiny_llama, tmp_path, settings)
+    assert not (tmp_path / "model").exists() and not list((tmp_path / "checkpoints").glob("step-*"))
+
+
+def test_training_that_made_it_worse_says_so(
+    work: Path, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = uptrain(work, tiny_llama, tmp_path, recipe(work, steps=2, warmup=0, learning_rate=1e3))
+    first, last = (result["validation"][i]["validation_perplexity"] for i in (0, -1))
+    printed = capsys.readouterr().err
+    assert last > first and f"validation perplexity {first:.4g} -> {last:.4g}" in printed
+    assert "the validation perplexity rose" in printed
