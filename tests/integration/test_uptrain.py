@@ -315,7 +315,7 @@ def test_ruined_weights_are_neither_saved_nor_published(work: Path, tiny_llama: 
 def test_training_that_made_it_worse_says_so(
     work: Path, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = uptrain(work, tiny_llama, tmp_path, recipe(work, steps=1, warmup=0, learning_rate=1e3))
+    result = uptrain(work, tiny_llama, tmp_path, recipe(work, steps=1, warmup=0, learning_rate=4.0))
     first, last = (result["validation"][i]["validation_perplexity"] for i in (0, -1))
     printed = capsys.readouterr().err
     assert last > first and f"validation perplexity {first:.4g} -> {last:.4g}" in printed
