@@ -84,9 +84,10 @@ def described(folder: Path, train: Json | None = None) -> Json:
     config, manifest = read_json(folder / "config.json") or {}, read_json(folder / MANIFEST) or {}
     shape = shape_of(config)
     size = {name: ELEMENT_SIZE[code] for code, name in FLOATING.items()}.get(str(config.get("dtype")), 4)
-    base = front_matter(source_card(folder)).get("base_model")
+    source, base = manifest.get("source") or {}, front_matter(source_card(folder)).get("base_model")
+    model = base or source.get("model") or source.get("file") or source.get("folder")
     return {
-        "source": {**(manifest.get("source") or {}), **({"model": base} if base else {})},
+        "source": {**source, "model": model},
         "converted": {key: manifest[key] for key in ("kv_source_layers", "sharing", "init") if key in manifest},
         "kv": {
             "bytes_per_token_before": shape.kv_bytes_per_token(size, shape.num_layers),

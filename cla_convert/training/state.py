@@ -182,6 +182,8 @@ class Checkpoints:
 
     def _latest(self) -> Path | None:
         whole = self.all()
+        for damaged in sorted(set(self.folder.glob("step-*")) - set(whole)):
+            warn(f"{damaged} is damaged: files are missing or of the wrong size")
         if not whole:
             return None
         saved = json.loads((whole[-1] / _STATE).read_text())

@@ -205,6 +205,15 @@ def test_a_full_disk_keeps_the_last_good_checkpoint_and_says_so(work: Path, stop
     assert same_weights(stopped, uninterrupted)
 
 
+def test_a_damaged_checkpoint_is_named_and_not_used(work: Path, stopped: Path, uninterrupted: Path) -> None:
+    (newest,) = (state(stopped) / "checkpoints").glob("step-*")
+    file = next(newest.glob("*.safetensors"))
+    os.truncate(file, file.stat().st_size // 2)
+    printed = run(uptrain(work, stopped, steps=STEPS, **EVERY_STEP), stopped.with_name("log2"))
+    assert f"{newest} is damaged" in printed and "resuming" not in printed
+    assert same_weights(stopped, uninterrupted)
+
+
 def test_changed_settings_are_refused_unless_named_and_then_recorded(work: Path, stopped: Path) -> None:
     log, step = stopped.with_name("log"), checkpoints(stopped)[-1]
     changed = uptrain(work, stopped, steps=STEPS, **EVERY_STEP, learning_rate=1e-3, clip=0.5)
