@@ -29,6 +29,12 @@ def prose(value: str) -> str:
     return value.replace("<", "&lt;")
 
 
+def changed(change: Json) -> str:
+    """A resumption under other settings: the command alone does not give these weights."""
+    what = "; ".join(f"{c['name']}: {c['before']!r} -> {c['after']!r}" for c in change["changed"])
+    return f"Resumed after step {change['step']} under other settings: {what}. The command alone does not repeat that."
+
+
 def number(value: float | None, digits: int = 4) -> str:
     """Significant digits, thousands separated: 1234.5 -> 1,234 (4 digits)."""
     if value is None:

@@ -34,7 +34,7 @@ def environment() -> jinja2.Environment:
     )  # fmt: skip
     named = ["cell", "prose", "percent", "points", "points_interval", "number", "ratio", "factor", "times", "rate",
              "change", "cla_cost", "cost_interval", "found", "layer_bytes", "interval", "bracket", "count", "integer",
-             "duration", "model_name"]  # fmt: skip
+             "duration", "model_name", "changed"]  # fmt: skip
     env.filters |= {name: getattr(formats, name) for name in named}
     env.filters |= {"p": formats.p_value, "bytes": formats.size, "yaml": formats.to_yaml}
     env.filters |= {"groups": formats.groups_text, "hardware": formats.hardware_line}
