@@ -8,6 +8,7 @@ the owner reads the student's, whose errors its K/V must live with.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -95,7 +96,7 @@ class _Descent:
         self._rate.fill_(rate)
         if self._record and self._steps == _EAGER:
             self._graph, device = torch.cuda.CUDAGraph(), self._rate.device
-            with torch.cuda.device(device), torch.cuda.graph(self._graph, stream=torch.cuda.Stream(device)):
+            with torch.cuda.device(device), torch.cuda.graph(self._graph, stream=_stream(device)):
                 self._update()
         if self._graph:
             self._graph.replay()
@@ -116,6 +117,12 @@ class _Descent:
             gradients[i] = gradients[i] + MOMENTUM * momentum  # frees the old one: of a large layer they are gigabytes
         for parameter, update, size in zip(self._parameters, _directions(gradients), self._sizes, strict=True):
             parameter.data.sub_(self._rate * size * update)
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """What steps are recorded on; one for each device, because cuBLAS keeps a workspace for every stream it meets."""
+    return torch.cuda.Stream(device)
 
 
 def _sizes(block: Block) -> list[Tensor]:
