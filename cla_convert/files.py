@@ -35,26 +35,34 @@ def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
 def alone_in(folder: Path) -> Iterator[None]:
     """Work in `folder`, made if need be and gone again if it stays empty; raises InputError if another process does.
 
-    The lock is the kernel's (flock): it ends with the process, however that ends.
+    The lock is the kernel's (flock, where there is one): it leaves no file and ends with the process, however that ends.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY) if fcntl else None
+    descriptor = _lock(folder)
     try:
-        if fcntl and descriptor is not None:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise InputError(
-                    f"Another process is at work in {folder}", fix="Wait for it to end, or give another folder."
-                ) from error
-            except OSError:
-                pass  # a file system without locks
         yield
     finally:
-        if descriptor is not None:
-            os.close(descriptor)
         with suppress(OSError):
             folder.rmdir()  # only if nothing was written
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _lock(folder: Path) -> int | None:
+    """An open descriptor that holds the lock. On file systems without locks it holds none."""
+    if fcntl is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise InputError(
+            f"Another process is at work in {folder}", fix="Wait for it to end, or give another folder."
+        ) from error
+    except OSError:
+        pass
+    return descriptor
 
 
 def sync(path: Path) -> None:
