@@ -9,8 +9,9 @@ import torch
 
 from cla_convert.evaluation.perplexity import token_perplexity
 from cla_convert.models.export import load_model, load_tokenizer
-from cla_convert.pipeline import Run, measure
-from cla_convert.recipe import load_recipe
+from cla_convert.pipeline import measure
+from cla_convert.recipe_file import load_recipe
+from cla_convert.run import Run
 
 out = Path(sys.argv[1])
 run = Run.start(load_recipe(out / "recipe.yaml"), out, overwrite=False)

@@ -33,7 +33,8 @@ from cla_convert.conversion.plan import make_plan
 from cla_convert.environment import hardware, versions
 from cla_convert.models.checkpoint import Checkpoint
 from cla_convert.models.export import load_model
-from cla_convert.recipe import Recipe, validate
+from cla_convert.recipe import Recipe
+from cla_convert.recipe_file import validate
 from cla_convert.training.data import TokenStore
 from cla_convert.training.flops import peak_flops, training_flops
 from cla_convert.training.loop import _step

@@ -35,7 +35,7 @@ def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
 def alone_in(folder: Path) -> Iterator[None]:
     """Work in `folder`, made if need be and gone again if it stays empty; raises InputError if another process does.
 
-    The lock is the kernel's (flock, where there is one): it leaves no file and ends with the process, however that ends.
+    The lock is the kernel's (flock, where there is one): it leaves no file, and ends with the process in any case.
     """
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = _lock(folder)

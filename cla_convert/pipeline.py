@@ -4,21 +4,16 @@ Every stage leaves its result in the run folder by rename and is skipped when th
 line resumes after any interruption. This file holds the order of things; each stage lives in its own package.
 """
 
-import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from .console import say
-from .environment import command_line, hardware, pick_device, versions
+from .environment import command_line
 from .files import alone_in, read_json, write_json
-from .recipe import Recipe, Resolved
-from .same_recipe import check_same_recipe
+from .recipe import Recipe
+from .recipe_file import Resolved
+from .run import Run, clear
 
 STAGES = ["plan", "convert", "uptrain", "eval", "report"]
 DEFAULT_BUDGET = 0.5
@@ -53,7 +48,7 @@ def run(
     check_before_work(run)
     with alone_in(out):
         if overwrite:
-            _clear(out)  # only now: a run that cannot start must not cost the one before it
+            clear(out)  # only now: a run that cannot start must not cost the one before it
         run.save_recipe()
         result: dict[str, Any] = {}
         for number, (name, stage) in enumerate(stages.items(), 1):
@@ -63,98 +58,6 @@ def run(
             if name == until:
                 break
         return result
-
-
-@dataclass
-class Run:
-    """A run folder and what its stages share."""
-
-    folder: Path
-    recipe: Recipe
-    source: Path
-    """The source model as a local safetensors folder."""
-    teacher: Path
-    """The model to distil from: the source model unless train.teacher names another."""
-    device: str
-    allow_changes: Collection[str] = ()
-
-    @classmethod
-    def start(cls, resolved: Resolved, folder: Path, *, overwrite: bool, allow_changes: Collection[str] = ()) -> "Run":
-        """Open or create the run folder, save the resolved recipe, find the source model."""
-        from .models.source import resolve_source
-
-        recipe = resolved.recipe
-        check_same_recipe(folder, recipe, overwrite, allow_changes)
-        device = pick_device(recipe.device)
-        pickles = recipe.source.allow_pickle
-        source = resolve_source(
-            recipe.source.model, revision=recipe.source.revision, allow_pickle=pickles, to_convert=True
-        )
-        teacher = resolve_source(recipe.train.teacher, allow_pickle=pickles) if recipe.train.teacher else source
-        return cls(folder, recipe, source, teacher, device, allow_changes)
-
-    def save_recipe(self) -> None:
-        """Mark the folder as a run, then write recipe.yaml by rename."""
-        self.write("environment.json", self.read("environment.json") or {"stages": {}})
-        text = yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False)
-        temporary = self.folder / ".recipe.yaml.partial"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(self.folder / "recipe.yaml")
-
-    @property
-    def converted(self) -> Path:
-        """The converted model."""
-        return self.folder / "converted"
-
-    @property
-    def uptrained(self) -> Path:
-        """The uptrained model."""
-        return self.folder / "uptrained"
-
-    @property
-    def control(self) -> Path:
-        """Folder of the control: the source model's own uptraining, laid out like the run folder."""
-        return self.folder / "control"
-
-    @property
-    def points(self) -> dict[str, Path]:
-        """The models to evaluate."""
-        points = {"before": self.source, "converted": self.converted}
-        if self.recipe.train.tokens:
-            points["after"] = self.uptrained
-        if self.recipe.train.needs_control:
-            points["control"] = self.control / "uptrained"
-        return points
-
-    def read(self, name: str) -> dict[str, Any]:
-        """A JSON file of the run folder; empty if it is not there."""
-        return read_json(self.folder / name) or {}
-
-    def write(self, name: str, value: dict[str, Any]) -> dict[str, Any]:
-        """Write a JSON file of the run folder by rename."""
-        write_json(self.folder / name, value)
-        return value
-
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Record environment and the seconds spent in a stage (added up over resumed runs)."""
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            environment = self.read("environment.json")
-            stages = environment.get("stages", {})
-            stages[stage] = round(stages.get(stage, 0) + time.monotonic() - started, 1)
-            environment.setdefault("started", datetime.now(UTC).isoformat(timespec="seconds"))
-            environment |= {
-                "command": command_line(),
-                "versions": versions(),
-                "hardware": hardware(),
-                "device": self.device,
-                "seeds": {"seed": self.recipe.seed},
-                "stages": stages,
-            }
-            self.write("environment.json", environment)
 
 
 def check_before_work(run: Run) -> None:
@@ -365,16 +268,3 @@ def _disk_needed(run: Run) -> int:
         kept = sum(file.stat().st_size for file in folder.glob("checkpoints/*/*"))
         needed += size + max(12 * parameters * (run.recipe.train.keep_checkpoints + 1) - kept, 12 * parameters)
     return needed
-
-
-def _clear(folder: Path) -> None:
-    """Remove what a run writes, by name, and nothing else."""
-    import shutil
-
-    for name in ("converted", "uptrained", "checkpoints", "control", "eval", "tensorboard", "wandb"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    results = ["recipe.yaml", "metrics.jsonl", "wandb.id", "report.md", "report.html"]
-    results += [f"{name}.png" for name in ("loss", "sharing", "pareto", "bench")]
-    results += [f"{name}.json" for name in ("plan", "convert", "train", "environment", "report", "bench")]
-    for name in results:
-        (folder / name).unlink(missing_ok=True)

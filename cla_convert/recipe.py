@@ -1,19 +1,12 @@
-"""The recipe: every setting of a run, its default, and where its value came from.
+"""The recipe: every setting of a run, what it means and its default. Unknown keys are refused.
 
-A recipe is a YAML file with the sections below; `--set train.tokens=26M` overrides single values. Unknown keys are
-refused. `load_recipe` returns the resolved recipe together with the origin of every value.
+A recipe is a YAML file with the sections below; `recipe_file` reads it.
 """
 
 import re
-from collections.abc import Collection
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
-
-from .errors import UsageError, did_you_mean
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 _SIZES = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -340,111 +333,3 @@ class Recipe(Section):
     """Seed of everything random: sample order, evaluation."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; auto: the best there is."""
-
-
-@dataclass(frozen=True)
-class Resolved:
-    """A validated recipe and, for every value, where it came from: `default`, `recipe` or `--set`."""
-
-    recipe: Recipe
-    origins: dict[str, str]
-
-    def table(self) -> str:
-        """One line per value: name, value, origin."""
-        values = flatten(self.recipe.model_dump(mode="json"))
-        width = max(map(len, values))
-        return "\n".join(
-            f"{name:<{width}}  {value!r:<28}  {self.origins.get(name, 'default')}" for name, value in values.items()
-        )
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` -> `{"a.b": 1}`; lists are values."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        flat |= flatten(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
-    return flat
-
-
-def is_named(name: str, given: Collection[str]) -> bool:
-    """Whether a setting is among those given, itself or by its section: `train` stands for `train.*`."""
-    return any(name == one or name.startswith(f"{one}.") for one in given)
-
-
-def parse_overrides(assignments: list[str]) -> dict[str, Any]:
-    """`["train.tokens=26M"]` -> `{"train.tokens": "26M"}`; values are YAML. Raises UsageError."""
-    overrides: dict[str, Any] = {}
-    for text in assignments:
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise UsageError(f"--set {text!r} is not of the form a.b=value", fix="For example --set train.tokens=26M")
-        try:
-            overrides[name.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise UsageError(f"--set {name}: the value is not valid YAML", why=str(error)) from error
-    return overrides
-
-
-def load_recipe(path: str | Path | None, assignments: list[str] | None = None) -> Resolved:
-    """Read a recipe file (None: defaults only), apply `--set` assignments, validate.
-
-    Raises:
-        UsageError: the file is missing or not YAML, or a key or value is not accepted.
-    """
-    tree = _read_yaml(Path(path)) if path is not None else {}
-    origins = dict.fromkeys(flatten(tree), "recipe")
-    for name, value in parse_overrides(assignments or []).items():
-        _assign(tree, name, value)
-        origins |= dict.fromkeys(flatten(value, f"{name}.") if isinstance(value, dict) else [name], "--set")
-    return Resolved(validate(tree), origins)
-
-
-def validate(tree: dict[str, Any]) -> Recipe:
-    """Validate a nested dict. Raises UsageError naming every bad key or value."""
-    try:
-        return Recipe.model_validate(tree)
-    except ValidationError as error:
-        raise UsageError("The recipe is not valid", why="; ".join(map(_explain, error.errors()))) from error
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(
-            f"Cannot read the recipe {str(path)!r}", why=str(error), fix="`cla-convert recipes ls` lists those shipped"
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"The recipe {str(path)!r} is not valid YAML", why=str(error)) from error
-    if not isinstance(tree, dict):
-        raise UsageError(f"The recipe {str(path)!r} holds no settings", why="It must be a YAML mapping of sections.")
-    return tree
-
-
-def _assign(tree: dict[str, Any], name: str, value: Any) -> None:
-    *sections, last = name.split(".")
-    for section in sections:
-        tree = tree.setdefault(section, {})
-        if not isinstance(tree, dict):
-            raise UsageError(f"--set {name}: {section!r} is a value, not a section")
-    tree[last] = value
-
-
-def _explain(error: Any) -> str:
-    name = ".".join(str(part) for part in error["loc"])
-    if error["type"] != "extra_forbidden":
-        return f"{name}: {error['msg'].removeprefix('Value error, ')} (got {error['input']!r})"
-    return f"unknown key {name!r}.{did_you_mean(str(error['loc'][-1]), _fields_at(error['loc'][:-1]))}"
-
-
-def _fields_at(loc: tuple[int | str, ...]) -> list[str]:
-    """Names of the fields of the section at `loc`, for did-you-mean."""
-    section: Any = Recipe
-    for part in loc:
-        if isinstance(part, int):
-            continue
-        annotation = section.model_fields[part].annotation
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), Section)
-    return list(section.model_fields)

@@ -6,7 +6,8 @@ from pathlib import Path
 import yaml
 
 from .errors import UsageError
-from .recipe import Recipe, flatten, is_named
+from .recipe import Recipe
+from .recipe_file import flatten, is_named, told
 
 FREE_TO_CHANGE = (
     "eval.", "device", "train.control", "train.keep_checkpoints", "train.checkpoint_every", "train.validate_every",
@@ -42,7 +43,7 @@ def check_same_recipe(folder: Path, recipe: Recipe, overwrite: bool, allow_chang
     before = flatten(yaml.safe_load(saved.read_text(encoding="utf-8")) or {})
     after = flatten(recipe.model_dump(mode="json"))
     changed = {
-        name: f"{name}: {before.get(name)!r} -> {after.get(name)!r}"
+        name: told(name, before.get(name), after.get(name))
         for name in sorted(before.keys() | after.keys())
         if before.get(name) != after.get(name) and not name.startswith(FREE_TO_CHANGE)
     }

@@ -77,7 +77,7 @@ def root(
 
 def settings_of(recipe: str | None, sets: list[str] | None, options: dict[str, Any]) -> "Schema":
     """A recipe (or the defaults), then --set, then the options of the verb that were given."""
-    from ..recipe import load_recipe
+    from ..recipe_file import load_recipe
     from ..recipes import find_recipe
 
     given = [f"{name}={json.dumps(value)}" for name, value in options.items() if value is not None]
@@ -116,7 +116,7 @@ def enforce_gate(run_dir: Path, mode: bool | str) -> None:
         return
     from ..evaluation.comparison import write_comparison
     from ..evaluation.gate import enforce
-    from ..recipe import load_recipe
+    from ..recipe_file import load_recipe
 
     settings = load_recipe(run_dir / "recipe.yaml").recipe
     enforce(write_comparison(run_dir, margin=settings.eval.margin, seed=settings.seed), mode)

@@ -51,7 +51,7 @@ def uptrain(
     from ..environment import pick_device
     from ..files import alone_in, write_json
     from ..models.source import resolve_source
-    from ..recipe import load_recipe
+    from ..recipe_file import load_recipe
     from ..recipes import find_recipe
     from ..report.model_card import described, source_card, write_model_card
     from ..training.loop import uptrain as train
@@ -121,7 +121,7 @@ def run(
     Rerunning the same line resumes where it stopped. Several GPUs? torchrun --nproc-per-node N -m cla_convert.cli run
     """
     from ..errors import did_you_mean
-    from ..recipe import load_recipe
+    from ..recipe_file import load_recipe
     from ..recipes import find_recipe
 
     overrides = [*(sets or [])]

@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 from ..console import human_bytes, human_count
+from ..recipe_file import told
 from .run_folder import Json
 
 MISSING = "-"
@@ -31,7 +32,7 @@ def prose(value: str) -> str:
 
 def changed(change: Json) -> str:
     """A resumption under other settings: the command alone does not give these weights."""
-    what = "; ".join(f"{c['name']}: {c['before']!r} -> {c['after']!r}" for c in change["changed"])
+    what = "; ".join(told(**setting) for setting in change["changed"])
     return f"Resumed after step {change['step']} under other settings: {what}. The command alone does not repeat that."
 
 

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from ..console import human_bytes, warn
 from ..errors import TrainingError
 from ..files import sync
-from ..recipe import is_named
+from ..recipe_file import is_named, told
 from ..same_recipe import PLACE_IN_DATA
 from .parallel import Team, own_rows
 
@@ -191,7 +191,7 @@ class Checkpoints:
         if changed := differences(saved["identity"], self.identity):
             self._check_allowed(changed)
             self.changes.append({"step": saved["position"]["step"], "changed": changed})
-            warn(f"resuming with {'; '.join(map(describe, changed))}: the result is that of neither setting alone")
+            warn(f"resuming with {_told(changed)}: the result is that of neither setting alone")
         return whole[-1]
 
     def _check_allowed(self, changed: list[dict[str, Any]]) -> None:
@@ -201,7 +201,7 @@ class Checkpoints:
         options = " ".join(f"--allow-change {c['name']}" for c in refused if c["name"] not in _FIXED)
         raise TrainingError(
             f"The checkpoints in {self.folder} belong to another run",
-            "Changed since: " + "; ".join(map(describe, refused)),
+            "Changed since: " + _told(refused),
             f"Set it back to resume,{f' accept it with {options},' if options else ''} give another folder, or start "
             "over (uptrain: --no-resume; run: --overwrite).",
         )
@@ -241,9 +241,8 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[di
     ]
 
 
-def describe(change: Mapping[str, Any]) -> str:
-    """`train.clip: 1.0 -> 0.5`."""
-    return f"{change['name']}: {change['before']!r} -> {change['after']!r}"
+def _told(changes: Sequence[Mapping[str, Any]]) -> str:
+    return "; ".join(told(**change) for change in changes)
 
 
 def environment(team: Team) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from cla_convert.models.export import load_model
 from cla_convert.pipeline import run
-from cla_convert.recipe import Recipe, load_recipe
+from cla_convert.recipe import Recipe
+from cla_convert.recipe_file import load_recipe
 
 SMALL = [
     "train.tokens=1k", "train.sequence_length=64", "train.batch_tokens=256", "train.validation_tokens=256",

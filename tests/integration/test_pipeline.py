@@ -9,8 +9,8 @@ import time
 import pytest
 
 from cla_convert.errors import UsageError
-from cla_convert.pipeline import _clear
-from cla_convert.recipe import load_recipe
+from cla_convert.recipe_file import load_recipe
+from cla_convert.run import clear
 from cla_convert.same_recipe import check_same_recipe
 from tests.integration.test_convert import cla
 
@@ -73,5 +73,5 @@ def test_only_a_run_folder_is_ever_cleared(tmp_path):
     with pytest.raises(UsageError, match="holds no run"):
         check_same_recipe(tmp_path, recipe, overwrite=True)
     (tmp_path / "environment.json").write_text("{}")
-    _clear(tmp_path)
+    clear(tmp_path)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["package.json", "photo.png"]

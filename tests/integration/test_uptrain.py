@@ -15,7 +15,8 @@ from cla_convert.conversion.plan import make_plan
 from cla_convert.errors import InputError, Interrupted, TrainingError
 from cla_convert.models.checkpoint import Checkpoint
 from cla_convert.models.export import load_model
-from cla_convert.recipe import Recipe, validate
+from cla_convert.recipe import Recipe
+from cla_convert.recipe_file import validate
 from cla_convert.training import loop
 from cla_convert.training.metrics import read_rows
 from cla_convert.training.objective import Objective

@@ -12,7 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from cla_convert import pipeline
 from cla_convert.errors import InputError, TrainingError
 from cla_convert.models.export import load_model
-from cla_convert.recipe import Resolved
+from cla_convert.recipe_file import Resolved
+from cla_convert.run import Run
 from cla_convert.training import loop
 from cla_convert.training.metrics import read_rows
 from cla_convert.training.objective import Objective, hidden_states
@@ -97,7 +98,7 @@ def test_a_run_names_its_teacher_and_is_refused_before_it_converts(
 ) -> None:
     settings = recipe(work, teacher=str(large_teacher))
     settings.source.model = str(tiny_llama)
-    run = pipeline.Run.start(Resolved(settings, {}), tmp_path / "run", overwrite=False)
+    run = Run.start(Resolved(settings, {}), tmp_path / "run", overwrite=False)
     assert run.source == tiny_llama and run.teacher == large_teacher
     pipeline.check_before_work(run)
     settings.train.hidden_weight = 1.0

@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from cla_convert.errors import InputError
-from cla_convert.recipe import Data, Recipe, TextSource, Train, validate
+from cla_convert.recipe import Data, Recipe, TextSource, Train
+from cla_convert.recipe_file import validate
 from cla_convert.training.data import (
     Sequences,
     TokenStore,

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from cla_convert.errors import UsageError
-from cla_convert.recipe import flatten, load_recipe, parse_count, parse_size, validate
+from cla_convert.recipe import parse_count, parse_size
+from cla_convert.recipe_file import flatten, load_recipe, validate
 from cla_convert.recipes import find_recipe, list_recipes, reference
 
 
