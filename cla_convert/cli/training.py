@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,6 +24,9 @@ from .app import (
     gate_mode,
     push,
 )
+
+if TYPE_CHECKING:
+    from ..recipe import Recipe
 
 
 @app.command()
@@ -62,11 +65,7 @@ def uptrain(
     settings = resolved.recipe
     if not settings.train.tokens:
         raise UsageError("No token budget", fix="Give --tokens, for example --tokens 26M.")
-    source = teacher or settings.train.teacher or settings.source.model
-    if not source and settings.train.loss == "cross_entropy" and not any(s.generate for s in settings.data.sources):
-        source = str(model)  # nothing is asked of a teacher
-    if not source:
-        raise UsageError("No teacher", why="Distillation needs the source model.", fix="Give --teacher MODEL.")
+    source = teacher or settings.train.teacher or settings.source.model or _without_teacher(model, settings)
     revision = settings.source.revision if source == settings.source.model else None
     state = out.with_name(f"{out.name}.state")
     done = (state / "train.json").exists()
@@ -95,6 +94,15 @@ def uptrain(
         result |= push(hub, out)
     finally:
         data_json(result) if as_json else data(str(out))
+
+
+def _without_teacher(model: Path, settings: "Recipe") -> str:
+    """What stands in for a teacher that nothing is asked of. Raises UsageError where one is needed."""
+    if settings.train.loss == "cross_entropy" and not any(source.generate for source in settings.data.sources):
+        return str(model)
+    raise UsageError(
+        "No teacher", why="Distillation and `generate` need the source model.", fix="Give --teacher MODEL."
+    )
 
 
 @app.command()

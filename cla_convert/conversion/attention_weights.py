@@ -1,6 +1,6 @@
 """A layer's attention weights as the linear maps that calibrated pooling works on, and back."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -75,6 +75,46 @@ class AttentionWeights:
             _, offset = gain_of(getattr(block.attention, f"{name}_norm"))
             tensors[f"{prefix}{name}_norm.weight"] = norm.gain - offset
         return {name: tensor.to(block.device, torch.float32).contiguous() for name, tensor in tensors.items()}
+
+
+def with_norms(
+    sources: Sequence[AttentionWeights],
+    wanted: Sequence[Projections],
+    permutations: Sequence[Sequence[int]],
+    seconds: Sequence[Tensor],
+    own: Tensor,
+    inputs: Sequence[Tensor],
+    shape: HeadShape,
+) -> tuple[list[AttentionWeights], float]:
+    """A group's weights and norms from the stand-ins that it wants, and how far lengths are off on average, in nats.
+
+    Norms should see what they saw in the source; that of the shared keys what the members' norms saw on average.
+
+    Args:
+        sources: the members, owner first.
+        wanted: their new stand-ins.
+        permutations: per member, which of its KV heads sits on each shared head.
+        seconds: second moments of their inputs in the source.
+        own: [n, p], inputs that the owner will have.
+        inputs: [n, p] each, inputs that the members have in the source, of the same tokens.
+        shape: sizes.
+    """
+    seen = [
+        {name: _reordered(square, order) for name, square in source.seen(second, x).items()}
+        for source, second, x, order in zip(sources, seconds, inputs, permutations, strict=True)
+    ]
+    seen[0]["k"] = torch.stack([member.pop("k") for member in seen]).mean(0)
+    pairs = [
+        source.with_linear(projections, shape, x, squares)
+        for source, projections, x, squares in zip(sources, wanted, [own, *inputs[1:]], seen, strict=True)
+    ]
+    errors = [error for _, found in pairs for error in found]
+    return [weights for weights, _ in pairs], sum(errors) / len(errors)
+
+
+def _reordered(rows: Tensor, order: Sequence[int]) -> Tensor:
+    """Columns [n, heads * D] of query or KV heads in the order of the shared KV heads."""
+    return rows.unflatten(1, (len(order), -1))[:, list(order)].flatten(1)
 
 
 def has_biases(weights: Mapping[str, Tensor], prefix: str) -> bool:

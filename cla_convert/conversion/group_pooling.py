@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .attention_weights import AttentionWeights, has_biases
+from .attention_weights import AttentionWeights, has_biases, with_norms
 from .blocks import Block, Factory
 from .group_fit import ClosedForm, Moments, fit_group
 from .matching import Effort, Member, match_group
@@ -60,7 +60,11 @@ class Pooler:
         linear = [source.linear(second) for source, second in zip(sources, moments.member, strict=True)]
         shape = self._factory.head_shape(group[0])
         closed = fit_group(shape, linear, moments)
-        new, error = self._with_norms(blocks, group, sources, closed, moments, student, with_bias)
+        new, error = [AttentionWeights(wanted.to(moments.owner.device), {}) for wanted in closed.members], None
+        if sources[0].norms:
+            wanted = [weights.projections for weights in new]
+            samples = self._samples(blocks, group, with_bias, student)
+            new, error = with_norms(sources, wanted, closed.permutations, moments.member, *samples, shape)
         ready = [
             self._factory.build(layer, old | attention.tensors(block, old), group, training=True)
             for layer, block, attention in zip(group, blocks, new, strict=True)
@@ -93,49 +97,17 @@ class Pooler:
                 member[i].add(y, y)
         return Moments(own.value, mean.value[:, 0], [c.value for c in cross], [m.value for m in member])
 
-    def _with_norms(
-        self,
-        blocks: Sequence[Block],
-        group: Sequence[int],
-        sources: Sequence[AttentionWeights],
-        closed: ClosedForm,
-        moments: Moments,
-        student: Tensor,
-        with_bias: bool,
-    ) -> tuple[list[AttentionWeights], float | None]:
-        """The group's weights from the closed form; with norms on queries and keys, also how far it does not fold.
-
-        The norm of shared keys should see what those of the members see on average.
-        """
-        wanted = [projections.to(moments.owner.device) for projections in closed.members]
-        if not sources[0].norms:
-            return [AttentionWeights(projections, {}) for projections in wanted], None
+    def _samples(
+        self, blocks: Sequence[Block], group: Sequence[int], with_bias: bool, student: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Normed inputs of some tokens, float64 [n, p]: the owner's in the student, the members' in the teacher."""
+        rows = -(-_SAMPLE // student.shape[1])
         streams = [student, *(self._teacher.inputs[layer] for layer in group)]
-        own, *inputs = [
-            self._sample(block, stream, with_bias) for block, stream in zip([blocks[0], *blocks], streams, strict=True)
+        own, *members = [
+            block.norm_in(stream[:rows].to(self._factory.device)).double().flatten(0, 1)[:_SAMPLE]
+            for block, stream in zip([blocks[0], *blocks], streams, strict=True)
         ]
-        seen = [
-            {name: _reordered(square, order) for name, square in source.seen(second, x).items()}
-            for source, second, x, order in zip(sources, moments.member, inputs, closed.permutations, strict=True)
-        ]
-        seen[0]["k"] = torch.stack([member.pop("k") for member in seen]).mean(0)
-        pairs = [
-            source.with_linear(projections, self._factory.head_shape(group[0]), x, squares)
-            for source, projections, x, squares in zip(sources, wanted, [own, *inputs[1:]], seen, strict=True)
-        ]
-        errors = [error for _, found in pairs for error in found]
-        return [weights for weights, _ in pairs], sum(errors) / len(errors)
-
-    def _sample(self, block: Block, stream: Tensor, with_bias: bool) -> Tensor:
-        """Normed inputs of some tokens of a stream, float64 [n, p]."""
-        rows = -(-_SAMPLE // stream.shape[1])
-        normed = block.norm_in(stream[:rows].to(self._factory.device)).double().flatten(0, 1)
-        return _append_one(normed[:_SAMPLE], with_bias)
-
-
-def _reordered(rows: Tensor, order: Sequence[int]) -> Tensor:
-    """Columns [n, heads * D] of query or KV heads in the order of the shared KV heads."""
-    return rows.unflatten(1, (len(order), -1))[:, list(order)].flatten(1)
+        return _append_one(own, with_bias), [_append_one(member, with_bias) for member in members]
 
 
 def _append_one(x: Tensor, with_bias: bool) -> Tensor:

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from cla_convert.errors import UsageError
+from cla_convert.files import alone_in
 from cla_convert.recipe_file import load_recipe
 from cla_convert.run import clear
 from cla_convert.same_recipe import check_same_recipe
@@ -64,6 +65,18 @@ def test_a_run_that_cannot_start_costs_nothing(tmp_path, tiny_llama):
         assert done.returncode in (2, 3) and "Traceback" not in done.stderr, done.stderr
         assert (out / "converted" / "model.safetensors").stat().st_mtime_ns == made
     assert cla(*line(tiny_llama, out), "--until", "convert").returncode == 0  # and the old line still continues
+
+
+def test_a_run_folder_is_one_process_s(tmp_path, tiny_llama):
+    with alone_in(tmp_path / "run"):
+        done = cla(*line(tiny_llama, tmp_path / "run"), "--until", "plan")
+    assert done.returncode == 3 and f"Another process is at work in {tmp_path / 'run'}" in done.stderr
+
+
+def test_a_path_that_cannot_be_is_no_bug(tmp_path, tiny_llama):
+    done = cla(*line(tiny_llama, tmp_path / ("x" * 300)), "--until", "plan")
+    assert done.returncode == 3 and "A path cannot be used:" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_only_a_run_folder_is_ever_cleared(tmp_path):

@@ -231,6 +231,7 @@ def test_changed_settings_are_refused_unless_named_and_then_recorded(work: Path,
     expected = {"step": step, "changed": [clip, rate]}
     assert json.loads((state(stopped) / "train.json").read_text())["changes"] == [expected]
     assert json.loads((stopped / "cla_manifest.json").read_text())["uptraining"]["changes"] == [expected]
+    assert "\nllama, converted to" in (stopped / "README.md").read_text()
     assert f"Resumed after step {step} under other settings: train.clip: 1.0" in (stopped / "README.md").read_text()
     assert all(row["lr"] <= 1e-3 for row in rows(stopped) if "lr" in row and row["step"] > step)
 

@@ -269,7 +269,8 @@ def test_what_is_not_finite_stops_the_run(
         uptrain(work, tiny_llama, tmp_path, settings)
     sequences = "6 to 7" if what == "loss" else "4 to 7"
     assert caught.value.what == f"The {what} is not finite at step 2, sequences {sequences}"
-    assert "step-00000001" in caught.value.why
+    assert "There is no good checkpoint yet." in caught.value.why
+    assert "step-00000001 may hold what failed" in caught.value.why
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
     assert not (tmp_path / "model").exists()
 
@@ -311,6 +312,15 @@ def test_ruined_weights_are_neither_saved_nor_published(work: Path, tiny_llama: 
     with pytest.raises(TrainingError, match="weights are not finite after step 1: the model is not published"):
         uptrain(work, tiny_llama, tmp_path, settings)
     assert not (tmp_path / "model").exists() and not list((tmp_path / "checkpoints").glob("step-*"))
+
+
+def test_a_model_without_a_validation_is_not_published(work: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    """Its weights are finite; what they say is not. Trying again does not publish it either."""
+    settings = recipe(work, steps=1, warmup=0, learning_rate=30.0)
+    for _ in range(2):
+        with pytest.raises(TrainingError, match="validation perplexity is not finite after step 1"):
+            uptrain(work, tiny_llama, tmp_path, settings)
+        assert not (tmp_path / "model").exists()
 
 
 def test_training_that_made_it_worse_says_so(

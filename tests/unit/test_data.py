@@ -115,6 +115,15 @@ def test_every_format_gives_the_same_documents(tmp_path: Path, table: Path) -> N
         assert sorted(found) == sorted(TEXTS), path
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("hello", encoding="utf-8-sig")
+    (tmp_path / "b.jsonl").write_text('{"text": "hello"}', encoding="utf-8-sig")
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress('{"text": "hello"}'.encode("utf-8-sig")))
+    for name in ("a.txt", "b.jsonl", "c.jsonl.gz"):
+        found = [document.content for document in documents(TextSource(path=str(tmp_path / name)), seed=0)]
+        assert found == ["hello"], name
+
+
 def test_a_folder_that_datasets_reads_is_a_dataset(tmp_path: Path) -> None:
     folder = tmp_path / "tables"
     folder.mkdir()

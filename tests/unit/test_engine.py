@@ -396,5 +396,11 @@ class TestMonitor:
         shown = capsys.readouterr().err
         assert "step 1, loss 0.5000" in shown and "validation ppl 30" in shown and "50%" in shown
 
+    def test_what_is_not_finite_is_null_in_the_file(self, tmp_path) -> None:
+        metrics = Metrics(tmp_path / "metrics.jsonl")
+        metrics.write({"step": 1, "validation_perplexity": math.inf})
+        metrics.close()
+        assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "validation_perplexity": null}\n'
+
     def test_clock(self) -> None:
         assert [clock(seconds) for seconds in (7, 61, 3723)] == ["0:07", "1:01", "1:02:03"]

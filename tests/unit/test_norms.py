@@ -1,10 +1,14 @@
 """Splitting a linear stand-in into a projection and a norm: exact where it can be, near where it cannot."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 from cla_convert.conversion import norms
+from cla_convert.conversion.attention_weights import AttentionWeights, with_norms
+from cla_convert.conversion.group_fit import HeadShape, Projections
 from cla_convert.conversion.norms import Norm, split
 
 HEADS, DIM, INPUTS, TOKENS = 3, 8, 12, 400
@@ -57,6 +61,24 @@ def test_unequal_gains_follow_a_quarter_turn(dead: float, monkeypatch: pytest.Mo
     torch.testing.assert_close(norm.rows(len(new))[:, None] * new, wanted)
     monkeypatch.setattr(norms, "_fit_to_ones", lambda _, start: start)
     assert norm.gain.max() < 50 and error < 0.5 * split(wanted, x, seen, DIM, DIM, DIM)[2]
+
+
+def test_the_error_is_judged_on_tokens_that_were_not_fitted() -> None:
+    weight, gain, x = given(DIM)
+    wanted, seen = Norm(gain).rows(len(weight))[:, None] * weight, (x @ weight.T).square()
+    seen[1::2] *= 4  # every second token is twice as long as the fit can know
+    assert split(wanted, x, seen, DIM, DIM, DIM)[2] == pytest.approx(math.log(2))
+
+
+def test_the_norm_of_shared_keys_sees_what_the_members_norms_saw_on_average() -> None:
+    weight, gain, x = given(DIM)
+    source = AttentionWeights(Projections(weight, weight, weight, weight.T), {"q": Norm(gain), "k": Norm(gain)})
+    second, other = x.T @ x / TOKENS, x.clone()
+    other[1::2] *= 2  # the consumer's, of those tokens that the error is judged on
+    wanted, order = [source.linear(second)] * 2, [range(HEADS)] * 2
+    new, error = with_norms([source] * 2, wanted, order, [second] * 2, x, [x, other], HeadShape(HEADS, HEADS, DIM, DIM))
+    assert [sorted(weights.norms) for weights in new] == [["k", "q"], ["q"]]
+    assert error == pytest.approx(math.log(math.sqrt((1 + 4) / 2)) / 3)  # of q, k and q
 
 
 def test_dead_channels_and_a_single_token_are_no_trouble() -> None:
