@@ -79,12 +79,7 @@ def set_up(
     data: TokenStore | None = None,
 ) -> Trainer:
     """Load models and data (the recipe's, if none are given), and say what was derived. Raises InputError."""
-    settings, budget = recipe.train, Budget.of(recipe.train)
-    if not budget.sequences:
-        raise InputError(
-            f"The budget of {settings.tokens} tokens is smaller than one sequence of {settings.sequence_length}",
-            fix="Raise train.tokens or lower train.sequence_length.",
-        )
+    settings, budget = recipe.train, _budget(recipe.train)
     check_trackers(settings.log_to)
     check_optimizer(settings)
     if data is None:
@@ -93,10 +88,7 @@ def set_up(
             data = store_for(recipe, load_tokenizer(student_dir), teacher_dir, device)
     precision = choose_precision(settings.precision, device)
     torch.manual_seed(recipe.seed)
-    student: Any = load_model(student_dir, dtype=torch.float32, device=device if team.size == 1 else "cpu")
-    _check_fit(student, data, settings)
-    check_head(student)
-    freeze_all_but(student, settings.parameters)
+    student = _load_student(student_dir, settings, data, device=device if team.size == 1 else "cpu")
     if team.size == 1:  # a sharded layer has one dtype
         cast_frozen(student, precision.compute)
     distill = settings.loss == "distill"
@@ -104,10 +96,6 @@ def set_up(
     flops = training_flops(student, teacher, budget.length)
     compiled = choose_compile(settings.compile, precision.device_type, flops * budget.tokens)
     objective = Objective(settings, student, teacher, fused=compiled)
-    student.train()
-    if settings.activation_checkpointing:
-        # Reentrant checkpointing gives silently wrong gradients for K/V that travel between layers.
-        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     rows = micro_batch_size(settings, budget, student, device)
     for model in filter(None, (student, teacher)):
         if settings.document_masking == "flex":
@@ -157,6 +145,29 @@ def run_identity(student_dir: Path, teacher_dir: Path, recipe: Recipe, trainer: 
         "teacher": Checkpoint.open(teacher_dir).fingerprint() if recipe.train.loss == "distill" else None,
         "device": trainer.precision.device_type,
     }
+
+
+def _budget(settings: Train) -> Budget:
+    budget = Budget.of(settings)
+    if not budget.sequences:
+        raise InputError(
+            f"The budget of {settings.tokens} tokens is smaller than one sequence of {settings.sequence_length}",
+            fix="Raise train.tokens or lower train.sequence_length.",
+        )
+    return budget
+
+
+def _load_student(folder: Path, settings: Train, data: TokenStore, device: str) -> Any:
+    """The model to train, float32, in training mode, with what is not trained frozen."""
+    student: Any = load_model(folder, dtype=torch.float32, device=device)
+    _check_fit(student, data, settings)
+    check_head(student)
+    freeze_all_but(student, settings.parameters)
+    student.train()
+    if settings.activation_checkpointing:
+        # Reentrant checkpointing gives silently wrong gradients for K/V that travel between layers.
+        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return student
 
 
 def _check_fit(student: Any, data: TokenStore, settings: Train) -> None:
