@@ -20,6 +20,9 @@ from .group_fit import HeadShape
 from .pieces import Pieces
 from .shell import Shell, Source
 
+_GPU_BATCH, _CPU_BATCH = 32_768, 2048
+"""Tokens that run through a layer at a time: fill a GPU, stay in a CPU's caches."""
+
 SharedKV = dict[int, tuple[Tensor, Tensor]]
 """Owner -> its post-RoPE keys and values, [rows, KV heads, T, D] each: what consumers read."""
 
@@ -40,7 +43,8 @@ class Factory:
             dtype: of matrix products; weights and residual streams stay float32. Default: `matmul_dtype`.
         """
         self.device, self.dtype = torch.device(device), dtype or matmul_dtype(device)
-        self.batch = 8192 if self.device.type == "cuda" else 2048  # tokens at a time: fills a GPU, fits a CPU's caches
+        self.batch = _GPU_BATCH if self.device.type == "cuda" else _CPU_BATCH
+        """Tokens at a time."""
         self.shell = Shell(source, config, tokens, self.device)
         self.source, self.family, self.config = source, self.shell.family, self.shell.config
         self._pieces = Pieces(self.family.cla_type)
@@ -59,6 +63,10 @@ class Factory:
                 why=f"Its layers are stored in other pieces than they run in: {missing[0]} is not there.",
                 fix="Use --init mean and uptrain for longer.",
             )
+
+    def load(self, stream: Tensor) -> Tensor:
+        """A part of a residual stream as layers take it: on the device, float32."""
+        return stream.to(self.device, torch.float32)
 
     def head_shape(self, layer: int) -> HeadShape:
         """Sizes of a layer's attention."""

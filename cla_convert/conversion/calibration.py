@@ -22,7 +22,7 @@ from .matching import Effort
 from .refit import ridge_towards
 from .sharing import activation_bytes
 from .shell import Source
-from .streams import SecondMoment, Store, batches
+from .streams import SecondMoment, Store, batches, stream_dtype
 from .teacher import Teacher
 
 REFIT_STRENGTH = 0.1
@@ -98,7 +98,8 @@ class Walk:
     ) -> None:
         self._factory, self._map = factory, list(kv_source_layers)
         self._groups = {o: [i for i, owner in enumerate(self._map) if owner == o] for o in sorted(set(self._map))}
-        needed = activation_bytes(self._map, tokens.numel(), factory.config.hidden_size)
+        itemsize = stream_dtype(str(factory.device)).itemsize
+        needed = activation_bytes(self._map, tokens.numel(), factory.config.hidden_size, itemsize)
         store = Store.choose(str(factory.device), needed, spill)
         self._store, self._teacher = store, Teacher(factory, tokens, store)
         self._pooler = Pooler(factory, self._teacher, effort, seed)
@@ -135,7 +136,7 @@ class Walk:
         output = block.family.output_weight
         heads, decided[output] = self._refit(layer, block, decided[output])
         for part in batches(self._student, self._factory.batch):
-            hidden, head = (stream[part].to(self._factory.device) for stream in (self._student, heads))
+            hidden, head = self._factory.load(self._student[part]), heads[part].to(self._factory.device)
             self._student[part] = block.mlp(block.attend(hidden, head)).to(self._student.device)
         return {f"{self._factory.family.layers}.{layer}.{name}": tensor.cpu() for name, tensor in decided.items()}
 
@@ -148,7 +149,7 @@ class Walk:
         gram, cross = SecondMoment(), SecondMoment()
         heads = self._store.empty(*self._student.shape[:2], block.output.in_features, dtype=self._factory.dtype)
         for part in batches(self._student, self._factory.batch):
-            hidden, target = (s[part].to(self._factory.device) for s in (self._student, self._teacher.residuals[layer]))
+            hidden, target = (self._factory.load(s[part]) for s in (self._student, self._teacher.residuals[layer]))
             shared = self._shared(layer, part)
             head = block.heads(block.norm_in(hidden), shared)
             self._keep(layer, part, shared)

@@ -157,9 +157,10 @@ def _spilled(plan: Plan, calibration: Calibration | None) -> int:
     """Bytes of activations that will lie beside the output while it is made."""
     if calibration is None:
         return 0
-    from .streams import place_for
+    from .streams import place_for, stream_dtype
 
-    needed = activation_bytes(plan.kv_source_layers, calibration.tokens.numel(), plan.shape.hidden_size)
+    itemsize = stream_dtype(calibration.device).itemsize
+    needed = activation_bytes(plan.kv_source_layers, calibration.tokens.numel(), plan.shape.hidden_size, itemsize)
     return 0 if place_for(calibration.device, needed) else needed
 
 

@@ -126,7 +126,7 @@ class _Race:
         self._teacher.upto(layer)
         for group in starting:
             self._weights[group], _ = self._pooler.pool(group, self._teacher.inputs[layer])
-            self._streams[group], self._shared[group] = self._store.empty(*self._clean.shape), {}
+            self._streams[group], self._shared[group] = self._store.empty(*self._clean.shape, dtype=torch.float32), {}
             self._streams[group].copy_(self._clean)
         weights = self._factory.read_layer(layer)
         unchanged = self._factory.build(layer, weights)

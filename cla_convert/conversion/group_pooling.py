@@ -88,11 +88,11 @@ class Pooler:
         own, mean = SecondMoment(), SecondMoment()
         cross, member = [SecondMoment() for _ in blocks], [SecondMoment() for _ in blocks]
         for part in batches(student, self._factory.batch):
-            x = _append_one(blocks[0].norm_in(student[part].to(self._factory.device)), with_bias)
+            x = _append_one(blocks[0].norm_in(self._factory.load(student[part])), with_bias)
             own.add(x, x)
             mean.add(x, torch.ones_like(x[..., :1]))
             for i, (layer, block) in enumerate(zip(group, blocks, strict=True)):
-                y = _append_one(block.norm_in(self._teacher.inputs[layer][part].to(x.device)), with_bias)
+                y = _append_one(block.norm_in(self._factory.load(self._teacher.inputs[layer][part])), with_bias)
                 cross[i].add(x, y)
                 member[i].add(y, y)
         return Moments(own.value, mean.value[:, 0], [c.value for c in cross], [m.value for m in member])
@@ -104,7 +104,7 @@ class Pooler:
         rows = -(-_SAMPLE // student.shape[1])
         streams = [student, *(self._teacher.inputs[layer] for layer in group)]
         own, *members = [
-            block.norm_in(stream[:rows].to(self._factory.device)).double().flatten(0, 1)[:_SAMPLE]
+            block.norm_in(self._factory.load(stream[:rows])).double().flatten(0, 1)[:_SAMPLE]
             for block, stream in zip([blocks[0], *blocks], streams, strict=True)
         ]
         return _append_one(own, with_bias), [_append_one(member, with_bias) for member in members]

@@ -142,7 +142,8 @@ def mismatch(block: Block, residual: Tensor, target: Tensor) -> Tensor:
 
 def _rows(member: Member, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Inputs and targets of some rows, on the device of the layer."""
-    inputs, targets = (t[rows.to(t.device)].to(member.block.device) for t in (member.inputs, member.targets))
+    device = member.block.device
+    inputs, targets = (t[rows.to(t.device)].to(device, torch.float32) for t in (member.inputs, member.targets))
     return inputs, targets
 
 

@@ -66,10 +66,10 @@ def groups_of(sources: Sequence[int]) -> list[list[int]]:
     return list(groups.values())
 
 
-def activation_bytes(sources: Sequence[int], tokens: int, hidden_size: int) -> int:
-    """What calibrated pooling keeps of its text: float32 streams, two per layer that the widest group reaches over."""
+def activation_bytes(sources: Sequence[int], tokens: int, hidden_size: int, itemsize: int = 4) -> int:
+    """What calibrated pooling keeps of its text: streams, two per layer that the widest group reaches over."""
     span = max(group[-1] - group[0] + 1 for group in groups_of(sources))
-    return (2 * span + 5) * tokens * hidden_size * 4
+    return (2 * span + 5) * tokens * hidden_size * itemsize
 
 
 def describe(kind: Hashable) -> str:

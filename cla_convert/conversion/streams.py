@@ -20,6 +20,8 @@ class Store:
 
     device: torch.device
     spill: Path | None = None
+    dtype: torch.dtype = torch.float32
+    """Of residual streams."""
 
     @classmethod
     def choose(cls, device: str, nbytes: int, spill: Path | None = None) -> "Store":
@@ -27,14 +29,15 @@ class Store:
         place = place_for(device, nbytes)
         if place is None and spill:
             say(f"activations: {human_bytes(nbytes)} would fill the memory, so they are kept on the disk of {spill}")
-        return cls(place or torch.device("cpu"), None if place else spill)
+        return cls(place or torch.device("cpu"), None if place else spill, stream_dtype(device))
 
-    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """An uninitialised stream. A file is removed from its folder at once; its space is freed with the tensor.
 
         Raises:
             InputError: the disk is full.
         """
+        dtype = dtype or self.dtype
         if self.spill is None:
             return torch.empty(*shape, dtype=dtype, device=self.device)
         count = torch.Size(shape).numel()
@@ -45,13 +48,21 @@ class Store:
             return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(*shape)
 
 
+def stream_dtype(device: str) -> torch.dtype:
+    """What residual streams are kept in: bfloat16 on a GPU, as models run there, and twice the text fits; else float32.
+
+    The arithmetic on them is float32 everywhere.
+    """
+    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+
+
 def place_for(device: str, nbytes: int) -> torch.device | None:
-    """Where streams of `nbytes` in all may live: the accelerator (a third of what is free), memory (half), or neither.
+    """Where streams of `nbytes` in all may live: the accelerator (0.6 of what is free), memory (half), or neither.
 
     The rest is for the layers.
     """
     chosen = torch.device(device)
-    if chosen.type == "cuda" and nbytes <= torch.cuda.mem_get_info(chosen)[0] // 3:
+    if chosen.type == "cuda" and nbytes <= 0.6 * torch.cuda.mem_get_info(chosen)[0]:
         return chosen
     if chosen.type not in ("cuda", "cpu"):
         return chosen  # shares the memory of the host

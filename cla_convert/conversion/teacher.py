@@ -26,7 +26,7 @@ class Teacher:
             hidden = self.inputs[index]
             residual, output = (self._store.empty(*hidden.shape) for _ in range(2))
             for part in batches(hidden, self._factory.batch):
-                h = hidden[part].to(self._factory.device)
+                h = self._factory.load(hidden[part])
                 r = block.attend(h, block.heads(block.norm_in(h), {}))
                 residual[part] = r.to(residual.device)
                 output[part] = block.mlp(r).to(output.device)
