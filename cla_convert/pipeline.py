@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from .console import say
+from .console import human_count, say
 from .environment import command_line
 from .files import alone_in, read_json, write_json
 from .recipe import Recipe
@@ -18,8 +18,6 @@ from .run import Run, clear
 STAGES = ["plan", "convert", "uptrain", "eval", "report"]
 DEFAULT_BUDGET = 0.5
 """Of `sharing: auto`."""
-CPU_CALIBRATION = 24_576
-"""Calibration tokens at most on a CPU: minutes for a 135M model on two cores."""
 
 
 def run(
@@ -218,6 +216,7 @@ def plan_for(checkpoint: Any, recipe: Recipe, device: str) -> Any:
     from .conversion.plan import make_plan
     from .models.shape import shape_of
     from .models.source import cache_folder
+    from .training.data import calibration_tokens
 
     sharing, choice = recipe.convert.sharing, None
     if sharing == "auto":
@@ -230,7 +229,7 @@ def plan_for(checkpoint: Any, recipe: Recipe, device: str) -> Any:
         sharing=sharing,
         init=recipe.convert.init,
         dtype=recipe.source.dtype,
-        calibration_tokens=min(recipe.convert.calibration.tokens, CPU_CALIBRATION if device == "cpu" else 10**12),
+        calibration_tokens=calibration_tokens(recipe, checkpoint.folder, device),
         choice=choice,
     )
 
@@ -243,13 +242,11 @@ def calibration_for(recipe: Recipe, source: Path, device: str) -> Any:
 
     from .conversion.convert import Calibration
     from .models.export import load_tokenizer
-    from .training.data import calibration_rows, store_for
+    from .training.data import calibration_rows, calibration_tokens, store_for
 
     store = store_for(recipe, load_tokenizer(source), source, device)
-    rows = torch.from_numpy(calibration_rows(store, recipe))
-    if device == "cpu" and rows.numel() > CPU_CALIBRATION:
-        rows = rows[: max(1, CPU_CALIBRATION // rows.shape[1])]
-        say(f"calibrating on {rows.numel()} tokens: more would take a CPU too long")
+    rows = torch.from_numpy(calibration_rows(store, recipe, calibration_tokens(recipe, source, device)))
+    say(f"calibrating on {human_count(rows.numel())} tokens")
     return Calibration(rows, store.digest, device, recipe.seed, recipe.convert.calibration.steps)
 
 

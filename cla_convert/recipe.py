@@ -136,13 +136,15 @@ class Data(Section):
 class Calibration(Section):
     """Settings of `init: calibrated`."""
 
-    tokens: Count = 65_536
-    """Calibration tokens, taken from `data`."""
+    tokens: Annotated[Count, Field(gt=0)] | Literal["auto"] = "auto"
+    """Calibration tokens, taken from `data`. auto: what takes a minute or less on a data-centre GPU (2.6M for a 135M
+    model, fewer for larger ones, 65,536 at least), or minutes on a CPU (24,576)."""
     sequence_length: int = Field(default=1024, ge=16)
     """Length of a calibration sequence."""
     steps: int | None = Field(default=None, ge=0)
-    """Matching steps of each group (docs/how-it-works.md); 0: the closed form alone. None: 60, on a CPU 20. What a step
-    takes grows with the cube of the hidden size, so a large model on a CPU may afford only a few."""
+    """Matching steps of each group (docs/how-it-works.md); 0: the closed form alone. None: 60 of 8192 tokens, and more
+    where there is more text (380 for 2.6M tokens); on a CPU 20 of 2048. What a step takes grows with the cube of the
+    hidden size, so a large model on a CPU may afford only a few."""
 
 
 class Convert(Section):
@@ -184,15 +186,18 @@ class Train(Section):
     """distill: softens both distributions; the KL is scaled by its square (Hinton et al. 2015)."""
     cross_entropy_weight: float = Field(default=0.0, ge=0)
     """distill: adds so many times the cross-entropy on the data."""
-    hidden_weight: float = Field(default=0.0, ge=0)
-    """distill: adds so many times |student - teacher|^2 / |teacher|^2 of the final hidden states (after the norm)."""
+    hidden_weight: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    """distill: adds |student - teacher|^2 / |teacher|^2 of the residual streams, averaged over all layers, with a
+    weight that falls linearly from this to 0 at the end of the budget. auto: 30, or 0 for a teacher of another depth
+    or width."""
     parameters: Literal["all", "attention", "shared"] = "all"
     """What is trained. attention: the weights of all attention layers. shared: of the layers that share K/V,
     owners and consumers."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """adamw. muon: Muon (arXiv 2502.16982) for the matrices of the decoder layers, AdamW for the rest (torch 2.9)."""
-    learning_rate: float = Field(default=1e-3, gt=0)
-    """Peak learning rate."""
+    learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    """Peak learning rate. auto: 1e-3 for attention and a fifth of it for the rest at a width of 576, in proportion to
+    1/width for other models; with `loss: cross_entropy` the former for all (docs/uptraining.md)."""
     learning_rates: dict[Literal["shared", "attention", "other"], Annotated[float, Field(gt=0)]] = {}
     """Peak rates for parts of the model, in place of `learning_rate`. shared: attention of layers that share K/V;
     attention: of all layers (but those, if `shared` is given too); other: everything else."""
@@ -214,7 +219,7 @@ class Train(Section):
     """Documents packed into one sequence do not see each other: attention and positions start anew with each, and no
     loss is taken on the first token of the next one. False: they are separated by EOS only. flex: as true, but on a GPU
     through FlexAttention, which has not been measured on one yet."""
-    batch_tokens: Count = 65_536
+    batch_tokens: Count = 32_768
     """Tokens in an optimiser step (a multiple of sequence_length)."""
     micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Sequences in one forward/backward pass; gradients accumulate up to batch_tokens. auto: 8 on a CPU; on a GPU what

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..effort import Effort
 from ..errors import InputError
 from .blocks import Block, Factory, SharedKV
 from .group_pooling import GroupFit, Pooler
-from .matching import Effort
 from .refit import ridge_towards
 from .sharing import activation_bytes
 from .shell import Source
@@ -62,7 +62,7 @@ def calibrated_pooling(
         device: where layers run, `cpu` or `cuda`.
         seed: of the order of rows; the same seed, device and library versions give the same result.
         on_progress: called with (layers done, layers in all).
-        effort: matching steps; with 0 the closed form stays. Default: by device.
+        effort: matching steps; with 0 the closed form stays. Default: `Effort.for_text`.
         dtype: of matrix products; default bfloat16 where the hardware has it. Linear algebra is float64 in any case.
         spill: folder for activations that memory has no room for.
 
@@ -72,7 +72,7 @@ def calibrated_pooling(
     """
     if tokens.dim() != 2 or not tokens.numel():
         raise InputError("Calibration needs tokens", why=f"Got a tensor of shape {tuple(tokens.shape)}.")
-    effort = effort or Effort.default(device)
+    effort = effort or Effort.for_text(tokens.numel(), device)
     factory = Factory(source, config, tokens, device, dtype)
     walk = Walk(factory, kv_source_layers, tokens, effort, seed, spill)
     for layer in range(len(kv_source_layers)):

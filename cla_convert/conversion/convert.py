@@ -134,11 +134,11 @@ def _patches(
     """One patch per layer, or none: weight-space pooling reads what it pools."""
     if plan.init != "calibrated" or len(plan.groups) == len(plan.kv_source_layers):
         return iter(())
+    from ..effort import Effort
     from .calibration import calibrated_pooling
-    from .matching import Effort
 
     assert calibration is not None, "init: calibrated needs calibration text"
-    effort = Effort.default(calibration.device)
+    effort = Effort.for_text(calibration.tokens.numel(), calibration.device)
     if calibration.steps is not None:
         effort = replace(effort, steps=calibration.steps)
     return calibrated_pooling(

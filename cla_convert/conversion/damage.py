@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..effort import Effort
 from ..errors import InputError
 from .blocks import Block, Factory, SharedKV
 from .group_pooling import Pooler
-from .matching import Effort
 from .search import candidate_groups
 from .shell import Source
 from .streams import Store

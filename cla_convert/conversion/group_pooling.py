@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..effort import Effort
 from .attention_weights import AttentionWeights, has_biases, with_norms
 from .blocks import Block, Factory
 from .group_fit import ClosedForm, Moments, fit_group
-from .matching import Effort, Member, match_group
+from .matching import Member, match_group
 from .streams import SecondMoment, batches
 from .teacher import Teacher
 

@@ -13,6 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ..effort import Effort
 from .blocks import Block, SharedKV
 
 LEARNING_RATE = 0.02
@@ -35,20 +36,6 @@ class Member:
     """Residual stream [rows, T, hidden] it reads."""
     targets: Tensor
     """The teacher's residual stream after this layer's attention."""
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How much work calibration may be."""
-
-    steps: int
-    """Of matching, per group."""
-    tokens_per_step: int
-
-    @classmethod
-    def default(cls, device: str) -> "Effort":
-        """What a 135M model finishes in seconds on a data-centre GPU, or in minutes on two CPU cores."""
-        return cls(60, 8192) if torch.device(device).type == "cuda" else cls(20, 2048)
 
 
 def match_group(members: Sequence[Member], effort: Effort, *, seed: int) -> float:

@@ -194,6 +194,12 @@ REFUSED = {
 """Families that people ask for, and why there is no row for them."""
 
 
+def decoder_layers(model: Any) -> Any:
+    """The list of decoder layers of a loaded model, plain or CLA."""
+    family = FAMILIES.get(model.config.model_type.removeprefix("cla_"))
+    return model.get_submodule(family.layers) if family else model.base_model.layers
+
+
 def family_of(config: Mapping[str, Any]) -> Family:
     """The family of a config.json. Raises InputError naming the architecture and those supported."""
     model_type = str(config.get("model_type", "(none)"))

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from ..errors import InputError
-from ..models.families import FAMILIES
+from ..models.families import decoder_layers
 
 WORTH_IT = 1e16
 """Floating-point operations from which compiling pays: it takes about half a minute and doubles some 150 TFLOP/s."""
@@ -42,14 +42,9 @@ def compile_layers(model: Any, rows: int, length: int) -> None:
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
     sources = getattr(model.config, "kv_source_layers", None)
-    for index, layer in enumerate(_layers(model)):
+    for index, layer in enumerate(decoder_layers(model)):
         owner = None if sources is None else sources[index]
         layer.forward = _layer_forward(layer, index, owner, (rows, length))
-
-
-def _layers(model: Any) -> Any:
-    family = FAMILIES.get(model.config.model_type.removeprefix("cla_"))
-    return model.get_submodule(family.layers) if family else model.base_model.layers
 
 
 def _layer_forward(layer: Any, index: int, owner: int | None, shape: tuple[int, int]) -> Callable[..., Any]:

@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 
 from ..console import human_count, say
+from ..effort import affordable_tokens
 from ..errors import InputError
+from ..models.checkpoint import Checkpoint
 from ..models.source import cache_folder
 from ..models.writer import disk_full_is_an_input_error
 from ..recipe import Data, Recipe, Train
@@ -92,7 +94,7 @@ def store_for(recipe: Recipe, tokenizer: Any, source: Path, device: str) -> Toke
     return prepare_data(
         recipe.data,
         tokenizer,
-        tokens=max(recipe.train.tokens, recipe.convert.calibration.tokens),
+        tokens=max(recipe.train.tokens, calibration_tokens(recipe, source, device)),
         held_out_tokens=max(recipe.train.validation_tokens, recipe.train.sequence_length + 1),
         cache_dir=cache_folder() / "tokens",
         seed=recipe.seed,
@@ -100,15 +102,25 @@ def store_for(recipe: Recipe, tokenizer: Any, source: Path, device: str) -> Toke
     )
 
 
-def calibration_rows(store: TokenStore, recipe: Recipe) -> np.ndarray:
-    """Training rows for calibrated pooling: int64 [n, T]; the same ones for a seed.
+def calibration_tokens(recipe: Recipe, source: Path, device: str) -> int:
+    """Tokens that converting the model in folder `source` asks for; 0 where it looks at none."""
+    if recipe.convert.init != "calibrated":
+        return 0
+    if recipe.convert.calibration.tokens != "auto":
+        return recipe.convert.calibration.tokens
+    parameters = sum(tensor.numel for tensor in Checkpoint.open(source).tensors.values())
+    return affordable_tokens(parameters, device)
+
+
+def calibration_rows(store: TokenStore, recipe: Recipe, tokens: int) -> np.ndarray:
+    """Training rows for calibrated pooling, about `tokens` tokens: int64 [n, T]; the same ones for a seed.
 
     In another order than uptraining visits them, whose first steps would otherwise see the text already fitted to.
     """
     settings = recipe.convert.calibration
     length = min(settings.sequence_length, store.train.size)
     rows = Sequences(store.train, length, recipe.seed + 1, first=store.first)
-    return rows.rows(min(rows.count, max(1, settings.tokens // length)))
+    return rows.rows(min(rows.count, max(1, tokens // length)))
 
 
 def held_out_rows(store: TokenStore, train: Train) -> np.ndarray:

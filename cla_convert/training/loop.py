@@ -221,13 +221,12 @@ def _gradients(trainer: Trainer, first: int, end: int) -> torch.Tensor:
     """
     denominator = (end - first) * trainer.objective.targets(trainer.budget.length)
     denominator -= trainer.sequences.boundaries(end - first, first)
-    shares = []
+    shares, done = [], first / trainer.budget.sequences
     for part in trainer.team.share(first, end, trainer.micro_batch):
         batch = _batch(trainer, part or range(first, first + 1))
-        loss, parts = trainer.team.run(trainer.objective, trainer.student, *batch, denominator)
-        loss = loss * bool(part)
-        loss.backward()
-        shares.append(torch.cat((loss.detach()[None], parts * bool(part))))
+        loss, record = trainer.team.run(trainer.objective, trainer.student, *batch, denominator, done)
+        (loss * bool(part)).backward()
+        shares.append(record * bool(part))
     return trainer.team.gather(torch.stack(shares))
 
 

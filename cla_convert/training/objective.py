@@ -1,5 +1,6 @@
 """What is minimised: an objective maps the student and a micro-batch to a scalar."""
 
+from contextlib import nullcontext
 from importlib.util import find_spec
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 
 from ..errors import InputError
 from ..recipe import Train
+from .hidden import recorded_streams, stream_distance
 from .loss import IGNORE, LogitRule, Teacher, Terms, logit_rule, next_token_labels, vocabulary_loss
 
 _LOGIT_BYTES = {"cpu": 2**26, "cuda": 2**30}
@@ -20,14 +22,14 @@ class Objective:
         """Read the weights of the terms.
 
         Args:
-            train: the recipe's section.
+            train: the recipe's section, `derived`.
             student: the model to train.
             teacher: needed for `distill`; of the student's width where hidden states are matched.
             fused: compile what happens to a chunk of logits.
         """
         distill = train.loss == "distill"
         self.teacher, self.fused = teacher, fused
-        self.hidden_weight = train.hidden_weight if distill else 0.0
+        self.hidden_weight = float(train.hidden_weight) if distill and train.hidden_weight != "auto" else 0.0
         self.terms = Terms(
             kl=float(distill),
             cross_entropy=train.cross_entropy_weight if distill else 1.0,
@@ -44,18 +46,29 @@ class Objective:
         return length - 1
 
     def __call__(
-        self, student: Any, ids: torch.Tensor, positions: torch.Tensor | None, denominator: float
+        self,
+        student: Any,
+        ids: torch.Tensor,
+        positions: torch.Tensor | None,
+        denominator: float,
+        done: float = 0.0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss of a micro-batch [B, T] in nats, summed over its targets and divided by `denominator`.
 
-        `positions` [B, T] start from 0 in each document and keep documents apart; None: one text.
+        `positions` [B, T] start from 0 in each document and keep documents apart; None: one text. `done` is the share
+        of the budget that is spent: the weight of the hidden states falls with it, because they are the way and not
+        the goal. Kept to the end they cost perplexity; let go they do not.
 
         Returns:
-            The loss, to be differentiated, and its `parts` without their weights, [len(parts)].
+            What is to be differentiated; and for the record [1 + len(parts)] the loss without the hidden states, whose
+            falling weight would look like progress, and the `parts` without their weights.
         """
-        hidden, weight = hidden_states(student, ids, positions), head_weight(student)
-        labels = next_token_labels(ids, positions)
-        target = None if self.teacher is None else self._target(ids, positions)
+        matched = bool(self.hidden_weight) and self.teacher is not None
+        with recorded_streams(student) if matched else nullcontext([]) as streams:
+            hidden = hidden_states(student, ids, positions)
+        with recorded_streams(self.teacher) if matched else nullcontext([]) as targets:
+            target = None if self.teacher is None else self._target(ids, positions)
+        labels, weight = next_token_labels(ids, positions), head_weight(student)
         rows = weight.shape[0]
         if target is not None and target.weight.shape[0] != rows:  # padded differently: compare what both have
             rows = min(rows, target.weight.shape[0])
@@ -63,25 +76,15 @@ class Objective:
         loss, sums = vocabulary_loss(
             hidden, weight, labels, self.terms, teacher=target, chunk=chunk_size(weight), fused=self.fused
         )
-        parts = {"kl": sums[0], "cross_entropy": sums[1]}
-        if self.hidden_weight and target is not None:
-            distance = hidden_distance(hidden, target.hidden, labels != IGNORE)
-            loss, parts["hidden"] = loss + self.hidden_weight * distance, distance.detach()
-        return loss / denominator, torch.stack([parts[name] for name in self.parts]) / denominator
+        parts = {"loss": loss.detach(), "kl": sums[0], "cross_entropy": sums[1]}
+        if matched:
+            distance = stream_distance(streams, targets, labels != IGNORE, fused=self.fused)
+            loss, parts["hidden"] = loss + (1 - done) * self.hidden_weight * distance, distance.detach()
+        return loss / denominator, torch.stack([parts[name] for name in ("loss", *self.parts)]) / denominator
 
     def _target(self, ids: torch.Tensor, positions: torch.Tensor | None) -> Teacher:
-        with torch.inference_mode():
+        with torch.no_grad():
             return Teacher(hidden_states(self.teacher, ids, positions), head_weight(self.teacher))
-
-
-def hidden_distance(hidden: torch.Tensor, target: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
-    """|hidden - target|^2 / |target|^2 of the final hidden states [B, T, D], summed over the counted positions [B, T].
-
-    Both are taken after the last norm, as the vocabulary projection sees them.
-    """
-    target = target.float()
-    each = (hidden.float() - target).square().sum(-1) / target.square().sum(-1)
-    return (each * counted).sum()
 
 
 def hidden_states(model: Any, ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:

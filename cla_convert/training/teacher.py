@@ -23,12 +23,14 @@ def check_teacher(train: Train, student: Path, teacher: Path) -> None:
         return
     ours, theirs = (Checkpoint.open(folder).config for folder in (student, teacher))
     _check_vocabulary(load_tokenizer(student).get_vocab(), load_tokenizer(teacher).get_vocab())
-    if train.hidden_weight and ours.get("hidden_size") != theirs.get("hidden_size"):
-        raise InputError(
-            "Hidden states of different width cannot be matched",
-            f"The student's have {ours.get('hidden_size')} channels, the teacher's {theirs.get('hidden_size')}.",
-            "Set train.hidden_weight to 0, or distil from the source model.",
-        )
+    matched = train.hidden_weight != "auto" and train.hidden_weight > 0
+    for name, words in (("hidden_size", "channels"), ("num_hidden_layers", "layers")):
+        if matched and ours.get(name) != theirs.get(name):
+            raise InputError(
+                "The residual streams of student and teacher cannot be matched: their sizes differ",
+                f"The student has {ours.get(name)} {words}, the teacher {theirs.get(name)}.",
+                "Leave train.hidden_weight out, or distil from the source model.",
+            )
     longest = theirs.get("max_position_embeddings")
     if longest and train.sequence_length > longest:
         raise InputError(

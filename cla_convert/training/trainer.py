@@ -14,6 +14,7 @@ from ..models.export import load_model, load_tokenizer
 from ..recipe import Recipe, Train
 from .compiling import choose_compile, compile_layers
 from .data import Sequences, TokenStore, held_out_rows, store_for
+from .derived import derived
 from .flops import peak_flops, training_flops
 from .objective import Objective, check_head, skip_other_documents
 from .parallel import Team
@@ -93,6 +94,7 @@ def set_up(
         cast_frozen(student, precision.compute)
     distill = settings.loss == "distill"
     teacher = load_teacher(teacher_dir, student, dtype=precision.compute, device=device) if distill else None
+    settings = derived(settings, student.config, teacher and teacher.config)
     flops = training_flops(student, teacher, budget.length)
     compiled = choose_compile(settings.compile, precision.device_type, flops * budget.tokens)
     objective = Objective(settings, student, teacher, fused=compiled)
@@ -134,7 +136,7 @@ def set_up(
 
 def run_identity(student_dir: Path, teacher_dir: Path, recipe: Recipe, trainer: Trainer) -> dict[str, Any]:
     """What the weights at the end depend on: a checkpoint resumes only a run that agrees in all of it."""
-    settings = recipe.train.model_dump(mode="json", exclude=_FREE)
+    settings = trainer.settings.model_dump(mode="json", exclude=_FREE)
     settings |= {"micro_batch_size": trainer.micro_batch, "compile": trainer.compiled}
     return {
         **{f"train.{name}": value for name, value in settings.items()},
@@ -182,6 +184,12 @@ def _check_fit(student: Any, data: TokenStore, settings: Train) -> None:
         )
 
 
+def _rates(settings: Train) -> str:
+    parts = [f"{rate:g} {part}" for part, rate in settings.learning_rates.items() if part != "other"]
+    rest = settings.learning_rates.get("other", settings.learning_rate)
+    return f"learning rate {', '.join([*parts, f'{rest:g} the rest'] if parts else [f'{rest:g}'])}"
+
+
 def _describe(trainer: Trainer) -> str:
     budget, count = trainer.budget, sum(p.numel() for p in trainer.parameters.values())
     where = trainer.device if trainer.team.size == 1 else f"{trainer.team.size} x {trainer.precision.device_type}"
@@ -191,7 +199,7 @@ def _describe(trainer: Trainer) -> str:
     return (
         f"uptraining: {budget.steps} steps of {budget.batch} x {budget.length} tokens, {human_count(budget.tokens)} in "
         f"all, {passes:.2g} passes over the text, {trainer.micro_batch} sequences a pass; {human_count(count)} "
-        f"parameters trained; {trainer.settings.loss}; {compute} on {where}; "
+        f"parameters trained; {trainer.settings.loss}; {_rates(trainer.settings)}; {compute} on {where}; "
         + ("layers and loss are compiled in the first step" if trainer.compiled else "not compiled")
         + (" (auto: too short to pay it back)" if skipped else "")
     )

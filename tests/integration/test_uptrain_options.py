@@ -16,7 +16,7 @@ from cla_convert.recipe_file import Resolved
 from cla_convert.run import Run
 from cla_convert.training import loop
 from cla_convert.training.metrics import read_rows
-from cla_convert.training.objective import Objective, hidden_states
+from cla_convert.training.objective import Objective
 from cla_convert.training.trainer import set_up
 
 from ..conftest import save_tiny_llama
@@ -37,6 +37,19 @@ def steps(folder: Path) -> list[dict[str, Any]]:
     return [row for row in read_rows(folder / "metrics.jsonl") if "loss" in row]
 
 
+def streams(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """What goes into every layer but the first, and what comes out of the last: [layers, rows, T - 1, hidden]."""
+    found: list[torch.Tensor] = []
+    layers = model.model.layers
+    hooks = [layer.register_forward_pre_hook(lambda _, args: found.append(args[0])) for layer in layers[1:]]
+    hooks.append(model.model.norm.register_forward_pre_hook(lambda _, args: found.append(args[0])))
+    with torch.no_grad():
+        model(ids)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(found)[:, :, :-1]
+
+
 def test_all_losses_together_are_what_they_say(work: Path, tiny_llama: Path) -> None:
     options = dict(temperature=2.0, cross_entropy_weight=0.5, hidden_weight=0.25)
     trainer = set_up(work / "converted", tiny_llama, recipe(work, **options), "cpu")
@@ -45,7 +58,7 @@ def test_all_losses_together_are_what_they_say(work: Path, tiny_llama: Path) -> 
     ids = torch.from_numpy(trainer.sequences.rows(BATCH))
     with torch.no_grad():
         logits, target = student(ids).logits[:, :-1], teacher(ids).logits[:, :-1]
-        mine, theirs = hidden_states(student, ids)[:, :-1], hidden_states(teacher, ids)[:, :-1]
+        mine, theirs = (streams(model, ids) for model in (student, teacher))
     log_p, log_q = (logits / 2).log_softmax(-1), (target / 2).log_softmax(-1)
     torch.testing.assert_close(kl, 4 * (log_q.exp() * (log_q - log_p)).sum(-1).mean(), rtol=1e-4, atol=1e-5)
     labels = ids[:, 1:].flatten()
@@ -53,14 +66,18 @@ def test_all_losses_together_are_what_they_say(work: Path, tiny_llama: Path) -> 
     torch.testing.assert_close(cross_entropy, expected, rtol=1e-4, atol=1e-5)
     distance = ((mine - theirs).norm(dim=-1) / theirs.norm(dim=-1)).square().mean()
     torch.testing.assert_close(hidden, distance, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(loss, kl + 0.5 * cross_entropy + 0.25 * hidden)
+    torch.testing.assert_close(loss, kl + 0.5 * cross_entropy)
+    for done in (0.0, 0.5):
+        wanted, (loss, *_, hidden) = trainer.objective(trainer.student, ids, None, 1.0, done)
+        torch.testing.assert_close(wanted, loss + (1 - done) * 0.25 * hidden)
 
 
 def test_a_mixed_loss_is_recorded_term_by_term(work: Path, tiny_llama: Path, tmp_path: Path) -> None:
     settings = recipe(work, steps=3, cross_entropy_weight=0.5, hidden_weight=0.1)
     uptrain(work, tiny_llama, tmp_path, settings)
     for row in steps(tmp_path):
-        total = row["kl"] + 0.5 * row["cross_entropy"] + 0.1 * row["hidden"]
+        assert row["hidden"] > 0
+        total = row["kl"] + 0.5 * row["cross_entropy"]
         assert row["loss"] == pytest.approx(total, rel=1e-5)
 
 
@@ -79,7 +96,7 @@ def test_a_larger_teacher_with_a_padded_embedding(work: Path, large_teacher: Pat
 def test_teachers_that_do_not_fit_are_refused_before_work(
     work: Path, tiny_llama: Path, large_teacher: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match="different width"):
+    with pytest.raises(InputError, match="their sizes differ"):
         uptrain(work, large_teacher, tmp_path / "a", recipe(work, hidden_weight=1.0))
     other = save_tiny_llama(tmp_path / "other")
     tokenizer = json.loads((other / "tokenizer.json").read_text())
@@ -102,7 +119,7 @@ def test_a_run_names_its_teacher_and_is_refused_before_it_converts(
     assert run.source == tiny_llama and run.teacher == large_teacher
     pipeline.check_before_work(run)
     settings.train.hidden_weight = 1.0
-    with pytest.raises(InputError, match="different width"):
+    with pytest.raises(InputError, match="their sizes differ"):
         pipeline.run(Resolved(settings, {}), tmp_path / "run")
     assert not (tmp_path / "run" / "converted").exists()
 

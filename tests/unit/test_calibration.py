@@ -11,11 +11,12 @@ from transformers import PreTrainedModel
 from cla_convert.conversion import matching
 from cla_convert.conversion.blocks import Factory
 from cla_convert.conversion.calibration import LayerPatch, calibrated_pooling
-from cla_convert.conversion.matching import Effort, orthogonalise
+from cla_convert.conversion.matching import orthogonalise
 from cla_convert.conversion.pieces import Pieces
 from cla_convert.conversion.sharing import sharing_map
 from cla_convert.conversion.streams import Store, place_for
 from cla_convert.conversion.teacher import Teacher
+from cla_convert.effort import Effort
 from cla_convert.errors import InputError
 from cla_convert.models.checkpoint import Checkpoint
 from cla_convert.models.export import load_model

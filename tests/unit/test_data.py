@@ -246,7 +246,7 @@ def test_every_row_begins_with_bos_where_the_tokenizer_begins_so(tmp_path: Path,
     assert (begun[:, 0] == 2).all() and (begun[:, 1:] == plain[:, 1:]).all()
     begun_store = TokenStore(tokens, tokens, "", {"bos": 2}, np.empty(0))
     recipe = validate({"convert": {"calibration": {"tokens": 500, "sequence_length": 50}}})
-    assert (calibration_rows(begun_store, recipe)[:, 0] == 2).all()
+    assert (calibration_rows(begun_store, recipe, 500)[:, 0] == 2).all()
     assert (held_out_rows(begun_store, recipe.train)[:, 0] == 2).all()
 
 
@@ -283,7 +283,7 @@ def test_no_held_out_document_is_trained_or_calibrated_on(tmp_path: Path, table:
     held_out = numbers(held_out_rows(store, recipe.train))
     trained = numbers(Sequences(store.train, 100, seed=0).rows(200))
     assert len(held_out) > 20 and len(trained) > 100 and not held_out & trained
-    calibrated = numbers(calibration_rows(store, recipe))
+    calibrated = numbers(calibration_rows(store, recipe, recipe.convert.calibration.tokens))
     assert len(calibrated) > 20 and calibrated <= trained
 
 

@@ -24,6 +24,7 @@ from cla_convert.models.modeling_cla_llama import ClaLlamaForCausalLM
 from cla_convert.recipe import Train
 from cla_convert.training import compiling
 from cla_convert.training.compiling import WORTH_IT, choose_compile, compile_layers
+from cla_convert.training.derived import derived
 from cla_convert.training.flops import forward_flops, peak_flops, training_flops
 from cla_convert.training.health import PATIENCE, steps_above
 from cla_convert.training.loss import LogitRule
@@ -404,3 +405,27 @@ class TestMonitor:
 
     def test_clock(self) -> None:
         assert [clock(seconds) for seconds in (7, 61, 3723)] == ["0:07", "1:01", "1:02:03"]
+
+
+class TestDerived:
+    """What `auto` comes to."""
+
+    def test_rates_go_with_the_width_and_attention_is_ahead(self) -> None:
+        small, large = (tiny_llama_config(hidden_size=width, num_attention_heads=8) for width in (576, 4096))
+        found = derived(Train(), small, small)
+        assert (found.learning_rate, found.learning_rates, found.hidden_weight) == (2e-4, {"attention": 1e-3}, 30.0)
+        found = derived(Train(), large, large)
+        assert (found.learning_rate, found.learning_rates) == (2.8e-5, {"attention": 1.4e-4})
+        found = derived(Train(loss="cross_entropy"), small, None)
+        assert (found.learning_rate, found.learning_rates, found.hidden_weight) == (1e-3, {}, 0.0)
+
+    def test_what_is_given_stays(self) -> None:
+        config = tiny_llama_config()
+        given = Train(learning_rate=3e-4, hidden_weight=1.0)
+        assert derived(given, config, config) == given
+        assert derived(Train(learning_rates={"attention": 5e-4}), config, config).learning_rates == {"attention": 5e-4}
+
+    def test_a_teacher_of_another_size_is_not_followed_inside(self) -> None:
+        student = tiny_llama_config()
+        for change in ({"num_hidden_layers": 3}, {"hidden_size": 64}):
+            assert derived(Train(), student, tiny_llama_config(**change)).hidden_weight == 0
