@@ -20,10 +20,20 @@ SEED = 0
 PIECE = 20_000  # characters: about 5k tokens, so that a budget of 100k tokens sees some 20 works
 # Source -> (characters to take, pieces per document at most).
 BUDGET = {
-    "classic_books": (3_700_000, 2),
-    "bitcoin_transcripts": (1_900_000, 2),
-    "sotu": (1_250_000, 2),
-    "medquad": (1_400_000, 1),
+    "classic_books": (1_400_000, 2),
+    "usgov_web": (900_000, 1),
+    "bitcoin_transcripts": (700_000, 2),
+    "medquad": (700_000, 1),
+    "openstax": (700_000, 1),
+    "reviews": (700_000, 1),
+    "tech_blogs": (600_000, 1),
+    "design_proposals": (500_000, 1),
+    "openstax_2": (500_000, 1),
+    "sotu": (500_000, 2),
+    "business_software_docs": (350_000, 1),
+    "fomc_transcripts": (300_000, 2),
+    "world_factbook": (300_000, 1),
+    "nasa_transcripts": (200_000, 1),
 }
 # Documents that share a 13-gram with an evaluation set (boolq, lambada_openai).
 EXCLUDED = {"1868-Johnson-1", "1900-McKinley-1", "1915-Wilson-1", "Jane Austen/Mansfield Park"}

@@ -30,6 +30,9 @@ from .tokenise import leading
 
 __all__ = ["Sequences", "TokenStore", "calibration_rows", "held_out_rows", "prepare_data", "store_for"]
 
+_WIDER, _VARIED = 16, 1_000_000
+"""A little calibration text is taken from so many times as much, up to a million tokens: a few rows each of many
+documents say more than all of a few. Sampled text is too dear for that."""
 _FORMAT = 5  # raise it when the same settings would give other tokens
 
 
@@ -61,10 +64,12 @@ def prepare_data(
     cache_dir: Path,
     seed: int,
     model: SourceModel | None = None,
+    needed: int | None = None,
 ) -> TokenStore:
     """Return at most `tokens` training tokens and `held_out_tokens` held-out tokens, as read-only memory maps.
 
-    Fewer where the sources hold less: `Sequences` then goes round again, and a note says so.
+    Fewer where the sources hold less than are `needed` (default: all): `Sequences` then goes round again, and a note
+    says so.
 
     Raises:
         InputError: a source is missing, unreadable, empty, or has no such column.
@@ -77,10 +82,11 @@ def prepare_data(
         with disk_full_is_an_input_error(cache_dir):
             _publish(mixture, folder)
     store = _open(folder)
-    if 0 < store.train.size < tokens:
-        passes = tokens / store.train.size
+    needed = tokens if needed is None else needed
+    if 0 < store.train.size < needed:
+        passes = needed / store.train.size
         say(
-            f"The data holds {human_count(store.train.size)} training tokens for a budget of {human_count(tokens)}: "
+            f"The data holds {human_count(store.train.size)} training tokens for a budget of {human_count(needed)}: "
             f"they are repeated, {passes:.1f} passes in all."
         )
     return store
@@ -91,10 +97,14 @@ def store_for(recipe: Recipe, tokenizer: Any, source: Path, device: str) -> Toke
 
     `source` is the folder of the source model, which sources with `generate` sample from on `device`.
     """
+    calibration = calibration_tokens(recipe, source, device)
+    needed = max(recipe.train.tokens, calibration)
+    sampled = any(one.generate for one in recipe.data.sources)
     return prepare_data(
         recipe.data,
         tokenizer,
-        tokens=max(recipe.train.tokens, calibration_tokens(recipe, source, device)),
+        tokens=needed if sampled else max(needed, min(_VARIED, _WIDER * calibration)),
+        needed=needed,
         held_out_tokens=max(recipe.train.validation_tokens, recipe.train.sequence_length + 1),
         cache_dir=cache_folder() / "tokens",
         seed=recipe.seed,

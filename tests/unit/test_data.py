@@ -281,7 +281,8 @@ def test_no_held_out_document_is_trained_or_calibrated_on(tmp_path: Path, table:
         return set(re.findall(r"Document (\d+):", "\n".join(byte_tokenizer().batch_decode(rows.tolist()))))
 
     held_out = numbers(held_out_rows(store, recipe.train))
-    trained = numbers(Sequences(store.train, 100, seed=0).rows(200))
+    every = Sequences(store.train, 100, seed=0)
+    trained = numbers(every.rows(every.count))
     assert len(held_out) > 20 and len(trained) > 100 and not held_out & trained
     calibrated = numbers(calibration_rows(store, recipe, recipe.convert.calibration.tokens))
     assert len(calibrated) > 20 and calibrated <= trained
@@ -313,3 +314,15 @@ def test_without_sources_the_sample_is_used(tmp_path: Path) -> None:
     store = prepare(tmp_path, tokens=20_000, held_out_tokens=5_000)
     assert store.train.size == 20_000 and store.held_out.size == 5_000
     assert store.info["sources"][0]["name"] == "sample"
+
+
+def test_a_little_calibration_text_is_taken_from_many_documents(tmp_path: Path) -> None:
+    path = tmp_path / "many.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"Document {i}: " + "y" * 190}) for i in range(400)))
+    calibration = {"tokens": 2000, "sequence_length": 100}
+    recipe = validate({"data": {"sources": [{"path": str(path)}]}, "convert": {"calibration": calibration}})
+    store = store_for(recipe, byte_tokenizer(), tmp_path, "cpu")
+    rows = calibration_rows(store, recipe, 2000)
+    assert rows.size == 2000 and store.train.size == 16 * 2000
+    begun = re.findall(r"Document (\d+):", "\n".join(byte_tokenizer().batch_decode(rows.tolist())))
+    assert max(map(int, begun)) - min(map(int, begun)) > 60  # a stretch of ten documents holds 2000
