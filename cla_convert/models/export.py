@@ -38,7 +38,7 @@ def register() -> None:
 
 def cla_classes(family: Family) -> dict[str, Any]:
     """The CLA classes of a family: `Config`, `DecoderLayer`, `Model` and `ForCausalLM`."""
-    config, modeling = (importlib.import_module(f"{__package__}.{file.stem}") for file in family.code_files)
+    config, modeling = (importlib.import_module(f"{__package__}.generated.{file.stem}") for file in family.code_files)
     kinds = ("DecoderLayer", "Model", "ForCausalLM")
     return {
         "Config": getattr(config, family.class_name("Config")),

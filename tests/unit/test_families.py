@@ -12,7 +12,8 @@ from cla_convert.conversion.sharing import groups_of, sharing_map
 from cla_convert.errors import InputError
 from cla_convert.models.checkpoint import Checkpoint
 from cla_convert.models.export import load_model
-from cla_convert.models.families import FAMILIES, REFUSED, family_of
+from cla_convert.models.families import CODE_FOLDER, FAMILIES, REFUSED, family_of
+from cla_convert.models.generate import render
 from cla_convert.models.kinds import NOPE, SLIDING
 from cla_convert.models.shape import shape_of
 from cla_convert.models.source import open_headers, resolve_source
@@ -118,6 +119,17 @@ def test_the_language_model_of_a_multimodal_gemma_3(published, tmp_path, monkeyp
     ids = torch.arange(2, 22)[None]
     with torch.inference_mode():
         assert torch.equal(load_model(folder, dtype=torch.float32)(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_shipped_code_is_what_the_templates_make(family):
+    for path, text in render(family).items():
+        assert path.read_text() == text, "run `python -m cla_convert.models.generate`"
+
+
+def test_no_shipped_code_is_without_a_family():
+    made = {path for family in FAMILIES.values() for path in family.code_files}
+    assert set(CODE_FOLDER.glob("*_cla_*.py")) == made
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
