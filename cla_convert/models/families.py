@@ -120,6 +120,7 @@ class Family:
             "AutoConfig": f"{config}.{self.class_name('Config')}",
             "AutoModel": f"{modeling}.{self.class_name('Model')}",
             "AutoModelForCausalLM": f"{modeling}.{self.class_name('ForCausalLM')}",
+            "AutoModelForSequenceClassification": f"{modeling}.{self.class_name('ForSequenceClassification')}",
         }
 
     @property
@@ -155,9 +156,8 @@ _GEMMA = {"num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096}
 _GPT2_KEYS = {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "hidden_size": "n_embd"}
 
 _PHI3_SIZES = Fused(
-    ("keys = config.num_key_value_heads * self.head_dim",),
     "config.hidden_size, config.num_attention_heads * self.head_dim, bias=False",
-    "config.hidden_size, keys, bias=False",
+    "config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False",
 )
 _PHI3_PLAN = (
     ("self_attn.q_proj", "colwise", ""),
@@ -215,7 +215,7 @@ _ROWS = [
         "gpt_bigcode", "GPTBigCode",
         Code(
             "GPTBigCode", layer="Block", dropout="attn_dropout", rope="none", output="self.resid_dropout({})",
-            fused=Fused((), "self.embed_dim, self.embed_dim", "self.embed_dim, self.kv_dim"),
+            fused=Fused("self.embed_dim, self.embed_dim", "self.embed_dim, self.kv_dim"),
         ),
         defaults={"num_key_value_heads": 1}, layers="transformer.h", attention="attn",
         o_proj="c_proj", fused="c_attn", norms=LayerNorms("ln_1", "ln_2"), keys=_GPT2_KEYS, requires=(_MULTI_QUERY,),

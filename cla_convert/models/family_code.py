@@ -10,7 +10,6 @@ FROM_ATTENTION = "sliding_window=self.sliding_window"
 class Fused:
     """Sizes of q, k and v where the family has one projection for all three; the CLA attention has each apart."""
 
-    setup: tuple[str, ...]
     queries: str
     """Arguments of the `nn.Linear` that makes the queries."""
     keys: str

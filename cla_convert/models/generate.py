@@ -10,6 +10,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from .families import FAMILIES, Family
 
+TESTED = "5.16 to 5.24"
+"""Releases of transformers that the shipped code was tested with (`make test-versions`)."""
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -39,6 +41,7 @@ def _names(family: Family) -> dict[str, object]:
     parts = ["Attention", code.layer, "ForCausalLM", code.model, "PreTrainedModel", *(["TopKRouter"] * code.experts)]
     decoder, layers = family.layers.split(".")
     return {
+        "tested": TESTED,
         "family": family,
         "code": code,
         "parent": parent,

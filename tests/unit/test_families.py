@@ -1,6 +1,7 @@
 """The family table against transformers itself: sizes, kinds of layers, names of tensors, code that ships."""
 
 import ast
+import sys
 
 import pytest
 import torch
@@ -148,12 +149,12 @@ def test_shipped_code_is_as_vllm_reads_it(family):
     scaling = next(keyword.value for keyword in interface.keywords if keyword.arg == "scaling")
     assert ast.unparse(scaling).startswith("self.")
     arguments = {argument.arg for argument in forward[family.class_name("Model")].args.args}
-    assert {"input_ids", "position_ids", "inputs_embeds", "attention_mask", "past_key_values"} <= arguments
+    assert {"input_ids", "position_ids", "inputs_embeds", "attention_mask", "past_key_values", "cache"} <= arguments
     for file in family.code_files:
         for node in ast.walk(ast.parse(file.read_text())):
             modules = [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
             modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            assert {module.split(".")[0] for module in modules} <= {"torch", "transformers", "collections"}
+            assert {module.split(".")[0] for module in modules} <= {"torch", "transformers", *sys.stdlib_module_names}
 
 
 @pytest.mark.parametrize(

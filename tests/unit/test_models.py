@@ -168,7 +168,7 @@ def test_gradients_do_not_depend_on_activation_checkpointing(case, ids):
     def gradients(checkpointing: bool) -> dict[str, torch.Tensor]:
         model = cla_model(case, share(case, "cla3")).train()
         if checkpointing:
-            model.activation_checkpointing_enable()
+            model.gradient_checkpointing_enable()
         torch.manual_seed(0)  # of dropout
         model(ids, labels=ids, use_cache=False).loss.backward()
         return {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -201,7 +201,7 @@ def test_consumers_have_no_kv_parameters(case):
 @pytest.mark.parametrize("case", CASES)
 def test_reentrant_checkpointing_is_refused(case):
     with pytest.raises(ValueError, match="use_reentrant"):
-        cla_model(case, share(case, "cla2")).activation_checkpointing_enable({"use_reentrant": True})
+        cla_model(case, share(case, "cla2")).gradient_checkpointing_enable({"use_reentrant": True})
 
 
 @pytest.mark.parametrize("case", ["mixtral", "qwen3_moe"])

@@ -1,0 +1,108 @@
+"""The shipped code and what a release of transformers calls the KV cache: both names work, an unknown one is refused."""
+
+import inspect
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache
+
+from cla_convert.models.export import cla_classes, register
+from cla_convert.models.families import FAMILIES
+from tests.tiny import CASES, cla_model
+
+SOURCES = [0, 1, 2, 3, 4, 5]
+PAIR = {"gemma2": (0, 2), "smollm3": (0, 1)}
+ONE_OF_EACH = {family: case for case, (family, _) in reversed(CASES.items())}
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(2, 258, (2, 24), generator=torch.Generator().manual_seed(1))
+
+
+def shared_pair(family: str) -> list[int]:
+    """A map with one consumer."""
+    owner, consumer = PAIR.get(family, (0, 1))
+    return [owner if layer == consumer else layer for layer in SOURCES]
+
+
+def tiny(family: str):
+    return cla_model(ONE_OF_EACH[family], shared_pair(family))
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_cache_may_be_given_by_either_name(family, name, ids):
+    """To the language model and to its decoder; the first part of the text is in the cache."""
+    model = tiny(family).double()
+    for part in (model, model.base_model):
+        with torch.inference_mode():
+            expected = part(ids, use_cache=False)[0][:, 16:]
+            cache = DynamicCache(config=model.config)
+            part(ids[:, :16], **{name: cache}, use_cache=True)
+            found = part(ids[:, 16:], **{name: cache}, use_cache=True)[0]
+        assert cache.get_seq_length() == 24
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_one_cache_is_enough(ids):
+    model = tiny("llama").base_model
+    with pytest.raises(ValueError, match="two names of one argument"):
+        type(model).forward(model, ids, past_key_values=DynamicCache(), cache=DynamicCache())
+
+
+def renamed(forward, new: str):
+    """The same function as a release would have it that calls the cache `new`."""
+    old = {"past_key_values", "cache", "layer_past"} & inspect.signature(forward).parameters.keys()
+
+    def wrapper(self, *args, **kwargs):
+        if new in kwargs:
+            kwargs[next(iter(old))] = kwargs.pop(new)
+        return forward(self, *args, **kwargs)
+
+    parameters = [
+        parameter.replace(name=new) if parameter.name in old else parameter
+        for parameter in inspect.signature(forward).parameters.values()
+    ]
+    wrapper.__signature__ = inspect.Signature(parameters)
+    return wrapper
+
+
+@pytest.mark.parametrize("part", ["Attention", "DecoderLayer", "Model", "ForCausalLM"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_transformers_that_renames_the_cache_again_is_refused(family, part, monkeypatch):
+    module = inspect.getmodule(cla_classes(FAMILIES[family])["Model"])
+    ours = getattr(module, FAMILIES[family].class_name(part))
+    parent = next(base for base in ours.__mro__ if "forward" in vars(base) and base.__module__ != ours.__module__)
+    monkeypatch.setattr(parent, "forward", renamed(parent.forward, "kv_store"))
+    with pytest.raises(RuntimeError, match=r"In transformers 5\.\d+.*KV cache"):
+        tiny(family)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_cache_by_an_unknown_name_is_never_ignored(family, ids):
+    with pytest.raises((RuntimeError, TypeError), match="kv_store"):
+        tiny(family)(ids, kv_store=DynamicCache())
+
+
+def test_fewer_layers_on_request_can_be_saved_and_loaded_again(tmp_path, ids):
+    register()
+    cla_model("llama", [0, 0, 2, 2, 4, 4]).save_pretrained(tmp_path / "six")
+    shorter = AutoModelForCausalLM.from_pretrained(tmp_path / "six", num_hidden_layers=3).eval()
+    assert len(shorter.base_model.layers) == 3 and shorter.config.kv_source_layers == [0, 0, 2]
+    shorter.save_pretrained(tmp_path / "three")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "three").eval()
+    with torch.inference_mode():
+        assert torch.equal(loaded(ids).logits, shorter(ids).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_classifier_reads_the_last_token_of_the_same_decoder(family, ids, tmp_path):
+    register()
+    model = tiny(family)
+    model.save_pretrained(tmp_path)
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3, pad_token_id=1).eval()
+    model.base_model.load_state_dict(classifier.base_model.state_dict())
+    with torch.inference_mode():
+        hidden = model.base_model(ids).last_hidden_state[:, -1]
+        torch.testing.assert_close(classifier(ids).logits, classifier.score(hidden), rtol=1e-5, atol=1e-5)
