@@ -1,4 +1,4 @@
-"""The shipped code and what a release of transformers calls the KV cache: both names work, an unknown one is refused."""
+"""What a release of transformers calls the KV cache: both names work with shipped code, an unknown one is refused."""
 
 import inspect
 
