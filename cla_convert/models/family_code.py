@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+OLDEST, NEWEST = "5.16", "5.24"
+"""Releases of transformers that the shipped code was tested with (`make test-versions`)."""
+
 FROM_CONFIG = 'sliding_window=getattr(self.config, "sliding_window", None)'
 FROM_ATTENTION = "sliding_window=self.sliding_window"
 

@@ -9,9 +9,8 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from .families import FAMILIES, Family
+from .family_code import NEWEST, OLDEST
 
-TESTED = "5.16 to 5.24"
-"""Releases of transformers that the shipped code was tested with (`make test-versions`)."""
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -41,7 +40,7 @@ def _names(family: Family) -> dict[str, object]:
     parts = ["Attention", code.layer, "ForCausalLM", code.model, "PreTrainedModel", *(["TopKRouter"] * code.experts)]
     decoder, layers = family.layers.split(".")
     return {
-        "tested": TESTED,
+        "tested": f"{OLDEST} to {NEWEST}",
         "family": family,
         "code": code,
         "parent": parent,

@@ -6,9 +6,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache
 
-from cla_convert.models.export import cla_classes, register
+from cla_convert.errors import InputError
+from cla_convert.models import self_test
+from cla_convert.models.classes import cla_classes, register
 from cla_convert.models.families import FAMILIES
-from tests.tiny import CASES, cla_model
+from cla_convert.models.shape import shape_of
+from tests.tiny import CASES, cla_model, tiny_config
 
 SOURCES = [0, 1, 2, 3, 4, 5]
 PAIR = {"gemma2": (0, 2), "smollm3": (0, 1)}
@@ -106,3 +109,59 @@ def test_a_classifier_reads_the_last_token_of_the_same_decoder(family, ids, tmp_
     with torch.inference_mode():
         hidden = model.base_model(ids).last_hidden_state[:, -1]
         torch.testing.assert_close(classifier(ids).logits, classifier.score(hidden), rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def afresh():
+    """The self-test forgets what it found."""
+    self_test._check.cache_clear()
+    yield
+    self_test._check.cache_clear()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_self_test_passes_on_the_installed_transformers_for_every_kind_of_layer(family, afresh):
+    model = self_test.tiny_model(FAMILIES[family])
+    kinds = shape_of(model.config.to_dict()).kinds
+    readers = {kind for layer, kind in enumerate(kinds) if model.config.kv_source_layers[layer] != layer}
+    assert readers == set(kinds)
+    if any(kinds_of_case(case) - {"full_attention", "full_attention, no RoPE"} for case in cases_of(family)):
+        assert any(kind.startswith("sliding") for kind in kinds)
+    self_test.check_interface(FAMILIES[family].cla_type)
+
+
+def cases_of(family: str) -> list[str]:
+    return [case for case, (name, _) in CASES.items() if name == family]
+
+
+def kinds_of_case(case: str) -> set[str]:
+    return set(shape_of(tiny_config(case).to_dict()).kinds)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_bigcode"])
+def test_the_self_test_refuses_a_transformers_with_another_name_for_the_cache(family, afresh, monkeypatch):
+    attention = next(base for base in attention_of(family).__mro__ if base.__module__.startswith("transformers.models"))
+    monkeypatch.setattr(attention, "forward", renamed(attention.forward, "kv_store"))
+    with pytest.raises(InputError, match="transformers 5") as caught:
+        self_test.check_interface(family)
+    assert "KV cache" in str(caught.value) and "pip install" in str(caught.value)
+
+
+def attention_of(family: str) -> type:
+    module = inspect.getmodule(cla_classes(FAMILIES[family])["Model"])
+    return getattr(module, FAMILIES[family].class_name("Attention"))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_bigcode"])
+def test_the_self_test_sees_a_cache_that_is_never_filled(family, afresh, monkeypatch):
+    """As the code of earlier versions went on under transformers 5.24: no error, and no cache."""
+    attention = attention_of(family)
+    forward = attention.forward
+
+    def without_cache(self, *args, **kwargs):
+        kwargs.pop(self.cache_argument, None)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(attention, "forward", without_cache)
+    with pytest.raises(InputError, match="differ from those without"):
+        self_test.check_interface(family)

@@ -8,7 +8,8 @@ from cla_convert.conversion.convert import convert
 from cla_convert.conversion.plan import make_plan
 from cla_convert.conversion.sharing import groups_of, sharing_map
 from cla_convert.models.checkpoint import Checkpoint
-from cla_convert.models.export import cla_classes, load_model, register
+from cla_convert.models.classes import cla_classes, register
+from cla_convert.models.export import load_model
 from cla_convert.models.families import FAMILIES, KV_MODULES
 from cla_convert.models.shape import shape_of
 from cla_convert.models.verify import planned_bytes
