@@ -49,9 +49,8 @@ def verify_models(folders: Sequence[Path]) -> list[dict[str, Any]]:
         failed = folders[len(found)]
         raise InputError(f"{failed} does not load in a clean process", why=lines[-1], fix=_fix(failed))
     for folder in folders:
-        check_interface(
-            str((read_json(folder / "config.json") or {}).get("model_type"))
-        )  # a window may be too large to look beyond it
+        config = read_json(folder / "config.json") or {}
+        check_interface(config.get("model_type", ""))  # beyond a window too, which here may be too large for that
     return results
 
 

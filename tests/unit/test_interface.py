@@ -1,6 +1,8 @@
 """What a release of transformers calls the KV cache: both names work with shipped code, an unknown one is refused."""
 
 import inspect
+import tomllib
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from cla_convert.errors import InputError
 from cla_convert.models import self_test
 from cla_convert.models.classes import cla_classes, register
 from cla_convert.models.families import FAMILIES
+from cla_convert.models.family_code import NEWEST
 from cla_convert.models.shape import shape_of
 from tests.tiny import CASES, cla_model, tiny_config
 
@@ -46,6 +49,13 @@ def test_the_cache_may_be_given_by_either_name(family, name, ids):
             found = part(ids[:, 16:], **{name: cache}, use_cache=True)[0]
         assert cache.get_seq_length() == 24
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_bounds_say_what_was_tested():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    (bounds,) = [line for line in project["dependencies"] if line.startswith("transformers")]
+    major, minor = map(int, NEWEST.split("."))
+    assert bounds.endswith(f",<{major}.{minor + 1}")
 
 
 def test_one_cache_is_enough(ids):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, Trainer, TrainingArguments, cache_utils
 
 from cla_convert.conversion.convert import convert
 from cla_convert.conversion.plan import make_plan
@@ -128,7 +128,7 @@ def test_beams_and_lookahead_decoding_use_the_small_cache_rightly(case, ids):
 
     with torch.inference_mode():
         assert torch.equal(generate(num_beams=3), generate(num_beams=3, use_cache=False))
-        if case != "gemma3":  # transformers cannot crop a sliding window
+        if case != "gemma3" and hasattr(cache_utils, "KVSharingDict"):  # no cropping of windows, nor before 5.23
             assert torch.equal(generate(prompt_lookup_num_tokens=3), generate())
 
 
@@ -233,8 +233,8 @@ def test_attention_implementations_agree(case, ids):
     with torch.inference_mode():
         model.set_attn_implementation("eager")
         eager = model(ids).logits
-        if not model._supports_sdpa:
-            pytest.skip("transformers has no sdpa with softcap")
+        if not model._supports_sdpa or (case == "gemma2" and not hasattr(cache_utils, "KVSharingDict")):
+            pytest.skip("transformers has no sdpa with softcap, and before 5.23 leaves it out")
         model.set_attn_implementation("sdpa")
         torch.testing.assert_close(model(ids).logits, eager, rtol=1e-4, atol=1e-5)
 
