@@ -21,7 +21,7 @@ import transformers.models.auto.modeling_auto as auto
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from cla_convert.conversion.sharing import sharing_map
-from cla_convert.models.export import cla_classes, register
+from cla_convert.models.classes import cla_classes, register
 from cla_convert.models.families import FAMILIES
 from cla_convert.models.shape import shape_of
 from tests.tiny import CASES, tiny_config

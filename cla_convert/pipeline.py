@@ -59,16 +59,19 @@ def run(
 
 
 def check_before_work(run: Run) -> None:
-    """Find out now what would otherwise fail after hours: tasks, text, tokenizer, disk."""
+    """Find out now what would otherwise fail after hours: this transformers, tasks, text, tokenizer, disk."""
     from .evaluation.backend import check_backend
     from .evaluation.harness import check_tasks
     from .evaluation.texts import check_texts
+    from .models.checkpoint import Checkpoint
     from .models.export import load_tokenizer
+    from .models.self_test import check_interface
     from .models.writer import check_disk
     from .training.parameters import check_optimizer
     from .training.teacher import check_teacher
     from .training.trackers import check_trackers
 
+    check_interface(Checkpoint.open(run.source).config.get("model_type", ""))
     check_backend(run.recipe.eval, run.device)
     check_tasks(run.recipe.eval, run.source, run.recipe.seed)
     check_texts(run.recipe.eval.perplexity)
@@ -214,10 +217,12 @@ def plan_for(checkpoint: Any, recipe: Recipe, device: str) -> Any:
     """The conversion plan of a recipe; `sharing: auto` measures first, on `device`."""
     from .conversion.auto import choose
     from .conversion.plan import make_plan
+    from .models.self_test import check_interface
     from .models.shape import shape_of
     from .models.source import cache_folder
     from .training.data import calibration_tokens
 
+    check_interface(checkpoint.config.get("model_type", ""))
     sharing, choice = recipe.convert.sharing, None
     if sharing == "auto":
         budget = DEFAULT_BUDGET if recipe.convert.kv_budget is None else recipe.convert.kv_budget

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from cla_convert.models.export import cla_classes
+from cla_convert.models.classes import cla_classes
 from cla_convert.models.families import FAMILIES
 
 COMMON: dict[str, Any] = dict(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..evaluation.cache import live_layers, storage_bytes
+from ..models.clean_check import cache_argument
 
 PROTOTYPE = 64
 """Positions whose keys and values are really computed; a filled cache repeats them."""
@@ -38,15 +39,16 @@ def token_ids(model: Any, batch: int, length: int) -> torch.Tensor:
 @torch.no_grad()
 def prefill(model: Any, batch: int, length: int) -> Any:
     """Run `length` tokens of `batch` sequences in one pass and return the cache."""
-    return model(input_ids=token_ids(model, batch, length), use_cache=True, logits_to_keep=1).past_key_values
+    output = model(input_ids=token_ids(model, batch, length), use_cache=True, logits_to_keep=1)
+    return output[cache_argument(model)]
 
 
 @torch.no_grad()
 def decode(model: Any, cache: Any, batch: int, steps: int) -> None:
     """Greedy decoding over `cache`, `steps` tokens for each of `batch` sequences."""
-    ids = token_ids(model, batch, 1)
+    ids, given = token_ids(model, batch, 1), {cache_argument(model): cache}
     for _ in range(steps):
-        logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(input_ids=ids, **given, use_cache=True, logits_to_keep=1).logits
         ids = logits[:, -1].argmax(dim=-1, keepdim=True)
 
 

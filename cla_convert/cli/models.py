@@ -98,14 +98,21 @@ def convert(
 
 @app.command()
 def verify(
-    model: Annotated[Path, typer.Argument(help="Output folder.", show_default=False)], as_json: Json = False
+    model: Annotated[Path, typer.Argument(help="Output folder.", show_default=False)],
+    update_code: Annotated[
+        bool, typer.Option("--update-code", help="First replace its modelling files by this version's.")
+    ] = False,
+    as_json: Json = False,
 ) -> None:
     """Check that an output loads and works without cla-convert.
 
     It is loaded in a clean process, from another folder, offline: weights, logits with and without cache, the size of
     the cache, tokenizer, generation.
     """
+    from ..models.export import update_code as update
     from ..models.verify import render, verify_model
 
+    if update_code:
+        update(model)
     result = verify_model(model)
     data_json(result) if as_json else data(render(result))

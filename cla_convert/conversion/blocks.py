@@ -205,7 +205,7 @@ def _added(branch: Tensor, norm: nn.Module | None, multiplier: float) -> Tensor:
 
 def _for_layers(call: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """A recorded call without cache and shared K/V, floating tensors (rotary tables, masks) in the compute dtype."""
-    dropped = ("shared_kv_states", "past_key_values", "layer_past", "use_cache")
+    dropped = ("shared_kv_states", "past_key_values", "cache", "layer_past", "use_cache")
     cast = lambda value: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value  # noqa: E731
     return {
         name: tuple(map(cast, value)) if isinstance(value, tuple) else cast(value)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..models.export import cla_classes
+from ..models.classes import cla_classes
 from ..models.families import family_of
 
 

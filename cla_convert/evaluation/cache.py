@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..environment import pick_device
+from ..models.clean_check import cache_argument
 
 PROMPT = 8
 """Tokens of the prompt; the rest is generated."""
@@ -90,7 +91,7 @@ def _generate(model: Any, tokens: int) -> Any:
         input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, min_new_tokens=new,
         do_sample=False, use_cache=True, return_dict_in_generate=True, pad_token_id=0,
     )  # fmt: skip
-    cache = output.past_key_values
+    cache = output[cache_argument(model)]
     if cache.get_seq_length() != tokens:
         raise RuntimeError(f"the cache holds {cache.get_seq_length()} positions, not {tokens}")
     return cache

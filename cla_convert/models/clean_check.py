@@ -1,16 +1,16 @@
 """What `verify` runs in a clean process: `python -P clean_check.py FOLDER...` prints one JSON line per folder.
 
-Nothing of this package is imported, and nothing can be: the code that ships in the folder is what loads.
+Nothing of this package is imported, and as a script nothing can be: the code that ships in the folder is what loads.
 """
 
+import inspect
 import json
 import sys
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-sys.modules["cla_convert"] = None  # type: ignore[assignment]
 
 TEXT = "The quick brown fox jumps over the lazy dog."
 LARGEST_WINDOW = 1024
@@ -31,6 +31,7 @@ def check(folder: str) -> dict[str, Any]:
         found = compare(model, ids)
     return found | {
         "module": type(model).__module__,
+        "transformers": transformers.__version__,
         "missing_keys": sorted(info["missing_keys"]),
         "unexpected_keys": sorted(info["unexpected_keys"]),
         "tokenizer_round_trip": tokenizer.decode(ids[0], skip_special_tokens=True) == TEXT,
@@ -42,14 +43,15 @@ def check(folder: str) -> dict[str, Any]:
 def compare(model: Any, ids: torch.Tensor) -> dict[str, Any]:
     """Logits without a cache, with one, and token by token at the end; what the cache holds."""
     ids = beyond_the_window(model, ids)
+    name = cache_argument(model)
     full = model(ids, use_cache=False).logits
     cached = model(ids, use_cache=True).logits
     cache: Any = None
     steps = []
     start = max(0, ids.shape[1] - 24)
     for part in [slice(0, start)] * bool(start) + [slice(i, i + 1) for i in range(start, ids.shape[1])]:
-        out = model(ids[:, part], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = model(ids[:, part], **{name: cache}, use_cache=True)
+        cache = out[name]
         steps.append(out.logits)
     held = [sum(t.nbytes for t in (layer.keys, layer.values) if t is not None) for layer in cache.layers]
     owners = sorted(set(getattr(model.config, "kv_source_layers", range(len(held)))))
@@ -67,14 +69,30 @@ def compare(model: Any, ids: torch.Tensor) -> dict[str, Any]:
     }
 
 
+def cache_argument(model: Any) -> str:
+    """What the installed transformers calls the KV cache, where models take it and in what they return.
+
+    Raises:
+        RuntimeError: by none of the names that are known.
+    """
+    parameters = inspect.signature(type(model).forward).parameters
+    names = [name for name in ("cache", "past_key_values") if name in parameters]  # before 5.24 it was the latter
+    if len(names) != 1:
+        raise RuntimeError(f"{type(model).__name__}.forward takes a KV cache by neither name: {', '.join(parameters)}")
+    return names[0]
+
+
 def beyond_the_window(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """The tokens, repeated until a sliding window (if there is one) has to let go of some."""
-    sliding = any(getattr(layer, "is_sliding", False) for layer in model(ids, use_cache=True).past_key_values.layers)
+    cache = model(ids, use_cache=True)[cache_argument(model)]
+    sliding = any(getattr(layer, "is_sliding", False) for layer in cache.layers)
     if not sliding or model.config.sliding_window > LARGEST_WINDOW:
         return ids
     repeats = 2 + model.config.sliding_window // ids.shape[1]
     return ids.repeat(1, repeats)[:, : model.config.max_position_embeddings]
 
 
-for argument in sys.argv[1:]:
-    print(json.dumps(check(argument)), flush=True)
+if __name__ == "__main__":
+    sys.modules["cla_convert"] = None  # type: ignore[assignment]
+    for argument in sys.argv[1:]:
+        print(json.dumps(check(argument)), flush=True)

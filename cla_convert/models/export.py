@@ -5,7 +5,6 @@ sidecar of the source byte for byte, and cla_manifest.json. One exporter writes 
 `register_for_auto_class` is never used, because under FSDP2 it saves torch's wrapper classes instead of ours.
 """
 
-import importlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -13,9 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from ..files import write_json
+from ..files import read_json, write_json
 from .checkpoint import FLOATING, Checkpoint
+from .classes import cla_classes as cla_classes
+from .classes import register
 from .families import FAMILIES, Family
+from .self_test import check_interface
 from .writer import MANIFEST, ShardWriter, publishing
 
 if TYPE_CHECKING:
@@ -25,37 +27,19 @@ if TYPE_CHECKING:
 SHARD_SIZE = 5_000_000_000
 
 
-def register() -> None:
-    """Teach transformers' Auto classes the CLA families, so that outputs load here without trust_remote_code."""
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-
-    for family in FAMILIES.values():
-        classes = cla_classes(family)
-        AutoConfig.register(family.cla_type, classes["Config"], exist_ok=True)
-        AutoModel.register(classes["Config"], classes["Model"], exist_ok=True)
-        AutoModelForCausalLM.register(classes["Config"], classes["ForCausalLM"], exist_ok=True)
-
-
-def cla_classes(family: Family) -> dict[str, Any]:
-    """The CLA classes of a family: `Config`, `DecoderLayer`, `Model` and `ForCausalLM`."""
-    config, modeling = (importlib.import_module(f"{__package__}.{file.stem}") for file in family.code_files)
-    kinds = ("DecoderLayer", "Model", "ForCausalLM")
-    return {
-        "Config": getattr(config, family.class_name("Config")),
-        **{kind: getattr(modeling, family.class_name(kind)) for kind in kinds},
-    }
-
-
 def load_model(folder: Path, *, dtype: "torch.dtype | str" = "auto", device: str = "cpu") -> "PreTrainedModel":
     """Load a causal language model (plain or CLA) from a local folder, in eval mode; code in the folder is never run.
 
     Raises:
-        InputError: transformers cannot build the model or weights are missing.
+        InputError: transformers cannot build the model, weights are missing, or the installed transformers is not one
+            that converted models of its family work with.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    Checkpoint.open(folder)  # names a truncated shard or an index that reaches outside; transformers would not
+    source = Checkpoint.open(folder)  # names a truncated shard or an index that reaches outside; transformers would not
+    if converted_family(source.config):
+        check_interface(source.config["model_type"])
     register()
     logging.disable_progress_bar()
     try:
@@ -107,6 +91,33 @@ def write_sidecars(source: Checkpoint, family: Family, out: Path) -> None:
     for file in family.code_files:
         shutil.copyfile(file, out / file.name)
     source.copy_sidecars(out)
+
+
+def update_code(folder: Path) -> None:
+    """Put this version's modelling code into an output folder; weights and config.json stay as they are.
+
+    Raises:
+        InputError: it is not a converted model of a known family.
+    """
+    family = converted_family(read_json(folder / "config.json") or {})
+    if family is None:
+        raise InputError(f"{folder} is not a converted model", fix="Give the output folder of convert or uptrain.")
+    for file in family.code_files:
+        new = folder / f"{file.name}.new"
+        shutil.copyfile(file, new)
+        new.replace(folder / file.name)
+
+
+def has_other_code(folder: Path) -> bool:
+    """Whether a converted model carries other modelling code than this version would write."""
+    family = converted_family(read_json(folder / "config.json") or {})
+    files = family.code_files if family else []
+    return any(not (folder / f.name).is_file() or (folder / f.name).read_bytes() != f.read_bytes() for f in files)
+
+
+def converted_family(config: Mapping[str, Any]) -> Family | None:
+    """The family of a converted model's config.json; None for any other."""
+    return next((family for family in FAMILIES.values() if family.cla_type == config.get("model_type")), None)
 
 
 def export_model(

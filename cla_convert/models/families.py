@@ -1,6 +1,7 @@
 """The table of supported families: where their attention lies, and the CLA code that replaces it. Imports no torch.
 
-A new family is one row here, its two code files beside this one, and a tiny case in tests/tiny.py.
+A new family is one row here and a tiny case in tests/tiny.py; `python -m cla_convert.models.generate` then writes its
+two code files.
 """
 
 import re
@@ -11,9 +12,10 @@ from typing import Any, NamedTuple
 
 from ..errors import InputError
 from . import kinds
+from .family_code import FROM_ATTENTION, FROM_CONFIG, Code, Fused
 from .kinds import Kinds
 
-CODE_FOLDER = Path(__file__).parent
+CODE_FOLDER = Path(__file__).parent / "generated"
 KV_MODULES = ("k_proj", "v_proj", "k_norm")
 """What owners have and consumers lack, by its name inside the attention."""
 
@@ -63,13 +65,15 @@ class Requirement(NamedTuple):
 class Family:
     """One row: the transformers family and what conversion must know of it.
 
-    The two code files `configuration_<cla_type>.py` and `modeling_<cla_type>.py` lie beside this one and are copied
-    into every output. In the CLA model q, k and v are always separate, as `q_proj`, `k_proj` and `v_proj`.
+    The two code files `configuration_<cla_type>.py` and `modeling_<cla_type>.py` in `generated/` are made from the row
+    and copied into every output. In the CLA model q, k and v are always separate, as `q_proj`, `k_proj` and `v_proj`.
     """
 
     model_type: str
     class_prefix: str
     """The CLA classes are Cla<prefix>Config, ...DecoderLayer, ...Model and ...ForCausalLM."""
+    code: Code
+    """What its modelling files differ in."""
     kinds: Kinds = kinds.full
     """config.json (with `defaults`) -> attention kind of each layer."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -116,6 +120,7 @@ class Family:
             "AutoConfig": f"{config}.{self.class_name('Config')}",
             "AutoModel": f"{modeling}.{self.class_name('Model')}",
             "AutoModelForCausalLM": f"{modeling}.{self.class_name('ForCausalLM')}",
+            "AutoModelForSequenceClassification": f"{modeling}.{self.class_name('ForSequenceClassification')}",
         }
 
     @property
@@ -150,31 +155,78 @@ _QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers":
 _GEMMA = {"num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096}
 _GPT2_KEYS = {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "hidden_size": "n_embd"}
 
+_PHI3_SIZES = Fused(
+    "config.hidden_size, config.num_attention_heads * self.head_dim, bias=False",
+    "config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False",
+)
+_PHI3_PLAN = (
+    ("self_attn.q_proj", "colwise", ""),
+    ("self_attn.k_proj", "colwise", ""),
+    ("self_attn.v_proj", "colwise", ""),
+    ("self_attn.o_proj", "rowwise", ""),
+    ("mlp.gate_up_proj", "colwise_gather_output", "as in Phi-3: the output is chunked"),
+    ("mlp.down_proj", "rowwise_split_input", ""),
+)
+_DROPPED_OUT = "nn.functional.dropout({}, p=self.residual_dropout, training=self.training)"
+
 _ROWS = [
-    Family("llama", "Llama"),
-    Family("mistral", "Mistral", kinds.windowed, {"num_key_value_heads": 8, "sliding_window": 4096}),
-    Family("qwen2", "Qwen2", kinds.late_windows, _QWEN),
-    Family("qwen3", "Qwen3", kinds.late_windows, _QWEN | {"head_dim": 128}, qk_norm=True),
-    Family("gemma2", "Gemma2", kinds.alternating, _GEMMA, norms=SANDWICH, requires=(_CAUSAL,)),
+    Family("llama", "Llama", Code("Llama")),
     Family(
-        "gemma3_text", "Gemma3", kinds.five_to_one, _GEMMA | {"num_attention_heads": 8, "hidden_size": 2304},
+        "mistral", "Mistral", Code("Mistral", arguments=(FROM_CONFIG,)), kinds.windowed,
+        {"num_key_value_heads": 8, "sliding_window": 4096},
+    ),
+    Family(
+        "qwen2", "Qwen2", Code("Qwen2", arguments=(FROM_ATTENTION,), layer_types=True), kinds.late_windows, _QWEN,
+    ),
+    Family(
+        "qwen3", "Qwen3", Code("Qwen3", arguments=(FROM_ATTENTION,), layer_types=True), kinds.late_windows,
+        _QWEN | {"head_dim": 128}, qk_norm=True,
+    ),
+    Family(
+        "gemma2", "Gemma2",
+        Code("Gemma 2", arguments=(FROM_ATTENTION, "softcap=self.attn_logit_softcapping"), layer_types=True),
+        kinds.alternating, _GEMMA, norms=SANDWICH, requires=(_CAUSAL,),
+    ),
+    Family(
+        "gemma3_text", "Gemma3",
+        Code(
+            "Gemma 3", module="gemma3", model="TextModel", config="TextConfig", arguments=(FROM_ATTENTION,),
+            layer_types=True,
+        ),
+        kinds.five_to_one, _GEMMA | {"num_attention_heads": 8, "hidden_size": 2304},
         qk_norm=True, norms=SANDWICH, requires=(_CAUSAL,),
     ),
-    Family("phi3", "Phi3", kinds.windowed, fused="qkv_proj"),
-    Family("olmo2", "Olmo2", qk_norm=True, norms=POST_NORM),
-    Family("granite", "Granite"),
     Family(
-        "smollm3", "SmolLM3", kinds.some_without_rope, {"num_key_value_heads": 4, "no_rope_layer_interval": 4}
+        "phi3", "Phi3",
+        Code("Phi-3", fused=_PHI3_SIZES, arguments=(FROM_CONFIG,), tensor_parallel=_PHI3_PLAN),
+        kinds.windowed, fused="qkv_proj",
     ),
-    Family("starcoder2", "Starcoder2", kinds.windowed, {"num_key_value_heads": 2}),
+    Family("olmo2", "Olmo2", Code("OLMo 2", norm_whole=True), qk_norm=True, norms=POST_NORM),
+    Family("granite", "Granite", Code("Granite")),
     Family(
-        "gpt_bigcode", "GPTBigCode", defaults={"num_key_value_heads": 1}, layers="transformer.h", attention="attn",
+        "smollm3", "SmolLM3", Code("SmolLM3", rope="some", arguments=(FROM_ATTENTION,), layer_types=True),
+        kinds.some_without_rope, {"num_key_value_heads": 4, "no_rope_layer_interval": 4},
+    ),
+    Family(
+        "starcoder2", "Starcoder2", Code("StarCoder2", arguments=(FROM_CONFIG,), output=_DROPPED_OUT),
+        kinds.windowed, {"num_key_value_heads": 2},
+    ),
+    Family(
+        "gpt_bigcode", "GPTBigCode",
+        Code(
+            "GPTBigCode", layer="Block", dropout="attn_dropout", rope="none", output="self.resid_dropout({})",
+            fused=Fused("self.embed_dim, self.embed_dim", "self.embed_dim, self.kv_dim"),
+        ),
+        defaults={"num_key_value_heads": 1}, layers="transformer.h", attention="attn",
         o_proj="c_proj", fused="c_attn", norms=LayerNorms("ln_1", "ln_2"), keys=_GPT2_KEYS, requires=(_MULTI_QUERY,),
     ),
-    Family("mixtral", "Mixtral", kinds.windowed, {"num_key_value_heads": 8}),
     Family(
-        "qwen3_moe", "Qwen3Moe", kinds.optional_window, {"num_key_value_heads": 4, "sliding_window": 4096},
-        qk_norm=True,
+        "mixtral", "Mixtral", Code("Mixtral", arguments=(FROM_CONFIG,), experts=True), kinds.windowed,
+        {"num_key_value_heads": 8},
+    ),
+    Family(
+        "qwen3_moe", "Qwen3Moe", Code("Qwen3 MoE", arguments=(FROM_ATTENTION,), experts=True),
+        kinds.optional_window, {"num_key_value_heads": 4, "sliding_window": 4096}, qk_norm=True,
     ),
 ]  # fmt: skip
 FAMILIES = {family.model_type: family for family in _ROWS}

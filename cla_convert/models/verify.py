@@ -11,7 +11,9 @@ from typing import Any
 
 from ..errors import InputError
 from ..files import read_json
+from .export import has_other_code
 from .kinds import SLIDING
+from .self_test import ROUNDING, check_interface
 from .shape import shape_of
 
 SCRIPT = Path(__file__).with_name("clean_check.py")
@@ -21,7 +23,8 @@ def verify_model(folder: Path) -> dict[str, Any]:
     """Load `folder` in a clean process and return what was found, with `ok`.
 
     Raises:
-        InputError: it does not load or a check fails (the reason names which).
+        InputError: it does not load or a check fails (the reason names which), or the installed transformers is not one
+            that models of its family work with.
     """
     return verify_models([folder])[0]
 
@@ -43,15 +46,17 @@ def verify_models(folders: Sequence[Path]) -> list[dict[str, Any]]:
     results = [_judged(folder, result) for folder, result in zip(folders, found, strict=False)]
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no message"]
-        raise InputError(
-            f"{folders[len(found)]} does not load in a clean process", why=lines[-1], fix="Convert it again."
-        )
+        failed = folders[len(found)]
+        raise InputError(f"{failed} does not load in a clean process", why=lines[-1], fix=_fix(failed))
+    for folder in folders:
+        config = read_json(folder / "config.json") or {}
+        check_interface(config.get("model_type", ""))  # beyond a window too, which here may be too large for that
     return results
 
 
 def _judged(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     """What was found, with the verdict on each check. Raises InputError if one fails."""
-    rounding = 1e-3 * result["largest_logit"]  # float32 sums in another order; a wrong cache is off by far more
+    rounding = ROUNDING * result["largest_logit"]
     checks = {
         "loads with the shipped code": result["module"].startswith("transformers_modules"),
         "no weights missing or unexpected": not (result["missing_keys"] or result["unexpected_keys"]),
@@ -68,10 +73,20 @@ def _judged(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
         failed = ", ".join(name for name, passed in checks.items() if not passed)
         raise InputError(
             f"{folder} failed verification",
-            why=f"Failed: {failed}.",
-            fix="Convert it again; if it stays, report a bug.",
+            why=f"Failed: {failed} (transformers {result['transformers']}).",
+            fix=_fix(folder),
         )
     return result
+
+
+def _fix(folder: Path) -> str:
+    """What to do about a model that fails, by whether its code is what this version ships."""
+    if has_other_code(folder):
+        return (
+            "Its modelling files are not this version's, and may be older than the installed transformers: "
+            f"cla-convert verify {folder} --update-code replaces them (weights stay) and checks again."
+        )
+    return "Convert it again; if it stays, report a bug."
 
 
 def planned_bytes(folder: Path, tokens: int) -> list[int]:

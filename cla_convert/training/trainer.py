@@ -11,6 +11,7 @@ from ..console import human_count, say
 from ..errors import InputError
 from ..models.checkpoint import Checkpoint
 from ..models.export import load_model, load_tokenizer
+from ..models.self_test import check_interface
 from ..recipe import Recipe, Train
 from .compiling import choose_compile, compile_layers
 from .data import Sequences, TokenStore, held_out_rows, store_for
@@ -81,6 +82,7 @@ def set_up(
 ) -> Trainer:
     """Load models and data (the recipe's, if none are given), and say what was derived. Raises InputError."""
     settings, budget = recipe.train, _budget(recipe.train)
+    check_interface(Checkpoint.open(student_dir).config.get("model_type", ""))
     check_trackers(settings.log_to)
     check_optimizer(settings)
     if data is None:

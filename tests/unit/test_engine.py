@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from cla_convert.errors import InputError
-from cla_convert.models.configuration_cla_llama import ClaLlamaConfig
-from cla_convert.models.modeling_cla_llama import ClaLlamaForCausalLM
+from cla_convert.models.generated.configuration_cla_llama import ClaLlamaConfig
+from cla_convert.models.generated.modeling_cla_llama import ClaLlamaForCausalLM
 from cla_convert.recipe import Train
 from cla_convert.training import compiling
 from cla_convert.training.compiling import WORTH_IT, choose_compile, compile_layers

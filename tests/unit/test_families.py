@@ -1,6 +1,7 @@
 """The family table against transformers itself: sizes, kinds of layers, names of tensors, code that ships."""
 
 import ast
+import sys
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from cla_convert.conversion.sharing import groups_of, sharing_map
 from cla_convert.errors import InputError
 from cla_convert.models.checkpoint import Checkpoint
 from cla_convert.models.export import load_model
-from cla_convert.models.families import FAMILIES, REFUSED, family_of
+from cla_convert.models.families import CODE_FOLDER, FAMILIES, REFUSED, family_of
+from cla_convert.models.generate import render
 from cla_convert.models.kinds import NOPE, SLIDING
 from cla_convert.models.shape import shape_of
 from cla_convert.models.source import open_headers, resolve_source
@@ -121,6 +123,17 @@ def test_the_language_model_of_a_multimodal_gemma_3(published, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_shipped_code_is_what_the_templates_make(family):
+    for path, text in render(family).items():
+        assert path.read_text() == text, "run `python -m cla_convert.models.generate`"
+
+
+def test_no_shipped_code_is_without_a_family():
+    made = {path for family in FAMILIES.values() for path in family.code_files}
+    assert set(CODE_FOLDER.glob("*_cla_*.py")) == made
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 def test_shipped_code_is_as_vllm_reads_it(family):
     """One literal get_interface, one call of what it returns, `scaling=self...`; the model spells its arguments out."""
     tree = ast.parse(family.code_files[1].read_text())
@@ -136,12 +149,12 @@ def test_shipped_code_is_as_vllm_reads_it(family):
     scaling = next(keyword.value for keyword in interface.keywords if keyword.arg == "scaling")
     assert ast.unparse(scaling).startswith("self.")
     arguments = {argument.arg for argument in forward[family.class_name("Model")].args.args}
-    assert {"input_ids", "position_ids", "inputs_embeds", "attention_mask", "past_key_values"} <= arguments
+    assert {"input_ids", "position_ids", "inputs_embeds", "attention_mask", "past_key_values", "cache"} <= arguments
     for file in family.code_files:
         for node in ast.walk(ast.parse(file.read_text())):
             modules = [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
             modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            assert {module.split(".")[0] for module in modules} <= {"torch", "transformers", "collections"}
+            assert {module.split(".")[0] for module in modules} <= {"torch", "transformers", *sys.stdlib_module_names}
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, Trainer, TrainingArguments, cache_utils
 
 from cla_convert.conversion.convert import convert
 from cla_convert.conversion.plan import make_plan
 from cla_convert.conversion.sharing import groups_of, sharing_map
 from cla_convert.models.checkpoint import Checkpoint
-from cla_convert.models.export import cla_classes, load_model, register
+from cla_convert.models.classes import cla_classes, register
+from cla_convert.models.export import load_model
 from cla_convert.models.families import FAMILIES, KV_MODULES
 from cla_convert.models.shape import shape_of
 from cla_convert.models.verify import planned_bytes
@@ -127,7 +128,7 @@ def test_beams_and_lookahead_decoding_use_the_small_cache_rightly(case, ids):
 
     with torch.inference_mode():
         assert torch.equal(generate(num_beams=3), generate(num_beams=3, use_cache=False))
-        if case != "gemma3":  # transformers cannot crop a sliding window
+        if case != "gemma3" and hasattr(cache_utils, "KVSharingDict"):  # no cropping of windows, nor before 5.23
             assert torch.equal(generate(prompt_lookup_num_tokens=3), generate())
 
 
@@ -168,7 +169,7 @@ def test_gradients_do_not_depend_on_activation_checkpointing(case, ids):
     def gradients(checkpointing: bool) -> dict[str, torch.Tensor]:
         model = cla_model(case, share(case, "cla3")).train()
         if checkpointing:
-            model.activation_checkpointing_enable()
+            model.gradient_checkpointing_enable()
         torch.manual_seed(0)  # of dropout
         model(ids, labels=ids, use_cache=False).loss.backward()
         return {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -201,7 +202,7 @@ def test_consumers_have_no_kv_parameters(case):
 @pytest.mark.parametrize("case", CASES)
 def test_reentrant_checkpointing_is_refused(case):
     with pytest.raises(ValueError, match="use_reentrant"):
-        cla_model(case, share(case, "cla2")).activation_checkpointing_enable({"use_reentrant": True})
+        cla_model(case, share(case, "cla2")).gradient_checkpointing_enable({"use_reentrant": True})
 
 
 @pytest.mark.parametrize("case", ["mixtral", "qwen3_moe"])
@@ -232,8 +233,8 @@ def test_attention_implementations_agree(case, ids):
     with torch.inference_mode():
         model.set_attn_implementation("eager")
         eager = model(ids).logits
-        if not model._supports_sdpa:
-            pytest.skip("transformers has no sdpa with softcap")
+        if not model._supports_sdpa or (case == "gemma2" and not hasattr(cache_utils, "KVSharingDict")):
+            pytest.skip("transformers has no sdpa with softcap, and before 5.23 leaves it out")
         model.set_attn_implementation("sdpa")
         torch.testing.assert_close(model(ids).logits, eager, rtol=1e-4, atol=1e-5)
 

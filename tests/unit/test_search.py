@@ -15,7 +15,7 @@ from cla_convert.conversion.finalists import measure_maps
 from cla_convert.conversion.search import candidate_groups, choose_map, likely_maps, owners_for
 from cla_convert.effort import Effort
 from cla_convert.errors import InputError
-from cla_convert.models.export import cla_classes
+from cla_convert.models.classes import cla_classes
 from cla_convert.models.families import family_of
 from tests.conftest import tiny_llama_config
 

@@ -1,0 +1,1 @@
+"""Modelling code that ships with every output, written by `python -m cla_convert.models.generate`."""
