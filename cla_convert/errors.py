@@ -54,6 +54,11 @@ class Interrupted(ClaError):
     exit_code = ExitCode.INTERRUPTED
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, in a line; the name of its type where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def did_you_mean(word: str, choices: list[str]) -> str:
     """Return ` Did you mean 'x'?` for the closest of `choices`, or an empty string."""
     from difflib import get_close_matches

@@ -14,7 +14,7 @@ from ..console import say
 from ..errors import InputError, did_you_mean
 from ..files import write_json
 from . import gguf_source, hub
-from .checkpoint import INDEX, Checkpoint
+from .checkpoint import INDEX, Checkpoint, refuse_adapter
 from .text_part import OF_IMAGES, has_text_part, text_part
 from .writer import ShardWriter, check_disk, infos_of, publishing
 
@@ -84,6 +84,7 @@ def _package_file(model: str) -> Path:
 
 
 def _with_safetensors(folder: Path, allow_pickle: bool) -> Path:
+    refuse_adapter(folder)
     if (folder / INDEX).exists() or (folder / "model.safetensors").exists():
         return folder
     ggufs, pickles = sorted(folder.glob("*.gguf")), sorted(folder.glob("pytorch_model*.bin"))

@@ -1,0 +1,124 @@
+"""Whether tensors are those of the class that config.json names.
+
+transformers itself loads them, on the meta device, where tensors have names and shapes and no contents. So tied weights,
+prefixes, old names and the ways in which experts are stored are its own affair, and what it would say after loading the
+weights for minutes it says here from their headers.
+"""
+
+import copy
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from ..errors import InputError, first_line
+from .checkpoint import FLOATING, TensorInfo
+from .export import IMPLEMENTATIONS, cla_classes
+from .families import Family
+
+_OTHER_CONFIG = "Check that config.json belongs to the weights."
+
+
+def unused_tensors(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> set[str]:
+    """Names of tensors that the model of a config.json has no place for.
+
+    Args:
+        config: config.json of a model that transformers knows.
+        tensors: everything that is stored for it.
+
+    Raises:
+        InputError: transformers cannot build the model, or a tensor is missing or has another shape than it needs.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    with _explained():
+        settings = CONFIG_MAPPING[str(config.get("model_type"))].from_dict(_plain(config))
+        model_class = AutoModelForCausalLM._model_mapping[type(settings)]
+    return _unused(model_class, settings, tensors)
+
+
+def check_converted(family: Family, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
+    """Raise InputError unless `tensors` are exactly those of the CLA model with this config.json."""
+    classes = cla_classes(family)
+    with _explained():
+        settings = classes["Config"].from_dict(_plain(config))
+    if unused := _unused(classes["ForCausalLM"], settings, tensors):
+        raise InputError(
+            f"The CLA code of {family.model_type!r} has no place for {_some(unused)}",
+            why="The checkpoint stores them under names, or in pieces, that only transformers' own class reads.",
+            fix="Load the model with transformers and save it again, then convert that.",
+        )
+
+
+def _unused(model_class: Any, settings: Any, tensors: Mapping[str, TensorInfo]) -> set[str]:
+    import torch
+
+    with _explained():
+        empty = {
+            name: torch.empty(info.shape, dtype=getattr(torch, FLOATING.get(info.dtype, "float32")), device="meta")
+            for name, info in tensors.items()
+        }
+        _, found = model_class.from_pretrained(
+            None, config=settings, state_dict=empty, device_map={"": "meta"}, dtype=torch.float32,
+            output_loading_info=True, ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    if missing := set(found["missing_keys"]):
+        raise InputError(
+            f"The checkpoint lacks {_some(missing)}",
+            why=f"A {model_class.__name__} with this config.json has them.",
+            fix="Check that the checkpoint is whole. " + _OTHER_CONFIG,
+        )
+    if misshapen := sorted((str(name), tuple(has), tuple(needs)) for name, has, needs in found["mismatched_keys"]):
+        name, has, needs = misshapen[0]
+        more = f", and {len(misshapen) - 1} others differ too" if len(misshapen) > 1 else ""
+        raise InputError(
+            f"{name} has the shape {list(has)} where config.json promises {list(needs)}{more}", fix=_OTHER_CONFIG
+        )
+    unused = set(found["unexpected_keys"])
+    if unknown := unused - tensors.keys():
+        raise InputError(
+            f"The checkpoint stores {_some(unknown)} under another name",
+            why=f"transformers renames them, and finds no place for them in a {model_class.__name__}.",
+            fix="Load the model with transformers and save it again, then convert that.",
+        )
+    return unused
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy, because configurations change nested values; without what does not tell the shape of a model."""
+    without = {"auto_map", "quantization_config", "transformers_weights", *IMPLEMENTATIONS}
+    return copy.deepcopy({key: value for key, value in config.items() if key not in without})
+
+
+def _some(names: set[str]) -> str:
+    """The names, or the first few of them."""
+    first = sorted(names)[:3]
+    return ", ".join(first) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Turn whatever transformers raises into an InputError, and keep what it logs to ourselves."""
+    from transformers.utils import logging as theirs  # first of all: it sets its own level when it is imported
+
+    loggers = [theirs.get_logger("transformers"), logging.getLogger("accelerate")]
+    levels, bars = [logger.level for logger in loggers], theirs.is_progress_bar_enabled()
+    try:
+        theirs.disable_progress_bar()
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # of any kind: what a config.json may hold is whatever people write
+        raise InputError(
+            "transformers cannot build the model that config.json describes",
+            why=f"{type(error).__name__}: {first_line(error)}",
+            fix="Mend config.json, or take it from where the weights come from.",
+        ) from error
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if bars:
+            theirs.enable_progress_bar()
