@@ -42,7 +42,11 @@ def check_convertible(checkpoint: Checkpoint) -> Convertible:
             why="Packed numbers cannot be pooled or fitted.",
             fix="Use the unquantised checkpoint of this model, or a GGUF file, which is dequantised.",
         )
-    if any(info.file.endswith(".gguf") for info in checkpoint.tensors.values()):  # other names until dequantised
+    files = {info.file for info in checkpoint.tensors.values()}
+    if ggufs := [file for file in files if file.endswith(".gguf")]:  # tensors have other names until dequantised
+        from ..models.gguf_source import check
+
+        check(checkpoint.folder / ggufs[0])
         return Convertible(family, shape, set())
     _check_layers(checkpoint, family, shape)
     return Convertible(family, shape, _unused(checkpoint, family))

@@ -29,13 +29,23 @@ def unused_tensors(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo])
     Raises:
         InputError: transformers cannot build the model, or a tensor is missing or has another shape than it needs.
     """
-    from transformers import AutoModelForCausalLM
+    settings = model_config(config)
+    return _unused(model_class(settings), settings, tensors)
+
+
+def model_config(config: Mapping[str, Any]) -> Any:
+    """transformers' configuration of a config.json. Raises InputError if it accepts none such."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     with _explained():
-        settings = CONFIG_MAPPING[str(config.get("model_type"))].from_dict(_plain(config))
-        model_class = AutoModelForCausalLM._model_mapping[type(settings)]
-    return _unused(model_class, settings, tensors)
+        return CONFIG_MAPPING[str(config.get("model_type"))].from_dict(_plain(config))
+
+
+def model_class(config: Any) -> Any:
+    """The class that AutoModelForCausalLM loads for a configuration."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM._model_mapping[type(config)]
 
 
 def check_converted(family: Family, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
@@ -51,7 +61,7 @@ def check_converted(family: Family, config: Mapping[str, Any], tensors: Mapping[
         )
 
 
-def _unused(model_class: Any, settings: Any, tensors: Mapping[str, TensorInfo]) -> set[str]:
+def _unused(cls: Any, settings: Any, tensors: Mapping[str, TensorInfo]) -> set[str]:
     import torch
 
     with _explained():
@@ -59,14 +69,14 @@ def _unused(model_class: Any, settings: Any, tensors: Mapping[str, TensorInfo]) 
             name: torch.empty(info.shape, dtype=getattr(torch, FLOATING.get(info.dtype, "float32")), device="meta")
             for name, info in tensors.items()
         }
-        _, found = model_class.from_pretrained(
+        _, found = cls.from_pretrained(
             None, config=settings, state_dict=empty, device_map={"": "meta"}, dtype=torch.float32,
             output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
     if missing := set(found["missing_keys"]):
         raise InputError(
             f"The checkpoint lacks {_some(missing)}",
-            why=f"A {model_class.__name__} with this config.json has them.",
+            why=f"A {cls.__name__} with this config.json has them.",
             fix="Check that the checkpoint is whole. " + _OTHER_CONFIG,
         )
     if misshapen := sorted((str(name), tuple(has), tuple(needs)) for name, has, needs in found["mismatched_keys"]):
@@ -79,7 +89,7 @@ def _unused(model_class: Any, settings: Any, tensors: Mapping[str, TensorInfo]) 
     if unknown := unused - tensors.keys():
         raise InputError(
             f"The checkpoint stores {_some(unknown)} under another name",
-            why=f"transformers renames them, and finds no place for them in a {model_class.__name__}.",
+            why=f"transformers renames them, and finds no place for them in a {cls.__name__}.",
             fix="Load the model with transformers and save it again, then convert that.",
         )
     return unused

@@ -18,6 +18,8 @@ from .checkpoint import INDEX, Checkpoint, refuse_adapter
 from .text_part import OF_IMAGES, has_text_part, text_part
 from .writer import ShardWriter, check_disk, infos_of, publishing
 
+_GGUF_READER = 2
+"""Raise it when the same file would become another folder: what an older reader wrote is not used then."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -166,7 +168,7 @@ def _rewritten(folder: Path, weights: list[Path]) -> Path:
 def _from_gguf(path: Path) -> Path:
     """Dequantise a GGUF file into the cache."""
     digest = _sha256(path)
-    out = cache_folder() / "sources" / f"{path.stem}-{digest[:16]}"
+    out = cache_folder() / "sources" / f"{path.stem}-{digest[:16]}-{_GGUF_READER}"
     if not out.exists():
         say(f"dequantising {path.name} to float32 in {out}")
         gguf_source.dequantise(path, digest, out)
