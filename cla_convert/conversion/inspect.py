@@ -43,7 +43,9 @@ def inspect_model(model: str, *, revision: str | None = None) -> dict[str, Any]:
 
 def render(result: dict[str, Any]) -> str:
     """The description for a person."""
-    what = f"{result['model']}: {result['model_type']}, {result['parameters'] / 1e6:.0f}M parameters in {result['dtype']}"
+    what = (
+        f"{result['model']}: {result['model_type']}, {result['parameters'] / 1e6:.0f}M parameters in {result['dtype']}"
+    )
     lines = [what, "supported   yes"] if result["supported"] else [f"supported: no. {result['reason']}", what]
     if result["num_layers"] is None:
         return "\n".join(lines)

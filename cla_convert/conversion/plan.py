@@ -234,8 +234,8 @@ def _warnings(checkpoint: Checkpoint, shape: AttentionShape, sources: list[int],
     if unused:
         names = ", ".join(sorted(unused)[:3]) + (", ..." if len(unused) > 3 else "")
         warnings.append(
-            f"{len(unused)} tensors are dropped, because a {shape.model_type} with this config.json has no place for them "
-            f"(transformers would not load them either): {names}"
+            f"{len(unused)} tensors are dropped, because a {shape.model_type} with this config.json has no place for "
+            f"them (transformers would not load them either): {names}"
         )
     if {info.file for info in checkpoint.tensors.values()} == {_SINGLE} and any(checkpoint.folder.glob(_SHARDS)):
         warnings.append(f"the folder holds {_SINGLE} and shards beside it: {_SINGLE} is read, as transformers does")

@@ -9,7 +9,6 @@ from ..models.families import Family, family_of
 from ..models.kinds import FULL, NOPE, SLIDING
 from ..models.shape import AttentionShape, shape_of
 
-
 _BUFFERS = re.compile(r"(^|\.)(position_ids|masked_bias|attn\.bias)$")
 """Tables of whole numbers that old checkpoints store and nobody reads: no sign of packed weights."""
 
@@ -92,7 +91,7 @@ def _why_missing(checkpoint: Checkpoint, name: str, model_type: str) -> str:
     end = name.partition(".")[2]
     if found := next((stored for stored in checkpoint.tensors if stored.endswith(end) and stored != name), None):
         return (
-            f"It is stored as {found!r}: the model was saved inside a wrapper (torch.compile, DDP, PEFT), and transformers "
-            "would not find its weights either."
+            f"It is stored as {found!r}: the model was saved inside a wrapper (torch.compile, DDP, PEFT), and "
+            "transformers would not find its weights either."
         )
     return f"A {model_type} checkpoint has one in every layer."

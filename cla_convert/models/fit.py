@@ -1,8 +1,8 @@
 """Whether tensors are those of the class that config.json names.
 
-transformers itself loads them, on the meta device, where tensors have names and shapes and no contents. So tied weights,
-prefixes, old names and the ways in which experts are stored are its own affair, and what it would say after loading the
-weights for minutes it says here from their headers.
+transformers itself loads them, on the meta device, where tensors have names and shapes and no contents. So tied
+weights, prefixes, old names and the ways in which experts are stored are its own affair, and what it would say after
+loading the weights for minutes it says here from their headers.
 """
 
 import copy

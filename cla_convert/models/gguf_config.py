@@ -161,7 +161,7 @@ def _rope(
     if architecture == "gemma3":  # only its full layers are scaled
         local = {"rope_type": "default", "rope_theta": found.get("rope.freq_base_swa", 10_000.0)}
         return {"rope_parameters": {"full_attention": rope, "sliding_attention": local}}
-    more = {"original_max_position_embeddings": rope["original_max_position_embeddings"]} if factors and (
-        rope["rope_type"] == "longrope"
-    ) else {}  # fmt: skip
-    return {"rope_parameters": rope, **(more if architecture == "phi3" else {})}
+    original = "original_max_position_embeddings"
+    if architecture == "phi3" and original in rope:  # there, the one outside has the last word
+        return {"rope_parameters": rope, original: rope[original]}
+    return {"rope_parameters": rope}

@@ -54,7 +54,9 @@ def rope_parameters(
         raise _refused("rope.scaling.type", f"It is {kind!r}, which a config.json cannot say without more.")
     for key, value in left.items():
         if key not in _NEUTRAL or value != _NEUTRAL[key]:
-            raise _refused(f"rope.scaling.{key}", f"It is {value!r}, and has no meaning with {found['rope_type']} RoPE.")
+            raise _refused(
+                f"rope.scaling.{key}", f"It is {value!r}, and has no meaning with {found['rope_type']} RoPE."
+            )
     return {**found, "rope_theta": theta}
 
 
@@ -96,7 +98,9 @@ def _longrope(left: Json, factors: Mapping[str, np.ndarray], kind: str, context:
 def _by_frequency(wanted: np.ndarray, kind: str, factor: float, theta: float, dimensions: int) -> Json:
     """The llama3 (or linear) scaling that gives these factors."""
     if kind == "yarn" or factor not in (0.0, 1.0):
-        raise _refused(FREQUENCIES, f"There is rope.scaling.type {kind!r} beside it, and a config.json holds one of them.")
+        raise _refused(
+            FREQUENCIES, f"There is rope.scaling.type {kind!r} beside it, and a config.json holds one of them."
+        )
     if wanted.shape != (dimensions // 2,):
         raise _refused(FREQUENCIES, f"It has {wanted.size} factors for {dimensions // 2} frequencies.")
     wanted = wanted.astype(np.float64)

@@ -105,7 +105,9 @@ class _Model:
             for part, shape in target.parts(header.shapes[name]).items()
         }
         if unused := unused_tensors(config, infos):
-            raise _no_place([name for name, target in targets.items() if unused & target.parts(header.shapes[name]).keys()])
+            raise _no_place(
+                [name for name, target in targets.items() if unused & target.parts(header.shapes[name]).keys()]
+            )
         return cls(path, header, config, targets, infos)
 
     def write(self, writer: ShardWriter) -> None:
