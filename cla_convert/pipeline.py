@@ -11,6 +11,13 @@ from typing import Any
 from .console import say
 from .environment import command_line
 from .files import alone_in, read_json, write_json
+from .preflight import (
+    check_evaluation,
+    check_lengths,
+    check_tokenizer,
+    fitting_calibration,
+    positions_of,
+)
 from .recipe import Recipe
 from .recipe_file import Resolved
 from .run import Run, clear
@@ -61,11 +68,11 @@ def run(
 
 
 def check_before_work(run: Run) -> None:
-    """Find out now what would otherwise fail after hours: tasks, text, tokenizer, disk."""
+    """Find out now what would otherwise fail after hours: tasks, text, tokenizer, lengths, disk."""
     from .evaluation.backend import check_backend
     from .evaluation.harness import check_tasks
     from .evaluation.texts import check_texts
-    from .models.export import load_tokenizer
+    from .models.checkpoint import Checkpoint
     from .models.writer import check_disk
     from .training.parameters import check_optimizer
     from .training.teacher import check_teacher
@@ -74,7 +81,8 @@ def check_before_work(run: Run) -> None:
     check_backend(run.recipe.eval, run.device)
     check_tasks(run.recipe.eval, run.source, run.recipe.seed)
     check_texts(run.recipe.eval.perplexity)
-    load_tokenizer(run.source)
+    check_evaluation(run.source, run.recipe.eval.perplexity)
+    check_lengths(run.recipe, Checkpoint.open(run.source).config)
     if run.recipe.train.tokens:
         check_trackers(run.recipe.train.log_to)
         check_optimizer(run.recipe.train)
@@ -175,9 +183,11 @@ def texts(run: Run) -> Any:
     import torch
 
     from .evaluation.texts import Texts
+    from .models.checkpoint import Checkpoint
     from .training.data import held_out_rows
 
-    rows = torch.from_numpy(held_out_rows(text(run), run.recipe.train))
+    longest = positions_of(Checkpoint.open(run.source).config)
+    rows = torch.from_numpy(held_out_rows(text(run), run.recipe.train))[:, :longest]
     shared = run.recipe.eval.agreement_tokens
     part = rows[: max(1, shared // rows.shape[1])] if shared else None
     return Texts(run.recipe.eval.perplexity, rows, part, run.source)
@@ -216,9 +226,14 @@ def plan_for(checkpoint: Any, recipe: Recipe, device: str) -> Any:
     """The conversion plan of a recipe; `sharing: auto` measures first, on `device`."""
     from .conversion.auto import choose
     from .conversion.plan import make_plan
+    from .conversion.supported import check_convertible
+    from .models.export import load_tokenizer
     from .models.shape import shape_of
     from .models.source import cache_folder
 
+    if recipe.convert.init == "calibrated":
+        check_convertible(checkpoint)  # first of all: it has more to say than a tokenizer that is not there
+        check_tokenizer(load_tokenizer(checkpoint.folder), checkpoint.config)
     sharing, choice = recipe.convert.sharing, None
     if sharing == "auto":
         budget = DEFAULT_BUDGET if recipe.convert.kv_budget is None else recipe.convert.kv_budget
@@ -242,10 +257,12 @@ def calibration_for(recipe: Recipe, source: Path, device: str) -> Any:
     import torch
 
     from .conversion.convert import Calibration
+    from .models.checkpoint import Checkpoint
     from .models.export import load_tokenizer
     from .training.data import calibration_rows, store_for
 
     store = store_for(recipe, load_tokenizer(source), source, device)
+    recipe = fitting_calibration(recipe, Checkpoint.open(source).config)
     rows = torch.from_numpy(calibration_rows(store, recipe))
     if device == "cpu" and rows.numel() > CPU_CALIBRATION:
         rows = rows[: max(1, CPU_CALIBRATION // rows.shape[1])]

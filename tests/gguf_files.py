@@ -1,4 +1,4 @@
-"""GGUF files as llama.cpp's converter writes them, from tiny models: names by gguf's own table, contents as it changes them."""
+"""GGUF files as llama.cpp's converter writes them, from tiny models, with names by gguf's own table."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path

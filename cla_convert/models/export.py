@@ -65,7 +65,7 @@ def load_model(folder: Path, *, dtype: "torch.dtype | str" = "auto", device: str
     checkpoint = Checkpoint.open(folder)  # names a truncated shard or an index that reaches outside
     register()
     logging.disable_progress_bar()
-    with _loading(f"The model in {folder} cannot be loaded", "Check that config.json belongs to the weights."):
+    with loading(f"The model in {folder} cannot be loaded", "Check that config.json belongs to the weights."):
         config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if stored := named_implementation(checkpoint.config):
             _say_once(f"config.json asks for the attention {stored!r}: transformers' default is used instead")
@@ -89,7 +89,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
 
     register()
     fix = "Put the model's tokenizer files (tokenizer.json, tokenizer_config.json) into the folder."
-    with _loading(f"{folder} has no usable tokenizer", fix):
+    with loading(f"{folder} has no usable tokenizer", fix):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
@@ -100,13 +100,15 @@ def named_implementation(config: Mapping[str, Any]) -> str | None:
 
 
 @contextmanager
-def _loading(what: str, fix: str) -> Iterator[None]:
+def loading(what: str, fix: str) -> Iterator[None]:
     """Turn what transformers and tokenizers raise while loading (KeyError, ImportError, ...) into an InputError."""
     try:
         yield
     except (ClaError, MemoryError):
         raise
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's: the caller knows what to do with less
+            raise
         raise InputError(what, why=f"{type(error).__name__}: {first_line(error)}", fix=fix) from error
 
 

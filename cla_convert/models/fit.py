@@ -64,7 +64,7 @@ def check_converted(family: Family, config: Mapping[str, Any], tensors: Mapping[
 def _unused(cls: Any, settings: Any, tensors: Mapping[str, TensorInfo]) -> set[str]:
     import torch
 
-    with _explained():
+    with _explained(), _in_pieces(cls, settings, tensors):
         empty = {
             name: torch.empty(info.shape, dtype=getattr(torch, FLOATING.get(info.dtype, "float32")), device="meta")
             for name, info in tensors.items()
@@ -73,18 +73,8 @@ def _unused(cls: Any, settings: Any, tensors: Mapping[str, TensorInfo]) -> set[s
             None, config=settings, state_dict=empty, device_map={"": "meta"}, dtype=torch.float32,
             output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
-    if missing := set(found["missing_keys"]):
-        raise InputError(
-            f"The checkpoint lacks {_some(missing)}",
-            why=f"A {cls.__name__} with this config.json has them.",
-            fix="Check that the checkpoint is whole. " + _OTHER_CONFIG,
-        )
-    if misshapen := sorted((str(name), tuple(has), tuple(needs)) for name, has, needs in found["mismatched_keys"]):
-        name, has, needs = misshapen[0]
-        more = f", and {len(misshapen) - 1} others differ too" if len(misshapen) > 1 else ""
-        raise InputError(
-            f"{name} has the shape {list(has)} where config.json promises {list(needs)}{more}", fix=_OTHER_CONFIG
-        )
+    _refuse_missing(set(found["missing_keys"]), cls)
+    _refuse_misshapen([(str(name), tuple(has), tuple(needs)) for name, has, needs in found["mismatched_keys"]])
     unused = set(found["unexpected_keys"])
     if unknown := unused - tensors.keys():
         raise InputError(
@@ -93,6 +83,44 @@ def _unused(cls: Any, settings: Any, tensors: Mapping[str, TensorInfo]) -> set[s
             fix="Load the model with transformers and save it again, then convert that.",
         )
     return unused
+
+
+@contextmanager
+def _in_pieces(cls: Any, settings: Any, tensors: Mapping[str, TensorInfo]) -> Iterator[None]:
+    """If pieces that are to be stacked (experts) do not go together, say which; transformers says only that."""
+    import torch
+    from transformers.core_model_loading import revert_weight_conversion
+
+    try:
+        yield
+    except RuntimeError:
+        with torch.device("meta"):
+            model = cls(settings)
+        stored = revert_weight_conversion(model, model.state_dict())
+        _refuse_missing(stored.keys() - tensors.keys() - (model._tied_weights_keys or {}).keys(), cls)
+        shapes = {
+            name: (tensors[name].shape, tuple(tensor.shape)) for name, tensor in stored.items() if name in tensors
+        }
+        _refuse_misshapen([(name, has, needs) for name, (has, needs) in shapes.items() if has != needs])
+        raise
+
+
+def _refuse_missing(missing: set[str], cls: Any) -> None:
+    if missing:
+        raise InputError(
+            f"The checkpoint lacks {_some(missing)}",
+            why=f"A {cls.__name__} with this config.json has them.",
+            fix="Check that the checkpoint is whole. " + _OTHER_CONFIG,
+        )
+
+
+def _refuse_misshapen(found: list[tuple[str, tuple[int, ...], tuple[int, ...]]]) -> None:
+    if found:
+        name, has, needs = min(found)
+        more = f", and {len(found) - 1} others differ too" if len(found) > 1 else ""
+        raise InputError(
+            f"{name} has the shape {list(has)} where config.json promises {list(needs)}{more}", fix=_OTHER_CONFIG
+        )
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """GGUF files: what they are, and dequantised to float32 safetensors with config and tokenizer.
 
-Tensors are read, dequantised and written one at a time. Everything that the file holds must have a place in the model, and
-the model must find everything that it needs: transformers' own reader passes over what it does not know.
+Tensors are read, dequantised and written one at a time. Everything that the file holds must have a place in the model,
+and the model must find everything that it needs: transformers' own reader passes over what it does not know.
 """
 
 from collections.abc import Iterator
@@ -51,8 +51,8 @@ def dequantise(path: Path, digest: str, out: Path) -> None:
         out: folder to write.
 
     Raises:
-        InputError: the file is not whole, the family is not supported, or a tensor or setting of the file has no place in
-            transformers' model.
+        InputError: the file is not whole, the family is not supported, or a tensor or setting of the file has no place
+            in transformers' model.
     """
     from transformers import AutoTokenizer, GenerationConfig
 
@@ -67,7 +67,8 @@ def dequantise(path: Path, digest: str, out: Path) -> None:
         tokenizer.save_pretrained(staging)
         config = model_config(model.config)
         GenerationConfig.from_model_config(config).save_pretrained(staging)
-        write_json(staging / "config.json", config.to_diff_dict() | {"architectures": [model_class(config).__name__]})
+        settings = {"architectures": [model_class(config).__name__], "dtype": "float32"}
+        write_json(staging / "config.json", config.to_diff_dict() | settings)
         write_json(staging / "cla_source.json", origin)
 
 

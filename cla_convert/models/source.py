@@ -15,6 +15,7 @@ from ..errors import InputError, did_you_mean
 from ..files import write_json
 from . import gguf_source, hub
 from .checkpoint import INDEX, Checkpoint, refuse_adapter
+from .pickles import pickled_files, read_pickles
 from .text_part import OF_IMAGES, has_text_part, text_part
 from .writer import ShardWriter, check_disk, infos_of, publishing
 
@@ -89,7 +90,7 @@ def _with_safetensors(folder: Path, allow_pickle: bool) -> Path:
     refuse_adapter(folder)
     if (folder / INDEX).exists() or (folder / "model.safetensors").exists():
         return folder
-    ggufs, pickles = sorted(folder.glob("*.gguf")), sorted(folder.glob("pytorch_model*.bin"))
+    ggufs, pickles = sorted(folder.glob("*.gguf")), pickled_files(folder)
     if len(ggufs) == 1:
         return _from_gguf(ggufs[0])
     if not pickles:
@@ -111,22 +112,13 @@ def _with_safetensors(folder: Path, allow_pickle: bool) -> Path:
 
 def _from_pickle(folder: Path, pickles: list[Path]) -> Path:
     """Rewrite pytorch_model*.bin as safetensors in the cache, with everything else of the folder."""
-    import pickle
     import shutil
-
-    import torch
 
     out = _rewritten(folder, pickles)
     if out.exists():
         return out
     say(f"rewriting pickled weights as safetensors in {out}")
-    state: dict[str, torch.Tensor] = {}  # mapped, not in memory
-    for path in pickles:
-        try:
-            state |= torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise InputError(f"{path} cannot be loaded with weights_only=True", why=reason) from error
+    state = read_pickles(pickles)
     with publishing(out) as staging:
         writer = ShardWriter(staging, infos_of(state), max_shard_size=5_000_000_000)
         for name, tensor in state.items():

@@ -88,7 +88,8 @@ def test_llama3_scaling_from_its_factors(scaling, head_dim, tmp_path):
     assert len(set(factors["rope_freqs.weight"])) > 1
     path = save_gguf(model, tmp_path / "m.gguf", extra=factors)
     if head_dim == 8 and scaling["factor"] == 3.5:  # one factor between the two ends does not determine a scaling
-        return refused(path, "rope_freqs.weight")
+        refused(path, "rope_freqs.weight")
+        return
     found = same(model, path)["rope_parameters"]
     if head_dim == 64:
         assert found["rope_type"] == "llama3" and found["factor"] == scaling["factor"]
