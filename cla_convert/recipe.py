@@ -52,7 +52,7 @@ class Source(Section):
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     dtype: Dtype = "auto"
-    """Dtype of the converted weights. auto: as stored; a GGUF file is dequantised to float32."""
+    """Dtype of the converted weights. auto: each tensor as it is stored; a GGUF file is dequantised to float32."""
     allow_pickle: bool = False
     """Accept pickled .bin weights (loaded with weights_only=True). Off unless you ask for it."""
 
@@ -139,7 +139,7 @@ class Calibration(Section):
     tokens: Count = 65_536
     """Calibration tokens, taken from `data`."""
     sequence_length: int = Field(default=1024, ge=16)
-    """Length of a calibration sequence."""
+    """Length of a calibration sequence; at most what the model was built for."""
     steps: int | None = Field(default=None, ge=0)
     """Matching steps of each group (docs/how-it-works.md); 0: the closed form alone. None: 60, on a CPU 20. What a step
     takes grows with the cube of the hidden size, so a large model on a CPU may afford only a few."""
