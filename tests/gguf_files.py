@@ -76,12 +76,12 @@ def _write_metadata(writer: GGUFWriter, config: Any, architecture: str) -> None:
         writer.add_expert_count(config.num_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
-    tokens = ["<bos>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())[:-1], "ab"]
+    tokens = ["<bos>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())[:-2], "ab", "cd"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(tokens)
     writer.add_token_types([3, 3] + [1] * (len(tokens) - 2))
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "c d"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
 
