@@ -56,7 +56,8 @@ class Interrupted(ClaError):
 
 def first_line(error: BaseException) -> str:
     """What an error of a library says, in a line; the name of its type where it says nothing."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def did_you_mean(word: str, choices: list[str]) -> str:

@@ -34,6 +34,12 @@ def check_convertible(checkpoint: Checkpoint) -> Convertible:
             f"The model has layers of the kind {min(unknown)!r}",
             why=f"The CLA code of {family.model_type!r} knows {FULL} and {SLIDING} only.",
         )
+    if named := checkpoint.config.get("transformers_weights"):
+        raise InputError(
+            f"config.json names other weights: {named!r}",
+            why="With transformers_weights, transformers loads that file and not the usual ones.",
+            fix="Load the model with transformers and save it again, then convert that.",
+        )
     packed = [n for n, info in checkpoint.tensors.items() if info.dtype not in FLOATING and not _BUFFERS.search(n)]
     if checkpoint.config.get("quantization_config") is not None or packed:
         raise InputError(

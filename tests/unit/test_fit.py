@@ -85,7 +85,12 @@ def without(end: str) -> Callable[[Tensors], Tensors]:
         ("qwen3", without("2.self_attn.k_norm.weight"), {}, ["model.layers.2.self_attn.k_norm.weight"]),
         ("phi3", without("2.mlp.gate_up_proj.weight"), {}, ["model.layers.2.mlp.gate_up_proj.weight"]),
         ("gpt_bigcode", without("wpe.weight"), {}, ["transformer.wpe.weight"]),
-        ("mixtral", without("3.block_sparse_moe.experts.2.w1.weight"), {}, ["model.layers.3.block_sparse_moe.experts.2.w1.weight"]),
+        (
+            "mixtral",
+            without("3.block_sparse_moe.experts.2.w1.weight"),
+            {},
+            ["model.layers.3.block_sparse_moe.experts.2.w1.weight"],
+        ),
         ("qwen3_moe", lambda t: t, {"num_local_experts": 3}, ["experts"]),
     ],
     ids=str,
@@ -175,6 +180,10 @@ def test_an_adapter_beside_the_weights_is_refused(tmp_path):
             inspect_model(str(path))
 
 
+def test_weights_under_another_name_are_refused(tmp_path):
+    refused(change(save_tiny("llama", tmp_path), transformers_weights="other.safetensors"), "other.safetensors")
+
+
 def test_null_is_no_quantisation(tmp_path):
     for case in ("llama", "phi3"):
         same(change(save_tiny(case, tmp_path / case), quantization_config=None), tmp_path / f"{case}-out")
@@ -212,6 +221,7 @@ def test_weights_that_the_asked_dtype_cannot_hold_are_refused(name, tmp_path):
         ({"rope_parameters": {"rope_type": "linaer", "rope_theta": 1e4, "factor": 4.0}}, "linaer"),
         ({"pad_token_id": 300}, "adding_idx"),
         ({"hidden_act": "sillu"}, "sillu"),
+        ({"vocab_size": "many"}, "'vocab_size': TypeError"),
     ],
     ids=str,
 )
