@@ -33,7 +33,7 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", config: Mapping[str, A
     beyond = {token: number for token, number in tokenizer.get_vocab().items() if rows and number >= rows}
     if not beyond:
         return
-    own = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, *tokenizer("a").input_ids}
+    own = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, *tokenizer("a").input_ids]
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     wrong = {token: number for token, number in beyond.items() if number in own or number not in special}
     name, number = next(iter((wrong or beyond).items()))
