@@ -15,7 +15,7 @@ from .auto import Choice
 from .sharing import activation_bytes, groups_of, picture, sharing_map
 from .supported import check_convertible
 
-_PROGRAM = 400_000_000
+_PROGRAM = 450_000_000
 """Memory of Python, torch and transformers."""
 _SINGLE, _SHARDS = "model.safetensors", "model-*-of-*.safetensors"
 _COMPUTED = "rotary_emb.inv_freq"
