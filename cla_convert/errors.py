@@ -54,6 +54,12 @@ class Interrupted(ClaError):
     exit_code = ExitCode.INTERRUPTED
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, in a line; the name of its type where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
 def did_you_mean(word: str, choices: list[str]) -> str:
     """Return ` Did you mean 'x'?` for the closest of `choices`, or an empty string."""
     from difflib import get_close_matches

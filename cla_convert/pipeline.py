@@ -11,6 +11,13 @@ from typing import Any
 from .console import human_count, say
 from .environment import command_line
 from .files import alone_in, read_json, write_json
+from .preflight import (
+    check_evaluation,
+    check_lengths,
+    check_tokenizer,
+    fitting_calibration,
+    positions_of,
+)
 from .recipe import Recipe
 from .recipe_file import Resolved
 from .run import Run, clear
@@ -59,12 +66,11 @@ def run(
 
 
 def check_before_work(run: Run) -> None:
-    """Find out now what would otherwise fail after hours: this transformers, tasks, text, tokenizer, disk."""
+    """Find out now what would otherwise fail after hours: this transformers, tasks, text, tokenizer, lengths, disk."""
     from .evaluation.backend import check_backend
     from .evaluation.harness import check_tasks
     from .evaluation.texts import check_texts
     from .models.checkpoint import Checkpoint
-    from .models.export import load_tokenizer
     from .models.self_test import check_interface
     from .models.writer import check_disk
     from .training.parameters import check_optimizer
@@ -75,7 +81,8 @@ def check_before_work(run: Run) -> None:
     check_backend(run.recipe.eval, run.device)
     check_tasks(run.recipe.eval, run.source, run.recipe.seed)
     check_texts(run.recipe.eval.perplexity)
-    load_tokenizer(run.source)
+    check_evaluation(run.source, run.recipe.eval.perplexity)
+    check_lengths(run.recipe, Checkpoint.open(run.source).config)
     if run.recipe.train.tokens:
         check_trackers(run.recipe.train.log_to)
         check_optimizer(run.recipe.train)
@@ -176,9 +183,11 @@ def texts(run: Run) -> Any:
     import torch
 
     from .evaluation.texts import Texts
+    from .models.checkpoint import Checkpoint
     from .training.data import held_out_rows
 
-    rows = torch.from_numpy(held_out_rows(text(run), run.recipe.train))
+    longest = positions_of(Checkpoint.open(run.source).config)
+    rows = torch.from_numpy(held_out_rows(text(run), run.recipe.train))[:, :longest]
     shared = run.recipe.eval.agreement_tokens
     part = rows[: max(1, shared // rows.shape[1])] if shared else None
     return Texts(run.recipe.eval.perplexity, rows, part, run.source)
@@ -217,12 +226,17 @@ def plan_for(checkpoint: Any, recipe: Recipe, device: str) -> Any:
     """The conversion plan of a recipe; `sharing: auto` measures first, on `device`."""
     from .conversion.auto import choose
     from .conversion.plan import make_plan
+    from .conversion.supported import check_convertible
+    from .models.export import load_tokenizer
     from .models.self_test import check_interface
     from .models.shape import shape_of
     from .models.source import cache_folder
     from .training.data import calibration_tokens
 
     check_interface(checkpoint.config.get("model_type", ""))
+    if recipe.convert.init == "calibrated":
+        check_convertible(checkpoint)  # first of all: it has more to say than a tokenizer that is not there
+        check_tokenizer(load_tokenizer(checkpoint.folder), checkpoint.config)
     sharing, choice = recipe.convert.sharing, None
     if sharing == "auto":
         budget = DEFAULT_BUDGET if recipe.convert.kv_budget is None else recipe.convert.kv_budget
@@ -246,10 +260,12 @@ def calibration_for(recipe: Recipe, source: Path, device: str) -> Any:
     import torch
 
     from .conversion.convert import Calibration
+    from .models.checkpoint import Checkpoint
     from .models.export import load_tokenizer
     from .training.data import calibration_rows, calibration_tokens, store_for
 
     store = store_for(recipe, load_tokenizer(source), source, device)
+    recipe = fitting_calibration(recipe, Checkpoint.open(source).config)
     rows = torch.from_numpy(calibration_rows(store, recipe, calibration_tokens(recipe, source, device)))
     say(f"calibrating on {human_count(rows.numel())} tokens")
     return Calibration(rows, store.digest, device, recipe.seed, recipe.convert.calibration.steps)

@@ -52,7 +52,7 @@ class Source(Section):
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     dtype: Dtype = "auto"
-    """Dtype of the converted weights. auto: as stored; a GGUF file is dequantised to float32."""
+    """Dtype of the converted weights. auto: each tensor as it is stored; a GGUF file is dequantised to float32."""
     allow_pickle: bool = False
     """Accept pickled .bin weights (loaded with weights_only=True). Off unless you ask for it."""
 
@@ -140,7 +140,7 @@ class Calibration(Section):
     """Calibration tokens, taken from `data`. auto: what takes a minute or less on a data-centre GPU (2.6M for a 135M
     model, fewer for larger ones, 65,536 at least), or minutes on a CPU (24,576)."""
     sequence_length: int = Field(default=1024, ge=16)
-    """Length of a calibration sequence."""
+    """Length of a calibration sequence; at most what the model was built for."""
     steps: int | None = Field(default=None, ge=0)
     """Matching steps of each group (docs/how-it-works.md); 0: the closed form alone. None: 60 of 8192 tokens, and more
     where there is more text (380 for 2.6M tokens); on a CPU 20 of 2048. What a step takes grows with the cube of the

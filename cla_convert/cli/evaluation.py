@@ -55,6 +55,7 @@ def evaluate(
     from ..evaluation.results import render
     from ..evaluation.texts import Texts, check_texts
     from ..models.source import resolve_source
+    from ..preflight import check_evaluation
 
     options = {"eval.tasks": tasks.split(",") if tasks else None, "eval.limit": limit, "eval.task_data": task_data}
     settings = settings_of(recipe, sets, options | {"eval.backend": backend})
@@ -63,6 +64,7 @@ def evaluate(
     check_tasks(settings.eval)
     check_texts(settings.eval.perplexity)
     folder = resolve_source(model, revision=revision, allow_pickle=allow_pickle)
+    check_evaluation(folder, settings.eval.perplexity)
     with tempfile.TemporaryDirectory() as scratch:
         texts = Texts(settings.eval.perplexity)
         bench = Bench(out or Path(scratch), device, settings.seed, texts, accelerator=shared_work(device))

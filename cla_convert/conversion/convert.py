@@ -58,15 +58,15 @@ def convert(
         overwrite: replace an earlier output of this tool.
 
     Raises:
-        InputError: the disk is too small (before anything is written), `out` must not be replaced, or a tensor of a
-            group does not have the shape of its owner's.
+        InputError: the disk is too small (before anything is written), `out` must not be replaced, a tensor of a
+            group does not have the shape of its owner's, or the asked dtype cannot hold the weights.
     """
     started = time.monotonic()
     check_output(out, overwrite=overwrite)
     check_disk(out.parent, plan.output_bytes + _spilled(plan, calibration))
     with publishing(out, overwrite=overwrite) as staging:
         patches = _patches(plan, checkpoint, calibration, spill=staging)
-        fits = _write(plan, checkpoint, patches, ShardWriter(staging, plan.written(checkpoint), max_shard_size))
+        fits = _write(plan, checkpoint, patches, staging, max_shard_size)
         write_json(
             staging / "config.json", cla_config(checkpoint.config, plan.family, plan.kv_source_layers, plan.dtype)
         )
@@ -99,12 +99,13 @@ def manifest(plan: Plan, checkpoint: Checkpoint, calibration: Calibration | None
 
 
 def _write(
-    plan: Plan, checkpoint: Checkpoint, patches: "Iterator[LayerPatch]", writer: ShardWriter
+    plan: Plan, checkpoint: Checkpoint, patches: "Iterator[LayerPatch]", out: Path, max_shard_size: int
 ) -> "list[GroupFit]":
     """Write the output's tensors, in the plan's order, under a progress bar; returns what calibration found."""
     import torch
 
-    dtype = getattr(torch, plan.dtype)
+    written = plan.written(checkpoint)
+    writer = ShardWriter(out, written, max_shard_size)
     fits: list[GroupFit] = []
     layer, patch, fitted = None, None, dict[str, torch.Tensor]()
     with progress(len(plan.tensors), "converting", unit="tensor") as bar:
@@ -114,16 +115,19 @@ def _write(
                 patch = next(patches, None)
                 fitted = patch.tensors if patch else {}
                 fits.extend([patch.fit] if patch and patch.fit else [])
-            info = checkpoint.tensors[tensor.name]
+            bar.update()
+            if tensor.action == "drop":
+                continue
+            info, wanted = checkpoint.tensors[tensor.name], written[tensor.name].dtype
+            dtype = getattr(torch, FLOATING[wanted])
             if tensor.name in fitted:
                 writer.add(tensor.name, fitted[tensor.name].to(dtype))
             elif tensor.action == "pool":
                 writer.add(tensor.name, _pooled(tensor, checkpoint, plan.init).to(dtype))
-            elif tensor.action != "drop" and FLOATING[info.dtype] == plan.dtype:  # untouched bytes need no torch
+            elif info.dtype == wanted:  # untouched bytes need no torch
                 writer.copy(tensor.name, checkpoint.folder / info.file, info.start)
-            elif tensor.action != "drop":
+            else:
                 writer.add(tensor.name, checkpoint.read(tensor.name).to(dtype))
-            bar.update()
     writer.finish()
     return fits
 

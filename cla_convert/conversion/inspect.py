@@ -43,10 +43,10 @@ def inspect_model(model: str, *, revision: str | None = None) -> dict[str, Any]:
 
 def render(result: dict[str, Any]) -> str:
     """The description for a person."""
-    lines = [
-        f"{result['model']}: {result['model_type']}, {result['parameters'] / 1e6:.0f}M parameters in {result['dtype']}",
-        f"supported   {'yes' if result['supported'] else 'no: ' + result['reason']}",
-    ]
+    what = (
+        f"{result['model']}: {result['model_type']}, {result['parameters'] / 1e6:.0f}M parameters in {result['dtype']}"
+    )
+    lines = [what, "supported   yes"] if result["supported"] else [f"supported: no. {result['reason']}", what]
     if result["num_layers"] is None:
         return "\n".join(lines)
     kinds = ", ".join(f"{count} {kind}" for kind, count in result["layer_kinds"].items())

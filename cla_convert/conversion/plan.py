@@ -7,14 +7,17 @@ from typing import Any
 
 from ..console import human_bytes, human_count
 from ..models.checkpoint import ELEMENT_SIZE, FLOATING, Checkpoint, TensorInfo
+from ..models.export import cla_config
 from ..models.families import KV_MODULES, Family
+from ..models.fit import check_converted
 from ..models.shape import AttentionShape
 from .auto import Choice
 from .sharing import activation_bytes, groups_of, picture, sharing_map
 from .supported import check_convertible
 
-_PROGRAM = 400_000_000
+_PROGRAM = 450_000_000
 """Memory of Python, torch and transformers."""
+_SINGLE, _SHARDS = "model.safetensors", "model-*-of-*.safetensors"
 _COMPUTED = "rotary_emb.inv_freq"
 """Ends the names of tensors that old checkpoints store and transformers computes."""
 _DTYPES = {name: code for code, name in FLOATING.items()}
@@ -44,7 +47,9 @@ class Plan:
     kv_source_layers: list[int]
     tensors: list[TensorPlan]
     dtype: str
-    """Dtype of the weights written, as torch names it."""
+    """Dtype of the projections written, as torch names it."""
+    cast: bool
+    """Whether all tensors get this dtype; else each keeps the one that it has."""
     kv_bytes_per_token: dict[str, int]
     parameters: dict[str, int]
     output_bytes: int
@@ -61,8 +66,10 @@ class Plan:
 
     def written(self, checkpoint: Checkpoint) -> dict[str, TensorInfo]:
         """Names, dtypes and shapes of the output's tensors, in order."""
-        code, names = _DTYPES[self.dtype], (tensor.name for tensor in self.tensors if tensor.action != "drop")
-        return {name: replace(checkpoint.tensors[name], dtype=code) for name in names}
+        infos = {tensor.name: checkpoint.tensors[tensor.name] for tensor in self.tensors if tensor.action != "drop"}
+        if not self.cast:
+            return infos
+        return {name: replace(info, dtype=_DTYPES[self.dtype]) for name, info in infos.items()}
 
     def count(self, action: str) -> int:
         """Number of tensors with this action."""
@@ -124,9 +131,9 @@ def make_plan(
         InputError: the model cannot be converted (`check_convertible`).
         UsageError: the sharing is unknown or impossible for this model.
     """
-    family, shape = check_convertible(checkpoint)
+    family, shape, unused = check_convertible(checkpoint)
     sources = sharing_map(sharing, shape.kinds)
-    tensors = _plan_tensors(checkpoint, family, sources)
+    tensors = _plan_tensors(checkpoint, family, sources, unused)
     if init == "calibrated":
         tensors = _fitted(tensors, family, sources)
     else:
@@ -134,14 +141,15 @@ def make_plan(
     source_dtype = checkpoint.tensors[family.tensor(0, "k_proj")].dtype
     out_dtype = FLOATING[source_dtype] if dtype == "auto" else dtype
     size = ELEMENT_SIZE[_DTYPES[out_dtype]]
-    numel = {name: info.numel for name, info in checkpoint.tensors.items()}
-    written = [numel[tensor.name] for tensor in tensors if tensor.action != "drop"]
+    numel = {name: info.numel for name, info in checkpoint.tensors.items() if name not in unused}
+    written = [tensor.name for tensor in tensors if tensor.action != "drop"]
+    stored = {name: ELEMENT_SIZE[checkpoint.tensors[name].dtype] for name in written}
     sidecars = sum(file.stat().st_size for file in checkpoint.sidecars)
     working = (
         _fitting_bytes(checkpoint, family, sources) if init == "calibrated" else _pooling_bytes(checkpoint, tensors)
     )
     streams = activation_bytes(sources, calibration_tokens, shape.hidden_size)
-    return Plan(
+    plan = Plan(
         source=checkpoint.folder,
         family=family,
         shape=shape,
@@ -150,16 +158,19 @@ def make_plan(
         kv_source_layers=sources,
         tensors=tensors,
         dtype=out_dtype,
+        cast=dtype != "auto",
         kv_bytes_per_token={
             "before": shape.kv_bytes_per_token(size),
             "after": shape.kv_bytes_per_token(size, len(set(sources))),
         },
-        parameters={"before": sum(numel.values()), "after": sum(written)},
-        output_bytes=sum(written) * size + sidecars + 1_000_000,
+        parameters={"before": sum(numel.values()), "after": sum(numel[name] for name in written)},
+        output_bytes=sum(numel[n] * (stored[n] if dtype == "auto" else size) for n in written) + sidecars + 1_000_000,
         memory_bytes=_PROGRAM + working + streams,
-        warnings=_warnings(checkpoint.config, shape, sources),
+        warnings=_warnings(checkpoint, shape, sources, unused),
         choice=choice,
     )
+    check_converted(family, cla_config(checkpoint.config, family, sources, out_dtype), plan.written(checkpoint))
+    return plan
 
 
 def _pooling_bytes(checkpoint: Checkpoint, tensors: list[TensorPlan]) -> int:
@@ -187,14 +198,14 @@ def _sharing_name(sharing: str | list[int] | list[list[int]], choice: Choice | N
     return sharing if isinstance(sharing, str) else "by hand"
 
 
-def _plan_tensors(checkpoint: Checkpoint, family: Family, sources: list[int]) -> list[TensorPlan]:
+def _plan_tensors(checkpoint: Checkpoint, family: Family, sources: list[int], unused: set[str]) -> list[TensorPlan]:
     """One entry per tensor of the source: first those outside the layers, then layer by layer."""
     groups = {group[0]: group for group in groups_of(sources)}
     tensors = []
     for name in checkpoint.tensors:
         place = family.place(name)
         layer = place.layer if place else None
-        if name.endswith(_COMPUTED):
+        if name.endswith(_COMPUTED) or name in unused:
             tensors.append(TensorPlan(name, layer, "drop"))
         elif place is None or place.module not in KV_MODULES or len(groups.get(sources[place.layer], [])) == 1:
             tensors.append(TensorPlan(name, layer, "keep"))
@@ -218,9 +229,17 @@ def _fitted(tensors: list[TensorPlan], family: Family, sources: list[int]) -> li
     return [refit(tensor) for tensor in tensors]
 
 
-def _warnings(config: dict[str, Any], shape: AttentionShape, sources: list[int]) -> list[str]:
+def _warnings(checkpoint: Checkpoint, shape: AttentionShape, sources: list[int], unused: set[str]) -> list[str]:
     warnings = []
-    if "auto_map" in config:
+    if unused:
+        names = ", ".join(sorted(unused)[:3]) + (", ..." if len(unused) > 3 else "")
+        warnings.append(
+            f"{len(unused)} tensors are dropped, because a {shape.model_type} with this config.json has no place for "
+            f"them (transformers would not load them either): {names}"
+        )
+    if {info.file for info in checkpoint.tensors.values()} == {_SINGLE} and any(checkpoint.folder.glob(_SHARDS)):
+        warnings.append(f"the folder holds {_SINGLE} and shards beside it: {_SINGLE} is read, as transformers does")
+    if "auto_map" in checkpoint.config:
         warnings.append(
             f"the model brings code of its own (auto_map), which is not run: it is read as a plain {shape.model_type}"
         )

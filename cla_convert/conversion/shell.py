@@ -6,13 +6,17 @@ positions, masks, rotary tables and logits are each family's own, and nothing he
 
 import inspect
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..models.classes import cla_classes
+from ..models.export import IMPLEMENTATIONS
 from ..models.families import family_of
+
+_NOT_SETTINGS = {"model_type", "kv_source_layers", "quantization_config", *IMPLEMENTATIONS}
 
 
 class Source(Protocol):
@@ -60,7 +64,8 @@ class Shell:
         """
         self.source, self.device, self.family = source, device, family_of(config)
         classes = cla_classes(self.family)
-        settings = {key: value for key, value in config.items() if key not in ("model_type", "kv_source_layers")}
+        # A copy, because configurations change what they are given.
+        settings = {k: deepcopy(v) for k, v in config.items() if k not in _NOT_SETTINGS}
         self.config: Any = classes["Config"](**settings)
         with torch.device("meta"):
             self._model = classes["ForCausalLM"](self.config).eval().requires_grad_(False)

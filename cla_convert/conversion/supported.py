@@ -1,14 +1,29 @@
 """Whether a model can be converted, from headers alone: `inspect` tells it, a plan insists on it."""
 
+import re
+from typing import NamedTuple
+
 from ..errors import InputError
 from ..models.checkpoint import FLOATING, Checkpoint
 from ..models.families import Family, family_of
 from ..models.kinds import FULL, NOPE, SLIDING
 from ..models.shape import AttentionShape, shape_of
 
+_BUFFERS = re.compile(r"(^|\.)(position_ids|masked_bias|attn\.bias)$")
+"""Tables of whole numbers that old checkpoints store and nobody reads: no sign of packed weights."""
 
-def check_convertible(checkpoint: Checkpoint) -> tuple[Family, AttentionShape]:
-    """The model's family and the shape of its attention.
+
+class Convertible(NamedTuple):
+    """What is known of a model that can be converted."""
+
+    family: Family
+    shape: AttentionShape
+    unused: set[str]
+    """Tensors that its class has no place for."""
+
+
+def check_convertible(checkpoint: Checkpoint) -> Convertible:
+    """The model's family, the shape of its attention, and what the checkpoint holds beside the model.
 
     Raises:
         InputError: the family is not supported, the weights are quantised, or they are not what config.json describes.
@@ -19,16 +34,38 @@ def check_convertible(checkpoint: Checkpoint) -> tuple[Family, AttentionShape]:
             f"The model has layers of the kind {min(unknown)!r}",
             why=f"The CLA code of {family.model_type!r} knows {FULL} and {SLIDING} only.",
         )
-    infos = checkpoint.tensors.values()
-    if "quantization_config" in checkpoint.config or any(info.dtype not in FLOATING for info in infos):
+    if named := checkpoint.config.get("transformers_weights"):
+        raise InputError(
+            f"config.json names other weights: {named!r}",
+            why="With transformers_weights, transformers loads that file and not the usual ones.",
+            fix="Load the model with transformers and save it again, then convert that.",
+        )
+    packed = [n for n, info in checkpoint.tensors.items() if info.dtype not in FLOATING and not _BUFFERS.search(n)]
+    if checkpoint.config.get("quantization_config") is not None or packed:
         raise InputError(
             "The model's weights are quantised",
             why="Packed numbers cannot be pooled or fitted.",
             fix="Use the unquantised checkpoint of this model, or a GGUF file, which is dequantised.",
         )
-    if not any(info.file.endswith(".gguf") for info in infos):  # there, tensors have other names until dequantised
-        _check_layers(checkpoint, family, shape)
-    return family, shape
+    files = {info.file for info in checkpoint.tensors.values()}
+    if ggufs := [file for file in files if file.endswith(".gguf")]:  # tensors have other names until dequantised
+        from ..models.gguf_source import check
+
+        check(checkpoint.folder / ggufs[0])
+        return Convertible(family, shape, set())
+    _check_layers(checkpoint, family, shape)
+    return Convertible(family, shape, _unused(checkpoint, family))
+
+
+def _unused(checkpoint: Checkpoint, family: Family) -> set[str]:
+    from ..models.fit import unused_tensors
+
+    unused = unused_tensors(checkpoint.config, checkpoint.whole or checkpoint.tensors)
+    places = {name: place for name in unused if (place := family.place(name)) and place.module == family.fused}
+    for name, place in places.items():  # shown to all others as three
+        unused |= {family.tensor(place.layer, module, place.part) for module in ("q_proj", "k_proj", "v_proj")}
+        unused.remove(name)
+    return unused
 
 
 def _check_layers(checkpoint: Checkpoint, family: Family, shape: AttentionShape) -> None:
@@ -39,7 +76,7 @@ def _check_layers(checkpoint: Checkpoint, family: Family, shape: AttentionShape)
             if info is None:
                 raise InputError(
                     f"Layer {layer} has no {module}.weight",
-                    why=f"A {shape.model_type} checkpoint has one in every layer.",
+                    why=_why_missing(checkpoint, family.tensor(layer, module), shape.model_type),
                     fix="Check that the checkpoint is whole and that config.json belongs to it.",
                 )
             if info.shape[0] != rows:
@@ -53,3 +90,14 @@ def _check_layers(checkpoint: Checkpoint, family: Family, shape: AttentionShape)
             f"The checkpoint has a layer {max(extra)} where config.json promises {shape.num_layers} layers",
             fix="Check that config.json belongs to the weights.",
         )
+
+
+def _why_missing(checkpoint: Checkpoint, name: str, model_type: str) -> str:
+    """A prefix that a wrapper gave to all names (torch.compile, DDP, PEFT), if that is it."""
+    end = name.partition(".")[2]
+    if found := next((stored for stored in checkpoint.tensors if stored.endswith(end) and stored != name), None):
+        return (
+            f"It is stored as {found!r}: the model was saved inside a wrapper (torch.compile, DDP, PEFT), and "
+            "transformers would not find its weights either."
+        )
+    return f"A {model_type} checkpoint has one in every layer."

@@ -33,6 +33,8 @@ def kv_cache_of(model: Any, tokens: int = 64) -> dict[str, Any]:
     """What `measure_kv_cache` returns, of a loaded model."""
     from .quiet import quiet
 
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2 * tokens
+    tokens = min(tokens, longest // 2)
     with quiet():
         short, long = _measure(model, tokens), _measure(model, 2 * tokens)
     full = [b.sliding and 0 < b.bytes == a.bytes for a, b in zip(short, long, strict=True)]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..surrogates import replaced
 from .tasks.pack import Rows
 
 SPLITS = ("train", "validation", "test", "dev")
@@ -63,7 +64,8 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
             return parquet.read_table(path).to_pylist()
         # Not splitlines(): it also breaks at U+2028 and friends, which JSON strings may hold.
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        lines = path.read_text(encoding="utf-8").split("\n")
+        rows = replaced([json.loads(line) for line in lines if line.strip()], str(path))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read", why=str(error).splitlines()[0]) from error
     if not all(isinstance(row, dict) for row in rows):

@@ -67,13 +67,14 @@ def load(
     model_dir: Path, *, device: str, dtype: str, batch_size: int, max_length: int, accelerator: Any = None
 ) -> MeteredLM:
     """Load a folder (plain transformers or CLA) for lm-eval; contexts never exceed what the model was built for."""
-    from ..models.export import load_model, load_tokenizer
+    from ..models.export import load_model, load_tokenizer, loading
 
     place = str(accelerator.device) if accelerator is not None else device
     model = load_model(model_dir, dtype=dtype, device=place).eval()
     context = fed_tokens(model.config, max_length)
     tokenizer = load_tokenizer(model_dir)
-    return MeteredLM(model, tokenizer, batch_size=batch_size, context=context, accelerator=accelerator)
+    with loading(f"lm-eval cannot use the model in {model_dir}", "Check its config.json and its tokenizer."):
+        return MeteredLM(model, tokenizer, batch_size=batch_size, context=context, accelerator=accelerator)
 
 
 def fed_tokens(config: Any, max_length: int) -> int:

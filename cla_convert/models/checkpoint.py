@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from math import prod
 from pathlib import Path
@@ -70,15 +70,20 @@ class Checkpoint:
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
+    whole: dict[str, TensorInfo] = field(default_factory=dict)
+    """The same with fused projections as they are stored, for a family that has them."""
 
     @classmethod
     def open(cls, folder: Path, *, as_stored: bool = False) -> "Checkpoint":
         """Read config.json, the index and all headers. Raises InputError naming the file that is missing or broken.
 
+        What is read is what transformers loads: of two sets of weights model.safetensors, of shards all that they hold.
+
         Args:
             folder: in Hugging Face format.
             as_stored: show fused projections as they are.
         """
+        refuse_adapter(folder)
         config = _read_json(folder / "config.json")
         tensors: dict[str, TensorInfo] = {}
         for file, promised in _weight_files(folder).items():
@@ -89,7 +94,13 @@ class Checkpoint:
                     why="The index and the shards do not belong together.",
                     fix="Download the model again.",
                 )
-            tensors |= {name: header[name] for name in (promised or header)}
+            if twice := tensors.keys() & header.keys():
+                raise InputError(
+                    f"{file} and {tensors[min(twice)].file} both hold {min(twice)!r}",
+                    why="Nobody can say which of them belongs to the model.",
+                    fix="Remove the shards of another model, or download the model again.",
+                )
+            tensors |= header
         return cls(folder, config, tensors) if as_stored else cls.of(folder, config, tensors)
 
     @classmethod
@@ -102,8 +113,11 @@ class Checkpoint:
                 fix="Use the unquantised checkpoint of this model.",
             )
         family = FAMILIES.get(str(config.get("model_type")))
-        if family and family.fused and "quantization_config" not in config:  # packed rows are others
-            tensors = _split_fused(tensors, family, config)
+        if family is None:
+            return cls(folder, config, tensors)
+        tensors = _with_prefix(tensors, family)
+        if family.fused and config.get("quantization_config") is None:  # packed rows are others
+            return cls(folder, config, _split_fused(tensors, family, config), tensors)
         return cls(folder, config, tensors)
 
     def read(self, name: str) -> "Tensor":
@@ -184,6 +198,24 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return infos
 
 
+def refuse_adapter(folder: Path) -> None:
+    """Raise InputError if the folder holds a PEFT adapter, which transformers would load on top of a model."""
+    if (folder / "adapter_config.json").exists():
+        raise InputError(
+            f"{folder} holds an adapter (adapter_config.json)",
+            why="Its weights stand beside those of the model, which conversion would leave as they were before.",
+            fix="Merge it first: peft's merge_and_unload(), then save_pretrained(). Or remove the adapter's files.",
+        )
+
+
+def _with_prefix(tensors: dict[str, TensorInfo], family: Family) -> dict[str, TensorInfo]:
+    """Names as the causal model has them: a base model is stored without its prefix, which transformers adds too."""
+    prefix, _, layers = family.layers.partition(".")
+    if any(name.startswith(f"{prefix}.") for name in tensors) or not any(n.startswith(f"{layers}.") for n in tensors):
+        return tensors
+    return {name if name.startswith("lm_head.") else f"{prefix}.{name}": info for name, info in tensors.items()}
+
+
 def _split_fused(tensors: dict[str, TensorInfo], family: Family, config: dict[str, Any]) -> dict[str, TensorInfo]:
     """Replace every fused projection by its blocks of rows: q, then k, then v. Raises InputError if they do not fit."""
     rows = shape_of(config).projection_rows
@@ -208,6 +240,7 @@ def _split_fused(tensors: dict[str, TensorInfo], family: Family, config: dict[st
 
 def _weight_files(folder: Path) -> dict[str, set[str]]:
     """File name -> tensors the index promises in it (empty for a single file: all it has)."""
+    single = (folder / "model.safetensors").exists()
     if (folder / INDEX).exists():
         files: dict[str, set[str]] = {}
         weight_map = _read_json(folder / INDEX).get("weight_map")
@@ -217,8 +250,9 @@ def _weight_files(folder: Path) -> dict[str, set[str]]:
             files.setdefault(str(file), set()).add(name)
         for file in files:
             _refuse_outside(folder, file)
-        return files
-    if (folder / "model.safetensors").exists():
+        if not single or files.keys() == {"model.safetensors"}:
+            return files
+    if single:
         return {"model.safetensors": set()}
     raise InputError(
         f"{folder} has no safetensors weights",

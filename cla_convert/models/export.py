@@ -7,11 +7,14 @@ sidecar of the source byte for byte, and cla_manifest.json. One exporter writes 
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError
+from ..console import say
+from ..errors import ClaError, InputError, first_line
 from ..files import read_json, write_json
 from .checkpoint import FLOATING, Checkpoint
 from .classes import cla_classes as cla_classes
@@ -25,30 +28,36 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SHARD_SIZE = 5_000_000_000
+IMPLEMENTATIONS = ("_attn_implementation", "attn_implementation", "_attn_implementation_internal")
+"""Keys of a config.json that name code which need not be installed here. transformers writes none of them."""
 
 
 def load_model(folder: Path, *, dtype: "torch.dtype | str" = "auto", device: str = "cpu") -> "PreTrainedModel":
     """Load a causal language model (plain or CLA) from a local folder, in eval mode; code in the folder is never run.
 
+    Attention runs as transformers does by default, whatever implementation config.json names.
+
     Raises:
         InputError: transformers cannot build the model, weights are missing, or the installed transformers is not one
             that converted models of its family work with.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
-    source = Checkpoint.open(folder)  # names a truncated shard or an index that reaches outside; transformers would not
-    if converted_family(source.config):
-        check_interface(source.config["model_type"])
+    checkpoint = Checkpoint.open(folder)  # names a truncated shard or an index that reaches outside
+    if converted_family(checkpoint.config):
+        check_interface(checkpoint.config["model_type"])
     register()
     logging.disable_progress_bar()
-    try:
+    with loading(f"The model in {folder} cannot be loaded", "Check that config.json belongs to the weights."):
+        config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if stored := named_implementation(checkpoint.config):
+            _say_once(f"config.json asks for the attention {stored!r}: transformers' default is used instead")
+        config._attn_implementation = None
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=False, output_loading_info=True
+            folder, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True
         )
         model, info = loaded
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"The model in {folder} cannot be loaded", why=str(error).strip().splitlines()[0]) from error
     if info["missing_keys"]:
         raise InputError(
             f"The model in {folder} lacks weights",
@@ -63,19 +72,38 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     register()
-    try:
+    fix = "Put the model's tokenizer files (tokenizer.json, tokenizer_config.json) into the folder."
+    with loading(f"{folder} has no usable tokenizer", fix):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"{folder} has no usable tokenizer",
-            why=str(error).strip().splitlines()[0],
-            fix="Put the model's tokenizer files (tokenizer.json, tokenizer_config.json) into the folder.",
-        ) from error
+
+
+def named_implementation(config: Mapping[str, Any]) -> str | None:
+    """The attention that a config.json asks for, if it is one that is not part of transformers and torch."""
+    named = (config[key] for key in IMPLEMENTATIONS if config.get(key))
+    return next((str(name) for name in named if name not in ("eager", "sdpa")), None)
+
+
+@contextmanager
+def loading(what: str, fix: str) -> Iterator[None]:
+    """Turn what transformers and tokenizers raise while loading (KeyError, ImportError, ...) into an InputError."""
+    try:
+        yield
+    except (ClaError, MemoryError):
+        raise
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's: the caller knows what to do with less
+            raise
+        raise InputError(what, why=f"{type(error).__name__}: {first_line(error)}", fix=fix) from error
+
+
+@cache
+def _say_once(note: str) -> None:
+    say(note)
 
 
 def cla_config(source: Mapping[str, Any], family: Family, kv_source_layers: list[int], dtype: str) -> dict[str, Any]:
     """config.json of the converted model: the source's, with the CLA classes and the sharing map."""
-    dropped = {"_name_or_path", "quantization_config", "torch_dtype", "auto_map"}
+    dropped = {"_name_or_path", "quantization_config", "torch_dtype", "auto_map", *IMPLEMENTATIONS}
     return {
         **{key: value for key, value in source.items() if key not in dropped},
         "architectures": [family.class_name("ForCausalLM")],

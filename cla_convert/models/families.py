@@ -151,6 +151,12 @@ _MULTI_QUERY = Requirement(
     "With multi_query: false this family is multi-head attention, and interleaves the heads of q, k and v.",
     "Give a multi-query checkpoint (SantaCoder, StarCoder).",
 )  # fmt: skip
+_MINISTRAL = Requirement(
+    "layer_types", False,
+    "With layer_types, transformers loads a config.json of type 'mistral' as Ministral, whose layers see all of the "
+    "text or a window in turns. There is no CLA code for that family.",
+    "Supported are Mistral models all of whose layers attend alike.",
+)  # fmt: skip
 _QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
 _GEMMA = {"num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096}
 _GPT2_KEYS = {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "hidden_size": "n_embd"}
@@ -173,7 +179,7 @@ _ROWS = [
     Family("llama", "Llama", Code("Llama")),
     Family(
         "mistral", "Mistral", Code("Mistral", arguments=(FROM_CONFIG,)), kinds.windowed,
-        {"num_key_value_heads": 8, "sliding_window": 4096},
+        {"num_key_value_heads": 8, "sliding_window": 4096}, requires=(_MINISTRAL,),
     ),
     Family(
         "qwen2", "Qwen2", Code("Qwen2", arguments=(FROM_ATTENTION,), layer_types=True), kinds.late_windows, _QWEN,

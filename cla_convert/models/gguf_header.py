@@ -24,11 +24,21 @@ _SIZES = {
 }
 _MORE_SIZES = {
     "llama": {"rope.dimension_count": "head_dim"},
+    "phi3": {"attention.sliding_window": "sliding_window"},
     "gemma2": {"attention.key_length": "head_dim", "attention.sliding_window": "sliding_window"},
     "gemma3": {"attention.key_length": "head_dim", "attention.sliding_window": "sliding_window"},
     "qwen3moe": {"attention.key_length": "head_dim"},
 }
-"""What transformers reads of an architecture; of the others it leaves the rest to the defaults of its configuration."""
+"""What else tells an architecture's attention; of the others the rest follows from these or from defaults."""
+
+
+class Place(NamedTuple):
+    """Where a tensor lies."""
+
+    type: int
+    """Number of its type: F32, Q4_K, ..."""
+    start: int
+    """Byte of the file where it begins."""
 
 
 class Header(NamedTuple):
@@ -37,13 +47,14 @@ class Header(NamedTuple):
     metadata: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
     """Tensor name (as in GGUF) -> shape, outermost dimension first."""
+    places: dict[str, Place]
 
     def config(self) -> dict[str, Any]:
         """The part of a config.json that tells a model's family and attention, as transformers derives it."""
         architecture = str(self.metadata["general.architecture"])
         names = _SIZES | _MORE_SIZES.get(architecture, {})
         sizes = {ours: self.metadata.get(f"{architecture}.{name}") for name, ours in names.items()}
-        known = {key: value for key, value in sizes.items() if value is not None}
+        known = {key: value for key, value in sizes.items() if value not in (None, 0)}
         return {"model_type": _MODEL_TYPES.get(architecture, architecture)} | known
 
 
@@ -55,8 +66,11 @@ def read_gguf_header(path: Path) -> Header:
             raise ValueError("it does not begin as a GGUF file of version 2 or 3 does")
         tensors, entries = _number(file, "Q"), _number(file, "Q")
         metadata = {_string(file): _value(file, _number(file, "I")) for _ in range(entries)}
-        shapes = dict(_tensor(file) for _ in range(tensors))
-    return Header(metadata, shapes)
+        found = [_tensor(file) for _ in range(tensors)]
+        alignment = int(metadata.get("general.alignment", 32))
+        start = -(-file.tell() // alignment) * alignment
+    shapes = {name: shape for name, shape, _, _ in found}
+    return Header(metadata, shapes, {name: Place(kind, start + offset) for name, _, kind, offset in found})
 
 
 def _number(file: BinaryIO, code: str) -> Any:
@@ -84,8 +98,8 @@ def _value(file: BinaryIO, kind: int) -> Any:
     return None
 
 
-def _tensor(file: BinaryIO) -> tuple[str, tuple[int, ...]]:
+def _tensor(file: BinaryIO) -> tuple[str, tuple[int, ...], int, int]:
     name, dimensions = _string(file), _number(file, "I")
     shape = [_number(file, "Q") for _ in range(dimensions)]
-    file.seek(12, 1)  # type and offset
-    return name, tuple(reversed(shape))
+    kind, offset = _number(file, "I"), _number(file, "Q")
+    return name, tuple(reversed(shape)), kind, offset

@@ -1,16 +1,27 @@
-"""GGUF files: what they are, and dequantised to float32 safetensors with config and tokenizer, through transformers."""
+"""GGUF files: what they are, and dequantised to float32 safetensors with config and tokenizer.
+
+Tensors are read, dequantised and written one at a time. Everything that the file holds must have a place in the model,
+and the model must find everything that it needs: transformers' own reader passes over what it does not know.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..errors import ClaError, InputError
 from ..files import write_json
 from .checkpoint import Checkpoint, TensorInfo
 from .families import family_of
+from .fit import model_class, model_config, unused_tensors
+from .gguf_config import config_of
 from .gguf_header import Header, read_gguf_header
-from .writer import ShardWriter, infos_of, publishing
+from .gguf_names import ARCHITECTURES, Target, target_of
+from .gguf_rope import FACTOR_TENSORS
+from .writer import ShardWriter, check_disk, publishing
 
 
 def headers(path: Path) -> Checkpoint:
@@ -25,6 +36,12 @@ def headers(path: Path) -> Checkpoint:
         return Checkpoint(path.parent, header.config(), tensors)
 
 
+def check(path: Path) -> None:
+    """Raise InputError, by name, for a file that would not arrive whole in a model of transformers."""
+    with _explained(path):
+        _Model.read(path)
+
+
 def dequantise(path: Path, digest: str, out: Path) -> None:
     """Publish the model as a folder in Hugging Face format.
 
@@ -34,41 +51,101 @@ def dequantise(path: Path, digest: str, out: Path) -> None:
         out: folder to write.
 
     Raises:
-        InputError: the file is not whole, transformers does not know its architecture, or the family is not supported.
+        InputError: the file is not whole, the family is not supported, or a tensor or setting of the file has no place
+            in transformers' model.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, GenerationConfig
 
     with _explained(path):
-        header = read_gguf_header(path)
-        family_of(header.config())  # refuse an unsupported architecture before minutes of dequantising
-        origin = _origin(header) | {"file": path.name, "sha256": digest, "format": "gguf"}
-        model = _load(path)
-    config = model.config.to_diff_dict() | {"architectures": [type(model).__name__]}
-    for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
-        config.pop(key, None)
+        model = _Model.read(path)
+        origin = _origin(model.header) | {"file": path.name, "sha256": digest, "format": "gguf"}
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     with publishing(out) as staging:
-        tied = model._tied_weights_keys if config.get("tie_word_embeddings") else {}
-        state = {name: tensor for name, tensor in model.state_dict().items() if name not in (tied or {})}
-        writer = ShardWriter(staging, infos_of(state), max_shard_size=5_000_000_000)
-        for name, tensor in state.items():
-            writer.add(name, tensor)
-        writer.finish()
-        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(staging)
-        model.generation_config.save_pretrained(staging)
-        write_json(staging / "config.json", config)
+        check_disk(out, sum(info.nbytes for info in model.infos.values()))
+        with _explained(path):
+            model.write(ShardWriter(staging, model.infos, max_shard_size=5_000_000_000))
+        tokenizer.save_pretrained(staging)
+        config = model_config(model.config)
+        GenerationConfig.from_model_config(config).save_pretrained(staging)
+        settings = {"architectures": [model_class(config).__name__], "dtype": "float32"}
+        write_json(staging / "config.json", config.to_diff_dict() | settings)
         write_json(staging / "cla_source.json", origin)
 
 
-def _load(path: Path) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM, GgufConfig
+@dataclass(frozen=True)
+class _Model:
+    """A GGUF file as a model of transformers: what is in it, where it goes."""
 
-    return AutoModelForCausalLM.from_pretrained(
-        path.parent,
-        gguf_file=path.name,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.float32,
+    path: Path
+    header: Header
+    config: dict[str, Any]
+    targets: dict[str, Target]
+    infos: dict[str, TensorInfo]
+    """Of the tensors that will be written."""
+
+    @classmethod
+    def read(cls, path: Path) -> "_Model":
+        """From the header and the RoPE factors. Raises InputError for what has no place or is missing."""
+        header = read_gguf_header(path)
+        family_of(header.config())
+        architecture = str(header.metadata["general.architecture"])
+        if architecture not in ARCHITECTURES:
+            raise InputError(
+                f"GGUF files of the architecture {architecture!r} are not supported",
+                fix=f"Supported: {', '.join(ARCHITECTURES)}. Or use the safetensors checkpoint.",
+            )
+        found = {name: target_of(architecture, name) for name in header.shapes if name not in FACTOR_TENSORS}
+        targets = {name: target for name, target in found.items() if target}
+        if unknown := sorted(found.keys() - targets.keys()):
+            raise _no_place(unknown)
+        factors = {name: _contents(path, header, name) for name in FACTOR_TENSORS if name in header.shapes}
+        config = config_of(header, factors)
+        infos = {
+            part: TensorInfo(path.name, "F32", shape)
+            for name, target in targets.items()
+            for part, shape in target.parts(header.shapes[name]).items()
+        }
+        if unused := unused_tensors(config, infos):
+            raise _no_place(
+                [name for name, target in targets.items() if unused & target.parts(header.shapes[name]).keys()]
+            )
+        return cls(path, header, config, targets, infos)
+
+    def write(self, writer: ShardWriter) -> None:
+        """Dequantise every tensor."""
+        import torch
+
+        for name, target in self.targets.items():
+            heads = self.config["num_key_value_heads" if ".attn_k." in name else "num_attention_heads"]
+            parts = target.parts(self.header.shapes[name])
+            contents = target.contents(_contents(self.path, self.header, name), heads)
+            for part, tensor in zip(parts, contents, strict=True):
+                writer.add(part, torch.from_numpy(np.ascontiguousarray(tensor)))
+        writer.finish()
+
+
+def _no_place(names: list[str]) -> InputError:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return InputError(
+        f"The GGUF file has tensors that transformers' model has no place for: {', '.join(names[:3])}{more}",
+        why="The model would be another one without them.",
+        fix="Use the safetensors checkpoint of this model.",
     )
+
+
+def _contents(path: Path, header: Header, name: str) -> np.ndarray:
+    """One tensor in float32."""
+    from gguf import GGMLQuantizationType, quants
+
+    kind, shape = GGMLQuantizationType(header.places[name].type), header.shapes[name]
+    plain = {GGMLQuantizationType.F32: "<f4", GGMLQuantizationType.F16: "<f2", GGMLQuantizationType.F64: "<f8"}
+    stored = shape if kind in plain else quants.quant_shape_to_byte_shape(shape, kind)
+    count = int(np.prod(stored, dtype=np.int64))
+    data = np.fromfile(path, plain.get(kind, "u1"), count, offset=header.places[name].start)
+    if data.size != count:
+        raise ValueError(f"it ends within {name}")
+    data = data.reshape(stored)
+    return data.astype(np.float32) if kind in plain else quants.dequantize(data, kind).reshape(shape)
 
 
 def _origin(header: Header) -> dict[str, Any]:

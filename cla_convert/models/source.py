@@ -14,10 +14,13 @@ from ..console import say
 from ..errors import InputError, did_you_mean
 from ..files import write_json
 from . import gguf_source, hub
-from .checkpoint import INDEX, Checkpoint
+from .checkpoint import INDEX, Checkpoint, refuse_adapter
+from .pickles import pickled_files, read_pickles
 from .text_part import OF_IMAGES, has_text_part, text_part
 from .writer import ShardWriter, check_disk, infos_of, publishing
 
+_GGUF_READER = 2
+"""Raise it when the same file would become another folder: what an older reader wrote is not used then."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -84,9 +87,10 @@ def _package_file(model: str) -> Path:
 
 
 def _with_safetensors(folder: Path, allow_pickle: bool) -> Path:
+    refuse_adapter(folder)
     if (folder / INDEX).exists() or (folder / "model.safetensors").exists():
         return folder
-    ggufs, pickles = sorted(folder.glob("*.gguf")), sorted(folder.glob("pytorch_model*.bin"))
+    ggufs, pickles = sorted(folder.glob("*.gguf")), pickled_files(folder)
     if len(ggufs) == 1:
         return _from_gguf(ggufs[0])
     if not pickles:
@@ -108,22 +112,13 @@ def _with_safetensors(folder: Path, allow_pickle: bool) -> Path:
 
 def _from_pickle(folder: Path, pickles: list[Path]) -> Path:
     """Rewrite pytorch_model*.bin as safetensors in the cache, with everything else of the folder."""
-    import pickle
     import shutil
-
-    import torch
 
     out = _rewritten(folder, pickles)
     if out.exists():
         return out
     say(f"rewriting pickled weights as safetensors in {out}")
-    state: dict[str, torch.Tensor] = {}  # mapped, not in memory
-    for path in pickles:
-        try:
-            state |= torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise InputError(f"{path} cannot be loaded with weights_only=True", why=reason) from error
+    state = read_pickles(pickles)
     with publishing(out) as staging:
         writer = ShardWriter(staging, infos_of(state), max_shard_size=5_000_000_000)
         for name, tensor in state.items():
@@ -165,7 +160,7 @@ def _rewritten(folder: Path, weights: list[Path]) -> Path:
 def _from_gguf(path: Path) -> Path:
     """Dequantise a GGUF file into the cache."""
     digest = _sha256(path)
-    out = cache_folder() / "sources" / f"{path.stem}-{digest[:16]}"
+    out = cache_folder() / "sources" / f"{path.stem}-{digest[:16]}-{_GGUF_READER}"
     if not out.exists():
         say(f"dequantising {path.name} to float32 in {out}")
         gguf_source.dequantise(path, digest, out)

@@ -49,10 +49,11 @@ class ShardWriter:
             write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
     def add(self, name: str, tensor: "Tensor") -> None:
-        """Write a tensor. Raises InputError if the disk is full."""
+        """Write a tensor. Raises InputError if the disk is full, or the tensor is not finite."""
         info = self._tensors[name]
         kind = (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
         assert kind == (TORCH_NAMES[info.dtype], info.shape), f"{name} is {kind}, {info} was announced"
+        _refuse_infinite(name, tensor)
         with self._at(name) as file:
             _write_all(file, bytes_of(tensor.cpu().contiguous()))
 
@@ -114,6 +115,18 @@ def _write_all(file: FileIO, data: memoryview) -> None:
     """Unbuffered files write as much as they like: on Linux 2 GiB at most."""
     while data:
         data = data[file.write(data) :]
+
+
+def _refuse_infinite(name: str, tensor: "Tensor") -> None:
+    if not tensor.is_floating_point() or not tensor.numel():
+        return
+    if not all(end.isfinite() for end in tensor.aminmax()):  # NaN wins; needs no memory
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise InputError(
+            f"{name} is not finite in {dtype}",
+            why="It was not before, or its values are larger than this dtype can hold.",
+            fix="Ask for another dtype (--dtype bfloat16 or float32; source.dtype), or check the source's weights.",
+        )
 
 
 def infos_of(state: "Mapping[str, Tensor]") -> dict[str, TensorInfo]:

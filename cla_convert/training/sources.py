@@ -14,6 +14,7 @@ from ..console import say
 from ..errors import ClaError, InputError, did_you_mean
 from ..models.source import cache_folder
 from ..recipe import TextSource
+from ..surrogates import replaced
 
 SAMPLE = Path(__file__).parent.parent / "data" / "sample.parquet"
 SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".parquet")
@@ -207,6 +208,7 @@ def _document(row: Any, source: TextSource, where: str) -> Iterator[Document]:
             "Name the column of text with `text_field`.",
         )
     if text and not text.isspace():
+        text = replaced(text, f"text of {name_of(source)}")
         yield Document(text, str(row[source.document_field]) if source.document_field else text)
 
 

@@ -1,0 +1,106 @@
+"""What a tokenizer and lengths ask of a model, checked before work: errors that would otherwise come after hours."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .console import say, warn
+from .errors import InputError
+from .recipe import Recipe, TextFile
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def positions_of(config: Mapping[str, Any]) -> int | None:
+    """How many positions the model of a config.json was built for, if that says it."""
+    return _number(config, "max_position_embeddings") or _number(config, "n_positions")
+
+
+def _number(config: Mapping[str, Any], name: str) -> int | None:
+    """A size of the language model."""
+    text = config.get("text_config")
+    found = (text if isinstance(text, dict) else config).get(name)
+    return found if isinstance(found, int) else None
+
+
+def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", config: Mapping[str, Any]) -> None:
+    """Raise InputError if text can become token ids that the model's embedding does not have.
+
+    Special tokens that stand in no ordinary text (such as those of images) only cause a warning.
+    """
+    rows = _number(config, "vocab_size")
+    beyond = {token: number for token, number in tokenizer.get_vocab().items() if rows and number >= rows}
+    if not beyond:
+        return
+    own = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, *tokenizer("a").input_ids]
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    wrong = {token: number for token, number in beyond.items() if number in own or number not in special}
+    name, number = next(iter((wrong or beyond).items()))
+    if wrong:
+        raise InputError(
+            "The tokenizer is not the model's",
+            why=f"{len(wrong)} of its tokens have ids beyond the embedding of {rows}, such as {name!r}: {number}.",
+            fix="Use the tokenizer that belongs to the model, or enlarge its embedding (resize_token_embeddings).",
+        )
+    warn(f"{len(beyond)} special tokens have ids beyond the embedding of {rows}, such as {name!r}: not for use in text")
+
+
+def check_prefix(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Raise InputError if evaluation has nothing to begin a text with."""
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise InputError(
+            "The tokenizer has neither BOS nor EOS, so the model cannot be evaluated",
+            why="lm-eval begins a text with one of them, to predict the first token from something.",
+            fix="Name one in tokenizer_config.json (bos_token or eos_token).",
+        )
+
+
+def check_windows(texts: list[TextFile], config: Mapping[str, Any]) -> None:
+    """Raise InputError if a text is to be read in windows longer than the model's context."""
+    longest = positions_of(config)
+    for text in texts:
+        if longest and text.window > longest:
+            raise InputError(
+                f"eval.perplexity {text.name}: a window of {text.window} tokens does not fit",
+                why=f"The model was built for {longest}.",
+                fix=f"Set its window to {longest} or less.",
+            )
+
+
+def check_lengths(recipe: Recipe, config: Mapping[str, Any]) -> None:
+    """Raise InputError if training or sampling asks for more positions than the model has."""
+    longest = positions_of(config)
+    if longest is None:
+        return
+    asked = {"train.sequence_length": recipe.train.sequence_length} if recipe.train.tokens else {}
+    asked |= {
+        f"data.sources[{i}].generate.length": s.generate.length for i, s in enumerate(recipe.data.sources) if s.generate
+    }
+    for name, length in asked.items():
+        if length > longest:
+            raise InputError(
+                f"{name} is {length}, more than the model's {longest} positions", fix=f"Lower {name} to {longest}."
+            )
+
+
+def fitting_calibration(recipe: Recipe, config: Mapping[str, Any]) -> Recipe:
+    """The recipe with calibration sequences no longer than the model's context; a note says so."""
+    longest, wanted = positions_of(config), recipe.convert.calibration.sequence_length
+    if longest is None or wanted <= longest:
+        return recipe
+    say(f"calibrating on sequences of {longest} tokens, which is what the model was built for, and not of {wanted}")
+    calibration = recipe.convert.calibration.model_copy(update={"sequence_length": longest})
+    convert = recipe.convert.model_copy(update={"calibration": calibration})
+    return recipe.model_copy(update={"convert": convert})
+
+
+def check_evaluation(folder: Path, texts: list[TextFile]) -> None:
+    """Check tokenizer and windows of the model in `folder`. Raises InputError."""
+    from .models.checkpoint import Checkpoint
+    from .models.export import load_tokenizer
+
+    config, tokenizer = Checkpoint.open(folder).config, load_tokenizer(folder)
+    check_tokenizer(tokenizer, config)
+    check_prefix(tokenizer)
+    check_windows(texts, config)

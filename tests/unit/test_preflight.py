@@ -1,0 +1,138 @@
+"""Tokenizers and lengths that do not suit a model are said before work; halves of characters are read as U+FFFD."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cla_convert import surrogates
+from cla_convert.errors import InputError
+from cla_convert.evaluation.cache import kv_cache_of
+from cla_convert.evaluation.local_rows import local_splits
+from cla_convert.models.checkpoint import Checkpoint
+from cla_convert.models.export import load_model
+from cla_convert.pipeline import calibration_for, check_before_work, plan_for
+from cla_convert.preflight import check_evaluation, check_lengths, check_prefix, check_tokenizer, positions_of
+from cla_convert.recipe import Recipe, TextFile
+from cla_convert.recipe_file import load_recipe
+from cla_convert.run import Run
+from cla_convert.training.sources import documents
+from tests.conftest import byte_tokenizer
+from tests.tiny import save_tiny
+
+CONFIG = {"vocab_size": 258, "max_position_embeddings": 512}
+
+
+def test_ids_beyond_the_embedding():
+    check_tokenizer(byte_tokenizer(), CONFIG)
+    with pytest.raises(InputError, match="2 of its tokens have ids beyond the embedding of 256"):
+        check_tokenizer(byte_tokenizer(), {"vocab_size": 256})
+    for added in ({"eos_token": "<|im_end|>"}, {"bos_token": "<s>"}):
+        tokenizer = byte_tokenizer()
+        tokenizer.add_special_tokens(added)
+        with pytest.raises(InputError, match="not the model's"):
+            check_tokenizer(tokenizer, CONFIG)
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["word"])
+    with pytest.raises(InputError, match="'word': 258"):
+        check_tokenizer(tokenizer, CONFIG)
+
+
+def test_a_special_token_that_no_text_holds_is_only_warned_about(capsys):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    check_tokenizer(tokenizer, {"text_config": CONFIG})
+    assert "'<image>'" in capsys.readouterr().err
+
+
+def test_something_to_begin_with():
+    tokenizer = byte_tokenizer()
+    check_prefix(tokenizer)
+    tokenizer.bos_token = None
+    check_prefix(tokenizer)
+    tokenizer.eos_token = None
+    with pytest.raises(InputError, match="neither BOS nor EOS"):
+        check_prefix(tokenizer)
+
+
+def test_positions_by_every_name():
+    assert positions_of(CONFIG) == positions_of({"text_config": CONFIG}) == positions_of({"n_positions": 512}) == 512
+    assert positions_of({}) is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        (["train.tokens=100k", "train.loss=cross_entropy", "train.sequence_length=1024"], "train.sequence_length"),
+        (["data.sources=[{generate: {tokens: 100, length: 600}}]"], r"data.sources\[0\].generate.length"),
+        (["eval.perplexity=[{name: w, path: TEXT, window: 600}]"], "a window of 600"),
+    ],
+)
+def test_lengths_beyond_the_positions_are_refused_before_work(overrides, name, tmp_path):
+    (tmp_path / "text.txt").write_text("Some text. " * 50)
+    source = save_tiny("llama", tmp_path / "m")
+    overrides = [o.replace("TEXT", str(tmp_path / "text.txt")) for o in overrides]
+    common = [f"source.model={source}", "convert.init=mean", "eval.tasks=[arc_easy]", "eval.limit=1", "device=cpu"]
+    resolved = load_recipe(None, [*common, *overrides])
+    with pytest.raises(InputError, match=name):
+        check_before_work(Run.start(resolved, tmp_path / "run", overwrite=False))
+
+
+def test_without_training_its_length_means_nothing():
+    check_lengths(Recipe(), CONFIG)
+
+
+def test_calibration_is_cut_to_the_positions(tmp_path, capsys):
+    source = save_tiny("gpt_bigcode", tmp_path / "m", n_positions=64, max_position_embeddings=64)
+    recipe = load_recipe(None, [f"source.model={source}", "convert.calibration.tokens=1k", "device=cpu"]).recipe
+    plan_for(Checkpoint.open(source), recipe, "cpu")
+    calibration = calibration_for(recipe, source, "cpu")
+    assert calibration.tokens.shape[1] == 64
+    assert "sequences of 64 tokens" in capsys.readouterr().err
+
+
+def test_a_plan_that_calibrates_looks_at_the_tokenizer(tmp_path):
+    source = save_tiny("llama", tmp_path / "m")
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
+    tokenizer.save_pretrained(source)
+    with pytest.raises(InputError, match="not the model's"):
+        plan_for(Checkpoint.open(source), Recipe(), "cpu")
+    with pytest.raises(InputError, match="not the model's"):
+        check_evaluation(source, [])
+
+
+def test_evaluation_of_a_window(tmp_path):
+    source = save_tiny("llama", tmp_path / "m")
+    check_evaluation(source, [TextFile(name="a", path="a.txt", window=512)])
+    with pytest.raises(InputError, match="a window of 513"):
+        check_evaluation(source, [TextFile(name="a", path="a.txt", window=513)])
+
+
+def test_the_cache_is_measured_within_the_positions(tmp_path):
+    model = load_model(save_tiny("gpt_bigcode", tmp_path / "m", n_positions=64, max_position_embeddings=64))
+    assert kv_cache_of(model)["tokens"] == 32
+
+
+def half(folder: Path, name: str, key: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [{key: f"Row {i} of ordinary text."} for i in range(3)] + [{key: "cut in an emoji \ud83d", "n": ["\udc00"]}]
+    (folder / name).write_text("\n".join(map(json.dumps, rows)))
+    return folder / name
+
+
+def test_halves_of_characters_are_replaced_and_said_once(tmp_path, capsys):
+    surrogates._say.cache_clear()
+    path = half(tmp_path, "text.jsonl", "text")
+    recipe = load_recipe(None, [f"data.sources=[{{path: {path}}}]"]).recipe
+    for _ in range(2):
+        found = [document.content for document in documents(recipe.data.sources[0], 0)]
+    assert found[3] == "cut in an emoji \ufffd" and found[0] == "Row 0 of ordinary text."
+    assert capsys.readouterr().err.count("lone surrogates") == 1
+
+
+def test_halves_of_characters_in_rows_of_a_task(tmp_path):
+    half(tmp_path / "task", "test.jsonl", "question")
+    rows = local_splits(tmp_path / "task")["test"]
+    assert {"question": "cut in an emoji \ufffd", "n": ["\ufffd"]} in list(rows)
+    json.dumps(list(rows), ensure_ascii=False).encode()
