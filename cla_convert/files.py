@@ -15,6 +15,9 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+LARGEST_JSON = 1 << 28
+"""Bytes of a file that is read at once: more would be no JSON of ours, and many times as much in memory."""
+
 
 def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
     """Write `value` to a temporary file beside `path` and rename it: a crash never leaves half a file.
@@ -23,7 +26,8 @@ def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    # A lone surrogate, which JSON can name and UTF-8 cannot hold, is named again.
+    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
         json.dump(plain(value), file, indent=indent, ensure_ascii=False, allow_nan=False)
         file.write("\n")
         file.flush()
@@ -75,12 +79,27 @@ def sync(path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in `path`, or None where there is none: absent, not JSON, or not an object."""
+    """The JSON object in `path`, or None where there is no file. Raises InputError as `load_json` does."""
+    return load_json(path) if path.exists() else None
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`.
+
+    Raises:
+        InputError: it is missing, cannot be read, or holds no JSON object; so a damaged file is never taken for none.
+    """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
+        if (size := path.stat().st_size) > LARGEST_JSON:
+            raise ValueError(f"it has {size} bytes, more than {LARGEST_JSON}")
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read", why=f"{error}.", fix="Restore or remove it.") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} does not hold a JSON object", fix="Restore or remove it.")
+    return value
 
 
 def plain(value: Any) -> Any:

@@ -4,6 +4,7 @@ transformers' own model runs with stand-ins for its decoder layers, which write 
 positions, masks, rotary tables and logits are each family's own, and nothing here knows about families.
 """
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -60,7 +61,9 @@ class Shell:
         """
         self.source, self.device, self.family = source, device, family_of(config)
         classes = cla_classes(self.family)
-        settings = {key: value for key, value in config.items() if key not in ("model_type", "kv_source_layers")}
+        settings = copy.deepcopy(  # transformers' configurations fill in what they are given
+            {key: value for key, value in config.items() if key not in ("model_type", "kv_source_layers")}
+        )
         self.config: Any = classes["Config"](**settings)
         with torch.device("meta"):
             self._model = classes["ForCausalLM"](self.config).eval().requires_grad_(False)

@@ -6,14 +6,13 @@ sidecar of the source byte for byte, and cla_manifest.json. One exporter writes 
 """
 
 import importlib
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from ..files import write_json
+from ..files import read_json, write_json
 from .checkpoint import FLOATING, Checkpoint
 from .families import FAMILIES, Family
 from .writer import MANIFEST, ShardWriter, publishing
@@ -81,10 +80,10 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     register()
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # transformers raises whatever the files lead it to
         raise InputError(
             f"{folder} has no usable tokenizer",
-            why=str(error).strip().splitlines()[0],
+            why=f"{type(error).__name__}: {error}".splitlines()[0],
             fix="Put the model's tokenizer files (tokenizer.json, tokenizer_config.json) into the folder.",
         ) from error
 
@@ -173,6 +172,5 @@ def unstacked(tensors: "Mapping[str, torch.Tensor]", template: Path) -> "Mapping
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """cla_manifest.json of an output folder; empty for other folders."""
-    path = folder / MANIFEST
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """cla_manifest.json of an output folder; empty for other folders. Raises InputError if it is damaged."""
+    return read_json(folder / MANIFEST) or {}

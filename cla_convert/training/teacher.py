@@ -10,6 +10,7 @@ from ..console import human_bytes, say
 from ..errors import InputError
 from ..models.checkpoint import Checkpoint
 from ..models.export import load_model, load_tokenizer
+from ..models.tokenization import segmentation_difference
 from ..recipe import Train
 from .objective import check_head
 
@@ -22,7 +23,14 @@ def check_teacher(train: Train, student: Path, teacher: Path) -> None:
     if train.loss != "distill":
         return
     ours, theirs = (Checkpoint.open(folder).config for folder in (student, teacher))
-    _check_vocabulary(load_tokenizer(student).get_vocab(), load_tokenizer(teacher).get_vocab())
+    one, other = load_tokenizer(student), load_tokenizer(teacher)
+    _check_vocabulary(one.get_vocab(), other.get_vocab())
+    if found := segmentation_difference(one, other):
+        raise InputError(
+            "The teacher cuts text otherwise than the model to train",
+            why=f"{found[0].upper()}{found[1:]}.",
+            fix="Convert the source again if it is the teacher; or distil from a model with the same tokenizer.",
+        )
     if train.hidden_weight and ours.get("hidden_size") != theirs.get("hidden_size"):
         raise InputError(
             "Hidden states of different width cannot be matched",

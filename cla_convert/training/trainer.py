@@ -11,6 +11,7 @@ from ..console import human_count, say
 from ..errors import InputError
 from ..models.checkpoint import Checkpoint
 from ..models.export import load_model, load_tokenizer
+from ..models.tokenization import check_as_recorded
 from ..recipe import Recipe, Train
 from .compiling import choose_compile, compile_layers
 from .data import Sequences, TokenStore, held_out_rows, store_for
@@ -83,6 +84,7 @@ def set_up(
     check_trackers(settings.log_to)
     check_optimizer(settings)
     if data is None:
+        check_as_recorded(student_dir)
         check_teacher(settings, student_dir, teacher_dir)
         with team.leader_first():
             data = store_for(recipe, load_tokenizer(student_dir), teacher_dir, device)
