@@ -83,6 +83,14 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return load_json(path) if path.exists() else None
 
 
+def read_kept(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file of a cache; None where there is none, or a damaged one: what it held is made again."""
+    try:
+        return read_json(path)
+    except InputError:
+        return None
+
+
 def load_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`.
 

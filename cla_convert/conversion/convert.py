@@ -13,6 +13,7 @@ from ..errors import InputError
 from ..files import write_json
 from ..models.checkpoint import FLOATING, Checkpoint
 from ..models.export import cla_config, write_sidecars
+from ..models.fingerprint import fingerprint
 from ..models.tokenization import keep_tokenizer
 from ..models.writer import MANIFEST, ShardWriter, check_disk, check_output, publishing
 from .plan import Plan, TensorPlan
@@ -88,7 +89,7 @@ def manifest(plan: Plan, checkpoint: Checkpoint, calibration: Calibration | None
         "cla_convert": __version__,
         "source": {
             "folder": checkpoint.folder.name,
-            "fingerprint": checkpoint.fingerprint(),
+            "fingerprint": fingerprint(checkpoint.folder),
             **checkpoint.origin,
         },
         "sharing": plan.sharing,

@@ -5,7 +5,6 @@ model of any size without loading it and must name what is wrong with a broken f
 in the file and not through a map of it, whose pages would count as memory for as long as it is open.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Collection
@@ -139,15 +138,6 @@ class Checkpoint:
         path = self.folder / "cla_source.json"
         return _read_json(path) if path.exists() else {}
 
-    def fingerprint(self) -> str:
-        """sha256 over config, headers and 4 KiB samples of every weight file: fast at any size."""
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for name, info in sorted(self.tensors.items()):
-            digest.update(f"{name} {info.dtype} {info.shape}\n".encode())
-        for file in sorted({info.file for info in self.tensors.values()}):
-            digest.update(_samples(self.folder / file))
-        return digest.hexdigest()
-
 
 def bytes_of(tensor: "Tensor") -> memoryview:
     """The memory of a contiguous tensor on the CPU."""
@@ -250,13 +240,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{path} does not hold a JSON object")
     return value
-
-
-def _samples(path: Path, count: int = 64) -> bytes:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        parts = [str(size).encode()]
-        for i in range(count):
-            file.seek(size * i // count)
-            parts.append(file.read(4096))
-    return b"".join(parts)

@@ -15,8 +15,10 @@ TEXTS = (
     "  two  spaces   three    four, tab\there,\u00a0no-break\u3000wide \u200b\u200d zero\ufeff and an end   ",
     "\n\n",
     "Ünïcödé cafe\u0301 ﬁne Ångström №4 ½ Ⅷ １２３ ＡＢＣ ß ﷺ",
-    "Привет, мир! Καλημέρα שָׁלוֹם مرحبا ١٢٣٤ नमस्ते १२३ สวัสดีครับ ສະບາຍດີ こんにちは世界 カタカナ 안녕하세요 你好，2024年 中文字",
-    "👩‍👩‍👧‍👦👍🏽🇩🇪 ∑∫√≠ \\frac{a}{b} ```json\n{\"a\": [1, 2, 3.0], 'b': null}\n``` <b>&amp;</b> [x](y) ***!!!??? ...—–“”",
+    "Привет, мир! Καλημέρα שָׁלוֹם مرحبا ١٢٣٤ नमस्ते १२३ สวัสดีครับ",
+    "こんにちは世界 カタカナ 안녕하세요 你好，2024年 中文字",
+    "👩‍👩‍👧‍👦👍🏽🇩🇪 ∑∫√≠ \\frac{a}{b}",
+    "```json\n{\"a\": [1, 2, 3.0], 'b': null}\n``` <b>&amp;</b> [x](y) ***!!!??? ...—–“”",
     "<s> </s> <unk> <pad> <|endoftext|> [INST] <|im_start|>user\n",
     "",
 )  # fmt: skip
@@ -30,9 +32,9 @@ def texts_for(tokenizer: Any) -> list[str]:
     return [*TEXTS, *(f"{token}a2024{token} b {token}  {token}\n" for token in every)]
 
 
-def ids_of(tokenizer: Any, texts: list[str], **options: Any) -> list[list[int]]:
+def ids_of(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     """The ids of each text."""
-    return [list(tokenizer(text, **options)["input_ids"]) for text in texts]
+    return [list(tokenizer(text)["input_ids"]) for text in texts]
 
 
 def digest_of(tokenizer: Any) -> str:

@@ -5,12 +5,12 @@ stage (plan, convert, teacher, evaluation) reads one and the same folder.
 """
 
 import hashlib
-import os
 import re
 from importlib.util import find_spec
 from pathlib import Path
 
 from ..console import say
+from ..environment import cache_folder
 from ..errors import InputError, did_you_mean
 from ..files import write_json
 from . import gguf_source, hub
@@ -19,11 +19,6 @@ from .text_part import OF_IMAGES, has_text_part, text_part
 from .writer import ShardWriter, check_disk, infos_of, publishing
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-
-
-def cache_folder() -> Path:
-    """Where rewritten sources and cached results live: $CLA_CONVERT_CACHE or ~/.cache/cla-convert."""
-    return Path(os.environ.get("CLA_CONVERT_CACHE", Path.home() / ".cache" / "cla-convert"))
 
 
 def resolve_source(

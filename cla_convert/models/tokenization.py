@@ -1,11 +1,10 @@
 """The same text becomes the same tokens: a converted model's tokenizer is held to its source's.
 
 AutoTokenizer chooses a class by the `model_type` of config.json. It has no entry for `cla_*`, so there the class that
-tokenizer_config.json declares wins, and many declared classes are wrong: they build their own pre-tokenizer over the one
-of tokenizer.json and cut "2024" elsewhere. So an output declares the class that its source really loads with.
+tokenizer_config.json declares wins, and many declared classes are wrong: they build their own pre-tokenizer over the
+one of tokenizer.json and cut "2024" elsewhere. So an output declares the class that its source really loads with.
 """
 
-import json
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,17 +87,15 @@ def difference(one: "PreTrainedTokenizerBase", other: "PreTrainedTokenizerBase")
 
 def segmentation_difference(one: "PreTrainedTokenizerBase", other: "PreTrainedTokenizerBase") -> str | None:
     """The first text that two tokenizers of one vocabulary cut differently; what they put around a text may differ."""
-    texts = list(probe.TEXTS)
-    plain: dict[str, Any] = {"add_special_tokens": False}
-    for text, left, right in zip(
-        texts, probe.ids_of(one, texts, **plain), probe.ids_of(other, texts, **plain), strict=True
-    ):
+    for text in probe.TEXTS:
+        left, right = (t.encode(text, add_special_tokens=False) for t in (one, other))
         if left != right:
             return _told(text, one, other, left, right)
     return None
 
 
 def _told(text: str, one: Any, other: Any, left: list[int], right: list[int]) -> str:
+    """Where the ids of a text part."""
     at = next(i for i, (a, b) in enumerate(zip_longest(left, right)) if a != b)
     first, second = (t.convert_ids_to_tokens(ids[at : at + 3]) for t, ids in ((one, left), (other, right)))
     return f"{text[:40]!r} is {len(left)} tokens against {len(right)}, {first} against {second} from token {at} on"

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from ..console import human_count, say
+from ..environment import cache_folder
 from ..errors import InputError
-from ..models.source import cache_folder
 from ..models.writer import disk_full_is_an_input_error
 from ..recipe import Data, Recipe, Train
 from .mixture import Mixture

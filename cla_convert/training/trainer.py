@@ -9,8 +9,8 @@ import torch
 
 from ..console import human_count, say
 from ..errors import InputError
-from ..models.checkpoint import Checkpoint
 from ..models.export import load_model, load_tokenizer
+from ..models.fingerprint import fingerprint
 from ..models.tokenization import check_as_recorded
 from ..recipe import Recipe, Train
 from .compiling import choose_compile, compile_layers
@@ -143,8 +143,8 @@ def run_identity(student_dir: Path, teacher_dir: Path, recipe: Recipe, trainer: 
         "train.precision": trainer.precision.name,  # what `auto` came to
         "seed": recipe.seed,
         "data": trainer.data.digest,
-        "model": Checkpoint.open(student_dir).fingerprint(),
-        "teacher": Checkpoint.open(teacher_dir).fingerprint() if recipe.train.loss == "distill" else None,
+        "model": fingerprint(student_dir),
+        "teacher": fingerprint(teacher_dir) if recipe.train.loss == "distill" else None,
         "device": trainer.precision.device_type,
     }
 

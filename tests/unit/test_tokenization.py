@@ -17,7 +17,7 @@ from cla_convert.models.checkpoint import Checkpoint
 from cla_convert.models.export import load_tokenizer, register
 from cla_convert.models.families import FAMILIES
 from cla_convert.models.tokenization import check_as_recorded, difference, keep_tokenizer, segmentation_difference
-from cla_convert.models.verify import verify_model
+from cla_convert.models.verify import verify_models
 from cla_convert.training.teacher import check_teacher
 from tests.tiny import save_tiny
 
@@ -31,7 +31,8 @@ TEXT = "2024 people, 19,790  tokens"
 
 def byte_level(pre_tokenizer: Any, *, unused: int = 0) -> Tokenizer:
     merges = [("2", "0"), ("2", "4"), ("20", "2"), ("Ġ", "t"), ("Ġ", "Ġ"), ("Ċ", "Ċ")]
-    pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges), *(f"unused{i}" for i in range(unused))]
+    pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
+    pieces += [f"unused{i}" for i in range(unused)]
     vocab = {"<|endoftext|>": 0} | {piece: i for i, piece in enumerate(pieces, 1)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizer, decoders.ByteLevel()
@@ -169,10 +170,9 @@ def models_(tmp_path: Path) -> tuple[Path, Path]:
     return source, out
 
 
-def test_a_conversion_keeps_the_ids_and_verify_notices_when_they_change(models_: tuple[Path, Path], distill: Any):
+def test_a_conversion_keeps_the_ids_and_training_refuses_when_they_change(models_: tuple[Path, Path], distill: Any):
     source, out = models_
     assert ids(out) == ids(source)
-    assert verify_model(out)["checks"]["text becomes the tokens of the source"]
     check_as_recorded(out)
     check_teacher(distill, out, source)
 
@@ -181,20 +181,22 @@ def test_a_conversion_keeps_the_ids_and_verify_notices_when_they_change(models_:
         check_as_recorded(out)
     with pytest.raises(InputError, match="cuts text otherwise"):
         check_teacher(distill, out, source)
-    with pytest.raises(InputError, match="failed verification") as refused:
-        verify_model(out)
-    assert "text becomes the tokens of the source" in refused.value.why
 
 
-def test_verify_knows_without_a_record_too(models_: tuple[Path, Path]):
+def test_verify_compares_with_the_record_and_without_one_with_the_family(models_: tuple[Path, Path]):
     source, out = models_
-    manifest = json.loads((out / "cla_manifest.json").read_text())
-    del manifest["tokenizer"]
-    (out / "cla_manifest.json").write_text(json.dumps(manifest))
-    verify_model(out)
-    shutil.copyfile(source / "tokenizer_config.json", out / "tokenizer_config.json")
-    with pytest.raises(InputError, match="failed verification"):
-        verify_model(out)
+    changed = shutil.copytree(out, out.with_name("changed"))
+    shutil.copyfile(source / "tokenizer_config.json", changed / "tokenizer_config.json")
+    unrecorded = {folder: shutil.copytree(folder, folder.with_name(f"{folder.name}-old")) for folder in (out, changed)}
+    for folder in unrecorded.values():
+        manifest = json.loads((folder / "cla_manifest.json").read_text())
+        assert len(manifest.pop("tokenizer")["ids"]) == 64
+        (folder / "cla_manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="changed failed verification") as refused:
+        verify_models([out, unrecorded[out], changed])
+    assert refused.value.why == "Failed: text becomes the tokens of the source."
+    with pytest.raises(InputError, match="changed-old failed verification"):
+        verify_models([unrecorded[changed]])
 
 
 @pytest.fixture
