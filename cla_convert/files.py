@@ -24,15 +24,23 @@ def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
 
     Numbers that JSON cannot hold (NaN, infinity) are written as null.
     """
+    text = json.dumps(plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    # A lone surrogate, which JSON can name and UTF-8 cannot hold, is named again.
+    write_bytes(path, f"{text}\n".encode(errors="backslashreplace"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file as `write_json` does: whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    # A lone surrogate, which JSON can name and UTF-8 cannot hold, is named again.
-    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        json.dump(plain(value), file, indent=indent, ensure_ascii=False, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from ..environment import command_line
-from ..files import read_json
+from ..files import read_json, write_bytes
 from ..models.checkpoint import ELEMENT_SIZE, FLOATING
 from ..models.shape import shape_of
 from ..models.writer import MANIFEST
@@ -49,7 +49,7 @@ def write_model_card(folder: Path, report: Json, source_card: str | None = None,
         fields["model-index"] = measured
     body = environment().get_template("model_card.md.j2").render(report=report, name=folder.name)
     path = folder / "README.md"
-    path.write_text(f"{_front(fields)}\n{body}", encoding="utf-8")
+    _write(path, f"{_front(fields)}\n{body}")
     return path
 
 
@@ -76,7 +76,7 @@ def rename_card(folder: Path, name: str) -> None:
         entry["name"] = name.rsplit("/", 1)[-1]
     body = text.split("\n---\n", 1)[1].replace(f"# {folder.name}\n", f"# {name}\n", 1)
     body = body.replace(f'folder = "{folder.name}"', f'folder = "{name}"', 1)
-    path.write_text(_front(fields) + body, encoding="utf-8")
+    _write(path, _front(fields) + body)
 
 
 def described(folder: Path, train: Json | None = None) -> Json:
@@ -121,6 +121,11 @@ def source_card(folder: Path) -> str | None:
 def is_hub_id(model: Any) -> bool:
     """Whether `model` names a model on the hub: the hub refuses a card whose base_model is a local path."""
     return isinstance(model, str) and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", model)) and not Path(model).exists()
+
+
+def _write(path: Path, text: str) -> None:
+    """By rename: in place of a link that stands there, and never into what it leads to."""
+    write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def _front(fields: Json) -> str:
