@@ -212,7 +212,7 @@ def output(rng: random.Random, given: Path, out: Path) -> list[object]:
 
 
 KINDS: list[Case] = [config, index, header, sidecar, gguf, recipe, run_folder, resumed, output]
-WEIGHTS = [25, 10, 15, 8, 15, 12, 20, 5, 2]
+WEIGHTS = [27, 12, 18, 9, 16, 8, 6, 2, 2]
 
 
 def inputs(folder: Path) -> Path:

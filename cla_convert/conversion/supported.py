@@ -42,9 +42,10 @@ def _check_layers(checkpoint: Checkpoint, family: Family, shape: AttentionShape)
                     why=f"A {shape.model_type} checkpoint has one in every layer.",
                     fix="Check that the checkpoint is whole and that config.json belongs to it.",
                 )
-            if info.shape[:1] != (rows,):
+            found = info.shape[0] if info.shape else 0
+            if found != rows:
                 raise InputError(
-                    f"{family.tensor(layer, module)} has {info.shape[0] if info.shape else 0} rows where config.json promises {rows}",
+                    f"{family.tensor(layer, module)} has {found} rows where config.json promises {rows}",
                     fix="Check that config.json belongs to the weights.",
                 )
     places = filter(None, map(family.place, checkpoint.tensors))

@@ -46,7 +46,7 @@ def dequantise(path: Path, digest: str, out: Path) -> None:
     config = model.config.to_diff_dict() | {"architectures": [type(model).__name__]}
     for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         config.pop(key, None)
-    with publishing(out) as staging:
+    with _explained(path), publishing(out) as staging:
         tied = model._tied_weights_keys if config.get("tie_word_embeddings") else {}
         state = {name: tensor for name, tensor in model.state_dict().items() if name not in (tied or {})}
         writer = ShardWriter(staging, infos_of(state), max_shard_size=5_000_000_000)

@@ -1,4 +1,4 @@
-"""Whatever is in a file: an exit code that means something, no traceback, nothing half-written, bounded memory and time.
+"""Whatever is in a file: an exit code that says so, no traceback, nothing half-written, bounded memory and time.
 
 CLA_HOSTILE_CASES=10000 runs all that were run before a release; CLA_HOSTILE_SEED=7 runs others.
 """
