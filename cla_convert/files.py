@@ -118,6 +118,12 @@ def load_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def stays_in(path: Path, folder: Path) -> bool:
+    """Whether a file lies in `folder`, links followed; or where the hub's cache keeps the files of a snapshot."""
+    target, root = path.resolve(), folder.resolve()
+    return target.is_relative_to(root) or target.is_relative_to(root.parent.parent / "blobs")
+
+
 def plain(value: Any) -> Any:
     """`value` with tuples as lists, numpy scalars as Python numbers, paths as text, non-finite numbers as None."""
     if isinstance(value, dict):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from ..files import load_json
+from ..files import load_json, stays_in
 from .families import FAMILIES, Family
 from .shape import shape_of
 
@@ -128,9 +128,10 @@ class Checkpoint:
         return sorted(f for f in files if f.suffix not in _WEIGHTS and f.name not in _REWRITTEN)
 
     def copy_sidecars(self, out: Path, *, without: Collection[str] = ()) -> None:
-        """Copy them into `out`, but for those named."""
+        """Copy them into `out`, but for those named. Raises InputError for a link to a file that is of no model."""
         for file in self.sidecars:
             if file.name not in without:
+                _refuse_astray(file, self.folder)
                 copy = out / file.relative_to(self.folder)
                 copy.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, copy)
@@ -223,6 +224,17 @@ def _weight_files(folder: Path) -> dict[str, set[str]]:
         why=f"It has neither model.safetensors nor {INDEX}.",
         fix="Give a folder in Hugging Face format, a .gguf file or a hub id.",
     )
+
+
+def _refuse_astray(file: Path, folder: Path) -> None:
+    """An output may be published, and a downloaded folder may hold a link to a private key."""
+    target = file.resolve()
+    if not stays_in(file, folder) and not (target.parent / "config.json").exists():
+        raise InputError(
+            f"{file} is a link to {target}, which lies in no model folder",
+            why="It would be copied into the output.",
+            fix="Remove the link, or put the file itself there.",
+        )
 
 
 def _refuse_outside(folder: Path, file: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ClaError, InputError
-from ..files import read_json
+from ..files import read_json, stays_in
 from ..recipe_file import read_yaml
 
 POINTS = ("before", "converted", "after", "control")
@@ -16,6 +16,8 @@ POINTS = ("before", "converted", "after", "control")
 on the same tokens, where a control was asked for."""
 
 Json = dict[str, Any]
+
+_SHOWN = ("*.json", "*.jsonl", "*.yaml", "control/*.json*", "eval/*.json", "eval/*/*.json", "eval/*/*/*.json")
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ def read_run_folder(path: Path) -> RunFolder:
             why="It has none of recipe.yaml, plan.json, convert.json and eval/.",
             fix="Give the folder that was passed as --out to `cla-convert run`.",
         )
+    _refuse_links(path)
     return RunFolder(
         path=path,
         recipe=read_yaml(path / "recipe.yaml") if (path / "recipe.yaml").exists() else {},
@@ -79,6 +82,17 @@ def read_run_folder(path: Path) -> RunFolder:
         comparison=read_json(path / "eval" / "comparison.json") or {},
         bench=read_json(path / "bench.json") or {},
     )
+
+
+def _refuse_links(path: Path) -> None:
+    """Raise InputError if a file that a report shows is a link to outside of the run folder."""
+    files = [file for pattern in _SHOWN for file in path.glob(pattern)]
+    if astray := [file for file in files if not stays_in(file, path)]:
+        raise InputError(
+            f"{min(astray)} is a link to outside of the run folder",
+            why="A report must not show other files of this machine.",
+            fix="Put the file itself there.",
+        )
 
 
 @contextmanager
