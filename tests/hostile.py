@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 ALLOWED = {0, 2, 3, 4}
+OUT_OF_MEMORY = ("MemoryError", "can't allocate memory", "not enough memory", "Cannot allocate memory")
 MEMORY, SECONDS = 1_000_000_000, 10
 Case = Callable[[random.Random, Path, Path], list[object]]
 """Changes files in the first folder (a copy of all inputs) and returns a command line that writes to the second."""
@@ -274,6 +275,7 @@ def judged(number: int, seed: int, kind: Case, pristine: Path, work: Path) -> st
     code, seconds, log = run_limited(["cla-convert", *line], work)
     wrong = [
         f"exit {code}" if code not in ALLOWED else "",
+        "memory" if any(word in log for word in OUT_OF_MEMORY) else "",
         "traceback" if "Traceback (most recent call last)" in log else "",
         f"{seconds:.1f} s" if seconds > SECONDS else "",
         f"left {left}" if (left := half_written(out)) else "",

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from ..files import write_json
 from .checkpoint import Checkpoint, TensorInfo
 from .families import family_of
 from .gguf_header import Header, read_gguf_header
+from .shape import shape_of
 from .writer import ShardWriter, infos_of, publishing
 
 
@@ -41,6 +43,7 @@ def dequantise(path: Path, digest: str, out: Path) -> None:
     with _explained(path):
         header = read_gguf_header(path)
         family_of(header.config())  # refuse an unsupported architecture before minutes of dequantising
+        _check_sizes(header, path.stat().st_size)
         origin = _origin(header) | {"file": path.name, "sha256": digest, "format": "gguf"}
         model = _load(path)
     config = model.config.to_diff_dict() | {"architectures": [type(model).__name__]}
@@ -57,6 +60,20 @@ def dequantise(path: Path, digest: str, out: Path) -> None:
         model.generation_config.save_pretrained(staging)
         write_json(staging / "config.json", config)
         write_json(staging / "cla_source.json", origin)
+
+
+def _check_sizes(header: Header, size: int) -> None:
+    """Raise ValueError, InputError for sizes that the tensors do not have: the model is built before they are read."""
+    if sum(prod(shape) for shape in header.shapes.values()) > 8 * size:
+        raise ValueError(f"the header describes more numbers than {size} bytes can hold")
+    layers = {name.split(".")[1] for name in header.shapes if name.startswith("blk.")}
+    if (promised := shape_of(header.config()).num_layers) != len(layers):
+        raise ValueError(f"block_count is {promised}, and there are tensors of {len(layers)} layers")
+    dimensions = {count for shape in header.shapes.values() for count in shape}
+    for key in ("embedding_length", "feed_forward_length", "expert_count", "expert_feed_forward_length"):
+        found = header.metadata.get(f"{header.metadata['general.architecture']}.{key}")
+        if found and found not in dimensions:
+            raise ValueError(f"{key} is {found}, and no tensor has that size")
 
 
 def _load(path: Path) -> Any:

@@ -33,8 +33,8 @@ def environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined, finalize=formats.guarded,
     )  # fmt: skip
     named = ["cell", "fenced", "quoted", "percent", "points", "points_interval", "number", "ratio", "factor", "times",
-             "rate", "change", "cla_cost", "cost_interval", "found", "layer_bytes", "interval", "bracket", "count", "integer",
-             "duration", "model_name", "changed"]  # fmt: skip
+             "rate", "change", "cla_cost", "cost_interval", "found", "layer_bytes", "interval", "bracket", "count",
+             "integer", "duration", "model_name", "changed"]  # fmt: skip
     env.filters |= {name: getattr(formats, name) for name in named}
     env.filters |= {"p": formats.p_value, "bytes": formats.size, "yaml": formats.to_yaml}
     env.filters |= {"groups": formats.groups_text, "hardware": formats.hardware_line}
