@@ -70,9 +70,10 @@ def _check_sizes(header: Header, size: int) -> None:
     if (promised := shape_of(header.config()).num_layers) != len(layers):
         raise ValueError(f"block_count is {promised}, and there are tensors of {len(layers)} layers")
     dimensions = {count for shape in header.shapes.values() for count in shape}
-    for key in ("embedding_length", "feed_forward_length", "expert_count", "expert_feed_forward_length"):
-        found = header.metadata.get(f"{header.metadata['general.architecture']}.{key}")
-        if found and found not in dimensions:
+    sizes = {key.partition(".")[2]: value for key, value in header.metadata.items()}
+    dense = [] if sizes.get("expert_count") else ["feed_forward_length"]  # which models of experts may leave unused
+    for key in ("embedding_length", *dense):
+        if isinstance(found := sizes.get(key), int) and found not in dimensions:
             raise ValueError(f"{key} is {found}, and no tensor has that size")
 
 
