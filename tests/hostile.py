@@ -330,7 +330,8 @@ def _run(line: list[str], log: Path, work: Path) -> None:
     except BaseException:
         traceback.print_exc()
         code = 1
-    sys.stdout.flush(), sys.stderr.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(code)
 
 

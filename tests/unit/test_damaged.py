@@ -131,6 +131,13 @@ def test_a_damaged_recipe_is_an_error_and_no_other_margin(content: str, run_dir:
         check_same_recipe(run_dir, Recipe(), overwrite=False)
 
 
+def test_an_environment_of_another_type_is_found_before_the_work(tmp_path: Path):
+    write_json(tmp_path / "environment.json", {"stages": ["plan", 3]})
+    run = Run(tmp_path, Recipe(), tmp_path, tmp_path, "cpu")
+    with pytest.raises(InputError, match=r"environment\.json is damaged"), run.timed("plan"):
+        pytest.fail("the work began")
+
+
 def test_results_of_another_type_are_an_error(run_dir: Path):
     write_json(run_dir / "eval" / "after" / "results.json", {"tasks": {"piqa": 3}})
     with pytest.raises(InputError, match="cannot be read"):
