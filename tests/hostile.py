@@ -354,6 +354,8 @@ def find(cases: int, seed: int = 0, only: str = "", one: int | None = None) -> l
         assert run_limited(["cla-convert", *map(str, line)], work)[0] == 0, (work / "log").read_text()
         for number in range(cases) if one is None else [one]:
             kind = random.Random(f"{seed} {number} kind").choices(KINDS, WEIGHTS)[0]
+            if number and number % 100 == 0:
+                print(f"{number} cases, {len(found)} faults so far", file=sys.stderr, flush=True)
             if only and kind.__name__ != only:
                 continue
             if wrong := judged(number, seed, kind, pristine, work):
