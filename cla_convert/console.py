@@ -31,7 +31,9 @@ def warn(message: str) -> None:
 
 def data(text: str) -> None:
     """Print a result (stdout)."""
-    print(text, flush=True)
+    # What a file says may hold lone surrogates, and a terminal may know less than Unicode.
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, errors="backslashreplace").decode(encoding), flush=True)
 
 
 def data_json(value: dict[str, Any]) -> None:

@@ -12,6 +12,11 @@ from .errors import UsageError
 PACKAGES = ["cla-convert", "torch", "transformers", "safetensors", "lm-eval", "datasets", "tokenizers", "numpy", "gguf"]
 
 
+def cache_folder() -> Path:
+    """Where rewritten sources and cached results live: $CLA_CONVERT_CACHE or ~/.cache/cla-convert."""
+    return Path(os.environ.get("CLA_CONVERT_CACHE", Path.home() / ".cache" / "cla-convert"))
+
+
 def pick_device(wanted: str = "auto") -> str:
     """`auto` -> cuda, mps or cpu, whichever is there first. Raises UsageError for a device that is not."""
     import torch

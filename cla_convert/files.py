@@ -15,20 +15,32 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+LARGEST_JSON = 1 << 28
+"""Bytes of a file that is read at once: more would be no JSON of ours, and many times as much in memory."""
+
 
 def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
     """Write `value` to a temporary file beside `path` and rename it: a crash never leaves half a file.
 
     Numbers that JSON cannot hold (NaN, infinity) are written as null.
     """
+    text = json.dumps(plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    # A lone surrogate, which JSON can name and UTF-8 cannot hold, is named again.
+    write_bytes(path, f"{text}\n".encode(errors="backslashreplace"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file as `write_json` does: whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(plain(value), file, indent=indent, ensure_ascii=False, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -75,12 +87,41 @@ def sync(path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in `path`, or None where there is none: absent, not JSON, or not an object."""
+    """The JSON object in `path`, or None where there is no file. Raises InputError as `load_json` does."""
+    return load_json(path) if path.exists() else None
+
+
+def read_kept(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file of a cache; None where there is none, or a damaged one: what it held is made again."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(path)
+    except InputError:
         return None
-    return value if isinstance(value, dict) else None
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`.
+
+    Raises:
+        InputError: it is missing, cannot be read, or holds no JSON object; so a damaged file is never taken for none.
+    """
+    try:
+        if (size := path.stat().st_size) > LARGEST_JSON:
+            raise ValueError(f"it has {size} bytes, more than {LARGEST_JSON}")
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read", why=f"{error}.", fix="Restore or remove it.") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} does not hold a JSON object", fix="Restore or remove it.")
+    return value
+
+
+def stays_in(path: Path, folder: Path) -> bool:
+    """Whether a file lies in `folder`, links followed; or where the hub's cache keeps the files of a snapshot."""
+    target, root = path.resolve(), folder.resolve()
+    return target.is_relative_to(root) or target.is_relative_to(root.parent.parent / "blobs")
 
 
 def plain(value: Any) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .console import human_count, say
-from .environment import command_line
+from .environment import cache_folder, command_line
 from .files import alone_in, read_json, write_json
 from .preflight import (
     check_evaluation,
@@ -168,7 +168,6 @@ def evaluate(run: Run) -> dict[str, Any]:
     """Measure the same things on the source, the converted and the uptrained model, and compare."""
     from .evaluation.comparison import write_comparison
     from .evaluation.points import Bench, evaluate_points
-    from .models.source import cache_folder
 
     out, cache = run.folder / "eval", cache_folder() / "eval"
     results = evaluate_points(run.points, run.recipe.eval, Bench(out, run.device, run.recipe.seed, texts(run), cache))
@@ -230,7 +229,6 @@ def plan_for(checkpoint: Any, recipe: Recipe, device: str) -> Any:
     from .models.export import load_tokenizer
     from .models.self_test import check_interface
     from .models.shape import shape_of
-    from .models.source import cache_folder
     from .training.data import calibration_tokens
 
     check_interface(checkpoint.config.get("model_type", ""))

@@ -11,6 +11,8 @@ from pydantic import ValidationError
 from .errors import UsageError, did_you_mean
 from .recipe import Recipe, Section
 
+_MOST_VALUES = 10_000
+
 
 @dataclass(frozen=True)
 class Resolved:
@@ -67,7 +69,7 @@ def load_recipe(path: str | Path | None, assignments: list[str] | None = None) -
     Raises:
         UsageError: the file is missing or not YAML, or a key or value is not accepted.
     """
-    tree = _read_yaml(Path(path)) if path is not None else {}
+    tree = read_yaml(Path(path)) if path is not None else {}
     origins = dict.fromkeys(flatten(tree), "recipe")
     for name, value in parse_overrides(assignments or []).items():
         _assign(tree, name, value)
@@ -83,18 +85,37 @@ def validate(tree: dict[str, Any]) -> Recipe:
         raise UsageError("The recipe is not valid", why="; ".join(map(_explain, error.errors()))) from error
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a recipe file.
+
+    Raises:
+        UsageError: it cannot be read, is not YAML or no mapping, or unfolds to more than any recipe holds.
+    """
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(
             f"Cannot read the recipe {str(path)!r}", why=str(error), fix="`cla-convert recipes ls` lists those shipped"
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"The recipe {str(path)!r} is not valid YAML", why=str(error)) from error
+    except Exception as error:  # yaml raises what Python does for a 13th month or 10,000 brackets
+        raise UsageError(f"The recipe {str(path)!r} is not valid YAML", why=f"{error}"[:1000]) from error
     if not isinstance(tree, dict):
         raise UsageError(f"The recipe {str(path)!r} holds no settings", why="It must be a YAML mapping of sections.")
+    if _too_large(tree):
+        raise UsageError(f"The recipe {str(path)!r} has more than {_MOST_VALUES} values, or contains itself")
     return tree
+
+
+def _too_large(tree: Any) -> bool:
+    """Whether walking a tree takes too many steps: a few aliases of aliases name more values than fit into memory."""
+    waiting, seen = [tree], 0
+    while waiting and seen <= _MOST_VALUES:
+        value = waiting.pop()
+        seen += 1
+        if isinstance(value, (dict, list)):
+            seen += len(value)
+            waiting.extend(list(value.values() if isinstance(value, dict) else value)[:_MOST_VALUES])
+    return seen > _MOST_VALUES
 
 
 def _assign(tree: dict[str, Any], name: str, value: Any) -> None:
@@ -109,7 +130,7 @@ def _assign(tree: dict[str, Any], name: str, value: Any) -> None:
 def _explain(error: Any) -> str:
     name = ".".join(str(part) for part in error["loc"])
     if error["type"] != "extra_forbidden":
-        return f"{name}: {error['msg'].removeprefix('Value error, ')} (got {error['input']!r})"
+        return f"{name}: {error['msg'].removeprefix('Value error, ')} (got {repr(error['input'])[:200]})"
     return f"unknown key {name!r}.{did_you_mean(str(error['loc'][-1]), _fields_at(error['loc'][:-1]))}"
 
 

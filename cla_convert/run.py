@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from .environment import command_line, hardware, pick_device, versions
+from .errors import InputError
 from .files import read_json, write_json
 from .recipe import Recipe
 from .recipe_file import Resolved
@@ -88,15 +89,25 @@ class Run:
         write_json(self.folder / name, value)
         return value
 
+    def _stage_seconds(self) -> dict[str, float]:
+        """What environment.json says of earlier stages. Raises InputError if it is damaged."""
+        stages = self.read("environment.json").get("stages", {})
+        if not isinstance(stages, dict) or not all(isinstance(spent, (int, float)) for spent in stages.values()):
+            raise InputError(
+                f"{self.folder / 'environment.json'} is damaged", why="`stages` is not seconds by stage.",
+                fix="Restore it, or remove that entry.",
+            )  # fmt: skip
+        return stages
+
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
         """Record environment and the seconds spent in a stage (added up over resumed runs)."""
         started = time.monotonic()
+        self._stage_seconds()  # a damaged file is found before the work
         try:
             yield
         finally:
-            environment = self.read("environment.json")
-            stages = environment.get("stages", {})
+            environment, stages = self.read("environment.json"), self._stage_seconds()
             stages[stage] = round(stages.get(stage, 0) + time.monotonic() - started, 1)
             environment.setdefault("started", datetime.now(UTC).isoformat(timespec="seconds"))
             environment |= {

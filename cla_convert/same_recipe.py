@@ -3,11 +3,9 @@
 from collections.abc import Collection
 from pathlib import Path
 
-import yaml
-
 from .errors import UsageError
 from .recipe import Recipe
-from .recipe_file import flatten, is_named, told
+from .recipe_file import flatten, is_named, read_yaml, told
 
 FREE_TO_CHANGE = (
     "eval.", "device", "train.control", "train.keep_checkpoints", "train.checkpoint_every", "train.validate_every",
@@ -40,7 +38,7 @@ def check_same_recipe(folder: Path, recipe: Recipe, overwrite: bool, allow_chang
     made = any((folder / name).exists() for name in ("converted", "checkpoints"))
     if overwrite or not saved.exists() or not made:
         return
-    before = flatten(yaml.safe_load(saved.read_text(encoding="utf-8")) or {})
+    before = flatten(read_yaml(saved))
     after = flatten(recipe.model_dump(mode="json"))
     changed = {
         name: told(name, before.get(name), after.get(name))

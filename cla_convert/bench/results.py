@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from ..files import write_json
-from ..report.figures import save_png
+from ..files import write_bytes, write_json
+from ..report.figures import to_png
 from ..report.plots import draw_bench
 from ..report.render import render_bench
 
@@ -12,6 +12,6 @@ from ..report.render import render_bench
 def write_results(folder: Path, bench: dict[str, Any]) -> None:
     """Write what `bench` returned into `folder`. In a run folder, its report shows bench.json."""
     write_json(folder / "bench.json", bench)
-    save_png(draw_bench(bench), folder / "bench.png")
+    write_bytes(folder / "bench.png", to_png(draw_bench(bench)))
     page = f"# What sharing saves, measured\n\n{render_bench(bench)}\n\n![tokens per second](bench.png)\n"
-    (folder / "bench.md").write_text(page, encoding="utf-8")
+    write_bytes(folder / "bench.md", page.encode(errors="backslashreplace"))

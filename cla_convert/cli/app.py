@@ -117,9 +117,12 @@ def enforce_gate(run_dir: Path, mode: bool | str) -> None:
     from ..evaluation.comparison import write_comparison
     from ..evaluation.gate import enforce
     from ..recipe_file import load_recipe
+    from ..report.run_folder import explained
 
     settings = load_recipe(run_dir / "recipe.yaml").recipe
-    enforce(write_comparison(run_dir, margin=settings.eval.margin, seed=settings.seed), mode)
+    with explained(run_dir):
+        comparison = write_comparison(run_dir, margin=settings.eval.margin, seed=settings.seed)
+    enforce(comparison, mode)
 
 
 def size_of(text: str | None, option: str) -> int | None:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..console import progress, say
-from ..files import read_json, write_json
+from ..files import read_kept, write_json
 from ..models.checkpoint import Checkpoint
+from ..models.fingerprint import fingerprint
 from .search import likely_maps, owners_for
 from .sharing import groups_of, picture
 
@@ -108,10 +109,16 @@ def _measured(
     from .damage import Damage, Search
 
     search = Search.default(calibration.device)
-    depends = [__version__, checkpoint.fingerprint(), *subject, calibration.digest, list(calibration.tokens.shape)]
+    depends = [
+        __version__,
+        fingerprint(checkpoint.folder),
+        *subject,
+        calibration.digest,
+        list(calibration.tokens.shape),
+    ]
     depends += [calibration.seed, calibration.device.partition(":")[0], asdict(search)]
     file = cache / f"{hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:16]}.json"
-    if found := read_json(file):
+    if found := read_kept(file):
         say(f"{what}: done before, {file}")
         return [Damage(tuple(entry.pop("layers")), **entry) for entry in found["damage"]]
     cache.mkdir(parents=True, exist_ok=True)

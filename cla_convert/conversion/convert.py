@@ -13,6 +13,8 @@ from ..errors import InputError
 from ..files import write_json
 from ..models.checkpoint import FLOATING, Checkpoint
 from ..models.export import cla_config, write_sidecars
+from ..models.fingerprint import fingerprint
+from ..models.tokenization import keep_tokenizer
 from ..models.writer import MANIFEST, ShardWriter, check_disk, check_output, publishing
 from .plan import Plan, TensorPlan
 from .pooling import WEIGHT_SPACE
@@ -58,20 +60,22 @@ def convert(
         overwrite: replace an earlier output of this tool.
 
     Raises:
-        InputError: the disk is too small (before anything is written), `out` must not be replaced, a tensor of a
-            group does not have the shape of its owner's, or the asked dtype cannot hold the weights.
+        InputError: the disk is too small (before anything is written), `out` must not be replaced, the tokenizer would
+            give other ids than the source's, a tensor of a group does not have the shape of its owner's, or the asked
+            dtype cannot hold the weights.
     """
     started = time.monotonic()
     check_output(out, overwrite=overwrite)
     check_disk(out.parent, plan.output_bytes + _spilled(plan, calibration))
     with publishing(out, overwrite=overwrite) as staging:
-        patches = _patches(plan, checkpoint, calibration, spill=staging)
-        fits = _write(plan, checkpoint, patches, staging, max_shard_size)
         write_json(
             staging / "config.json", cla_config(checkpoint.config, plan.family, plan.kv_source_layers, plan.dtype)
         )
         write_sidecars(checkpoint, plan.family, staging)
-        write_json(staging / MANIFEST, manifest(plan, checkpoint, calibration))
+        tokenizer = keep_tokenizer(checkpoint.folder, staging)  # before the weights: it may refuse
+        patches = _patches(plan, checkpoint, calibration, spill=staging)
+        fits = _write(plan, checkpoint, patches, staging, max_shard_size)
+        write_json(staging / MANIFEST, manifest(plan, checkpoint, calibration) | {"tokenizer": tokenizer})
     return plan.to_json() | {
         "output": str(out),
         "groups": _groups(plan, fits),
@@ -86,7 +90,7 @@ def manifest(plan: Plan, checkpoint: Checkpoint, calibration: Calibration | None
         "cla_convert": __version__,
         "source": {
             "folder": checkpoint.folder.name,
-            "fingerprint": checkpoint.fingerprint(),
+            "fingerprint": fingerprint(checkpoint.folder),
             **checkpoint.origin,
         },
         "sharing": plan.sharing,

@@ -79,9 +79,10 @@ def _check_layers(checkpoint: Checkpoint, family: Family, shape: AttentionShape)
                     why=_why_missing(checkpoint, family.tensor(layer, module), shape.model_type),
                     fix="Check that the checkpoint is whole and that config.json belongs to it.",
                 )
-            if info.shape[0] != rows:
+            found = info.shape[0] if info.shape else 0
+            if found != rows:
                 raise InputError(
-                    f"{family.tensor(layer, module)} has {info.shape[0]} rows where config.json promises {rows}",
+                    f"{family.tensor(layer, module)} has {found} rows where config.json promises {rows}",
                     fix="Check that config.json belongs to the weights.",
                 )
     places = filter(None, map(family.place, checkpoint.tensors))

@@ -49,8 +49,9 @@ def settle(spec: Evaluate, model_dir: Path, out: Path, device: str, dtype: str) 
     """The batch size of this run: what is on record for the same request, else the recipe's, else probed."""
     kind = device.partition(":")[0]
     record = read_json(out / FILE) or {}
-    if (record.get("requested"), record.get("device")) == (spec.batch_size, kind):
-        return record["batch_size"]
+    recorded = record.get("batch_size")
+    if (record.get("requested"), record.get("device")) == (spec.batch_size, kind) and isinstance(recorded, int):
+        return recorded
     if spec.batch_size != "auto":
         size, found = spec.batch_size, "given"
     elif kind == "cpu":

@@ -17,10 +17,10 @@ from typing import Any
 from .. import console
 from ..environment import pick_device
 from ..files import write_json
+from ..models.fingerprint import fingerprint
 from ..recipe import Evaluate
 from .backend import load_backend
 from .batch import out_of_memory
-from .fingerprint import model_fingerprint
 from .prepare import Prepared, prepare, reset
 from .quiet import quiet
 from .results import digest, finished, store, summary
@@ -73,7 +73,7 @@ def evaluate(
         prepared = prepare(spec, seed, model_dir)
         processes = accelerator.num_processes if accelerator else 1
         common = common_settings(spec, choose_dtype(dtype, device), device, seed, processes)
-        model = model_fingerprint(model_dir)
+        model = fingerprint(model_dir)
         identity = {task.name: digest([model, common, task.name, task.frozen]) for task in prepared}
         done = {task.name: finished(task.name, identity[task.name], out_dir, cache_dir) for task in prepared}
         if accelerator:

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..files import read_json, write_json
+from ..files import read_json, read_kept, write_json
 from .prepare import Prepared
 from .samples import task_file
 
@@ -27,7 +27,7 @@ def finished(name: str, identity: str, out_dir: Path, cache_dir: Path | None) ->
     result = read_json(task_file(out_dir, name))
     if result is not None and result.get("identity") == identity:
         return result
-    cached = read_json(cache_dir / f"{identity}.json") if cache_dir else None
+    cached = read_kept(cache_dir / f"{identity}.json") if cache_dir else None
     if cached is None or cached.get("identity") != identity:
         return None
     cached["cached"] = True

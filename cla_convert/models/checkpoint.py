@@ -5,7 +5,6 @@ model of any size without loading it and must name what is wrong with a broken f
 in the file and not through a map of it, whose pages would count as memory for as long as it is open.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Collection
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
+from ..files import load_json, stays_in
 from .families import FAMILIES, Family
 from .shape import shape_of
 
@@ -84,7 +84,7 @@ class Checkpoint:
             as_stored: show fused projections as they are.
         """
         refuse_adapter(folder)
-        config = _read_json(folder / "config.json")
+        config = load_json(folder / "config.json")
         tensors: dict[str, TensorInfo] = {}
         for file, promised in _weight_files(folder).items():
             header = read_header(folder / file)
@@ -106,6 +106,8 @@ class Checkpoint:
     @classmethod
     def of(cls, folder: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> "Checkpoint":
         """From the tensors as they are stored. Raises InputError for types that cannot be read."""
+        if not tensors:
+            raise InputError(f"{folder} holds no tensors", fix="Download the model again.")
         if unknown := {info.dtype for info in tensors.values()} - ELEMENT_SIZE.keys():
             raise InputError(
                 f"{folder} holds {', '.join(sorted(unknown))} tensors",
@@ -140,9 +142,10 @@ class Checkpoint:
         return sorted(f for f in files if f.suffix not in _WEIGHTS and f.name not in _REWRITTEN)
 
     def copy_sidecars(self, out: Path, *, without: Collection[str] = ()) -> None:
-        """Copy them into `out`, but for those named."""
+        """Copy them into `out`, but for those named. Raises InputError for a link to a file that is of no model."""
         for file in self.sidecars:
             if file.name not in without:
+                _refuse_astray(file, self.folder)
                 copy = out / file.relative_to(self.folder)
                 copy.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, copy)
@@ -151,16 +154,7 @@ class Checkpoint:
     def origin(self) -> dict[str, Any]:
         """What `source.py` recorded about where the folder came from (GGUF type, licence, hub id), if anything."""
         path = self.folder / "cla_source.json"
-        return _read_json(path) if path.exists() else {}
-
-    def fingerprint(self) -> str:
-        """sha256 over config, headers and 4 KiB samples of every weight file: fast at any size."""
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for name, info in sorted(self.tensors.items()):
-            digest.update(f"{name} {info.dtype} {info.shape}\n".encode())
-        for file in sorted({info.file for info in self.tensors.values()}):
-            digest.update(_samples(self.folder / file))
-        return digest.hexdigest()
+        return load_json(path) if path.exists() else {}
 
 
 def bytes_of(tensor: "Tensor") -> memoryview:
@@ -180,18 +174,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                 raise ValueError(f"its header claims {length} bytes, the file has {size}")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        infos = {
-            name: TensorInfo(path.name, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
-            for name, entry in header.items()
-        }
-        for name, info in infos.items():
-            first, last = header[name]["data_offsets"]
-            if first < 0 or (info.dtype in ELEMENT_SIZE and last - first != info.nbytes):
-                raise ValueError(f"{name} does not have the bytes that its shape needs")
+        infos = {name: _info(path.name, name, entry, 8 + length) for name, entry in header.items()}
         end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if end != size:
             raise ValueError(f"its header describes {end} bytes, the file has {size}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{path} is not a whole safetensors file", why=f"{error}.", fix="Download or copy the file again."
         ) from error
@@ -216,6 +203,18 @@ def _with_prefix(tensors: dict[str, TensorInfo], family: Family) -> dict[str, Te
     return {name if name.startswith("lm_head.") else f"{prefix}.{name}": info for name, info in tensors.items()}
 
 
+def _info(file: str, name: str, entry: dict[str, Any], data: int) -> TensorInfo:
+    """What a header says of a tensor, where the data begin at byte `data`. Raises ValueError for what cannot be."""
+    (first, last), shape, dtype = entry["data_offsets"], entry["shape"], entry["dtype"]
+    counts = [first, last, *shape]
+    if not isinstance(dtype, str) or not all(type(count) is int and 0 <= count < 2**63 for count in counts):
+        raise ValueError(f"the type, shape or place of {name!r} is none: {dtype!r}, {shape!r}, {[first, last]!r}"[:300])
+    info = TensorInfo(file, dtype, tuple(shape), data + first)
+    if dtype in ELEMENT_SIZE and last - first != info.nbytes:
+        raise ValueError(f"{name} does not have the bytes that its shape needs")
+    return info
+
+
 def _split_fused(tensors: dict[str, TensorInfo], family: Family, config: dict[str, Any]) -> dict[str, TensorInfo]:
     """Replace every fused projection by its blocks of rows: q, then k, then v. Raises InputError if they do not fit."""
     rows = shape_of(config).projection_rows
@@ -225,9 +224,9 @@ def _split_fused(tensors: dict[str, TensorInfo], family: Family, config: dict[st
         if place is None or place.module != family.fused:
             split[name] = info
             continue
-        if info.shape[0] != sum(rows.values()):
+        if info.shape[:1] != (sum(rows.values()),):
             raise InputError(
-                f"{name} has {info.shape[0]} rows where config.json promises {sum(rows.values())}",
+                f"{name} has {info.shape[0] if info.shape else 0} rows where config.json promises {sum(rows.values())}",
                 why=f"It should hold {', '.join(f'{count} of {module}' for module, count in rows.items())}.",
                 fix="Check that config.json belongs to the weights.",
             )
@@ -243,7 +242,7 @@ def _weight_files(folder: Path) -> dict[str, set[str]]:
     single = (folder / "model.safetensors").exists()
     if (folder / INDEX).exists():
         files: dict[str, set[str]] = {}
-        weight_map = _read_json(folder / INDEX).get("weight_map")
+        weight_map = load_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise InputError(f"{folder / INDEX} has no weight_map", fix="Download the model again.")
         for name, file in weight_map.items():
@@ -261,8 +260,19 @@ def _weight_files(folder: Path) -> dict[str, set[str]]:
     )
 
 
+def _refuse_astray(file: Path, folder: Path) -> None:
+    """An output may be published, and a downloaded folder may hold a link to a private key."""
+    target = file.resolve()
+    if not stays_in(file, folder) and not (target.parent / "config.json").exists():
+        raise InputError(
+            f"{file} is a link to {target}, which lies in no model folder",
+            why="It would be copied into the output.",
+            fix="Remove the link, or put the file itself there.",
+        )
+
+
 def _refuse_outside(folder: Path, file: str) -> None:
-    if Path(file).name != file or file in (".", ".."):
+    if Path(file).name != file or file in (".", "..") or "\0" in file:
         raise InputError(
             f"The index of {folder} names {file!r}, which is outside the folder",
             why="A checkpoint must not reach other files of this machine.",
@@ -272,25 +282,3 @@ def _refuse_outside(folder: Path, file: str) -> None:
         raise InputError(
             f"{folder / file} is missing", why="The index names it.", fix="Download the model again, with all shards."
         )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path} does not exist", fix="Give a model folder in Hugging Face format.") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read", why=str(error)) from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} does not hold a JSON object")
-    return value
-
-
-def _samples(path: Path, count: int = 64) -> bytes:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        parts = [str(size).encode()]
-        for i in range(count):
-            file.seek(size * i // count)
-            parts.append(file.read(4096))
-    return b"".join(parts)

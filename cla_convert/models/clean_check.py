@@ -5,14 +5,17 @@ Nothing of this package is imported, and as a script nothing can be: the code th
 
 import inspect
 import json
+import runpy
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 TEXT = "The quick brown fox jumps over the lazy dog."
+DIGEST_OF = runpy.run_path(str(Path(__file__).with_name("probe.py")))["digest_of"]
 LARGEST_WINDOW = 1024
 """Sliding windows up to this many tokens are checked beyond their end; larger ones would take minutes on a CPU."""
 
@@ -34,10 +37,18 @@ def check(folder: str) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "missing_keys": sorted(info["missing_keys"]),
         "unexpected_keys": sorted(info["unexpected_keys"]),
+        "tokenizer_digest": DIGEST_OF(tokenizer),
+        "family_tokenizer_digest": DIGEST_OF(as_the_family_loads_it(folder, model.config.model_type)),
         "tokenizer_round_trip": tokenizer.decode(ids[0], skip_special_tokens=True) == TEXT,
         "generated_tokens": new.shape[1] - ids.shape[1],
         "generated": tokenizer.decode(new[0, ids.shape[1] :]),
     }
+
+
+def as_the_family_loads_it(folder: str, model_type: str) -> Any:
+    """The tokenizer that AutoTokenizer would load if this were a model of the family that was converted."""
+    config = AutoConfig.for_model(model_type.removeprefix("cla_"))
+    return AutoTokenizer.from_pretrained(folder, config=config)
 
 
 def compare(model: Any, ids: torch.Tensor) -> dict[str, Any]:

@@ -5,7 +5,6 @@ sidecar of the source byte for byte, and cla_manifest.json. One exporter writes 
 `register_for_auto_class` is never used, because under FSDP2 it saves torch's wrapper classes instead of ours.
 """
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -212,6 +211,5 @@ def unstacked(tensors: "Mapping[str, torch.Tensor]", template: Path) -> "Mapping
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """cla_manifest.json of an output folder; empty for other folders."""
-    path = folder / MANIFEST
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """cla_manifest.json of an output folder; empty for other folders. Raises InputError if it is damaged."""
+    return read_json(folder / MANIFEST) or {}

@@ -134,7 +134,7 @@ class Family:
 
     def place(self, name: str) -> Place | None:
         """The reverse of `tensor`, for any tensor of a layer; None outside the layers."""
-        match = re.match(rf"{re.escape(self.layers)}\.(\d+)\.(.*)", name)
+        match = re.match(rf"{re.escape(self.layers)}\.([0-9]{{1,9}})\.(.*)", name)
         if match is None:
             return None
         inside = re.fullmatch(rf"{self.attention}\.(\w+)\.(\w+)", match[2])
@@ -272,9 +272,10 @@ def family_of(config: Mapping[str, Any]) -> Family:
             why="Converting a converted model again would hide how much was lost.",
             fix="Start from its source model (see cla_manifest.json) with the sharing you want.",
         )
-    architecture = ", ".join(config.get("architectures") or []) or "unknown architecture"
+    named = config.get("architectures")
+    architecture = ", ".join(map(str, named)) if named and isinstance(named, list) else "unknown architecture"
     raise InputError(
-        f"Models of type {model_type!r} ({architecture}) are not supported",
+        f"Models of type {model_type[:100]!r} ({architecture[:200]}) are not supported",
         why=REFUSED.get(model_type, "Cross-Layer Attention needs modelling code for each family."),
         fix=f"Supported: {', '.join(FAMILIES)}.",
     )

@@ -13,6 +13,8 @@ _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 _LONGEST = 1024
 """Arrays that are longer are vocabularies; they are passed over."""
+_LONGEST_TEXT = 1 << 24
+"""Bytes of a name or chat template at most; more is a damaged length, and would be reserved in memory."""
 
 _MODEL_TYPES = {"gemma3": "gemma3_text", "qwen3moe": "qwen3_moe"}
 """Architecture -> `model_type` of transformers, where they differ."""
@@ -78,7 +80,10 @@ def _number(file: BinaryIO, code: str) -> Any:
 
 
 def _string(file: BinaryIO) -> str:
-    return file.read(_number(file, "Q")).decode("utf-8", errors="replace")
+    length = _number(file, "Q")
+    if length > _LONGEST_TEXT:
+        raise ValueError(f"a text in the header claims {length} bytes")
+    return file.read(length).decode("utf-8", errors="replace")
 
 
 def _value(file: BinaryIO, kind: int) -> Any:
@@ -100,6 +105,8 @@ def _value(file: BinaryIO, kind: int) -> Any:
 
 def _tensor(file: BinaryIO) -> tuple[str, tuple[int, ...], int, int]:
     name, dimensions = _string(file), _number(file, "I")
+    if dimensions > 4:
+        raise ValueError(f"the tensor {name[:100]!r} claims {dimensions} dimensions")
     shape = [_number(file, "Q") for _ in range(dimensions)]
     kind, offset = _number(file, "I"), _number(file, "Q")
     return name, tuple(reversed(shape)), kind, offset

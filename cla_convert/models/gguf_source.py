@@ -7,6 +7,7 @@ and the model must find everything that it needs: transformers' own reader passe
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from .gguf_config import config_of
 from .gguf_header import Header, read_gguf_header
 from .gguf_names import ARCHITECTURES, Target, target_of
 from .gguf_rope import FACTOR_TENSORS
+from .shape import shape_of
 from .writer import ShardWriter, check_disk, publishing
 
 
@@ -94,6 +96,7 @@ class _Model:
                 f"GGUF files of the architecture {architecture!r} are not supported",
                 fix=f"Supported: {', '.join(ARCHITECTURES)}. Or use the safetensors checkpoint.",
             )
+        _check_sizes(header, path.stat().st_size)
         found = {name: target_of(architecture, name) for name in header.shapes if name not in FACTOR_TENSORS}
         targets = {name: target for name, target in found.items() if target}
         if unknown := sorted(found.keys() - targets.keys()):
@@ -122,6 +125,21 @@ class _Model:
             for part, tensor in zip(parts, contents, strict=True):
                 writer.add(part, torch.from_numpy(np.ascontiguousarray(tensor)))
         writer.finish()
+
+
+def _check_sizes(header: Header, size: int) -> None:
+    """Raise ValueError, InputError for sizes that the tensors do not have: the model is built before they are read."""
+    if sum(prod(shape) for shape in header.shapes.values()) > 8 * size:
+        raise ValueError(f"the header describes more numbers than {size} bytes can hold")
+    layers = {name.split(".")[1] for name in header.shapes if name.startswith("blk.")}
+    if (promised := shape_of(header.config()).num_layers) != len(layers):
+        raise ValueError(f"block_count is {promised}, and there are tensors of {len(layers)} layers")
+    dimensions = {count for shape in header.shapes.values() for count in shape}
+    sizes = {key.partition(".")[2]: value for key, value in header.metadata.items()}
+    dense = [] if sizes.get("expert_count") else ["feed_forward_length"]  # which models of experts may leave unused
+    for key in ("embedding_length", *dense):
+        if isinstance(found := sizes.get(key), int) and found not in dimensions:
+            raise ValueError(f"{key} is {found}, and no tensor has that size")
 
 
 def _no_place(names: list[str]) -> InputError:

@@ -8,6 +8,9 @@ from ..errors import InputError
 from .families import FAMILIES
 from .kinds import SLIDING
 
+_LARGEST = {"num_hidden_layers": 10_000, "num_attention_heads": 100_000, "num_key_value_heads": 100_000}
+"""Beyond these a config.json is not one: lists of a billion layers would fill the memory before anything is refused."""
+
 
 @dataclass(frozen=True)
 class AttentionShape:
@@ -54,23 +57,41 @@ def shape_of(config: Mapping[str, Any]) -> AttentionShape:
         renamed = {key: config[name] for key, name in family.keys.items() if name in config}
         config = {**family.defaults, **config, **renamed}
     try:
-        layers, heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
+        layers, heads = _size(config, "num_hidden_layers"), _size(config, "num_attention_heads")
+        hidden = _size(config, "hidden_size")
         kinds = family.kinds(config) if family else config.get("layer_types") or ["full_attention"] * layers
-        if len(kinds) != layers:
+        if len(kinds) != layers or not all(isinstance(kind, str) for kind in kinds):
             raise ValueError(f"layer_types tells the kind of {len(kinds)} layers, not of {layers}")
+        slides = any(kind.startswith(SLIDING) for kind in kinds) and config.get("sliding_window") is not None
         return AttentionShape(
             model_type=model_type,
-            hidden_size=int(config["hidden_size"]),
+            hidden_size=hidden,
             num_layers=layers,
             num_attention_heads=heads,
-            num_key_value_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
+            num_key_value_heads=_size(config, "num_key_value_heads", heads),
+            head_dim=_size(config, "head_dim", hidden // heads),
             kinds=tuple(kinds),
-            kv_source_layers=tuple(config.get("kv_source_layers") or range(layers)),
-            sliding_window=config.get("sliding_window") if any(kind.startswith(SLIDING) for kind in kinds) else None,
+            kv_source_layers=_map(config.get("kv_source_layers"), layers),
+            sliding_window=_size(config, "sliding_window") if slides else None,
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise InputError(
             "config.json does not describe a decoder-only transformer",
-            why=f"A size is missing or does not fit: {error}",
+            why=f"A size is missing or does not fit: {error}"[:500],
         ) from error
+
+
+def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """A whole number above 0 that could be one. Raises KeyError, ValueError."""
+    value = config[key] if default is None else config.get(key) or default
+    if type(value) is not int or not 0 < value <= _LARGEST.get(key, 2**31):
+        raise ValueError(f"{key} is {value!r}")
+    return value
+
+
+def _map(sources: Any, layers: int) -> tuple[int, ...]:
+    """The map of a model that shares; the identity for others. Raises ValueError for what is no map."""
+    found = tuple(sources or range(layers))
+    if len(found) != layers or not all(type(source) is int and 0 <= source < layers for source in found):
+        raise ValueError(f"kv_source_layers is {sources!r}")
+    return found

@@ -5,12 +5,12 @@ stage (plan, convert, teacher, evaluation) reads one and the same folder.
 """
 
 import hashlib
-import os
 import re
 from importlib.util import find_spec
 from pathlib import Path
 
 from ..console import say
+from ..environment import cache_folder
 from ..errors import InputError, did_you_mean
 from ..files import write_json
 from . import gguf_source, hub
@@ -22,11 +22,6 @@ from .writer import ShardWriter, check_disk, infos_of, publishing
 _GGUF_READER = 2
 """Raise it when the same file would become another folder: what an older reader wrote is not used then."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-
-
-def cache_folder() -> Path:
-    """Where rewritten sources and cached results live: $CLA_CONVERT_CACHE or ~/.cache/cla-convert."""
-    return Path(os.environ.get("CLA_CONVERT_CACHE", Path.home() / ".cache" / "cla-convert"))
 
 
 def resolve_source(

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..files import read_json
+from ..files import load_json
 from .export import has_other_code
 from .kinds import SLIDING
 from .self_test import ROUNDING, check_interface
 from .shape import shape_of
+from .tokenization import recorded_ids
 
 SCRIPT = Path(__file__).with_name("clean_check.py")
 
@@ -49,13 +50,15 @@ def verify_models(folders: Sequence[Path]) -> list[dict[str, Any]]:
         failed = folders[len(found)]
         raise InputError(f"{failed} does not load in a clean process", why=lines[-1], fix=_fix(failed))
     for folder in folders:
-        config = read_json(folder / "config.json") or {}
+        config = load_json(folder / "config.json")
         check_interface(config.get("model_type", ""))  # beyond a window too, which here may be too large for that
     return results
 
 
 def _judged(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     """What was found, with the verdict on each check. Raises InputError if one fails."""
+    # An output without a record was made before there were any; then its family says how the text must be read.
+    recorded = recorded_ids(folder) or result["family_tokenizer_digest"]
     rounding = ROUNDING * result["largest_logit"]
     checks = {
         "loads with the shipped code": result["module"].startswith("transformers_modules"),
@@ -65,6 +68,7 @@ def _judged(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
         "logits token by token agree": result["stepwise_difference"] <= rounding,
         "the cache holds the owners only": result["owners_only"],
         "the cache is as large as planned": result["layer_bytes"] == planned_bytes(folder, result["tokens"]),
+        "text becomes the tokens of the source": result["tokenizer_digest"] == recorded,
         "the tokenizer round-trips": result["tokenizer_round_trip"],
         "it generates": result["generated_tokens"] > 0,
     }
@@ -91,7 +95,7 @@ def _fix(folder: Path) -> str:
 
 def planned_bytes(folder: Path, tokens: int) -> list[int]:
     """Bytes of each layer's cache in float32 after so many tokens; a full window keeps room for the one to come."""
-    shape = shape_of(read_json(folder / "config.json") or {})
+    shape = shape_of(load_json(folder / "config.json"))
     per_token, window = shape.kv_bytes_per_token(4, 1), shape.sliding_window
     kept = {kind: min(tokens, window - 1) if window and kind.startswith(SLIDING) else tokens for kind in shape.kinds}
     sources = shape.kv_source_layers

@@ -7,7 +7,6 @@ import io
 import re
 from collections.abc import Callable
 from functools import wraps
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 if TYPE_CHECKING:
@@ -56,14 +55,14 @@ def new_figure(
 
 
 @in_style
-def save_png(figure: "Figure", path: Path) -> Path:
-    """Write a PNG. No creation date and version inside: the same numbers give the same file."""
+def to_png(figure: "Figure") -> bytes:
+    """A PNG. No creation date and version inside: the same numbers give the same bytes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=150, metadata={"Software": None})
-    return path
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
+    return buffer.getvalue()
 
 
 @in_style

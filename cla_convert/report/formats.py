@@ -1,5 +1,6 @@
 """How numbers and names are written: filters of the report's templates. `-` stands for what was not measured."""
 
+import json
 from collections import Counter
 from typing import Any
 
@@ -19,15 +20,31 @@ def model_name(source: dict[str, Any] | None) -> str:
     return model.rsplit("/", 1)[-1].removesuffix(".gguf") if local else model
 
 
+class Fenced(str):
+    """Text for a fenced block of code, where Markdown and HTML mean nothing and lines stay lines."""
+
+
+def guarded(value: Any) -> Any:
+    """What a Markdown template prints: names and settings from outside are no HTML, no links, no pictures, no lines."""
+    if isinstance(value, Fenced) or not isinstance(value, str):
+        return value if isinstance(value, (Fenced, int, float)) or value is None else guarded(str(value))
+    return value.replace("<", "&lt;").replace("](", "]\\(").replace("\r", " ").replace("\n", " ")
+
+
 def cell(value: Any) -> str:
     """Text that comes from outside, safe inside a table cell."""
     text = MISSING if value is None else str(value)
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+    return text.replace("\\", "\\\\").replace("|", "\\|")
 
 
-def prose(value: str) -> str:
-    """A sentence that may hold names from outside: no HTML in Markdown."""
-    return value.replace("<", "&lt;")
+def fenced(value: Any) -> Fenced:
+    """Text that cannot end the block of code it stands in."""
+    return Fenced(str(value).replace("```", "'''"))
+
+
+def quoted(value: str) -> Fenced:
+    """A string of Python, for a block of code."""
+    return fenced(json.dumps(value, ensure_ascii=False))
 
 
 def changed(change: Json) -> str:

@@ -7,10 +7,11 @@ from typing import Any
 import yaml
 
 from ..environment import command_line
-from ..files import read_json
+from ..files import read_json, stays_in, write_bytes
 from ..models.checkpoint import ELEMENT_SIZE, FLOATING
 from ..models.shape import shape_of
 from ..models.writer import MANIFEST
+from .formats import quoted
 from .model_index import model_index
 from .render import environment
 from .run_folder import Json
@@ -25,6 +26,7 @@ _OTHER = {
     "after": "Not evaluated yet.",
 }
 """What stands in place of the verdict on the card of a model that the verdict is not about."""
+_LONGEST_CARD = 1 << 22
 CARRIED = ("license", "license_name", "license_link", "language", "extra_gated_prompt")
 """Metadata of the source's card that also holds for a derived model."""
 
@@ -49,7 +51,7 @@ def write_model_card(folder: Path, report: Json, source_card: str | None = None,
         fields["model-index"] = measured
     body = environment().get_template("model_card.md.j2").render(report=report, name=folder.name)
     path = folder / "README.md"
-    path.write_text(f"{_front(fields)}\n{body}", encoding="utf-8")
+    _write(path, f"{_front(fields)}\n{body}")
     return path
 
 
@@ -75,8 +77,8 @@ def rename_card(folder: Path, name: str) -> None:
     for entry in fields.get("model-index", []):
         entry["name"] = name.rsplit("/", 1)[-1]
     body = text.split("\n---\n", 1)[1].replace(f"# {folder.name}\n", f"# {name}\n", 1)
-    body = body.replace(f'folder = "{folder.name}"', f'folder = "{name}"', 1)
-    path.write_text(_front(fields) + body, encoding="utf-8")
+    body = body.replace(f"folder = {quoted(folder.name)}", f"folder = {quoted(name)}", 1)
+    _write(path, _front(fields) + body)
 
 
 def described(folder: Path, train: Json | None = None) -> Json:
@@ -113,14 +115,22 @@ def metadata(report: Json, source_card: str | None) -> Json:
 
 
 def source_card(folder: Path) -> str | None:
-    """The model card in a folder, if it has one."""
+    """The model card in a folder, if it has one of its own: a link that leads elsewhere is none."""
     path = folder / "README.md"
-    return path.read_text(encoding="utf-8") if path.exists() else None
+    if not path.is_file() or not stays_in(path, folder):
+        return None
+    with path.open("rb") as file:
+        return file.read(_LONGEST_CARD).decode(errors="replace")
 
 
 def is_hub_id(model: Any) -> bool:
     """Whether `model` names a model on the hub: the hub refuses a card whose base_model is a local path."""
     return isinstance(model, str) and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", model)) and not Path(model).exists()
+
+
+def _write(path: Path, text: str) -> None:
+    """By rename: in place of a link that stands there, and never into what it leads to."""
+    write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def _front(fields: Json) -> str:
@@ -138,6 +148,6 @@ def front_matter(card: str | None) -> Json:
     match = re.match(r"\A---\s*\n(.*?)\n---\s*(\n|\Z)", card or "", re.DOTALL)
     try:
         value = yaml.safe_load(match[1]) if match else None
-    except yaml.YAMLError:
+    except Exception:  # yaml raises what Python does for a 13th month or 10,000 brackets
         value = None
     return value if isinstance(value, dict) else {}

@@ -35,6 +35,7 @@ def render_page(report: Json, svgs: dict[str, str]) -> str:
 def page_environment() -> jinja2.Environment:
     """The Markdown page's filters, with HTML escaping on."""
     env = environment()
+    env.finalize = None
     env.autoescape = lambda name: name is not None and name.endswith(".html.j2")
     return env
 

@@ -27,14 +27,14 @@ def _bench(bench: Json | None) -> Json:
 
 
 def environment() -> jinja2.Environment:
-    """Jinja with the filters of `formats`. No HTML escaping: for Markdown, where `cell` and `prose` guard."""
+    """Jinja with the filters of `formats`, for Markdown: whatever a template prints is guarded (`formats.guarded`)."""
     env = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-        undefined=jinja2.StrictUndefined,
+        undefined=jinja2.StrictUndefined, finalize=formats.guarded,
     )  # fmt: skip
-    named = ["cell", "prose", "percent", "points", "points_interval", "number", "ratio", "factor", "times", "rate",
-             "change", "cla_cost", "cost_interval", "found", "layer_bytes", "interval", "bracket", "count", "integer",
-             "duration", "model_name", "changed"]  # fmt: skip
+    named = ["cell", "fenced", "quoted", "percent", "points", "points_interval", "number", "ratio", "factor", "times",
+             "rate", "change", "cla_cost", "cost_interval", "found", "layer_bytes", "interval", "bracket", "count",
+             "integer", "duration", "model_name", "changed"]  # fmt: skip
     env.filters |= {name: getattr(formats, name) for name in named}
     env.filters |= {"p": formats.p_value, "bytes": formats.size, "yaml": formats.to_yaml}
     env.filters |= {"groups": formats.groups_text, "hardware": formats.hardware_line}

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import plain, write_json
+from ..files import plain, write_bytes, write_json
 from ..recipe import Train
-from .figures import save_png, to_svg
+from .figures import to_png, to_svg
 from .flips import find_flips
 from .grids import find_grids
 from .numbers import comparison_of, control_comparison, kv_numbers, mean_at, perplexity_table, task_table
 from .page import render_page
 from .plots import draw_bench, draw_curves, draw_pareto
 from .render import render
-from .run_folder import POINTS, Json, RunFolder, read_run_folder
+from .run_folder import POINTS, Json, RunFolder, explained, read_run_folder
 from .runs import compare_runs
 from .sharing import draw_sharing
 from .words import caveats, control_statement, verdict_line
@@ -37,17 +37,22 @@ def build_report(run_dir: Path, others: Sequence[Path] = ()) -> Json:
         others: further run folders to compare it with; they are only read.
 
     Raises:
-        InputError: one of the folders is not a run folder.
+        InputError: one of the folders is not a run folder, or a file in it does not hold what a stage leaves.
+        UsageError: the same, of its recipe.
     """
     run, *rest = (read_run_folder(Path(folder)) for folder in (run_dir, *others))
-    report = collect(run, rest)
-    figures = _figures(run, report)
-    files = {name: save_png(figure, run.path / f"{name}.png").name for name, figure in figures.items()}
-    report = plain({**report, "plots": files})
+    with explained(run_dir):
+        report = collect(run, rest)
+        figures = _figures(run, report)
+        pictures = {name: to_png(figure) for name, figure in figures.items()}
+        report = plain({**report, "plots": {name: f"{name}.png" for name in figures}})
+        svgs = {name: to_svg(figure, name, ALT[name]) for name, figure in figures.items()}
+        texts = {"report.md": render(report), "report.html": render_page(report, svgs)}
     write_json(run.path / "report.json", report)
-    (run.path / "report.md").write_text(render(report), encoding="utf-8")
-    svgs = {name: to_svg(figure, name, ALT[name]) for name, figure in figures.items()}
-    (run.path / "report.html").write_text(render_page(report, svgs), encoding="utf-8")
+    for name, picture in pictures.items():
+        write_bytes(run.path / f"{name}.png", picture)
+    for name, text in texts.items():
+        write_bytes(run.path / name, text.encode("utf-8", errors="backslashreplace"))
     return report
 
 

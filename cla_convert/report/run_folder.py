@@ -1,20 +1,23 @@
-"""What a run folder holds, read leniently: a stage that did not run is None, never a guess."""
+"""What a run folder holds: a stage that did not run is None, never a guess; a file that is damaged is an error."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ..errors import InputError
-from ..files import read_json
+from ..errors import ClaError, InputError
+from ..files import read_json, stays_in
+from ..recipe_file import read_yaml
 
 POINTS = ("before", "converted", "after", "control")
 """The points of measurement: source model, right after conversion, after uptraining; and the source model uptrained
 on the same tokens, where a control was asked for."""
 
 Json = dict[str, Any]
+
+_SHOWN = ("*.json", "*.jsonl", "*.yaml", "control/*.json*", "eval/*.json", "eval/*/*.json", "eval/*/*/*.json")
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class RunFolder:
 
 
 def read_run_folder(path: Path) -> RunFolder:
-    """Read a run folder. Raises InputError if it is none."""
+    """Read a run folder. Raises InputError if it is none or a file in it is damaged, UsageError for its recipe."""
     if not path.is_dir() or not any(
         (path / name).exists() for name in ("recipe.yaml", "convert.json", "plan.json", "eval")
     ):
@@ -60,9 +63,10 @@ def read_run_folder(path: Path) -> RunFolder:
             why="It has none of recipe.yaml, plan.json, convert.json and eval/.",
             fix="Give the folder that was passed as --out to `cla-convert run`.",
         )
+    _refuse_links(path)
     return RunFolder(
         path=path,
-        recipe=_read_yaml(path / "recipe.yaml"),
+        recipe=read_yaml(path / "recipe.yaml") if (path / "recipe.yaml").exists() else {},
         # Before the conversion has run, the plan already knows the map and the sizes.
         convert=(read_json(path / "plan.json") or {}) | (read_json(path / "convert.json") or {}),
         train=read_json(path / "train.json") or {},
@@ -80,6 +84,35 @@ def read_run_folder(path: Path) -> RunFolder:
     )
 
 
+def _refuse_links(path: Path) -> None:
+    """Raise InputError if a file that a report shows is a link to outside of the run folder."""
+    files = [file for pattern in _SHOWN for file in path.glob(pattern)]
+    if astray := [file for file in files if not stays_in(file, path)]:
+        raise InputError(
+            f"{min(astray)} is a link to outside of the run folder",
+            why="A report must not show other files of this machine.",
+            fix="Put the file itself there.",
+        )
+
+
+@contextmanager
+def explained(run_dir: Path) -> Iterator[None]:
+    """Turn what a run's files lead to, once they are read, into an InputError that names the folder.
+
+    They have no schema of their own: what is missing or of another type is found where it is used.
+    """
+    try:
+        yield
+    except ClaError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"The results in {run_dir} cannot be read",
+            why=f"A file does not hold what its stage leaves there: {type(error).__name__}: {error}"[:500],
+            fix="Restore the file or run its stage again. CLA_DEBUG=1 shows where it was read.",
+        ) from error
+
+
 def _by_point(path: Path, name: str) -> dict[str, Json]:
     found = {point: read_json(path / "eval" / point / name) for point in POINTS}
     return {point: value for point, value in found.items() if value is not None}
@@ -90,22 +123,19 @@ def _texts(folder: Path) -> dict[str, Json]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _read_yaml(path: Path) -> Json:
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
 def _read_lines(path: Path) -> list[Json]:
-    """Rows of a jsonl file. A last line cut off by a crash is left out."""
+    """Rows of a jsonl file. A last line cut off by a crash is left out. Raises InputError for any other damage."""
+    lines = path.read_bytes().splitlines() if path.exists() else []
     rows = []
-    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
+    for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
-        except ValueError:
-            continue
+            row = json.loads(line) if line.strip() else None
+        except (ValueError, RecursionError) as error:
+            if number == len(lines):
+                continue
+            raise InputError(
+                f"{path} is damaged", why=f"Line {number}: {error}.", fix="Restore or remove it."
+            ) from error
         if isinstance(row, dict):
             rows.append(row)
     return rows

@@ -17,9 +17,9 @@ import numpy as np
 
 from ..console import human_count, say
 from ..effort import affordable_tokens
+from ..environment import cache_folder
 from ..errors import InputError
 from ..models.checkpoint import Checkpoint
-from ..models.source import cache_folder
 from ..models.writer import disk_full_is_an_input_error
 from ..recipe import Data, Recipe, Train
 from .mixture import Mixture

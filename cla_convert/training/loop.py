@@ -30,6 +30,7 @@ from .health import HISTORY, PATIENCE, all_finite, not_finite, ruined, spiked, s
 from .metrics import Metrics, NoMetrics, read_rows
 from .monitor import Monitor
 from .parallel import check_team, team, whole
+from .parameters import peak_rate
 from .schedule import crossed, learning_rate
 from .state import Checkpoints, Position
 from .stop import StopRequest
@@ -201,7 +202,7 @@ def _step(trainer: Trainer, position: Position, checkpoints: Checkpoints) -> tup
         "tokens": tokens,
         "loss": loss,
         **(dict(zip(trainer.objective.parts, parts, strict=True)) if len(parts) > 1 else {}),
-        "lr": rate(peak=settings.learning_rate),
+        "lr": rate(peak=peak_rate("shared", settings)),
         "grad_norm": norm,
         "tokens_per_second": speed,
         **({"mfu": mfu} if (mfu := trainer.utilisation(speed)) else {}),

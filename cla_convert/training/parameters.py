@@ -80,16 +80,17 @@ def make_optimizers(model: Any, train: Train, device_type: str) -> tuple[torch.o
 
 def _adamw(groups: list[dict[str, Any]], train: Train, device_type: str) -> torch.optim.Optimizer:
     fused = device_type in ("cpu", "cuda")  # one pass over the parameters instead of a dozen
-    return torch.optim.AdamW(groups, lr=train.learning_rate, betas=train.betas, fused=fused)
+    return torch.optim.AdamW(groups, lr=groups[0]["peak"], betas=train.betas, fused=fused)
 
 
 def _muon(groups: list[dict[str, Any]], train: Train, _device_type: str) -> torch.optim.Optimizer:
     """Updates whose singular values are all near 1, scaled to the size of AdamW's: the same learning rates fit."""
-    return torch.optim.Muon(groups, lr=train.learning_rate, adjust_lr_fn="match_rms_adamw")
+    return torch.optim.Muon(groups, lr=groups[0]["peak"], adjust_lr_fn="match_rms_adamw")
 
 
 def peak_rate(part: Part, train: Train) -> float:
     """The peak learning rate of a part: its own, or attention's for `shared`, or the one for all."""
-    rates = train.learning_rates
-    fallback = rates.get("attention", train.learning_rate) if part == "shared" else train.learning_rate
+    rates, rate = train.learning_rates, train.learning_rate
+    assert rate != "auto", "derived() makes it a number"
+    fallback = rates.get("attention", rate) if part == "shared" else rate
     return rates.get(part, fallback)

@@ -21,8 +21,8 @@ from transformers import StoppingCriteria
 from ..console import progress, say
 from ..errors import InputError
 from ..files import read_json
-from ..models.checkpoint import Checkpoint
 from ..models.export import load_model
+from ..models.fingerprint import fingerprint
 from ..recipe import Generate
 from .sources import Document
 from .tokenise import leading
@@ -41,7 +41,7 @@ class SourceModel:
 
     def fingerprint(self) -> str:
         """Identifies the weights, and what ends a text."""
-        return f"{Checkpoint.open(self.folder).fingerprint()} {self.ends()}"
+        return f"{fingerprint(self.folder)} {self.ends()}"
 
     def ends(self) -> list[int]:
         """Tokens that end a text according to the model's generation settings."""

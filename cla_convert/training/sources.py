@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..console import say
+from ..environment import cache_folder
 from ..errors import ClaError, InputError, did_you_mean
-from ..models.source import cache_folder
 from ..recipe import TextSource
 from ..surrogates import replaced
 

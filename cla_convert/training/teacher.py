@@ -10,6 +10,7 @@ from ..console import human_bytes, say
 from ..errors import InputError
 from ..models.checkpoint import Checkpoint
 from ..models.export import load_model, load_tokenizer
+from ..models.tokenization import segmentation_difference
 from ..recipe import Train
 from .objective import check_head
 
@@ -22,7 +23,14 @@ def check_teacher(train: Train, student: Path, teacher: Path) -> None:
     if train.loss != "distill":
         return
     ours, theirs = (Checkpoint.open(folder).config for folder in (student, teacher))
-    _check_vocabulary(load_tokenizer(student).get_vocab(), load_tokenizer(teacher).get_vocab())
+    one, other = load_tokenizer(student), load_tokenizer(teacher)
+    _check_vocabulary(one.get_vocab(), other.get_vocab())
+    if found := segmentation_difference(one, other):
+        raise InputError(
+            "The teacher cuts text otherwise than the model to train",
+            why=f"{found[0].upper()}{found[1:]}.",
+            fix="Convert the source again if it is the teacher; or distil from a model with the same tokenizer.",
+        )
     matched = train.hidden_weight != "auto" and train.hidden_weight > 0
     for name, words in (("hidden_size", "channels"), ("num_hidden_layers", "layers")):
         if matched and ours.get(name) != theirs.get(name):

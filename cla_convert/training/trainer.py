@@ -11,7 +11,9 @@ from ..console import human_count, say
 from ..errors import InputError
 from ..models.checkpoint import Checkpoint
 from ..models.export import load_model, load_tokenizer
+from ..models.fingerprint import fingerprint
 from ..models.self_test import check_interface
+from ..models.tokenization import check_as_recorded
 from ..recipe import Recipe, Train
 from .compiling import choose_compile, compile_layers
 from .data import Sequences, TokenStore, held_out_rows, store_for
@@ -86,6 +88,7 @@ def set_up(
     check_trackers(settings.log_to)
     check_optimizer(settings)
     if data is None:
+        check_as_recorded(student_dir)
         check_teacher(settings, student_dir, teacher_dir)
         with team.leader_first():
             data = store_for(recipe, load_tokenizer(student_dir), teacher_dir, device)
@@ -145,8 +148,8 @@ def run_identity(student_dir: Path, teacher_dir: Path, recipe: Recipe, trainer: 
         "train.precision": trainer.precision.name,  # what `auto` came to
         "seed": recipe.seed,
         "data": trainer.data.digest,
-        "model": Checkpoint.open(student_dir).fingerprint(),
-        "teacher": Checkpoint.open(teacher_dir).fingerprint() if recipe.train.loss == "distill" else None,
+        "model": fingerprint(student_dir),
+        "teacher": fingerprint(teacher_dir) if recipe.train.loss == "distill" else None,
         "device": trainer.precision.device_type,
     }
 
