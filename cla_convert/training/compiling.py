@@ -42,12 +42,13 @@ def compile_layers(model: Any, rows: int, length: int) -> None:
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
     sources = getattr(model.config, "kv_source_layers", None)
-    for index, layer in enumerate(_layers(model)):
+    for index, layer in enumerate(decoder_layers(model)):
         owner = None if sources is None else sources[index]
         layer.forward = _layer_forward(layer, index, owner, (rows, length))
 
 
-def _layers(model: Any) -> Any:
+def decoder_layers(model: Any) -> Any:
+    """The decoder layers of a model, in order."""
     family = FAMILIES.get(model.config.model_type.removeprefix("cla_"))
     return model.get_submodule(family.layers) if family else model.base_model.layers
 
