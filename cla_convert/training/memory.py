@@ -19,6 +19,7 @@ of layers in the compute dtype, and reduce the gradients of one in float32 (para
 """
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -101,10 +102,15 @@ class Forecast:
         flops = training_flops(self.student, self.teacher, self.budget.length)
         self.compiled = choose_compile(train.compile, self.precision.device_type, flops * self.budget.tokens)
 
-    def given(self, processes: int | None = None, **changes: Any) -> "Forecast":
+    def given(self, **changes: Any) -> "Forecast":
         """The same training with other settings."""
-        train = self.train.model_copy(update=changes)
-        return Forecast(train, *self.configs, self.device, processes or self.processes)
+        return Forecast(self.train.model_copy(update=changes), *self.configs, self.device, self.processes)
+
+    def among(self, processes: int) -> "Forecast":
+        """The same training by so many processes."""
+        other = copy(self)  # what is kept of a sequence was counted already
+        other.processes = processes
+        return other
 
     def needs(self, rows: int) -> Needs:
         """Bytes with so many sequences a pass."""
@@ -164,7 +170,7 @@ class Forecast:
             for parameter in group["params"]
         )
 
-    @cached_property
+    @property
     def _shared(self) -> int:
         """Parameters of the teacher that are the student's: frozen, of one name and shape (teacher.share_frozen)."""
         if self.teacher is None or self.processes > 1:  # the student's are float32 there

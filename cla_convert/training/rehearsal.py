@@ -70,15 +70,17 @@ def loss_bytes(head: torch.Tensor, positions: int, terms: Terms, chunk: int, *, 
         chunk: positions whose logits exist at a time.
         compiled: then a chunk has both models' logits and the gradient, in the compute dtype, and nothing else.
     """
-    hidden = head.new_empty(1, positions, head.shape[1]).requires_grad_()
+    few = min(positions, 2 * chunk)  # the third chunk is as the second
+    others = (positions - few) * head.shape[1] * head.element_size()  # of the gradient of the hidden states
+    hidden = head.new_empty(1, few, head.shape[1]).requires_grad_()
     if compiled:
         chunks = (2 + bool(terms.kl)) * min(chunk, positions) * head.shape[0] * head.element_size()
-        return chunks + _size(hidden) + head.requires_grad * head.numel() * (4 + head.element_size())
-    labels = torch.zeros(1, positions, dtype=torch.long, device="meta")
+        return others + chunks + _size(hidden) + head.requires_grad * head.numel() * (4 + head.element_size())
+    labels = torch.zeros(1, few, dtype=torch.long, device="meta")
     teacher = Teacher(hidden.detach(), head.detach()) if terms.kl else None
     with _Live() as live:
         vocabulary_loss(hidden, head, labels, terms, teacher=teacher, chunk=chunk)
-    return live.peak
+    return others + live.peak
 
 
 class _Live(TorchDispatchMode):

@@ -140,7 +140,7 @@ def _teams(foreseen: Forecast, rows: int, room: float) -> Iterator[str]:
     if not foreseen.device.startswith("cuda"):
         return
     for processes in _TEAMS:
-        other = foreseen.given(processes=processes)
+        other = foreseen.among(processes)
         if processes > foreseen.processes and (fit := other.largest(room, rows)):
             size = f" train.micro_batch_size={fit}" if fit < rows else ""
             yield f"{processes} GPUs under torchrun{size} ({human_bytes(other.needs(fit).peak + CONTEXT)} each)"
