@@ -1,10 +1,10 @@
 """Peak memory of uptraining: what was foreseen beside what was measured, each in a process of its own.
 
     python benchmarks/training_memory.py                             # on a GPU: the table of docs/uptraining.md
-    python benchmarks/training_memory.py --only 135M --compile no    # some of it
+    python benchmarks/training_memory.py --only 1.2B --compile no    # other pairs
     python benchmarks/training_memory.py --device cpu --only tiny    # to try the script
 
-Random models and tokens, nothing is downloaded or written but to a temporary folder. `foreseen` and `measured` are
+Random models and tokens, nothing is downloaded; the models (32 GB for 8B) lie in a temporary folder. `foreseen` and `measured` are
 bytes of tensors (torch.cuda.max_memory_allocated, from loading to the last step); `reserved` is what the allocator took
 from the driver for them. On a CPU `measured` counts every tensor of a step with a dispatch mode, beside what was there.
 """
@@ -36,11 +36,13 @@ class Shape:
     length: int
     rows: int
     settings: dict[str, Any]
+    variants: tuple[bool, ...] = (True,)
+    """Whether compiled, unless --compile says."""
 
 
 SHAPES = {
-    "tiny": Shape(128, 384, 6, 4, 2, 512, True, 128, 2, {}),
-    "135M": Shape(576, 1536, 30, 9, 3, 49152, True, 1024, 32, {}),
+    "tiny": Shape(128, 384, 6, 4, 2, 512, True, 128, 2, {}, (False,)),
+    "135M": Shape(576, 1536, 30, 9, 3, 49152, True, 1024, 32, {}, (False, True)),
     "1.2B": Shape(2048, 8192, 16, 32, 8, 128256, True, 2048, 4, {}),
     "8B attention": Shape(4096, 14336, 32, 32, 8, 128256, False, 2048, 1, {"parameters": "attention"}),
 }
@@ -49,32 +51,33 @@ SHAPES = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="135M,1.2B,8B attention", help=f"comma-separated, of {', '.join(SHAPES)}")
-    parser.add_argument("--compile", choices=["yes", "no", "both"], default="both")
+    parser.add_argument("--compile", choices=["yes", "no"])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=180, help="begin no measurement after so long")
     parser.add_argument("--out", help="JSON file for the rows")
+    parser.add_argument("--folder", default="/dev/shm" if Path("/dev/shm").exists() else None, help="for the models")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        name, compiled = json.loads(options.one)
-        print(json.dumps(measure(SHAPES[name], compiled, options.device, options.steps)))
+        name, compiled, folder = json.loads(options.one)
+        print(json.dumps(measure(SHAPES[name], compiled, Path(folder), options.device, options.steps)))
         return 0
-    variants = {"yes": [True], "no": [False], "both": [False, True]}[options.compile]
     rows, deadline = [], time.monotonic() + options.seconds
     for name in options.only.split(","):
-        for compiled in variants:
-            if time.monotonic() < deadline:
-                rows.append({"model": name, "compiled": compiled, **in_a_process(name, compiled, options)})
-                print(line(rows[-1]), flush=True)
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            for compiled in SHAPES[name].variants if options.compile is None else [options.compile == "yes"]:
+                if time.monotonic() < deadline:
+                    rows.append({"model": name, "compiled": compiled, **in_a_process(name, compiled, folder, options)})
+                    print(line(rows[-1]), flush=True)
     if options.out:
         Path(options.out).write_text(json.dumps(rows, indent=2))
     return 0 if all("error" not in row for row in rows) else 1
 
 
-def in_a_process(name: str, compiled: bool, options: argparse.Namespace) -> dict[str, Any]:
+def in_a_process(name: str, compiled: bool, folder: str, options: argparse.Namespace) -> dict[str, Any]:
     """Measure in a fresh process: memory, and what CUDA keeps, start from nothing."""
-    command = [sys.executable, __file__, "--one", json.dumps([name, compiled])]
+    command = [sys.executable, __file__, "--one", json.dumps([name, compiled, folder])]
     command += ["--device", options.device, "--steps", str(options.steps)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -94,7 +97,7 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def measure(shape: Shape, compiled: bool, device: str, steps: int) -> dict[str, Any]:
+def measure(shape: Shape, compiled: bool, folder: Path, device: str, steps: int) -> dict[str, Any]:
     """Train some steps; what was foreseen and what was the peak."""
     started = time.monotonic()
     import numpy as np
@@ -113,19 +116,20 @@ def measure(shape: Shape, compiled: bool, device: str, steps: int) -> dict[str, 
     )  # fmt: skip
     tokens = np.random.default_rng(0).integers(0, shape.vocabulary, size=(steps + 1) * batch).astype(np.uint32)
     store = TokenStore(tokens, tokens[: shape.length], "random", {}, np.zeros(0, dtype=np.int64))
-    with tempfile.TemporaryDirectory() as folder:
-        source, student = write_models(shape, Path(folder), device)
-        if device != "cpu":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        trainer = set_up(student, source, Recipe(train=train), device, data=store)
-        checkpoints, position = Checkpoints(Path(folder) / "checkpoints", {}, 1), Position()
-        peak = 0
-        for _ in range(steps):
-            if device == "cpu":
-                position, peak = tracked(trainer, position, checkpoints)
-            else:
-                position, _ = _step(trainer, position, checkpoints)
+    source, student = folder / "source", folder / "student"
+    if not student.exists():
+        write_models(shape, source, student, device)
+    if device != "cpu":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    trainer = set_up(student, source, Recipe(train=train), device, data=store)
+    checkpoints, position = Checkpoints(folder / "checkpoints", {}, 1), Position()
+    peak = 0
+    for _ in range(steps):
+        if device == "cpu":
+            position, peak = tracked(trainer, position, checkpoints)
+        else:
+            position, _ = _step(trainer, position, checkpoints)
     return {
         "rows": shape.rows,
         "length": shape.length,
@@ -149,7 +153,7 @@ def tracked(trainer: Any, position: Any, checkpoints: Any) -> tuple[Any, int]:
     return position, live.peak + sum({t.untyped_storage()._cdata: t.nbytes for t in there}.values())
 
 
-def write_models(shape: Shape, folder: Path, device: str) -> tuple[Path, Path]:
+def write_models(shape: Shape, source: Path, student: Path, device: str) -> None:
     """A random source model in bfloat16, made on the device, and its conversion."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -168,11 +172,10 @@ def write_models(shape: Shape, folder: Path, device: str) -> tuple[Path, Path]:
     with torch.device(device):
         model = LlamaForCausalLM(config)
     torch.set_default_dtype(torch.float32)
-    model.save_pretrained(folder / "source")
+    model.save_pretrained(source)
     del model
-    checkpoint = Checkpoint.open(folder / "source")
-    convert(make_plan(checkpoint, sharing="cla2-keep-ends", init="first"), checkpoint, folder / "student")
-    return folder / "source", folder / "student"
+    checkpoint = Checkpoint.open(source)
+    convert(make_plan(checkpoint, sharing="cla2-keep-ends", init="first"), checkpoint, student)
 
 
 if __name__ == "__main__":
