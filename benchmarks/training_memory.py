@@ -4,9 +4,10 @@
     python benchmarks/training_memory.py --only 1.2B --compile no    # other pairs
     python benchmarks/training_memory.py --device cpu --only tiny    # to try the script
 
-Random models and tokens, nothing is downloaded; the models (32 GB for 8B) lie in a temporary folder. `foreseen` and `measured` are
-bytes of tensors (torch.cuda.max_memory_allocated, from loading to the last step); `reserved` is what the allocator took
-from the driver for them. On a CPU `measured` counts every tensor of a step with a dispatch mode, beside what was there.
+Random models and tokens, nothing is downloaded; the models (32 GB for 8B) lie in a temporary folder. `foreseen` and
+`measured` are bytes of tensors (torch.cuda.max_memory_allocated, from loading to the last step); `reserved` is what the
+allocator took from the driver for them. On a CPU `measured` counts every tensor of a step with a dispatch mode, beside
+what was there.
 """
 
 import argparse
