@@ -1,4 +1,4 @@
-"""Converted models as their users have them: folders, and processes without this package."""
+"""Converted models as their users have them: folders, and processes that find them there."""
 
 import os
 import subprocess

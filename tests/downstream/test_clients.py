@@ -1,4 +1,4 @@
-"""Other people's software on converted models: the most used, each in a process that never imports this package."""
+"""Other people's software on converted models: the most used, each in a process of its own."""
 
 import json
 import math
@@ -31,12 +31,18 @@ def test_trainer(client: Any, converted: Path, tmp_path: Path) -> None:
 
 @windowed
 def test_peft_lora(client: Any, converted: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="PEFT is not installed: pip install 'cla-convert[dev]'")
     client("peft_lora", converted, tmp_path / "adapters")
 
 
 def test_trl_sft(client: Any, converted: Path, tmp_path: Path) -> None:
+    pytest.importorskip("trl", reason="TRL is not installed: pip install 'cla-convert[dev]'")
     client("trl_sft", converted, tmp_path / "tuned")
     client("reload", tmp_path / "tuned", tmp_path / "tuned")
+
+
+def test_transformers_serve(client: Any, converted: Path) -> None:
+    client("serve", converted)
 
 
 def test_lm_eval(client: Any, converted: Path, tmp_path: Path) -> None:
