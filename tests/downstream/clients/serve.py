@@ -13,3 +13,4 @@ assert type(model).__name__.startswith("Cla"), type(model)
 assert manager.get_model_modality(model, tokenizer).value == "LLM"
 prompt = tokenizer("hello", return_tensors="pt")
 assert model.generate(**prompt, max_new_tokens=3, do_sample=False).shape[1] == prompt.input_ids.shape[1] + 3
+manager.shutdown()  # else its timers keep the process
