@@ -85,6 +85,7 @@ def test_compiled_layers_keep_what_the_partitioner_keeps(parameters: str, monkey
     [
         {},
         {"micro_batch_size": 4},
+        {"micro_batch_size": 1, "sequence_length": 16, "batch_tokens": 32},  # the end of the backward pass is the peak
         {"parameters": "attention"},
         {"loss": "cross_entropy"},
         {"activation_checkpointing": True},
