@@ -97,7 +97,25 @@ def plan(run: Run) -> dict[str, Any]:
 
     the_plan = plan_for(Checkpoint.open(run.source), run.recipe, run.device)
     say(the_plan.render())
+    check_memory(run, the_plan)
     return run.write("plan.json", the_plan.to_json())
+
+
+def check_memory(run: Run, the_plan: Any) -> None:
+    """Say what training will need. Raises InputError, with what does fit, if the device has less."""
+    from .models.checkpoint import Checkpoint
+    from .models.export import cla_config
+    from .training.sizing import forecast
+
+    train, source = run.recipe.train, Checkpoint.open(run.source).config
+    if not train.tokens:
+        return
+    converted = cla_config(source, the_plan.family, the_plan.kv_source_layers, the_plan.dtype)
+    models = {run.folder: converted, **({run.control: source} if train.needs_control else {})}
+    for folder, config in models.items():
+        if not (folder / "uptrained").exists():  # else it was trained, perhaps on another machine
+            foreseen, rows = forecast(train, config, Checkpoint.open(run.teacher).config, run.device)
+            say(f"training    {foreseen.describe(rows)}")
 
 
 def convert(run: Run) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What stops a run that went wrong: a loss or gradient that is not finite, a loss that jumps up and stays there."""
+"""What stops a run that went wrong: a loss or gradient that is not finite, a loss that jumps and stays, no memory."""
 
 from collections.abc import Iterable, Sequence
 from statistics import median
@@ -7,6 +7,7 @@ import torch
 
 from ..errors import TrainingError
 from .schedule import Budget
+from .sizing import advice
 from .state import Checkpoints, Position
 from .trainer import Trainer
 
@@ -70,6 +71,17 @@ def ruined(position: Position, what: str, checkpoints: Checkpoints) -> TrainingE
         f"{what} after step {position.step}: the model is not published",
         last_good(checkpoints, position.step),
         "Lower train.learning_rate or raise train.warmup, then start over.",
+    )
+
+
+def out_of_memory(trainer: Trainer, checkpoints: Checkpoints, error: RuntimeError) -> TrainingError:
+    """The error for a step that memory did not suffice for."""
+    rows = trainer.micro_batch
+    return TrainingError(
+        f"Memory ran out with {rows} sequences a pass",
+        f"{str(error).strip().splitlines()[0].rstrip('.')}. {last_good(checkpoints)}",
+        f"{advice(trainer.forecast, rows)} Is something else on the device? train.micro_batch_size and "
+        "train.activation_checkpointing may change when the run is resumed (--allow-change).",
     )
 
 

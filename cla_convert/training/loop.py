@@ -26,12 +26,13 @@ from ..models.checkpoint import Checkpoint
 from ..models.export import check_exportable, export_model
 from ..models.writer import check_output
 from ..recipe import Recipe
-from .health import HISTORY, PATIENCE, all_finite, not_finite, ruined, spiked, steps_above
+from .health import HISTORY, PATIENCE, all_finite, not_finite, out_of_memory, ruined, spiked, steps_above
 from .metrics import Metrics, NoMetrics, read_rows
 from .monitor import Monitor
 from .parallel import check_team, team, whole
 from .parameters import peak_rate
 from .schedule import crossed, learning_rate
+from .sizing import ran_out
 from .state import Checkpoints, Position
 from .stop import StopRequest
 from .torchrun import call_the_others
@@ -73,8 +74,9 @@ def uptrain(
 
     Raises:
         UsageError: several processes cannot share the device.
-        InputError: data, models or `out_dir` are not usable, before any training.
-        TrainingError: the loss is not finite or has jumped, the disk is full, or the checkpoints are of another run.
+        InputError: data, models or `out_dir` are not usable, or memory will not do, before any training.
+        TrainingError: the loss is not finite or has jumped, memory ran out, the disk is full, or the checkpoints are of
+            another run.
         Interrupted: on SIGINT or SIGTERM, after saving.
     """
     arguments = dict(locals())
@@ -101,6 +103,10 @@ def uptrain(
             if error.errno not in _DISK_FULL:
                 raise
             raise checkpoints.disk_trouble(str(error)) from error
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
+            raise out_of_memory(trainer, checkpoints, error) from error
         result = _result(trainer, position, read_rows(log)) | {"changes": checkpoints.changes}
         state = _final_weights(trainer, student_dir)
     _tell(result["validation"])
@@ -292,6 +298,7 @@ def _result(trainer: Trainer, position: Position, rows: list[dict[str, Any]]) ->
         "validation": [row for row in rows if "validation_perplexity" in row],
         "parameters_trained": sum(p.numel() for p in trainer.parameters.values()),
         "peak_memory_bytes": peak_memory_bytes(trainer.device),
+        "expected_memory_bytes": round(trainer.forecast.needs(trainer.micro_batch).peak),
         "device": trainer.device,
         "processes": trainer.team.size,
         "precision": trainer.precision.name,

@@ -128,7 +128,10 @@ def check_head(model: Any) -> None:
         )
 
 
-def chunk_size(weight: torch.Tensor) -> int:
-    """Positions whose logits exist at a time: a power of two, so that chunks of usual batches are of one shape."""
-    fit = _LOGIT_BYTES.get(weight.device.type, 2**28) // (4 * weight.shape[0])
+def chunk_size(weight: torch.Tensor, device_type: str = "") -> int:
+    """Positions whose logits exist at a time: a power of two, so that chunks of usual batches are of one shape.
+
+    `device_type` stands for the weight's own device.
+    """
+    fit = _LOGIT_BYTES.get(device_type or weight.device.type, 2**28) // (4 * weight.shape[0])
     return 1 << max(4, fit.bit_length() - 1)

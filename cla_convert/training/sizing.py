@@ -1,43 +1,152 @@
-"""How many sequences fit into one forward and backward pass."""
+"""Whether training fits into the memory of a device, and how many sequences into one forward and backward pass."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
+from ..console import human_bytes
+from ..environment import world_size
+from ..errors import InputError
 from ..recipe import Train
-from .schedule import Budget
+from .memory import CONTEXT, Forecast
 
 _CPU_ROWS = 8
 _ENOUGH_TOKENS = 32_768
 """In a pass; more do not make a GPU faster."""
-_SHARE = 0.6
-"""Of a GPU's memory that we plan to use: the estimate below is rough, and logits and fragmentation come on top."""
-_STATE_BYTES = 18
-"""A parameter: weight, gradient and two moments in float32, the working copy in bfloat16."""
+_SPARE = 0.1
+"""Of a GPU that a micro-batch chosen here leaves: blocks that the allocator cannot use, and errors of the forecast."""
+_TEAMS = (2, 4, 8, 16)
 
 
-def micro_batch_size(train: Train, budget: Budget, model: Any, device: str) -> int:
-    """Sequences in a pass: as the recipe says, or a power of two that the device should hold, at most a whole batch.
+def forecast(
+    train: Train, student: Mapping[str, Any], teacher: Mapping[str, Any], device: str, processes: int | None = None
+) -> tuple[Forecast, int]:
+    """What training needs, and the sequences in a pass.
+
+    Args:
+        train: the recipe's section.
+        student: config.json of the model to train.
+        teacher: config.json of the model to distil from.
+        device: `cpu`, `cuda`, ...
+        processes: that train together; default: those that torchrun started.
+
+    Raises:
+        InputError: the device has too little memory; the error says what does fit.
+    """
+    foreseen = Forecast(train, student, teacher, device, processes or world_size())
+    rows = micro_batch_size(foreseen)
+    total = device_memory(device)
+    if total is not None and foreseen.needs(rows).peak + CONTEXT > total:
+        raise _too_little(foreseen, rows, total)
+    return foreseen, rows
+
+
+def micro_batch_size(foreseen: Forecast) -> int:
+    """Sequences in a pass: as the recipe says, or a power of two that the device holds, at most a whole batch.
 
     From the device's total memory, not what is free just now: the same run on the same machine gives the same bits.
     """
-    if train.micro_batch_size != "auto":
-        return train.micro_batch_size
-    if not device.startswith("cuda"):
-        return min(_CPU_ROWS, budget.batch)
-    room = _SHARE * torch.cuda.get_device_properties(device).total_memory
-    room -= _STATE_BYTES * sum(p.numel() for p in model.parameters())
-    tokens = min(_ENOUGH_TOKENS, room / activation_bytes(model.config, recomputed=train.activation_checkpointing))
-    fit = max(1, int(tokens // budget.length))
-    return min(1 << (fit.bit_length() - 1), budget.batch)
+    wanted, most = foreseen.train.micro_batch_size, _share(foreseen)
+    if wanted != "auto":
+        return wanted
+    total = device_memory(foreseen.device)
+    if total is None or not foreseen.device.startswith("cuda"):
+        return min(_CPU_ROWS, most)
+    enough = max(1, min(most, _ENOUGH_TOKENS // foreseen.budget.length))
+    return foreseen.largest((1 - _SPARE) * total, enough) or 1
 
 
-def activation_bytes(config: Any, *, recomputed: bool) -> float:
-    """Bytes that a token keeps for the backward pass, measured on a Llama that is not compiled (an upper bound).
+def device_memory(device: str) -> int | None:
+    """Bytes that a device has in all, within the limit of this process's container (cgroup v2); None if unknown."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_properties(device).total_memory
+    if device != "cpu":
+        return None
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text(encoding="utf-8").strip() if limit.exists() else ""
+    total = psutil.virtual_memory().total + psutil.swap_memory().total
+    return min(total, int(text)) if text.isdigit() else total
 
-    Recomputing activations leaves a layer's input in every layer, and all of it in one.
-    """
-    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size  # GPT-2's way to leave it out
-    layer = 40 * config.hidden_size + 10 * inner
-    inputs = 4 * config.hidden_size * config.num_hidden_layers
-    return inputs + 2 * layer if recomputed else config.num_hidden_layers * layer
+
+def advice(foreseen: Forecast, rows: int) -> str:
+    """What else to set, where `rows` sequences a pass are too much: only what the forecast says will fit."""
+    total = device_memory(foreseen.device)
+    fits = [] if total is None else list(_what_fits(foreseen, rows, total))
+    if fits:
+        return f"What fits: {'; '.join(fits)}."
+    return "Use a smaller model, a shorter train.sequence_length, or a device with more memory."
+
+
+def ran_out(error: RuntimeError) -> bool:
+    """Whether an allocator failed; torch has an error of its own for it on accelerators only."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Turn an allocator's failure into an InputError: something else takes what the forecast counted on."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
+        raise InputError(
+            "Memory ran out while the models were loaded",
+            str(error).strip().splitlines()[0],
+            "End what else is on the device, or use another one.",
+        ) from error
+
+
+def _too_little(foreseen: Forecast, rows: int, total: int) -> InputError:
+    needs = foreseen.needs(rows)
+    device = "GPU" if foreseen.device.startswith("cuda") else "machine"
+    each = f" on each of {foreseen.processes} processes" if foreseen.processes > 1 else ""
+    return InputError(
+        f"Training needs about {human_bytes(needs.peak + CONTEXT)} of memory{each}, the {device} has "
+        f"{human_bytes(total)}",
+        f"With {rows} sequences of {foreseen.budget.length} tokens a pass: {needs}.",
+        advice(foreseen, rows),
+    )
+
+
+def _what_fits(foreseen: Forecast, rows: int, total: int) -> Iterator[str]:
+    """Settings that fit, the least change first; of the last resort only if nothing else does."""
+    room, found = (1 - _SPARE) * total, False
+    options: tuple[dict[str, Any], ...] = (
+        {},
+        {"activation_checkpointing": True},
+        {"parameters": "attention"},
+        {"parameters": "attention", "activation_checkpointing": True},
+    )
+    for changes in options:
+        if found and len(changes) > 1:
+            break
+        other = foreseen.given(**changes)
+        fit = other.largest(room, rows if changes else rows - 1)
+        if fit and (changes or fit < rows):
+            found = True
+            named = {**changes, **({"micro_batch_size": fit} if fit < rows else {})}
+            words = " ".join(f"train.{name}={str(value).lower()}" for name, value in named.items())
+            yield f"{words} ({human_bytes(other.needs(fit).peak + CONTEXT)})"
+    yield from _teams(foreseen, rows, room)
+
+
+def _teams(foreseen: Forecast, rows: int, room: float) -> Iterator[str]:
+    """The smallest number of GPUs that fits."""
+    if not foreseen.device.startswith("cuda"):
+        return
+    for processes in _TEAMS:
+        other = foreseen.among(processes)
+        if processes > foreseen.processes and (fit := other.largest(room, rows)):
+            size = f" train.micro_batch_size={fit}" if fit < rows else ""
+            yield f"{processes} GPUs under torchrun{size} ({human_bytes(other.needs(fit).peak + CONTEXT)} each)"
+            return
+
+
+def _share(foreseen: Forecast) -> int:
+    """Sequences of a step that one process takes."""
+    return -(-foreseen.budget.batch // foreseen.processes)

@@ -19,12 +19,13 @@ from .compiling import choose_compile, compile_layers
 from .data import Sequences, TokenStore, held_out_rows, store_for
 from .derived import derived
 from .flops import peak_flops, training_flops
+from .memory import Forecast
 from .objective import Objective, check_head, skip_other_documents
 from .parallel import Team
 from .parameters import check_optimizer, freeze_all_but, make_optimizers
 from .precision import Precision, cast_frozen, choose_precision
 from .schedule import Budget
-from .sizing import micro_batch_size
+from .sizing import forecast, loading
 from .teacher import check_teacher, load_teacher
 from .trackers import check_trackers
 
@@ -54,6 +55,8 @@ class Trainer:
     team: Team
     micro_batch: int
     """Sequences in a forward and backward pass."""
+    forecast: Forecast
+    """Of the memory that all of this needs."""
     compiled: bool
     flops_per_token: float
     """Of training, see flops.py."""
@@ -93,17 +96,19 @@ def set_up(
         with team.leader_first():
             data = store_for(recipe, load_tokenizer(student_dir), teacher_dir, device)
     precision = choose_precision(settings.precision, device)
+    configs = [Checkpoint.open(folder).config for folder in (student_dir, teacher_dir)]
+    foreseen, rows = forecast(settings, configs[0], configs[1], device, team.size)
     torch.manual_seed(recipe.seed)
-    student = _load_student(student_dir, settings, data, device=device if team.size == 1 else "cpu")
-    if team.size == 1:  # a sharded layer has one dtype
-        cast_frozen(student, precision.compute)
-    distill = settings.loss == "distill"
-    teacher = load_teacher(teacher_dir, student, dtype=precision.compute, device=device) if distill else None
+    with loading():
+        student = _load_student(student_dir, settings, data, device=device if team.size == 1 else "cpu")
+        if team.size == 1:  # a sharded layer has one dtype
+            cast_frozen(student, precision.compute)
+        distill = settings.loss == "distill"
+        teacher = load_teacher(teacher_dir, student, dtype=precision.compute, device=device) if distill else None
     settings = derived(settings, student.config, teacher and teacher.config)
     flops = training_flops(student, teacher, budget.length)
     compiled = choose_compile(settings.compile, precision.device_type, flops * budget.tokens)
     objective = Objective(settings, student, teacher, fused=compiled)
-    rows = micro_batch_size(settings, budget, student, device)
     for model in filter(None, (student, teacher)):
         if settings.document_masking == "flex":
             skip_other_documents(model, precision.device_type)
@@ -131,6 +136,7 @@ def set_up(
         seed=recipe.seed,
         team=team,
         micro_batch=rows,
+        forecast=foreseen,
         compiled=compiled,
         flops_per_token=flops,
         peak_flops=peak and peak * team.size,
@@ -142,7 +148,7 @@ def set_up(
 def run_identity(student_dir: Path, teacher_dir: Path, recipe: Recipe, trainer: Trainer) -> dict[str, Any]:
     """What the weights at the end depend on: a checkpoint resumes only a run that agrees in all of it."""
     settings = trainer.settings.model_dump(mode="json", exclude=_FREE)
-    settings |= {"micro_batch_size": trainer.micro_batch, "compile": trainer.compiled}
+    settings |= {"compile": trainer.compiled}  # what `auto` came to; micro-batches add up alike however they are cut
     return {
         **{f"train.{name}": value for name, value in settings.items()},
         "train.precision": trainer.precision.name,  # what `auto` came to

@@ -8,11 +8,14 @@ import time
 
 import pytest
 
-from cla_convert.errors import UsageError
+from cla_convert import pipeline
+from cla_convert.errors import InputError, UsageError
 from cla_convert.files import alone_in
 from cla_convert.recipe_file import load_recipe
+from cla_convert.recipes import find_recipe
 from cla_convert.run import clear
 from cla_convert.same_recipe import check_same_recipe
+from cla_convert.training import sizing
 from tests.integration.test_convert import cla
 
 SMALL = [
@@ -65,6 +68,18 @@ def test_a_run_that_cannot_start_costs_nothing(tmp_path, tiny_llama):
         assert done.returncode in (2, 3) and "Traceback" not in done.stderr, done.stderr
         assert (out / "converted" / "model.safetensors").stat().st_mtime_ns == made
     assert cla(*line(tiny_llama, out), "--until", "convert").returncode == 0  # and the old line still continues
+
+
+def test_training_that_will_not_fit_is_refused_in_the_plan(tmp_path, tiny_llama, monkeypatch):
+    sets = [f"source.model={tiny_llama}", *SMALL, "device=cpu"]
+    resolved = load_recipe(find_recipe("demo"), sets)
+    monkeypatch.setattr(sizing, "device_memory", lambda _: 500_000_000)
+    with pytest.raises(InputError, match="Training needs about"):
+        pipeline.run(resolved, tmp_path / "run")
+    assert not any((tmp_path / "run" / name).exists() for name in ("plan.json", "converted", "checkpoints"))
+    (tmp_path / "run" / "uptrained").mkdir()  # trained, on a larger machine
+    pipeline.run(resolved, tmp_path / "run", until="plan")
+    pipeline.run(load_recipe(find_recipe("demo"), [*sets, "train.tokens=0"]), tmp_path / "other", until="plan")
 
 
 def test_a_run_folder_is_one_process_s(tmp_path, tiny_llama):

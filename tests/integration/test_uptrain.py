@@ -17,7 +17,7 @@ from cla_convert.models.checkpoint import Checkpoint
 from cla_convert.models.export import load_model
 from cla_convert.recipe import Recipe
 from cla_convert.recipe_file import validate
-from cla_convert.training import loop
+from cla_convert.training import loop, sizing
 from cla_convert.training.metrics import read_rows
 from cla_convert.training.objective import Objective
 from cla_convert.training.stop import StopRequest
@@ -331,3 +331,37 @@ def test_training_that_made_it_worse_says_so(
     printed = capsys.readouterr().err
     assert last > first and f"validation perplexity {first:.4g} -> {last:.4g}" in printed
     assert "the validation perplexity rose" in printed
+
+
+def test_too_little_memory_is_said_before_a_weight_is_read(
+    work: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sizing, "device_memory", lambda _: 500_000_000)
+    monkeypatch.setattr("cla_convert.training.trainer.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    with pytest.raises(InputError, match="Training needs about .* the machine has 476.8 MiB"):
+        uptrain(work, tiny_llama, tmp_path, recipe(work))
+    assert not (tmp_path / "model").exists()
+
+
+def test_memory_that_runs_out_keeps_the_last_checkpoint(
+    work: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, usual = 0, Objective.__call__
+
+    def hungry(self: Objective, *args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2 * 7:  # two passes a step
+            torch.empty(2**60, dtype=torch.uint8)
+        return usual(self, *args)
+
+    monkeypatch.setattr(Objective, "__call__", hungry)
+    with pytest.raises(TrainingError) as error:
+        uptrain(work, tiny_llama, tmp_path, recipe(work, keep_checkpoints=1))
+    assert error.value.what == "Memory ran out with 2 sequences a pass"
+    assert str(tmp_path / "checkpoints" / "step-00000006") in error.value.why
+    assert "train.micro_batch_size=1 (" in error.value.fix
+    monkeypatch.undo()
+    resumed = recipe(work, keep_checkpoints=1, micro_batch_size=1)
+    uptrain(work, tiny_llama, tmp_path, resumed, allow_changes=["train.micro_batch_size"])
+    assert read_rows(tmp_path / "metrics.jsonl")[-1]["step"] == 12

@@ -34,7 +34,6 @@ from cla_convert.training.objective import check_head, chunk_size, hidden_states
 from cla_convert.training.parameters import check_optimizer, freeze_all_but, make_optimizers, parts_of
 from cla_convert.training.precision import Precision, choose_precision
 from cla_convert.training.schedule import Budget
-from cla_convert.training.sizing import micro_batch_size
 from cla_convert.training.teacher import share_frozen
 from cla_convert.training.trackers import TensorBoard
 
@@ -252,21 +251,6 @@ class TestCost:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
         assert peak_flops("cuda:0", torch.bfloat16) == peak
         assert peak_flops("cuda:0", torch.float32) is None and peak_flops("cpu", torch.bfloat16) is None
-
-    def test_sequences_in_a_pass(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        class Card:
-            total_memory = 24e9
-
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Card)
-        budget, model = (
-            Budget(1000, 64, 1024),
-            LlamaForCausalLM(tiny_llama_config(num_hidden_layers=48, hidden_size=1024, intermediate_size=8)),
-        )
-        assert micro_batch_size(Train(micro_batch_size=3), budget, model, "cuda") == 3
-        assert micro_batch_size(Train(), budget, model, "cpu") == 8
-        assert micro_batch_size(Train(), budget, model, "cuda") == 4
-        assert micro_batch_size(Train(activation_checkpointing=True), budget, model, "cuda") == 32
-        assert micro_batch_size(Train(), Budget(10, 2, 1024), student(), "cuda") == 2
 
     def test_chunks_are_powers_of_two(self) -> None:
         assert chunk_size(torch.empty(49152, 1)) == 256

@@ -1,0 +1,233 @@
+"""Memory of training, foreseen from the configs: what fits is computed before a weight is read.
+
+The peak of a step on one device is the larger of two moments.
+
+    in a pass     weights + moments + teacher + copy + activations + what one layer or the loss needs at a time
+                  (+ gradients, from the second pass of a step on)
+    at its end    weights + moments + teacher + copy + gradients + gradients of the copy
+
+    weights       4 bytes a trained parameter (float32), what is frozen in the compute dtype; when a model is loaded all
+                  of it is float32 for a moment (trainer.py)
+    moments       8 bytes a trained parameter for AdamW, 4 for Muon's matrices (parameters.py)
+    gradients     4 bytes a trained parameter
+    copy          the trained parameters in the compute dtype (precision.py)
+    teacher       all its parameters in the compute dtype, but what it shares with the student (teacher.py)
+    activations   what autograd keeps, counted on the meta device (rehearsal.py), and the teacher's residual streams
+                  where the student follows them (hidden.py)
+
+Several processes divide weights, moments and gradients by their number. They gather two layers and what lies outside
+of layers in the compute dtype, and reduce the gradients of one in float32 (parallel.py).
+"""
+
+from collections.abc import Mapping
+from copy import copy
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from ..console import human_bytes, warn
+from ..models.families import decoder_layers
+from ..recipe import Train
+from .compiling import choose_compile
+from .derived import derived
+from .flops import training_flops
+from .objective import Objective, chunk_size
+from .parameters import freeze_all_but, make_optimizers
+from .precision import choose_precision
+from .rehearsal import kept_bytes, loss_bytes, skeleton
+from .schedule import Budget
+
+CONTEXT = 1_000_000_000
+"""Of the driver, cuBLAS and NCCL on a GPU; Python, torch and transformers on a CPU."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes on one device, by what they are for."""
+
+    weights: float
+    moments: float
+    gradients: float
+    copy: float
+    teacher: float
+    activations: float
+    at_a_time: float
+    """What one layer or the loss needs beside what is kept."""
+    passes: int
+    """Forward and backward passes a step."""
+    loading: float
+    """Peak before training."""
+    copied_gradients: float
+
+    @property
+    def peak(self) -> float:
+        """The most that tensors need at a time."""
+        always = self.weights + self.moments + self.teacher + self.copy
+        earlier = self.gradients if self.passes > 1 else 0
+        in_a_pass = always + earlier + self.activations + self.at_a_time
+        return max(in_a_pass, always + self.gradients + self.copied_gradients, self.loading)
+
+    def __str__(self) -> str:
+        parts = {
+            "weights": self.weights + self.copy,
+            "optimiser": self.moments,
+            "gradients": self.gradients,
+            "teacher": self.teacher,
+            "activations": self.activations + self.at_a_time,
+        }
+        return ", ".join(f"{name} {human_bytes(size)}" for name, size in parts.items() if size)
+
+
+class Forecast:
+    """What training one model needs, for any number of sequences a pass."""
+
+    def __init__(
+        self, train: Train, student: Mapping[str, Any], teacher: Mapping[str, Any] | None, device: str, processes: int
+    ) -> None:
+        """Build both models without numbers.
+
+        Args:
+            train: the recipe's section.
+            student: config.json of the model to train.
+            teacher: config.json of the model to distil from; None without one.
+            device: `cpu`, `cuda`, ...
+            processes: of the run.
+        """
+        self.device, self.processes = device, processes
+        self.configs = student, teacher
+        self.budget = Budget.of(train)
+        self.precision = choose_precision(train.precision, device)
+        self.student = self._built(student)
+        freeze_all_but(self.student, train.parameters)
+        self.teacher = None if teacher is None or train.loss != "distill" else self._built(teacher)
+        self.train = derived(train, self.student.config, self.teacher and self.teacher.config)
+        flops = training_flops(self.student, self.teacher, self.budget.length)
+        self.compiled = choose_compile(train.compile, self.precision.device_type, flops * self.budget.tokens)
+
+    def given(self, **changes: Any) -> "Forecast":
+        """The same training with other settings."""
+        return Forecast(self.train.model_copy(update=changes), *self.configs, self.device, self.processes)
+
+    def among(self, processes: int) -> "Forecast":
+        """The same training by so many processes."""
+        other = copy(self)  # what is kept of a sequence was counted already
+        other.processes = processes
+        return other
+
+    def needs(self, rows: int) -> Needs:
+        """Bytes with so many sequences a pass."""
+        trained, frozen = self._counts
+        size, share = self._size, 1 / self.processes
+        alone, copied = self.processes == 1, size if size < 4 else 0
+        activations, layer = self._activations(rows)
+        return Needs(
+            weights=4 * trained + size * frozen if alone else 4 * (trained + frozen) * share,
+            moments=self._moments * share,
+            gradients=4 * trained * share,
+            copy=copied * trained if alone else self._gathered,
+            teacher=size * ((_count(self.teacher.parameters()) if self.teacher else 0) - self._shared),
+            activations=activations + self._followed(rows),
+            at_a_time=max(layer, self._loss(rows)),
+            passes=-(-self.budget.batch // (self.processes * rows)),
+            loading=4 * (trained + frozen) if alone else 0,
+            copied_gradients=copied * trained if alone else 0,
+        )
+
+    def describe(self, rows: int) -> str:
+        """For a person: the peak and its parts."""
+        needs, each = self.needs(rows), " on each device" if self.processes > 1 else ""
+        return f"about {human_bytes(needs.peak + CONTEXT)} of memory{each} with {rows} sequences a pass: {needs}"
+
+    def largest(self, room: float, most: int) -> int:
+        """The largest power of two of sequences a pass, at most `most`, whose needs stay within `room`; 0 for none."""
+        fit, rows = 0, 1
+        while rows <= most and self.needs(rows).peak + CONTEXT <= room:
+            fit, rows = rows, 2 * rows
+        return fit
+
+    def _built(self, config: Mapping[str, Any]) -> Any:
+        """Weights in the compute dtype, as passes see them; buffers as they are."""
+        model = skeleton(config)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(self.precision.compute)
+        return model
+
+    @property
+    def _size(self) -> int:
+        return self.precision.compute.itemsize
+
+    @cached_property
+    def _counts(self) -> tuple[int, int]:
+        parameters = list(self.student.parameters())
+        trained = _count(p for p in parameters if p.requires_grad)
+        return trained, _count(parameters) - trained
+
+    @cached_property
+    def _moments(self) -> int:
+        """Bytes of the optimisers' state."""
+        return sum(
+            (8 if isinstance(optimizer, torch.optim.AdamW) else 4) * parameter.numel()
+            for optimizer in make_optimizers(self.student, self.train, "meta")
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        )
+
+    @property
+    def _shared(self) -> int:
+        """Parameters of the teacher that are the student's: frozen, of one name and shape (teacher.share_frozen)."""
+        if self.teacher is None or self.processes > 1:  # the student's are float32 there
+            return 0
+        frozen = {name: p.shape for name, p in self.student.named_parameters() if not p.requires_grad}
+        return _count(p for name, p in self.teacher.named_parameters() if frozen.get(name) == p.shape)
+
+    @cached_property
+    def _gathered(self) -> float:
+        """Bytes of what several processes gather: see the head of this file."""
+        layers = [_count(layer.parameters()) for layer in decoder_layers(self.student)]
+        outside = sum(self._counts) - sum(layers)
+        whole = self._size * (outside + 2 * max(layers))
+        reduced = max(max(layers), outside if self.train.parameters == "all" else 0)
+        return whole + (4 + self._size) * reduced
+
+    @cached_property
+    def _kept(self) -> float:
+        """Bytes that all layers keep for a sequence."""
+        documents = self.train.document_masking is True
+        try:
+            return kept_bytes(self.student, self.budget.length, compiled=self.compiled, documents=documents)
+        except (RuntimeError, NotImplementedError) as error:  # it looks at numbers, of which there are none
+            warn(f"memory of training: a rough bound, the model cannot be rehearsed ({str(error).splitlines()[0]})")
+            return self.budget.length * _bound(self.student.config)
+
+    def _activations(self, rows: int) -> tuple[float, float]:
+        """Bytes that are kept, and bytes that the layer at work needs: the gradients of what it has kept."""
+        layers = self.student.config.num_hidden_layers
+        kept = rows * self._kept
+        if not self.train.activation_checkpointing:
+            return kept, kept / layers
+        inputs = self._size * rows * self.budget.length * self.student.config.hidden_size * layers
+        return inputs, 2 * kept / layers  # made anew, then its gradients
+
+    def _followed(self, rows: int) -> float:
+        """The teacher's streams, and their float32 differences from the student's where no compiler fuses them away."""
+        config, size = self.student.config, self._size + (0 if self.compiled else 4)
+        channels = rows * self.budget.length * config.hidden_size * config.num_hidden_layers
+        return size * channels if self.train.hidden_weight else 0
+
+    def _loss(self, rows: int) -> float:
+        head = self.student.get_output_embeddings().weight
+        terms = Objective(self.train, self.student, self.teacher).terms
+        chunk = chunk_size(head, self.precision.device_type)
+        return loss_bytes(head, rows * self.budget.length, terms, chunk, compiled=self.compiled)
+
+
+def _bound(config: Any) -> int:
+    """Bytes that a token keeps, at most: measured on a Llama that is not compiled."""
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size  # GPT-2's way to leave it out
+    return config.num_hidden_layers * (40 * config.hidden_size + 10 * inner)
+
+
+def _count(parameters: Any) -> int:
+    return sum(parameter.numel() for parameter in parameters)

@@ -1,0 +1,192 @@
+"""What training needs is foreseen: held to what autograd and torch's allocator do on small models."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cla_convert.errors import InputError
+from cla_convert.models.families import FAMILIES
+from cla_convert.recipe import Recipe, Train
+from cla_convert.training import compiling
+from cla_convert.training.data import TokenStore
+from cla_convert.training.loop import _step
+from cla_convert.training.memory import CONTEXT, Forecast
+from cla_convert.training.objective import hidden_states
+from cla_convert.training.parameters import freeze_all_but
+from cla_convert.training.rehearsal import _Live, kept_bytes, skeleton
+from cla_convert.training.sizing import forecast, loading, micro_batch_size
+from cla_convert.training.state import Checkpoints, Position
+from cla_convert.training.trainer import set_up
+from tests.tiny import CASES, cla_model, save_tiny
+
+LENGTH = 64
+
+
+def in_bfloat16(model: Any) -> Any:
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    return model
+
+
+def saved_by_autograd(model: Any) -> int:
+    """Bytes of all that autograd saves in a forward pass on the CPU, without the weights."""
+    weights = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def save(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        hidden_states(model, torch.zeros(1, LENGTH, dtype=torch.long))
+    return sum(storage.nbytes() for key, storage in saved.items() if key not in weights)
+
+
+def models(case: str, parameters: Any, **overrides: Any) -> tuple[Any, Any]:
+    """A CLA model on the CPU and its likeness on the meta device, both as a training pass sees them."""
+    real = cla_model(case, None, **overrides).train()
+    pair = real, skeleton({**real.config.to_dict(), "model_type": FAMILIES[CASES[case][0]].cla_type})
+    for model in pair:
+        freeze_all_but(in_bfloat16(model), parameters)
+    return pair
+
+
+@pytest.mark.parametrize("parameters", ["all", "attention"])
+@pytest.mark.parametrize("case", ["llama", "llama-biases", "qwen2", "qwen3", "gemma2", "olmo2", "granite", "smollm3"])
+def test_activations_are_what_autograd_saves(case: str, parameters: str) -> None:
+    real, likeness = models(case, parameters)
+    assert kept_bytes(likeness, LENGTH, compiled=False) == saved_by_autograd(real)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_family_can_be_rehearsed(case: str) -> None:
+    likeness = models(case, "all")[1]
+    short, long = (kept_bytes(likeness, length, compiled=False) for length in (LENGTH, 2 * LENGTH))
+    assert 1.9 * short < long and kept_bytes(likeness, LENGTH, compiled=True) <= short
+
+
+@pytest.mark.parametrize("parameters", ["all", "attention"])
+def test_compiled_layers_keep_what_the_partitioner_keeps(parameters: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "head_dim": 64}
+    real, likeness = models("llama", parameters, **wide)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager_decomp_partition"))
+    compiling._compiled_layer.cache_clear()
+    compiling.compile_layers(real, 1, LENGTH)
+    assert kept_bytes(likeness, LENGTH, compiled=True) == pytest.approx(saved_by_autograd(real), rel=0.05)
+    compiling._compiled_layer.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"micro_batch_size": 4},
+        {"micro_batch_size": 1, "sequence_length": 16, "batch_tokens": 32},  # the end of the backward pass is the peak
+        {"parameters": "attention"},
+        {"loss": "cross_entropy"},
+        {"activation_checkpointing": True},
+        {"precision": "float32"},
+        {"optimizer": "muon"},
+    ],
+    ids=str,
+)
+def test_the_peak_of_a_step(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """A real step on the CPU, every tensor counted: within 5% of the forecast."""
+    source = save_tiny("llama", tmp_path / "source", hidden_size=128, intermediate_size=384, head_dim=32)
+    train = {"tokens": 4096, "sequence_length": 128, "batch_tokens": 512, "micro_batch_size": 2,
+             "precision": "bfloat16", "compile": False, **settings}  # fmt: skip
+    tokens = np.random.default_rng(0).integers(0, 256, size=8192).astype(np.uint32)
+    store = TokenStore(tokens, tokens[:256], "tokens", {}, np.zeros(0, dtype=np.int64))
+    trainer = set_up(source, source, Recipe(train=Train(**train)), "cpu", data=store)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", {}, 1)
+    position, _ = _step(trainer, Position(), checkpoints)
+    with _Live() as live:
+        _step(trainer, position, checkpoints)
+    needs = trainer.forecast.needs(trainer.micro_batch)
+    there = needs.weights + needs.moments + needs.teacher
+    before = [*trainer.student.parameters(), *(trainer.objective.teacher or torch.nn.Module()).parameters()]
+    before += [s for o in trainer.optimizers for state in o.state.values() for s in state.values() if s.numel() > 1]
+    held = {tensor.untyped_storage()._cdata: tensor.nbytes for tensor in before}
+    assert there == pytest.approx(sum(held.values()), rel=0.001)
+    assert needs.peak == pytest.approx(there + live.peak, rel=0.05)
+
+
+LLAMA_8B = {
+    "model_type": "cla_llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False,
+    "max_position_embeddings": 8192, "kv_source_layers": [0, *(i for i in range(1, 31, 2) for _ in "kv"), 31],
+}  # fmt: skip
+LLAMA_135M = {
+    "model_type": "cla_llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
+    "max_position_embeddings": 8192, "kv_source_layers": [0, *(i for i in range(1, 29, 2) for _ in "kv"), 29],
+}  # fmt: skip
+
+
+def training(**settings: Any) -> Train:
+    return Train(**{"tokens": 10**7, "sequence_length": 2048, "precision": "bfloat16", "compile": False, **settings})
+
+
+def foresee(shape: dict[str, Any], processes: int = 1, **settings: Any) -> tuple[Forecast, int]:
+    return forecast(training(**settings), shape, {**shape, "model_type": "llama"}, "cuda", processes)
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU of 80 GB."""
+
+    class Card:
+        total_memory = 85_000_000_000
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Card)
+
+
+@pytest.mark.usefixtures("card")
+class TestFitting:
+    def test_what_was_measured(self) -> None:
+        """135M, 32 sequences of 1024 a pass, not compiled: 30.7 GiB on an H200 (docs/uptraining.md)."""
+        foreseen, rows = foresee(LLAMA_135M, sequence_length=1024, micro_batch_size=32, hidden_weight=0)
+        assert foreseen.needs(rows).peak == pytest.approx(30.7 * 2**30, rel=0.05)
+
+    def test_8b_does_not_fit_and_is_told_what_does(self) -> None:
+        with pytest.raises(InputError) as error:
+            foresee(LLAMA_8B)
+        assert "the GPU has 79.2 GiB" in error.value.what and "optimiser 5" in error.value.why
+        assert "train.parameters=attention (" in error.value.fix and "8 GPUs under torchrun (" in error.value.fix
+        assert "activation_checkpointing" not in error.value.fix  # weights and optimiser alone are too much
+        foresee(LLAMA_8B, parameters="attention")
+        foresee(LLAMA_8B, processes=8)
+        with pytest.raises(InputError):
+            foresee(LLAMA_8B, processes=2)
+
+    def test_a_large_micro_batch_is_told_which_one_fits(self) -> None:
+        with pytest.raises(InputError) as error:
+            foresee(LLAMA_135M, micro_batch_size=128, batch_tokens=2**20)
+        assert "train.micro_batch_size=32 (" in error.value.fix
+        assert "train.activation_checkpointing=true (" in error.value.fix
+        foresee(LLAMA_135M, micro_batch_size=32, batch_tokens=2**20)
+        foresee(LLAMA_135M, micro_batch_size=128, batch_tokens=2**20, activation_checkpointing=True)
+
+    def test_auto_takes_what_fits(self) -> None:
+        assert foresee(LLAMA_135M)[1] == 16  # 32k tokens: more do not make a GPU faster
+        foreseen, rows = foresee(LLAMA_8B, parameters="attention")
+        assert rows == 2
+        room = 85e9 * 0.9 - CONTEXT
+        assert foreseen.needs(rows).peak <= room < foreseen.needs(2 * rows).peak
+        assert foresee(LLAMA_135M, tokens=3 * 2048)[1] == 2
+
+    def test_given_is_given(self) -> None:
+        assert foresee(LLAMA_135M, micro_batch_size=3)[1] == 3
+        cpu = Forecast(training(precision="float32"), LLAMA_135M, LLAMA_135M, "cpu", 1)
+        assert micro_batch_size(cpu) == 8
+
+
+def test_a_failed_allocation_while_loading_is_an_error_with_a_reason() -> None:
+    with pytest.raises(InputError, match="Memory ran out while the models were loaded"), loading():
+        torch.empty(2**60, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="mat1"), loading():
+        torch.ones(2, 3) @ torch.ones(2, 3)
