@@ -68,7 +68,8 @@ def changed(rng: random.Random, tree: Any) -> Any:
                 inside[key] = [inside[key]] * rng.choice((1, 2, 1000))
             case 3:
                 other, name = rng.choice(found)
-                inside[key] = other[name] if name in other or (isinstance(other, list) and name < len(other)) else None
+                present = name in other if isinstance(other, dict) else name < len(other)
+                inside[key] = json.loads(json.dumps(other[name])) if present else None
             case _:
                 inside[key] = rng.choice(VALUES)
         tree = json.loads(json.dumps(tree))  # no part twice, and no part in itself
