@@ -67,6 +67,7 @@ def check_before_work(run: Run) -> None:
     from .evaluation.texts import check_texts
     from .models.export import load_tokenizer
     from .models.writer import check_disk
+    from .training.data import check_data
     from .training.parameters import check_optimizer
     from .training.teacher import check_teacher
     from .training.trackers import check_trackers
@@ -74,12 +75,11 @@ def check_before_work(run: Run) -> None:
     check_backend(run.recipe.eval, run.device)
     check_tasks(run.recipe.eval, run.source, run.recipe.seed)
     check_texts(run.recipe.eval.perplexity)
-    load_tokenizer(run.source)
     if run.recipe.train.tokens:
         check_trackers(run.recipe.train.log_to)
         check_optimizer(run.recipe.train)
         check_teacher(run.recipe.train, run.source, run.teacher)
-    text(run)
+    check_data(run.recipe, load_tokenizer(run.source), run.source, run.device)
     check_disk(run.folder, _disk_needed(run))
 
 
