@@ -177,10 +177,31 @@ def texts(run: Run) -> Any:
     from .evaluation.texts import Texts
     from .training.data import held_out_rows
 
-    rows = torch.from_numpy(held_out_rows(text(run), run.recipe.train))
-    shared = run.recipe.eval.agreement_tokens
+    store, settings = text(run), run.recipe.eval
+    rows = torch.from_numpy(held_out_rows(store, run.recipe.train))
+    shared = settings.agreement_tokens
     part = rows[: max(1, shared // rows.shape[1])] if shared else None
-    return Texts(run.recipe.eval.perplexity, rows, part, run.source)
+    return Texts(settings.perplexity, rows, part, run.source, _domains(run, store))
+
+
+def _domains(run: Run, store: Any) -> dict[str, Any]:
+    """Rows of the domain pack. Writes eval/domains.json: which of them the run's text touched."""
+    from .evaluation.domains.overlap import overlap
+    from .evaluation.domains.pack import domain_rows
+    from .models.checkpoint import Checkpoint
+    from .models.export import load_tokenizer
+
+    tokenizer, positions = load_tokenizer(run.source), Checkpoint.open(run.source).positions
+
+    def rows_of(tokens: Any) -> dict[str, Any]:
+        return domain_rows(tokenizer, tokens, run.device, first=store.first, positions=positions)
+
+    rows = rows_of(run.recipe.eval.domain_tokens)
+    if rows and run.read("eval/domains.json").get("text") != store.digest:
+        whole = rows_of(10**9)  # what is judged by its text alone costs little
+        found = overlap(store.train, store.held_out, {name: part.numpy() for name, part in whole.items()})
+        run.write("eval/domains.json", {"text": store.digest, "domains": found})
+    return rows
 
 
 def measure(run: Run, point: str, model: Path) -> None:

@@ -60,11 +60,6 @@ class SourceModel:
         named = settings.get("eos_token_id")
         return [named] if isinstance(named, int) else named or []
 
-    def positions(self) -> int | None:
-        """Positions that the model knows, if there is a limit."""
-        config = Checkpoint.open(self.folder).config
-        return config.get("max_position_embeddings") or config.get("n_positions")
-
 
 def check_sampling(model: SourceModel, tokenizer: Any, settings: Generate) -> None:
     """Find out what sampling would stumble over, without loading the model.
@@ -73,7 +68,7 @@ def check_sampling(model: SourceModel, tokenizer: Any, settings: Generate) -> No
         InputError: the model has fewer positions than a row is long, no chat template where one is needed, or the
             openings cannot be read.
     """
-    longest = model.positions()
+    longest = Checkpoint.open(model.folder).positions
     if longest and settings.length > longest:
         raise InputError(
             f"generate.length is {settings.length}, more than the model's {longest} positions",
