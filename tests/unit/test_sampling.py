@@ -12,11 +12,11 @@ import torch
 
 from cla_convert.errors import InputError
 from cla_convert.models.export import load_model
-from cla_convert.recipe import Data, Generate, TextSource
+from cla_convert.recipe import Data, Generate, Recipe, TextSource
 from cla_convert.training import sampling
-from cla_convert.training.data import prepare_data
+from cla_convert.training.data import check_data, prepare_data
 from cla_convert.training.sampling import SourceModel, check_sampling, sampled
-from cla_convert.training.starts import openings, separator_losses
+from cla_convert.training.starts import OPENINGS, openings, separator_losses
 from tests.conftest import byte_tokenizer
 
 BOS, EOS, OTHER_END = 0, 1, 77
@@ -261,3 +261,22 @@ def test_the_mixture_asks_for_what_its_budget_needs(folder: Path, tmp_path: Path
     store = prepare_data(data, byte_tokenizer(), **limits, cache_dir=tmp_path / "tokens", seed=0, model=source)
     kept = sum(np.load(path)["ids"].size for path in tmp_path.rglob("*.npz"))
     assert store.train.size == 4000 and 4100 <= kept < 4000 / 0.95 + 5 * 40, kept
+
+
+def test_a_check_before_work_samples_nothing(tiny_llama: Path, cache: Path) -> None:
+    """It refuses what sampling would stumble over, and leaves sampling to the stage that needs text."""
+
+    def check(**generate: Any) -> None:
+        sources = [{"path": str(OPENINGS)}, {"generate": generate}]
+        recipe = Recipe.model_validate({"data": {"sources": sources}, "train": {"tokens": 1000}})
+        check_data(recipe, byte_tokenizer(), tiny_llama, "cpu")
+
+    check(length=64)
+    for wrong, words in (
+        ({"length": 4096}, "512 positions"),
+        ({"length": 64, "start": "chat"}, "no chat template"),
+        ({"length": 64, "openings": "nowhere.txt"}, "No text files"),
+    ):
+        with pytest.raises(InputError, match=words):
+            check(**wrong)
+    assert not (cache / "samples").exists()
