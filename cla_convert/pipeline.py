@@ -71,8 +71,10 @@ def check_before_work(run: Run) -> None:
     from .evaluation.harness import check_tasks
     from .evaluation.texts import check_texts
     from .models.checkpoint import Checkpoint
+    from .models.export import load_tokenizer
     from .models.self_test import check_interface
     from .models.writer import check_disk
+    from .training.data import check_data
     from .training.parameters import check_optimizer
     from .training.teacher import check_teacher
     from .training.trackers import check_trackers
@@ -87,7 +89,7 @@ def check_before_work(run: Run) -> None:
         check_trackers(run.recipe.train.log_to)
         check_optimizer(run.recipe.train)
         check_teacher(run.recipe.train, run.source, run.teacher)
-    text(run)
+    check_data(run.recipe, load_tokenizer(run.source), run.source, run.device)
     check_disk(run.folder, _disk_needed(run))
 
 
@@ -203,11 +205,32 @@ def texts(run: Run) -> Any:
     from .models.checkpoint import Checkpoint
     from .training.data import held_out_rows
 
+    store, settings = text(run), run.recipe.eval
     longest = positions_of(Checkpoint.open(run.source).config)
-    rows = torch.from_numpy(held_out_rows(text(run), run.recipe.train))[:, :longest]
-    shared = run.recipe.eval.agreement_tokens
+    rows = torch.from_numpy(held_out_rows(store, run.recipe.train))[:, :longest]
+    shared = settings.agreement_tokens
     part = rows[: max(1, shared // rows.shape[1])] if shared else None
-    return Texts(run.recipe.eval.perplexity, rows, part, run.source)
+    return Texts(settings.perplexity, rows, part, run.source, _domains(run, store))
+
+
+def _domains(run: Run, store: Any) -> dict[str, Any]:
+    """Rows of the domain pack. Writes eval/domains.json: which of them the run's text touched."""
+    from .evaluation.domains.overlap import overlap
+    from .evaluation.domains.pack import domain_rows
+    from .models.checkpoint import Checkpoint
+    from .models.export import load_tokenizer
+
+    tokenizer, positions = load_tokenizer(run.source), Checkpoint.open(run.source).positions
+
+    def rows_of(tokens: Any) -> dict[str, Any]:
+        return domain_rows(tokenizer, tokens, run.device, first=store.first, positions=positions)
+
+    rows = rows_of(run.recipe.eval.domain_tokens)
+    if rows and run.read("eval/domains.json").get("text") != store.digest:
+        whole = rows_of(10**9)  # what is judged by its text alone costs little
+        found = overlap(store.train, store.held_out, {name: part.numpy() for name, part in whole.items()})
+        run.write("eval/domains.json", {"text": store.digest, "domains": found})
+    return rows
 
 
 def measure(run: Run, point: str, model: Path) -> None:

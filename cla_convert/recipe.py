@@ -57,24 +57,48 @@ class Source(Section):
     """Accept pickled .bin weights (loaded with weights_only=True). Off unless you ask for it."""
 
 
+Start = Literal["separator", "prefix", "random", "chat"]
+
+
 class Generate(Section):
     """Text sampled from the source model itself, for `generate: {...}`; `generate: 2M` is `generate: {tokens: 2M}`."""
 
-    tokens: Annotated[Count, Field(gt=0)]
-    """Tokens to sample at most. A longer budget repeats them."""
-    start: Literal["bos", "random"] = "bos"
-    """What a document starts from. bos: the token that begins a text. random: then a random token of the vocabulary,
-    for texts of more kinds (LLM-QAT, arXiv 2305.17888)."""
+    tokens: Annotated[Count, Field(gt=0)] | Literal["auto"] = "auto"
+    """Tokens to sample at most; a longer budget repeats them. auto: as many as the budget needs."""
+    start: Start | Annotated[list[Start], Field(min_length=1)] = ["separator", "prefix"]
+    """What a document begins with; of a list, documents take turns. separator: the token that the model was pretrained
+    to begin documents with, found by measurement. prefix: then the first tokens of a real document, for more kinds of
+    text. random: then a random token of the vocabulary (LLM-QAT, arXiv 2305.17888). chat: the opening of a user's turn
+    by the chat template; the model writes both turns (MAGPIE, arXiv 2406.08464)."""
+    openings: str | None = None
+    """prefix: file, folder or glob of texts whose first tokens are taken. None: openings of twelve kinds of documents
+    shipped with the package."""
+    opening_tokens: int = Field(default=8, ge=1, le=64)
+    """prefix: longest opening; lengths from 1 are equally likely."""
     length: int = Field(default=1024, ge=8)
-    """Longest document, in tokens; a document ends earlier where the model ends it."""
+    """Tokens of a row. Documents fill it one after another, and see nothing of each other; the last is cut."""
     temperature: float = Field(default=1.0, gt=0)
     """1: the model's own distribution."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Sample from the most likely tokens that together have this probability. 1: from all."""
     top_k: int = Field(default=0, ge=0)
     """Sample from so many most likely tokens. 0: from all."""
-    batch_size: int = Field(default=64, ge=1)
-    """Documents sampled at a time, and kept at a time: an interruption loses one batch."""
+    drop: float = Field(default=0.0, ge=0, lt=1)
+    """Share of documents to leave out: those with the highest perplexity under the model itself."""
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Rows sampled at a time, and kept at a time: an interruption loses one batch. auto: 64 on a CPU; on a GPU what its
+    memory holds, up to 4096."""
+
+    @property
+    def starts(self) -> list[Start]:
+        """What documents begin with, in turns."""
+        return self.start if isinstance(self.start, list) else [self.start]
+
+    @model_validator(mode="after")
+    def _openings_are_used(self) -> "Generate":
+        if self.openings is not None and "prefix" not in self.starts:
+            raise ValueError("openings are for `start: prefix`")
+        return self
 
 
 def _tokens_alone(value: Any) -> Any:
@@ -89,7 +113,8 @@ class TextSource(Section):
     dataset: str | None = None
     """Hub dataset id, streamed; or a folder that `datasets.load_dataset` reads."""
     generate: Annotated[Generate | None, BeforeValidator(_tokens_alone)] = None
-    """Number of tokens to sample from the source model, such as 2M, or a section (`data.sources[].generate`)."""
+    """Number of tokens to sample from the source model, such as 2M; auto: as many as needed; or a section
+    (`data.sources[].generate`)."""
     config: str | None = None
     """Configuration name of the dataset."""
     revision: str | None = None
@@ -294,6 +319,9 @@ class Evaluate(Section):
     """Text files whose perplexity and bits per byte are measured at every point."""
     agreement_tokens: Count = 8192
     """Tokens of held-out text for KL divergence from the source model and top-1 agreement with it. 0: not measured."""
+    domain_tokens: Count | Literal["auto"] = "auto"
+    """Tokens of each of seven kinds of text shipped with the package (encyclopaedia, web, news, law, science, dialogue,
+    code) on which perplexity and KL from the source model are measured. auto: all, 5k to 7k; on a CPU 512. 0: none."""
     retrieval: Retrieval = Retrieval()
     """Context lengths and depths of the tasks `passkey` and `needle`."""
     limit: int | None = Field(default=None, ge=1)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..files import plain
 from .inference import mean_interval
-from .perplexity import Head, evaluating, positions_at_a_time, split_model
+from .perplexity import Head, Window, evaluating, positions_at_a_time, split_model, totals
 
 
 @torch.no_grad()
@@ -27,15 +27,18 @@ def agreement(model: Any, source: Any, rows: torch.Tensor, *, batch_size: int = 
 
     Returns:
         kl: mean KL(source || model) in nats per token; top1: share of positions whose most probable token is the
-        same, 0 to 1; tokens = n * T; ci95 of both, over rows; windows: [kl in nats, agreeing, tokens] of every row.
+        same, 0 to 1; tokens = n * T; ci95 of both, over rows; windows: [kl in nats, agreeing, tokens] of every row;
+        perplexity of `model` on these rows, and nll, its logarithm.
     """
     windows: list[list[float]] = []
+    likelihoods: list[Window] = []
     with evaluating(model, source):
         parts = [split_model(one, rows[:1]) for one in (model, source)]
         step = positions_at_a_time(model)
         for batch in rows.split(batch_size):
-            divergences, same = _batch(parts, [batch.to(one.device) for one in (model, source)], step)
+            divergences, same, nats = _batch(parts, [batch.to(one.device) for one in (model, source)], step)
             windows += [[kl, agreeing, rows.shape[1]] for kl, agreeing in zip(divergences, same, strict=True)]
+            likelihoods += [(row, rows.shape[1] - 1) for row in nats]
     per_token = np.array(windows)[:, :2] / rows.shape[1]
     return {
         "kl": float(per_token[:, 0].mean()),
@@ -43,19 +46,25 @@ def agreement(model: Any, source: Any, rows: torch.Tensor, *, batch_size: int = 
         "tokens": rows.numel(),
         "ci95": {name: plain(mean_interval(per_token[:, i])) for i, name in enumerate(("kl", "top1"))},
         "windows": windows,
+        **{name: value for name, value in totals(likelihoods).items() if name != "tokens"},
     }
 
 
-def _batch(parts: list[tuple[Head, Head]], ids: list[torch.Tensor], step: int) -> tuple[list[float], list[float]]:
-    """Summed KL in nats and agreeing positions of every row of a batch."""
+def _batch(parts: list[tuple[Head, Head]], ids: list[torch.Tensor], step: int) -> list[list[float]]:
+    """Summed KL in nats, agreeing positions, and the model's summed nats of every row of a batch."""
     (body, head), (source_body, source_head) = parts
     hidden, source_hidden = body(ids[0]).flatten(0, 1), source_body(ids[1]).flatten(0, 1)  # [B * T, width]
-    divergences, same = [], []
-    for states, source_states in zip(hidden.split(step), source_hidden.split(step), strict=True):
+    following = torch.cat((ids[0][:, 1:], ids[0][:, :1]), dim=1).flatten()  # nothing is known to follow the last token
+    divergences, same, nats = [], [], []
+    for states, source_states, targets in zip(
+        hidden.split(step), source_hidden.split(step), following.split(step), strict=True
+    ):
         log_p = F.log_softmax(head(states).float(), dim=-1)
         log_q = F.log_softmax(source_head(source_states).float().to(log_p.device), dim=-1)
         # clamp: the sum of many terms that cancel can end a rounding error below zero
         divergences.append(F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1).clamp(min=0))
         same.append(log_p.argmax(-1) == log_q.argmax(-1))
-    rows = len(ids[0])
-    return tuple(torch.cat(part).view(rows, -1).cpu().double().sum(dim=1).tolist() for part in (divergences, same))  # pyright: ignore[reportReturnType]
+        nats.append(-log_p.gather(1, targets[:, None])[:, 0])
+    whole = [torch.cat(part).view(len(ids[0]), -1).cpu().double() for part in (divergences, same, nats)]
+    whole[2] = whole[2][:, :-1]
+    return [part.sum(dim=1).tolist() for part in whole]

@@ -2,6 +2,7 @@
 
     point_dir/held_out.json            perplexity, nll (nats per token), tokens, windows
     point_dir/agreement.json           kl, top1, tokens, ci95 {kl, top1}, windows: see agreement.py; not for the source
+    point_dir/domains.json             domains {name: perplexity, nll, tokens and, but for the source, kl, top1, ci95}
     point_dir/perplexity/<name>.json   name, path, sha256, characters, bytes, tokens, window, perplexity, nll,
                                        bits_per_byte, windows
 
@@ -44,6 +45,8 @@ class Texts:
     agreement_rows: torch.Tensor | None = None
     """Rows on which models are compared with the source."""
     source: Path | None = None
+    domains: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Rows of the texts of each domain."""
 
 
 def check_texts(files: list[TextFile]) -> None:
@@ -88,6 +91,10 @@ def measure_texts(texts: Texts, model_dir: Path, point_dir: Path, common: Json, 
     if shared is not None and source is not None and source != model_dir:
         key = [_digest(shared), str(source)]
         once("agreement", key, lambda: agreement(load(model_dir), load(source), shared, batch_size=size))
+    if texts.domains:
+        other = None if source is None or source == model_dir else source
+        key = [{name: _digest(rows) for name, rows in texts.domains.items()}, str(source)]
+        once("domains", key, lambda: _domains(load(model_dir), load(other) if other else None, texts.domains, size))
     for text in texts.files:
         key = [text.model_dump(), hashlib.sha256(_read(text).encode()).hexdigest()]
         once(f"perplexity/{text.name}", key, lambda text=text: text_perplexity(load(model_dir), model_dir, text, size))
@@ -124,6 +131,18 @@ def text_perplexity(model: Any, model_dir: Path, text: TextFile, batch_size: int
         "characters": len(content), "bytes": size, "window": text.window,
         "bits_per_byte": scored["nll"] * scored["tokens"] / math.log(2) / size, **scored,
     }  # fmt: skip
+
+
+def _domains(model: Any, source: Any, domains: dict[str, torch.Tensor], batch_size: int) -> Json:
+    """Perplexity on each domain and, with a source, agreement with it."""
+
+    def one(rows: torch.Tensor) -> Json:
+        if source is None:
+            return {**totals(row_windows(model, rows, batch_size=batch_size)), "tokens": rows.numel()}
+        found = agreement(model, source, rows, batch_size=batch_size)
+        return {key: value for key, value in found.items() if key != "windows"}
+
+    return {"domains": {name: one(rows) for name, rows in domains.items()}}
 
 
 def _scored(windows: list[tuple[float, int]]) -> Json:

@@ -135,6 +135,11 @@ class Checkpoint:
         return tensor
 
     @property
+    def positions(self) -> int | None:
+        """Positions that the model knows, if there is a limit."""
+        return self.config.get("max_position_embeddings") or self.config.get("n_positions")
+
+    @property
     def sidecars(self) -> list[Path]:
         """Files that travel with the model byte for byte: tokenizer, chat template, generation config, licence."""
         files = [file for file in self.folder.iterdir() if file.is_file() and not file.name.startswith(".")]

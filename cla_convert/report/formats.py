@@ -65,6 +65,11 @@ def percent(value: float | None) -> str:
     return MISSING if value is None else f"{100 * value:.1f}"
 
 
+def yes_no(value: bool | None) -> str:
+    """True -> yes."""
+    return MISSING if value is None else "yes" if value else "no"
+
+
 def points(value: float | None) -> str:
     """-0.021 -> -2.1 (percentage points)."""
     return MISSING if value is None else f"{100 * value:+.1f}"

@@ -7,7 +7,7 @@ import jinja2
 from . import formats
 from .bench import bench_notes, speed_table
 from .run_folder import Json
-from .words import gate_line, group_title, table_note, training_line
+from .words import domain_note, gate_line, group_title, table_note, training_line
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -34,11 +34,11 @@ def environment() -> jinja2.Environment:
     )  # fmt: skip
     named = ["cell", "fenced", "quoted", "percent", "points", "points_interval", "number", "ratio", "factor", "times",
              "rate", "change", "cla_cost", "cost_interval", "found", "layer_bytes", "interval", "bracket", "count",
-             "integer", "duration", "model_name", "changed"]  # fmt: skip
+             "integer", "duration", "model_name", "changed", "yes_no"]  # fmt: skip
     env.filters |= {name: getattr(formats, name) for name in named}
     env.filters |= {"p": formats.p_value, "bytes": formats.size, "yaml": formats.to_yaml}
     env.filters |= {"groups": formats.groups_text, "hardware": formats.hardware_line}
     env.filters |= {"group_title": group_title, "table_note": table_note, "training_line": training_line}
-    env.filters["gate_line"] = gate_line
+    env.filters |= {"gate_line": gate_line, "domain_note": domain_note}
     env.tests["accuracy"] = formats.is_accuracy
     return env

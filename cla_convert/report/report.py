@@ -9,6 +9,7 @@ from typing import Any
 
 from ..files import plain, write_bytes, write_json
 from ..recipe import Train
+from .domains import domain_advice, domain_table
 from .figures import to_png, to_svg
 from .flips import find_flips
 from .grids import find_grids
@@ -65,7 +66,7 @@ def collect(run: RunFolder, others: Sequence[RunFolder] = ()) -> Json:
     tasks = task_table(run, comparison, against)
     perplexity, kv = perplexity_table(run, tasks, comparison, against), kv_numbers(run)
     summary, point = comparison["mean_accuracy"], comparison["compared"]
-    control = _control(run, against, perplexity)
+    control, domains = _control(run, against, perplexity), domain_table(run)
     return {
         "verdict": verdict_line(summary, perplexity, point),
         "status": comparison["status"],
@@ -80,6 +81,8 @@ def collect(run: RunFolder, others: Sequence[RunFolder] = ()) -> Json:
         "gate": comparison.get("gate"),
         "control": control,
         "agreement": {p: {k: v for k, v in row.items() if k != "windows"} for p, row in run.agreement.items()},
+        "domains": domains,
+        "domain_advice": domain_advice(domains),
         "grids": find_grids(run, tasks),
         "flips": find_flips(run, tasks, point),
         "bench": run.bench or None,

@@ -39,6 +39,10 @@ class RunFolder:
     agreement: dict[str, Json]
     texts: dict[str, dict[str, Json]]
     """Point -> name of a text -> eval/<point>/perplexity/<name>.json."""
+    domains: dict[str, Json]
+    """Point -> eval/<point>/domains.json."""
+    touched: Json
+    """eval/domains.json: which domains the run's text touched."""
     comparison: Json
     """eval/comparison.json: the statistics of before against the last point."""
     bench: Json
@@ -79,6 +83,8 @@ def read_run_folder(path: Path) -> RunFolder:
         kv_cache=_by_point(path, "kv_cache.json"),
         agreement=_by_point(path, "agreement.json"),
         texts={point: _texts(path / "eval" / point / "perplexity") for point in POINTS},
+        domains=_by_point(path, "domains.json"),
+        touched=(read_json(path / "eval" / "domains.json") or {}).get("domains", {}),
         comparison=read_json(path / "eval" / "comparison.json") or {},
         bench=read_json(path / "bench.json") or {},
     )

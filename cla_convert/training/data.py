@@ -23,9 +23,9 @@ from ..models.checkpoint import Checkpoint
 from ..models.writer import disk_full_is_an_input_error
 from ..recipe import Data, Recipe, Train
 from .mixture import Mixture
-from .sampling import SourceModel
+from .sampling import SourceModel, check_sampling, samples_folder
 from .sequences import Sequences
-from .sources import is_local, local_files, pinned, sample_source
+from .sources import documents, is_local, local_files, pinned, sample_source
 from .tokenise import leading
 
 __all__ = ["Sequences", "TokenStore", "calibration_rows", "held_out_rows", "prepare_data", "store_for"]
@@ -33,7 +33,7 @@ __all__ = ["Sequences", "TokenStore", "calibration_rows", "held_out_rows", "prep
 _WIDER, _VARIED = 16, 1_000_000
 """A little calibration text is taken from so many times as much, up to a million tokens: a few rows each of many
 documents say more than all of a few. Sampled text is too dear for that."""
-_FORMAT = 5  # raise it when the same settings would give other tokens
+_FORMAT = 6  # raise it when the same settings would give other tokens
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,26 @@ def prepare_data(
     return store
 
 
+def check_data(recipe: Recipe, tokenizer: Any, source: Path, device: str) -> None:
+    """Find out what would go wrong with the data: sources that cannot be read, a model that cannot be sampled from.
+
+    What is cheap is done at once: without `generate` among the sources, the text is tokenised. Sampling takes minutes
+    and is left to the first stage that needs text.
+
+    Raises:
+        InputError: as `store_for`.
+    """
+    if not any(source.generate for source in recipe.data.sources):
+        store_for(recipe, tokenizer, source, device)
+        return
+    model = _source_model(source, device)
+    for text in recipe.data.sources:
+        if text.generate:
+            check_sampling(model, tokenizer, text.generate)
+        else:
+            next(documents(pinned(text), recipe.seed), None)
+
+
 def store_for(recipe: Recipe, tokenizer: Any, source: Path, device: str) -> TokenStore:
     """The token store of a recipe, for every stage alike: asking for the same tokens means tokenising once.
 
@@ -108,8 +128,12 @@ def store_for(recipe: Recipe, tokenizer: Any, source: Path, device: str) -> Toke
         held_out_tokens=max(recipe.train.validation_tokens, recipe.train.sequence_length + 1),
         cache_dir=cache_folder() / "tokens",
         seed=recipe.seed,
-        model=SourceModel(source, device, cache_folder() / "samples"),
+        model=_source_model(source, device),
     )
+
+
+def _source_model(folder: Path, device: str) -> SourceModel:
+    return SourceModel(folder, device, cache_folder() / "samples")
 
 
 def calibration_tokens(recipe: Recipe, source: Path, device: str) -> int:
@@ -147,12 +171,16 @@ def _cache_key(mixture: Mixture) -> str:
     files = [file for s in mixture.sources if s.path or is_local(s) for file in local_files(s)]
     backend = getattr(mixture.tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else json.dumps(mixture.tokenizer.get_vocab(), sort_keys=True)
-    sampled_from = mixture.model if any(source.generate for source in mixture.sources) else None
+    samples = [
+        samples_folder(mixture.model, mixture.tokenizer, source.generate, mixture.seed).name
+        for source in mixture.sources
+        if source.generate and mixture.model
+    ]
     parts = [
         _FORMAT,
         [source.model_dump(mode="json") for source in mixture.sources],
         [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files],
-        sampled_from.fingerprint() if sampled_from else None,
+        samples,
         [mixture.share, mixture.tokens, mixture.held_out_tokens, mixture.seed],
         [vocabulary, mixture.tokenizer.bos_token_id, mixture.tokenizer.eos_token_id],
     ]

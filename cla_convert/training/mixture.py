@@ -17,7 +17,7 @@ import numpy as np
 from ..console import human_count, progress, say, warn
 from ..errors import InputError
 from ..recipe import TextSource
-from .sampling import SourceModel, sampled
+from .sampling import SourceModel, about_samples, sampled
 from .sources import Document, documents, in_batches, name_of
 from .tokenise import Side, Splitter, token_dtype
 
@@ -67,7 +67,7 @@ class Mixture:
         _join(held_out, [side.tokens for side in held_out], folder / "held_out.bin")
         for side in [*(part.train for part in parts), *held_out]:
             Path(side.file.name).unlink()
-        return _info(parts, targets)
+        return _info(parts, targets, [self._about(source) for source in self.sources])
 
     def _read(self, source: TextSource, tokens: int, held_out_tokens: int, path: Path, bar: Any) -> Part:
         """Read a source up to its share. One with too few documents for a split by document is split at its end."""
@@ -105,6 +105,13 @@ class Mixture:
         assert self.model is not None, "a source with `generate` needs the source model"
         return sampled(self.model, self.tokenizer, source.generate, self.seed, wanted)
 
+    def _about(self, source: TextSource) -> dict[str, Any]:
+        """What is known of a source beyond its name and weight."""
+        if source.generate is None:
+            return {"revision": source.revision}
+        assert self.model is not None
+        return {"sampled": about_samples(self.model, self.tokenizer, source.generate, self.seed)}
+
 
 def shares(total: int, weights: list[float]) -> list[int]:
     """`total` divided in proportion to the weights: whole numbers that add up to it."""
@@ -136,17 +143,17 @@ def _join(sides: list[Side], targets: list[int], out: Path) -> np.ndarray:
     return np.concatenate(starts)
 
 
-def _info(parts: list[Part], targets: list[int]) -> dict[str, Any]:
+def _info(parts: list[Part], targets: list[int], about: list[dict[str, Any]]) -> dict[str, Any]:
     """Documents and tokens, in all and per source; says which sources are repeated."""
     sources = []
-    for part, target in zip(parts, targets, strict=True):
+    for part, target, known in zip(parts, targets, about, strict=True):
         passes = target / part.train.tokens if part.train.tokens else 0.0
         if passes > 1:
             say(
                 f"{name_of(part.source)} holds {human_count(part.train.tokens)} training tokens for its share of "
                 f"{human_count(target)}: it is repeated, {passes:.1f} passes."
             )
-        known = {"name": name_of(part.source), "weight": part.source.weight, "revision": part.source.revision}
+        known = {"name": name_of(part.source), "weight": part.source.weight, **known}
         sources.append(known | {"tokens": target, "documents": len(part.train.starts), "passes": round(passes, 3)})
     held_out = [part.held_out for part in parts]
     return {

@@ -1,9 +1,10 @@
-"""Text from the source model itself, for those who have no corpus of their own.
+"""Text from the source model itself: where the corpora do not reach, or for those who have none.
 
 Distilling on the teacher's own samples needs no data (LLM-QAT, Liu et al. 2023, arXiv 2305.17888), and at temperature
-1 they have the teacher's distribution. Sampling takes long, so no more is sampled than is asked for, and every batch is
-kept at once, under a name that says what it depends on: an interrupted run, or a longer one, continues where the whole
-batches end.
+1 they have the teacher's distribution. No more is sampled than is asked for, and every batch is kept at once, under a
+name that says what it depends on: an interrupted run, or a longer one, continues where the whole batches end.
+
+starts.py makes what texts begin with, decoding.py writes them.
 """
 
 import hashlib
@@ -16,18 +17,29 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import StoppingCriteria
 
 from ..console import progress, say
 from ..errors import InputError
-from ..files import read_json
+from ..files import read_json, write_json
+from ..models.checkpoint import Checkpoint
 from ..models.export import load_model
 from ..models.fingerprint import fingerprint
-from ..recipe import Generate
-from .sources import Document
+from ..models.shape import AttentionShape, shape_of
+from ..recipe import Generate, TextSource
+from .decoding import Choice, Decoder, Drawn
+from .sources import Document, local_files
+from .starts import Starts, separator_losses
 from .tokenise import leading
 
-_FORMAT = 2  # raise it when the same settings would give other samples
+_FORMAT = 3  # raise it when the same settings would give other samples
+_CPU_ROWS = 64
+_MOST_ROWS = 4096
+_SHARE = 0.6
+"""Of a GPU's memory that we plan to use."""
+_LOGIT_BYTES = 32
+"""A row and token of the vocabulary: logits as the model gives them, in float32, noise, and what top-p sorts."""
+_JUDGED = 16
+"""Sampled tokens that a text must have for its perplexity to say anything."""
 
 
 @dataclass(frozen=True)
@@ -50,131 +62,173 @@ class SourceModel:
         return [named] if isinstance(named, int) else named or []
 
 
+def check_sampling(model: SourceModel, tokenizer: Any, settings: Generate) -> None:
+    """Find out what sampling would stumble over, without loading the model.
+
+    Raises:
+        InputError: the model has fewer positions than a row is long, no chat template where one is needed, or the
+            openings cannot be read.
+    """
+    longest = Checkpoint.open(model.folder).positions
+    if longest and settings.length > longest:
+        raise InputError(
+            f"generate.length is {settings.length}, more than the model's {longest} positions",
+            fix="Lower generate.length.",
+        )
+    Starts(tokenizer, settings, 0, _ends(model, tokenizer))
+
+
 def sampled(
     model: SourceModel, tokenizer: Any, settings: Generate, seed: int, wanted: Callable[[], int]
 ) -> Iterator[list[Document]]:
     """Batches of documents of token ids, up to `settings.tokens` in all.
 
-    They are the same for the same model, settings, seed and answers of `wanted`; of other answers the first batches
-    are the same, as far as they are whole.
+    They are the same for the same model, settings, seed, device and answers of `wanted`; of other answers the first
+    batches are the same, as far as they are whole.
 
     Args:
         model: the source model; loaded only if there is something to sample.
         tokenizer: its tokenizer.
         settings: how to sample.
         seed: seed of the sampling.
-        wanted: how many more tokens the caller is going to take, asked before every batch. The last ones have as many
-            documents as that should come to, by the mean length so far.
+        wanted: how many more tokens the caller is going to take, asked before every batch: the last one has as many
+            rows as that takes.
 
     Raises:
-        InputError: the model has fewer positions than a document is long, or memory is too small for the batch.
+        InputError: as `check_sampling`, or memory is too small for the batch.
     """
-    folder = model.cache / _key(model, tokenizer, settings, seed)
+    check_sampling(model, tokenizer, settings)
+    folder = samples_folder(model, tokenizer, settings, seed)
     folder.mkdir(parents=True, exist_ok=True)
-    sampler, done, count, number = None, 0, 0, 0
-    with progress(min(wanted(), settings.tokens), "sampling", unit="tok") as bar:
-        while done < settings.tokens:
-            mean = done / count if count else settings.length
-            needed = min(wanted(), settings.tokens - done)
-            size = min(settings.batch_size, int(needed / mean) + 1)
-            path = folder / f"{number:06d}-{size}.npz"  # another size: other samples
+    sampler, done, number = None, 0, 0
+    most = None if settings.batch_size == "auto" else settings.batch_size
+    limit = float("inf") if settings.tokens == "auto" else settings.tokens
+    with progress(int(min(wanted(), limit)), "sampling", unit="tok") as bar:
+        while (needed := min(wanted(), limit - done)) > 0:
+            most = most or automatic_rows(model, settings.length)
+            rows = min(most, -int(-needed // (settings.length * (1 - settings.drop))))
+            path = folder / f"{number:06d}-{rows}.npz"  # another size: other samples
             if not path.exists():
-                sampler = sampler or _Sampler(model, tokenizer, settings)
-                _keep(path, sampler.sample(size, _seed(seed, number), bar))
-                bar.update(done - bar.n)  # what was counted on the way includes padding
+                sampler = sampler or _Sampler(model, tokenizer, settings, folder)
+                try:
+                    _keep(path, sampler.sample(rows, _seed(seed, number), bar))
+                except torch.OutOfMemoryError as error:
+                    if rows == 1 or settings.batch_size != "auto":
+                        raise InputError(
+                            f"Sampling {rows} rows of {settings.length} tokens at a time does not fit into memory",
+                            fix="Lower generate.batch_size or generate.length.",
+                        ) from error
+                    most = rows // 2
+                if most < rows:  # outside of the handler, which holds on to what did not fit
+                    sampler.forget()
+                    say(f"{rows} rows at a time do not fit into memory: trying {most}")
+                    continue
             batch = []
-            for index, ids in enumerate(_kept(path)):
-                if (ids := ids[: settings.tokens - done]).size:
+            for index, ids in enumerate(_kept(path, settings.drop)):
+                if (ids := ids[: int(min(limit - done, ids.size))]).size:
                     done += ids.size
                     batch.append(Document(ids, f"{folder.name}/{number}/{index}"))
             bar.update(done - bar.n)
             yield batch
-            count, number = count + size, number + 1
+            number += 1
+
+
+def about_samples(model: SourceModel, tokenizer: Any, settings: Generate, seed: int) -> dict[str, Any]:
+    """What was found out while sampling: the separator and its loss beside other candidates'; empty before."""
+    return read_json(samples_folder(model, tokenizer, settings, seed) / "about.json") or {}
+
+
+def automatic_rows(model: SourceModel, length: int) -> int:
+    """Rows of a batch that a device should hold, a multiple of 64 where it holds so many.
+
+    From a GPU's total memory, not what is free just now: the same run on the same machine gives the same samples.
+    """
+    if not model.device.startswith("cuda"):
+        return _CPU_ROWS
+    checkpoint = Checkpoint.open(model.folder)
+    room = _SHARE * torch.cuda.get_device_properties(model.device).total_memory
+    room -= 2 * sum(info.numel for info in checkpoint.tensors.values())
+    row = length * shape_of(checkpoint.config).kv_bytes_per_token(2)
+    row += _LOGIT_BYTES * int(checkpoint.config.get("vocab_size", 50_000))
+    rows = max(1, min(_MOST_ROWS, int(room // row)))
+    return rows // 64 * 64 or rows
 
 
 class _Sampler:
     """The loaded model and what is fixed about its sampling."""
 
-    def __init__(self, model: SourceModel, tokenizer: Any, settings: Generate) -> None:
-        self.tokenizer, self.settings, self.device = tokenizer, settings, model.device
+    def __init__(self, model: SourceModel, tokenizer: Any, settings: Generate, folder: Path) -> None:
+        self._settings, self._length = settings, settings.length
         dtype = torch.bfloat16 if model.device.startswith("cuda") else torch.float32
-        self.model: Any = load_model(model.folder, dtype=dtype, device=model.device)
-        longest = getattr(self.model.config, "max_position_embeddings", None)
-        if longest and settings.length > longest:
-            raise InputError(
-                f"generate.length is {settings.length}, more than the model's {longest} positions",
-                fix="Lower generate.length.",
-            )
-        eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        self.ends = list(dict.fromkeys([*eos, *model.ends()]))
-        # Its own settings (repetition penalty, top-k, ...) would bend the distribution that is to be recovered.
-        self.model.generation_config = type(self.model.generation_config)()
-        say(f"sampling text from {model.folder.name}: {settings.length} tokens at most a document, on {model.device}")
+        self._model: Any = load_model(model.folder, dtype=dtype, device=model.device)
+        self._shape: AttentionShape = shape_of(Checkpoint.open(model.folder).config)
+        losses = separator_losses(self._model, tokenizer)
+        separator = min(losses, key=losses.__getitem__) if losses else 0
+        named = {tokenizer.convert_ids_to_tokens(token): loss for token, loss in losses.items()}
+        write_json(
+            folder / "about.json",
+            {"separator": tokenizer.convert_ids_to_tokens(separator), "separator_id": separator, "losses": named},
+        )
+        self._ends = _ends(model, tokenizer) | {separator}
+        self._starts = Starts(tokenizer, settings, separator, self._ends)
+        vocabulary = min(len(tokenizer), self._model.get_output_embeddings().weight.shape[0])
+        self._choice = Choice(vocabulary, settings.temperature, settings.top_k, settings.top_p)
+        self._decoder: tuple[int, Decoder] | None = None
+        say(f"sampling text from {model.folder.name}, {settings.length} tokens a row, on {model.device}")
+        say(f"what begins a document, by the loss of real ones behind it: {_ranking(named)}")
 
-    def sample(self, count: int, seed: int, bar: Any) -> list[np.ndarray]:
-        """`count` documents of token ids [n], n at most settings.length, ended by EOS where the model ended them."""
-        settings, vocabulary = self.settings, self.model.get_output_embeddings().weight.shape[0]
-        devices = [self.device] if self.device.startswith("cuda") else []
-        with torch.random.fork_rng(devices), torch.inference_mode():
-            torch.manual_seed(seed)
-            prompt = self._prompt(count).to(self.device)
-            try:
-                rows = self.model.generate(
-                    prompt,
-                    attention_mask=torch.ones_like(prompt),
-                    max_length=settings.length,
-                    do_sample=True,
-                    temperature=settings.temperature,
-                    top_p=settings.top_p,
-                    top_k=settings.top_k,
-                    eos_token_id=self.ends or None,
-                    pad_token_id=(self.ends or [0])[0],
-                    # Rows of the embedding that no token uses are there for alignment only.
-                    suppress_tokens=list(range(len(self.tokenizer), vocabulary)) or None,
-                    stopping_criteria=[_Progress(bar)],
-                )
-            except torch.OutOfMemoryError as error:
-                raise InputError(
-                    f"Sampling {count} documents of {settings.length} tokens at a time does not fit into memory",
-                    fix="Lower generate.batch_size.",
-                ) from error
-        return [self._until_end(row, prompt.shape[1]) for row in rows.cpu().numpy()]
+    def sample(self, rows: int, seed: int, bar: Any) -> "_Batch":
+        """`rows` rows of documents."""
+        if self._decoder is None or self._decoder[0] != rows:
+            self.forget()
+            decoder = Decoder(self._model, self._shape, rows, self._length, self._ends, self._choice)
+            self._decoder = rows, decoder
+        return _Batch.of(self._decoder[1].draw(*self._starts.draw(rows, seed), seed, bar))
 
-    def _prompt(self, count: int) -> torch.Tensor:
-        """First tokens of `count` documents [count, 1 or 2]."""
-        before = leading(self.tokenizer)
-        if self.settings.start == "bos":
-            token = self.tokenizer.bos_token_id
-            before = [token if token is not None else (self.ends or [0])[0]]
-        prompt = torch.tensor(before, dtype=torch.int64).expand(count, -1)
-        if self.settings.start == "bos":
-            return prompt
-        special = set(self.tokenizer.all_special_ids)
-        usual = torch.tensor([token for token in range(len(self.tokenizer)) if token not in special])
-        return torch.cat([prompt, usual[torch.randint(len(usual), (count, 1))]], dim=1)
-
-    def _until_end(self, row: np.ndarray, prompt: int) -> np.ndarray:
-        """A row up to and with its first end; what follows is padding."""
-        ends = np.flatnonzero(np.isin(row[prompt:], self.ends))
-        return row[: prompt + ends[0] + 1] if ends.size else row
+    def forget(self) -> None:
+        """Free the cache of the last batch."""
+        self._decoder = None
+        if self._model.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
-class _Progress(StoppingCriteria):
-    """Moves the bar with every step of `generate`, and never stops it."""
+@dataclass(frozen=True)
+class _Batch:
+    """Documents one after another."""
 
-    def __init__(self, bar: Any) -> None:
-        self.bar = bar
+    ids: np.ndarray
+    lengths: np.ndarray
+    losses: np.ndarray
+    """Mean loss of the sampled tokens of each document under the model itself; nan where there are too few."""
 
-    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        """No row is done for this reason."""
-        self.bar.update(len(input_ids))
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    @classmethod
+    def of(cls, drawn: Drawn) -> "_Batch":
+        ids, logprobs, sampled, begins = (
+            tensor.flatten().cpu().numpy() for tensor in (drawn.tokens, drawn.logprobs, drawn.sampled, drawn.begins)
+        )
+        starts = np.flatnonzero(begins)
+        counts = np.add.reduceat(sampled.astype(np.int64), starts)
+        losses = -np.add.reduceat(logprobs.astype(np.float64), starts) / np.maximum(counts, 1)
+        lengths = np.diff(np.append(starts, ids.size))
+        return cls(ids.astype(np.uint32), lengths, np.where(counts < _JUDGED, np.nan, losses))
 
 
-def _key(model: SourceModel, tokenizer: Any, settings: Generate, seed: int) -> str:
-    chosen = settings.model_dump(mode="json", exclude={"tokens", "batch_size"})
-    parts = [_FORMAT, model.fingerprint(), chosen, seed, leading(tokenizer), tokenizer.all_special_ids]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
+def _ends(model: SourceModel, tokenizer: Any) -> set[int]:
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return {*own, *model.ends()}
+
+
+def _ranking(losses: dict[str, float]) -> str:
+    return ", ".join(f"{token} {loss:.2f}" for token, loss in sorted(losses.items(), key=lambda item: item[1]))
+
+
+def samples_folder(model: SourceModel, tokenizer: Any, settings: Generate, seed: int) -> Path:
+    """Where the batches lie that were sampled so."""
+    chosen = settings.model_dump(mode="json", exclude={"tokens", "batch_size", "drop"})
+    files = local_files(TextSource(path=settings.openings)) if settings.openings else []
+    stated = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    parts = [_FORMAT, model.fingerprint(), chosen, seed, leading(tokenizer), tokenizer.all_special_ids, stated]
+    return model.cache / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
 
 
 def _seed(seed: int, number: int) -> int:
@@ -182,14 +236,20 @@ def _seed(seed: int, number: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed} {number}".encode(), digest_size=7).digest(), "big")
 
 
-def _keep(path: Path, documents: list[np.ndarray]) -> None:
+def _keep(path: Path, batch: _Batch) -> None:
     """Publish a batch by rename."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("wb") as file:
-        np.savez(file, ids=np.concatenate(documents), lengths=[document.size for document in documents])
+        np.savez(file, ids=batch.ids, lengths=batch.lengths, losses=batch.losses)
     temporary.replace(path)
 
 
-def _kept(path: Path) -> list[np.ndarray]:
+def _kept(path: Path, drop: float) -> list[np.ndarray]:
+    """The documents of a batch, but for the share that the model itself finds least likely."""
     with np.load(path) as batch:
-        return np.split(batch["ids"], np.cumsum(batch["lengths"])[:-1])
+        documents, losses = np.split(batch["ids"], np.cumsum(batch["lengths"])[:-1]), batch["losses"]
+    judged = losses[~np.isnan(losses)]
+    if not drop or not judged.size:
+        return documents
+    bound = np.quantile(judged, 1 - drop)
+    return [ids for ids, loss in zip(documents, losses, strict=True) if not loss > bound]

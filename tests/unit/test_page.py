@@ -81,6 +81,7 @@ def test_everything_that_was_measured_is_shown(full: Path):
         "largest batch of 64 tokens in 953.7 MiB 8 16 2.00x as many", "does not fit",
         "Sharing does not speed up prefill", "Control, the source model: 4.1k tokens", "Energy not measured",
         "cla-convert run recipe.yaml --out run", "specification, before", "margin: 0.01",
+        "Recovery by domain, worst first", "code no 20 49.19 36.44 +82.2% 0.9 0.6 33.3%",
     ):  # fmt: skip
         assert words in text, words
     assert shown.tags.count("svg") == 2  # loss curves and bench; the sharing map is plain HTML

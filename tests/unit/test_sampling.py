@@ -12,13 +12,18 @@ import torch
 
 from cla_convert.errors import InputError
 from cla_convert.models.export import load_model
-from cla_convert.recipe import Data, Generate, TextSource
+from cla_convert.recipe import Data, Generate, Recipe, TextSource
 from cla_convert.training import sampling
-from cla_convert.training.data import prepare_data
-from cla_convert.training.sampling import SourceModel, sampled
+from cla_convert.training.data import check_data, prepare_data
+from cla_convert.training.sampling import SourceModel, check_sampling, sampled
+from cla_convert.training.starts import OPENINGS, openings, separator_losses
 from tests.conftest import byte_tokenizer
 
-EOS, OTHER_END = 1, 77
+BOS, EOS, OTHER_END = 0, 1, 77
+
+
+def shipped_openings() -> list[str]:
+    return openings(Generate())
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +39,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
 def sample(folder: Path, tmp_path: Path) -> Callable[..., list[np.ndarray]]:
     def documents(seed: int = 0, cache: Path = tmp_path, **settings: Any) -> list[np.ndarray]:
         model = SourceModel(folder, "cpu", cache)
-        generate = Generate(**{"tokens": 600, "length": 20, "batch_size": 8} | settings)
-        batches = sampled(model, byte_tokenizer(), generate, seed, lambda: generate.tokens)
+        tokens = settings.pop("tokens", 600)
+        generate = Generate(**{"tokens": tokens, "length": 20, "batch_size": 8} | settings)
+        batches = sampled(model, byte_tokenizer(), generate, seed, lambda: tokens)
         return [np.asarray(document.content) for batch in batches for document in batch]
 
     return documents
@@ -45,35 +51,131 @@ def sample(folder: Path, tmp_path: Path) -> Callable[..., list[np.ndarray]]:
 def test_samples_have_the_distribution_of_the_model(
     folder: Path, sample: Callable[..., list[np.ndarray]], temperature: float
 ) -> None:
-    documents = sample(tokens=16_000, length=8, batch_size=2000, temperature=temperature)
-    assert all(document[0] == 0 for document in documents)  # BOS
-    counts = np.bincount([document[1] for document in documents], minlength=258)
+    documents = sample(tokens=16_000, length=8, batch_size=2000, temperature=temperature, start="separator")
+    assert all(document[0] == BOS for document in documents)
+    # Behind the separator; another one there begins the next document, and leaves one of a single token.
+    counts = np.bincount([document[1] for document in documents if document.size > 1], minlength=258)
     with torch.inference_mode():
-        logits = load_model(folder)(torch.tensor([[0]])).logits[0, -1]
+        logits = load_model(folder)(torch.tensor([[BOS]])).logits[0, -1].clone()
+        logits[BOS] = -torch.inf
     for assumed in (1.0, 0.5):
-        expected = (logits / assumed).softmax(-1).double().numpy() * len(documents)
+        expected = (logits / assumed).softmax(-1).double().numpy() * counts.sum()
         many = expected > 5
         chi_squared = ((counts - expected)[many] ** 2 / expected[many]).sum() / many.sum()
         assert (chi_squared < 2) == (assumed == temperature), chi_squared
 
 
 def test_documents_end_where_the_model_ends_them(sample: Callable[..., list[np.ndarray]]) -> None:
-    documents = sample(tokens=6000, length=100, batch_size=60)
-    assert sum(document.size for document in documents) == 6000
-    ends = [np.isin(document[1:], [EOS, OTHER_END]) for document in documents[:-1]]  # the last is cut at the budget
-    assert not any(end[:-1].any() for end in ends)
-    early = {int(document[-1]) for document in documents[:-1] if document.size < 100}
-    assert early == {EOS, OTHER_END}
-    assert all(document.size <= 100 for document in documents)
+    documents = sample(tokens=6000, length=100, batch_size=60, start="separator")
+    ends = np.cumsum([document.size for document in documents])
+    assert ends[-1] == 6000 and set(range(100, 6001, 100)) <= set(ends)  # rows are full, and documents keep to them
+    closed = [np.isin(document[1:], [BOS, EOS, OTHER_END]) for document in documents]
+    assert not any(end[:-1].any() for end in closed)
+    last = [int(document[-1]) for document, end in zip(documents, ends, strict=True) if end % 100]
+    assert last.count(EOS) > 3 and last.count(OTHER_END) > 3
+    # The separator ends a document too, and is the first token of the next.
+    assert sum(token not in (EOS, OTHER_END) for token in last) > 3
 
 
-def test_top_k_and_random_starts(sample: Callable[..., list[np.ndarray]]) -> None:
-    greedy = {document[:20].tobytes() for document in sample(top_k=1)}
-    assert len(greedy) <= 2  # whole, and cut at the budget
+def test_starts(sample: Callable[..., list[np.ndarray]]) -> None:
+    alike = sample(top_k=1, tokens=160, start="separator")
+    assert len({document.tobytes() for document in alike if document.size == alike[0].size}) == 1
     documents = sample(start="random")
-    assert len({int(document[0]) for document in documents}) > 10  # no BOS: the tokenizer puts none
-    assert not {int(document[0]) for document in documents} & {0, 1}
-    assert len({document.tobytes() for document in sample(top_k=1, start="random")}) > 10
+    assert all(document[0] == BOS for document in documents)
+    assert len({int(document[1]) for document in documents if document.size > 1}) > 10
+    openings = {tuple(byte_tokenizer()(text, add_special_tokens=False).input_ids[:3]) for text in shipped_openings()}
+    prefixed = sample(start="prefix", opening_tokens=3, top_k=1)
+    begun = [tuple(document[1:4]) for document in prefixed if document.size > 3]
+    assert 0.2 < sum(begin in openings for begin in begun) / len(begun) < 1  # a third of them has all three
+    kinds = {document.tobytes() for document in sample(start=["separator", "prefix"], top_k=1, opening_tokens=3)}
+    assert kinds & {document.tobytes() for document in alike} and len(kinds) > 10
+
+
+def test_openings_of_ones_own(tmp_path: Path, sample: Callable[..., list[np.ndarray]]) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": f"{letter}Q" * 50}) for letter in "xyz"))
+    documents = sample(start="prefix", openings=str(text), opening_tokens=1)
+    expected = {byte_tokenizer()(letter, add_special_tokens=False).input_ids[0] for letter in "xyz"}
+    assert {int(document[1]) for document in documents if document.size > 1} == expected
+
+
+def test_the_separator_is_the_token_behind_which_real_documents_are_likely(tiny_llama: Path) -> None:
+    model, tokenizer = load_model(tiny_llama, dtype=torch.float32), byte_tokenizer()
+    rows = torch.tensor(
+        [[EOS, *tokenizer(text, add_special_tokens=False).input_ids[:12]] for text in shipped_openings()[:64]]
+    )
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(20):
+        model(input_ids=rows, labels=rows).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    losses = separator_losses(model, tokenizer)
+    assert set(losses) == {BOS, EOS} and losses[EOS] < losses[BOS] - 0.1
+    with torch.no_grad():
+        assert losses[EOS] == pytest.approx(model(input_ids=rows[:48], labels=rows[:48]).loss.item(), abs=1e-3)
+
+
+def test_the_least_likely_documents_can_be_left_out(folder: Path, sample: Callable[..., list[np.ndarray]]) -> None:
+    settings: dict[str, Any] = {"length": 64, "batch_size": 32, "tokens": 2048, "start": "random"}
+    whole, rest = sample(**settings), sample(**settings, drop=0.25)
+    model = load_model(folder, dtype=torch.float32)
+
+    def loss(document: np.ndarray) -> float:
+        ids = torch.tensor(document.astype(np.int64))[None]
+        with torch.no_grad():
+            logprobs = model(ids).logits[0, 1:-1].log_softmax(-1)
+        return -logprobs.gather(1, ids[0, 2:, None]).mean().item()
+
+    long = [document for document in whole if document.size >= 18]  # two tokens are the prompt
+    kept = {document.tobytes() for document in rest}
+    dropped = [loss(document) for document in long if document.tobytes() not in kept]
+    assert 0.2 < len(dropped) / len(long) < 0.3
+    assert min(dropped) > max(loss(document) for document in long if document.tobytes() in kept) - 1e-4
+
+
+def test_chat_writes_both_turns(tmp_path: Path, folder: Path) -> None:
+    tokenizer = byte_tokenizer()
+    turns = "{% for m in messages %}[{{ m.role }}]{{ m.content }}<|eos|>{% endfor %}"
+    tokenizer.chat_template = turns + "{% if add_generation_prompt %}[bot]{% endif %}"
+    settings = Generate(length=400, batch_size=40, start="chat")
+    batches = sampled(SourceModel(folder, "cpu", tmp_path), tokenizer, settings, 0, lambda: 0 if taken else 16_000)
+    taken: list[np.ndarray] = []
+    for batch in batches:
+        taken += [np.asarray(document.content) for document in batch]
+    whole = [str(tokenizer.decode(ids)) for ids in taken if ids.size > 20]
+    assert all(text.startswith("[user]") for text in whole)
+    two = [text for text in whole if text.count("<|eos|>") == 2]
+    assert all("<|eos|>[bot]" in text and text.endswith("<|eos|>") for text in two) and len(two) > 0
+    with pytest.raises(InputError, match="no chat template"):
+        check_sampling(SourceModel(folder, "cpu", tmp_path), byte_tokenizer(), settings)
+
+
+def test_as_much_as_is_wanted(folder: Path, tmp_path: Path) -> None:
+    model = SourceModel(folder, "cpu", tmp_path)
+    taken: list[int] = []
+    batches = sampled(model, byte_tokenizer(), Generate(length=20), 0, lambda: 700 - sum(taken))
+    for batch in batches:
+        taken += [len(document.content) for document in batch]
+    assert sum(taken) == 700  # 35 rows
+
+
+def test_what_does_not_fit_is_halved(
+    folder: Path, sample: Callable[..., list[np.ndarray]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    healthy = sampling._Sampler.sample
+    tried: list[int] = []
+
+    def small(self: Any, rows: int, seed: int, bar: Any) -> Any:
+        tried.append(rows)
+        if rows > 10:
+            raise torch.OutOfMemoryError
+        return healthy(self, rows, seed, bar)
+
+    monkeypatch.setattr(sampling._Sampler, "sample", small)
+    assert sum(document.size for document in sample(batch_size="auto")) == 600
+    assert tried == [30, 15, 7, 7, 7, 7, 2]
+    with pytest.raises(InputError, match="12 rows of 20 tokens"):
+        sample(batch_size=12, cache=folder.parent / "other")
 
 
 def test_a_seed_fixes_the_samples_wherever_they_stop(
@@ -93,13 +195,14 @@ def test_a_seed_fixes_the_samples_wherever_they_stop(
         patch.setattr(sampling._Sampler, "sample", sick)
         sample(cache=tmp_path / "parts")
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").rglob("*.npz")}
-    assert len(kept) == 2 and len(list((tmp_path / "parts").rglob("*.*"))) == 2
+    assert len(kept) == 2 and len(list((tmp_path / "parts").rglob("*.*"))) == 3  # and about.json
     again = sample(cache=tmp_path / "parts")
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert [document.tolist() for document in again] == [document.tolist() for document in whole]
     longer = sample(cache=tmp_path / "parts", tokens=900)
-    same = 8 * len(list((tmp_path / "whole").rglob("*-8.npz")))  # as far as its batches are whole
-    assert len(whole) > same >= 24 and [d.tolist() for d in longer[:same]] == [d.tolist() for d in whole[:same]]
+    same = 3 * 8 * 20  # as far as batches are whole
+    assert np.concatenate(longer)[:same].tolist() == np.concatenate(whole)[:same].tolist()
+    assert np.concatenate(longer)[same:600].tolist() != np.concatenate(whole)[same:].tolist()
     other = sample(seed=1, cache=tmp_path / "whole")
     assert not {d.tobytes() for d in other if d.size > 5} & {d.tobytes() for d in whole}
     with monkeypatch.context() as patch:  # all of it is there: no model is loaded
@@ -108,7 +211,7 @@ def test_a_seed_fixes_the_samples_wherever_they_stop(
 
 
 def test_no_more_is_sampled_than_is_asked_for(folder: Path, tmp_path: Path) -> None:
-    """4000 tokens may be sampled, 900 are taken: about fifty documents, where three whole batches have 192."""
+    """4000 tokens may be sampled, 900 are taken: 45 rows of 20, where a whole batch has 64."""
     settings = Generate(tokens=4000, length=20, batch_size=64)
     taken: list[int] = []
     batches = sampled(SourceModel(folder, "cpu", tmp_path), byte_tokenizer(), settings, 0, lambda: 900 - sum(taken))
@@ -117,7 +220,7 @@ def test_no_more_is_sampled_than_is_asked_for(folder: Path, tmp_path: Path) -> N
         if sum(taken) >= 900:
             break
     kept = sum(np.load(path)["ids"].size for path in tmp_path.rglob("*.npz"))
-    assert kept == sum(taken) and 900 <= kept < 900 + 5 * 20
+    assert kept == sum(taken) == 900
 
 
 def test_the_global_random_state_is_left_alone(sample: Callable[..., list[np.ndarray]]) -> None:
@@ -157,4 +260,23 @@ def test_the_mixture_asks_for_what_its_budget_needs(folder: Path, tmp_path: Path
     limits = {"tokens": 4000, "held_out_tokens": 100}
     store = prepare_data(data, byte_tokenizer(), **limits, cache_dir=tmp_path / "tokens", seed=0, model=source)
     kept = sum(np.load(path)["ids"].size for path in tmp_path.rglob("*.npz"))
-    assert store.train.size == 4000 and 4100 <= kept < 4000 / 0.95 + 5 * 40
+    assert store.train.size == 4000 and 4100 <= kept < 4000 / 0.95 + 5 * 40, kept
+
+
+def test_a_check_before_work_samples_nothing(tiny_llama: Path, cache: Path) -> None:
+    """It refuses what sampling would stumble over, and leaves sampling to the stage that needs text."""
+
+    def check(**generate: Any) -> None:
+        sources = [{"path": str(OPENINGS)}, {"generate": generate}]
+        recipe = Recipe.model_validate({"data": {"sources": sources}, "train": {"tokens": 1000}})
+        check_data(recipe, byte_tokenizer(), tiny_llama, "cpu")
+
+    check(length=64)
+    for wrong, words in (
+        ({"length": 4096}, "512 positions"),
+        ({"length": 64, "start": "chat"}, "no chat template"),
+        ({"length": 64, "openings": "nowhere.txt"}, "No text files"),
+    ):
+        with pytest.raises(InputError, match=words):
+            check(**wrong)
+    assert not (cache / "samples").exists()

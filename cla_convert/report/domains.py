@@ -1,0 +1,78 @@
+"""Recovery by domain: how far from the source model each kind of text is left, worst first, and what to do about it."""
+
+from typing import Any
+
+from ..evaluation.domains.overlap import COPIED
+from .formats import change
+from .run_folder import Json, RunFolder
+
+_POINTS = ("before", "converted", "after")
+_CLOSE = 0.05
+"""Perplexity above the source's by no more needs nothing done."""
+
+
+def domain_table(run: RunFolder) -> dict[str, Json]:
+    """{name: {perplexity, kl, recovered, relative, touched, ...}}, the one with the largest KL first.
+
+    recovered is the share of the KL that training took away again: 1 - after / converted; negative where it added some.
+    """
+    scores = {point: run.domains[point]["domains"] for point in _POINTS if "domains" in run.domains.get(point, {})}
+    names = dict.fromkeys(name for table in scores.values() for name in table)
+    rows = {name: _row(name, scores, run.touched.get(name, {})) for name in names}
+    return dict(sorted(rows.items(), key=lambda item: -_badness(item[1])))
+
+
+def _row(name: str, scores: dict[str, Json], touched: Json) -> Json:
+    found: dict[str, Json] = {point: table.get(name, {}) for point, table in scores.items()}
+    perplexity = {point: found.get(point, {}).get("perplexity") for point in _POINTS}
+    kl = {point: found.get(point, {}).get("kl") for point in _POINTS[1:]}
+    last = perplexity["after"] or perplexity["converted"]
+    recovered = 1 - kl["after"] / kl["converted"] if kl["after"] is not None and kl["converted"] else None
+    return {
+        "perplexity": perplexity,
+        "kl": kl,
+        "recovered": recovered,
+        "relative": last / perplexity["before"] - 1 if last and perplexity["before"] else None,
+        "tokens": next((one["tokens"] for one in found.values() if one.get("tokens")), None),
+        "touched": touched.get("touched"),
+        "similarity": touched.get("similarity"),
+        "held_out_similarity": touched.get("held_out_similarity"),
+        "contained": touched.get("contained"),
+    }
+
+
+def _badness(row: Json) -> float:
+    kl: Any = row["kl"]["after"] if row["kl"]["after"] is not None else row["kl"]["converted"]
+    return kl if kl is not None else row["relative"] or 0.0
+
+
+def domain_advice(domains: dict[str, Json]) -> list[str]:
+    """What to do about the domains, worst first; a sentence for each reason."""
+    far = {name: row for name, row in domains.items() if row["relative"] is not None and row["relative"] > _CLOSE}
+    missing = _named({name: row for name, row in far.items() if row["touched"] is False})
+    known = _named({name: row for name, row in far.items() if row["touched"]})
+    unknown = _named({name: row for name, row in far.items() if row["touched"] is None})
+    copied = [name for name, row in domains.items() if (row["contained"] or 0) > COPIED]
+    said = []
+    if missing:
+        said.append(
+            f"Far from the source, and the training text holds nothing of the kind: {missing}. Add such text to "
+            "data.sources, or text sampled from the source model (generate: auto)."
+        )
+    if known:
+        said.append(
+            f"Far from the source, though the training text holds such text: {known}. Give it more weight in "
+            "data.sources, or train on more tokens."
+        )
+    if unknown:
+        said.append(f"Far from the source: {unknown}. Add such text to data.sources, or train on more tokens.")
+    if copied:
+        said.append(f"{', '.join(copied)}: parts of this very text were trained on; its numbers are too good.")
+    if domains and not far and all(row["relative"] is not None for row in domains.values()):
+        said.append(f"No domain is more than {100 * _CLOSE:.0f}% above the source's perplexity.")
+    return said
+
+
+def _named(domains: dict[str, Json]) -> str:
+    """`law (+31.0%), code (+12.0%)`."""
+    return ", ".join(f"{name} ({change(row['relative'])})" for name, row in domains.items())
