@@ -89,6 +89,8 @@ class Family:
     keys: Mapping[str, str] = field(default_factory=dict)
     """Usual key of a config.json -> this family's name for it."""
     requires: tuple[Requirement, ...] = ()
+    experts: bool = False
+    """Whether its layers have experts (a mixture), which servers treat apart."""
 
     @property
     def cla_type(self) -> str:
@@ -171,10 +173,10 @@ _ROWS = [
         "gpt_bigcode", "GPTBigCode", defaults={"num_key_value_heads": 1}, layers="transformer.h", attention="attn",
         o_proj="c_proj", fused="c_attn", norms=LayerNorms("ln_1", "ln_2"), keys=_GPT2_KEYS, requires=(_MULTI_QUERY,),
     ),
-    Family("mixtral", "Mixtral", kinds.windowed, {"num_key_value_heads": 8}),
+    Family("mixtral", "Mixtral", kinds.windowed, {"num_key_value_heads": 8}, experts=True),
     Family(
         "qwen3_moe", "Qwen3Moe", kinds.optional_window, {"num_key_value_heads": 4, "sliding_window": 4096},
-        qk_norm=True,
+        qk_norm=True, experts=True,
     ),
 ]  # fmt: skip
 FAMILIES = {family.model_type: family for family in _ROWS}
