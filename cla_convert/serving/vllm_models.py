@@ -38,7 +38,8 @@ class SharedCache:
         config = vllm_config.model_config.hf_config
         sources: list[int] = config.kv_source_layers
         stages = vllm_config.parallel_config.pipeline_parallel_size
-        check_stages(sources, [get_pp_indices(len(sources), rank, stages)[0] for rank in range(stages)] + [len(sources)])
+        starts = [get_pp_indices(len(sources), rank, stages)[0] for rank in range(stages)]
+        check_stages(sources, [*starts, len(sources)])
         _check_settings(vllm_config, config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         if hasattr(self, "logits_processor"):  # absent but in the last stage
@@ -85,8 +86,8 @@ class SharedCache:
             )
         layers = len(self._attention)
         logger.info(
-            "cla-convert: %d of %d layers keep keys and values, the others read theirs: the same memory holds %.2fx the "
-            "tokens.", len(owners), layers, layers / len(owners),
+            "cla-convert: %d of %d layers keep keys and values, the others read theirs: the same memory holds %.2fx "
+            "the tokens.", len(owners), layers, layers / len(owners),
         )  # fmt: skip
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
