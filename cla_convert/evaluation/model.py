@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from ..environment import choose_dtype
 from .batch import BatchTooLarge, out_of_memory, too_long
 from .metered import Metered
 

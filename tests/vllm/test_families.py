@@ -5,8 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("vllm")
-
 from cla_convert.models.shape import shape_of
 from tests.conftest import byte_tokenizer
 from tests.tiny import CASES, cla_model, tiny_config

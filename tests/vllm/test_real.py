@@ -3,9 +3,6 @@
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("vllm")
-
 from transformers import AutoTokenizer
 
 from cla_convert.models.export import register
