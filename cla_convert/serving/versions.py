@@ -16,7 +16,10 @@ def vllm_version() -> str:
             return version(name)
         except PackageNotFoundError:
             continue
-    raise InputError("vLLM is not installed", fix="pip install 'cla-convert[vllm]' (docs/serving.md).")
+    raise InputError(
+        "vLLM is not installed",
+        fix="pip install 'cla-convert[vllm]' (docs/serving.md); to evaluate without it: --backend hf.",
+    )
 
 
 def check_vllm() -> str:

@@ -39,11 +39,11 @@ def converter() -> str:
 
 
 def pair(model: str, sharing: str, folder: Path) -> Pair:
-    """Convert a model; its source is what the converter made of it (a GGUF file is dequantised first)."""
+    """Convert a folder or a GGUF file, which the converter dequantises first."""
     command = [converter(), "convert", model, folder / "converted", "--sharing", sharing, "--init", "mean"]
     sources = folder / "cache" / "sources"
     subprocess.run(command, check=True, env=os.environ | {"CLA_CONVERT_CACHE": str(folder / "cache")})
-    return Pair(next(sources.iterdir()), folder / "converted")
+    return Pair(Path(model) if Path(model).is_dir() else next(sources.iterdir()), folder / "converted")
 
 
 @pytest.fixture(scope="session")
