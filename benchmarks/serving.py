@@ -1,7 +1,7 @@
 """Source against converted model in vLLM, in one run: what fits into the memory, and how fast it is served.
 
-    python benchmarks/serving.py SOURCE CONVERTED --out serving.json
-    python benchmarks/serving.py SOURCE CONVERTED --equal 4GB --contexts 2048,8192 --new 128
+    python benchmarks/serving.py SOURCE CONVERTED --equal 4GB --out serving.json
+    python benchmarks/serving.py --shape 8b --sharing cla2 --equal 8GB      # random weights: speed and memory alike
 
 Each engine runs in a process of its own. Twice for each model: with all the memory that vLLM takes (`full`), and with
 `--equal` bytes of KV cache (`equal`), at each context:
@@ -9,9 +9,9 @@ Each engine runs in a process of its own. Twice for each model: with all the mem
     capacity    tokens of KV cache, as vLLM allocated it
     batch       sequences of prompt + new tokens that fit at once, by vLLM's own blocks
     TTFT        seconds to the first token of a lone request (median of three, no prefix cache)
-    decode      tokens per second of all sequences together, with as many of them as fit: half the requests arrive at
-                once for two batches, and the time of prefill is measured apart and left out
-    served      tokens per second with the prefill, for the same requests: what a user of the server gets
+    served      tokens answered per second, prompts included in the time, by `--rounds` times as many requests as fit
+                at once: what the users of a server get
+    decode      the same without the time that the prompts alone take, measured by answers of one token
 
 Needs vLLM and cla-convert; on a CPU, VLLM_CPU_KVCACHE_SPACE (GiB) is the full memory.
 """
@@ -27,6 +27,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from shapes import SHAPES, write_pair
+
 from cla_convert.serving.versions import check_vllm
 
 UNITS = {"GB": 10**9, "MB": 10**6, "GiB": 2**30, "MiB": 2**20}
@@ -35,6 +37,8 @@ UNITS = {"GB": 10**9, "MB": 10**6, "GiB": 2**30, "MiB": 2**20}
 def main() -> None:
     """Measure both models and print a table."""
     options = parse()
+    if options.shape:
+        options.source, options.converted = write_pair(options.shape, options.sharing, Path(tempfile.mkdtemp()))
     results = []
     for memory in ["full", *(["equal"] if options.equal else [])]:
         for name, model in (("source", options.source), ("converted", options.converted)):
@@ -49,8 +53,10 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("source")
-    parser.add_argument("converted")
+    parser.add_argument("source", nargs="?")
+    parser.add_argument("converted", nargs="?")
+    parser.add_argument("--shape", choices=SHAPES, help="instead of models: this shape, with random weights")
+    parser.add_argument("--sharing", default="cla2-keep-ends", help="of --shape")
     parser.add_argument("--contexts", default="2048,8192", help="tokens of prompt and answer together")
     parser.add_argument("--new", type=int, default=128, help="tokens of an answer")
     parser.add_argument("--equal", type=size, help="bytes of KV cache for the comparison at equal memory")
@@ -76,7 +82,11 @@ def in_a_process(options: argparse.Namespace, name: str, model: str, context: in
     with tempfile.TemporaryDirectory() as scratch:
         job = Path(scratch) / "job.json"
         settings = {key: value for key, value in vars(options).items() if key not in ("out", "measure")}
-        job.write_text(json.dumps(settings | {"name": name, "model": model, "context": context, "memory": memory}))
+        job.write_text(
+            json.dumps(
+                settings | {"name": name, "model": str(model), "context": context, "memory": memory}, default=str
+            )
+        )
         environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
         if options.stretch:
             environment["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
@@ -100,6 +110,8 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         engine["gpu_memory_utilization"] = job["utilization"]
     if job["memory"] == "equal":
         engine["kv_cache_memory_bytes"] = job["equal"]
+    if job["shape"]:
+        engine |= {"load_format": "dummy", "skip_tokenizer_init": True}
     started = time.perf_counter()
     llm = LLM(**engine, model_impl="transformers")
     startup = time.perf_counter() - started
