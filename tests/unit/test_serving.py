@@ -109,3 +109,10 @@ def test_conversion_says_what_it_lacks(tiny_llama: Path, tmp_path: Path):
     )
     assert done.returncode == 3 and "Traceback" not in done.stderr
     assert "pip install 'cla-convert[convert]'" in done.stderr
+
+
+def test_the_table_of_the_documentation_is_what_the_script_prints():
+    done = subprocess.run([sys.executable, ROOT / "benchmarks/kv_capacity.py"], capture_output=True, text=True)
+    table = done.stdout.strip()
+    assert table.startswith("| shape, bfloat16 |") and table in (ROOT / "docs/serving.md").read_text(encoding="utf-8")
+    assert "| Llama 3 8B | `cla2` | 16 of 32 | 65,536 | 1,220,703 | 149 | 119 |" in table
