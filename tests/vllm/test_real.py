@@ -43,8 +43,7 @@ def check_tokens(folder: Path, model: Path, **engine) -> dict:
     first, second = found["rounds"]
     assert [answer["tokens"] for answer in first] == expected
     assert [answer["tokens"] for answer in second] == expected
-    assert all(answer["cached"] == 0 for answer in first)
-    assert second[-1]["cached"] >= 512  # whole blocks of the longest prompt
+    assert second[-1]["cached"] >= 512 > first[-1]["cached"]  # whole blocks; two prompts begin alike
     assert found["free"] == found["blocks"] - 1
     return found
 
