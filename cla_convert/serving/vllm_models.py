@@ -41,18 +41,20 @@ class SharedCache:
         starts = [get_pp_indices(len(sources), rank, stages)[0] for rank in range(stages)]
         check_stages(sources, [*starts, len(sources)])
         _check_settings(vllm_config, config)
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-        if hasattr(self, "logits_processor"):  # absent but in the last stage
-            self.logits_processor.scale /= getattr(config, "logits_scaling", 1.0)  # Granite's; vLLM reads logit_scale
-            self.logits_processor.soft_cap = getattr(config, "final_logit_softcapping", None)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        if logits := getattr(self, "logits_processor", None):  # the last stage has one
+            logits.scale /= getattr(config, "logits_scaling", 1.0)  # Granite's; vLLM reads logit_scale
+            logits.soft_cap = getattr(config, "final_logit_softcapping", None)
         self._prove_mapping()
 
     def _get_attn_cls(self) -> Any:
-        """From vLLM 0.27 on: what builds the attention of each layer."""
+        """From vLLM 0.28 on: what builds the attention of each layer."""
         return self._sharing(super()._get_attn_cls())  # type: ignore[misc]
 
     def create_attention_instances(self) -> dict[int, Any]:
-        """Up to vLLM 0.26, which calls the class by its name in the module."""
+        """Up to vLLM 0.27, which calls the class by its name in the module; 0.28 and 0.29 ask `_get_attn_cls`."""
+        if hasattr(super(), "_get_attn_cls"):
+            return super().create_attention_instances()  # type: ignore[misc]
         original = base.Attention
         base.Attention = self._sharing(original)
         try:

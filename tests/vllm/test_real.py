@@ -52,7 +52,7 @@ def test_smollm2(smollm2: Pair, tmp_path: Path):
     found = check_tokens(tmp_path, smollm2.converted)
     before = served(tmp_path, smollm2.source, [[[1, 2, 3]]])
     assert (before["buffers"], found["buffers"]) == (30, 16)
-    # Blocks of 1 GiB: 182 and 341. Of the same number of bytes a block, 30/16 times as many fit, but for a rest.
+    # Blocks in 1 GiB: 182 and 341. Of the same number of bytes a block, 30/16 times as many fit, but for a rest.
     assert found["blocks"] == found["tokens"] // 128 == int(2**30 / (16 * 128 * 1536))
     assert before["blocks"] == before["tokens"] // 128 == int(2**30 / (30 * 128 * 1536))
     assert before["bytes"] / before["tokens"] * 16 == found["bytes"] / found["tokens"] * 30

@@ -19,7 +19,7 @@ from tests.vllm.engine import ENVIRONMENT
 from tests.vllm.reference import greedy
 from tests.vllm.test_real import BATCH, prompts
 
-CONTEXT, NEW = 1024, 8
+CONTEXT, NEW = 2048, 8
 REQUESTS, AT_ONCE = 200, 16
 CANCELLED, TOO_LONG = 3, 7
 """Of ten requests, which one is cancelled and which is refused."""
