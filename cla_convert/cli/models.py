@@ -1,4 +1,4 @@
-"""Verbs about a model folder: inspect, convert, verify."""
+"""Verbs about a model folder: inspect, convert, verify, chat."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from ..console import data, data_json, say
+from ..errors import UsageError
 from .app import (
     AllowPickle,
     Json,
@@ -102,6 +103,10 @@ def verify(
     update_code: Annotated[
         bool, typer.Option("--update-code", help="First replace its modelling files by this version's.")
     ] = False,
+    cache: Annotated[bool, typer.Option("--cache", help="Measure the KV cache, too, and what sharing saves.")] = False,
+    beside: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="With --cache: measure this model, too, and compare.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Check that an output loads and works without cla-convert.
@@ -110,9 +115,49 @@ def verify(
     the cache, tokenizer, generation.
     """
     from ..models.export import update_code as update
-    from ..models.verify import render, verify_model
+    from ..models.source import resolve_source
+    from ..models.verify import measure_cache, render, render_cache, verify_model
 
+    if beside and not cache:
+        raise UsageError("--beside compares KV caches", fix="Give --cache, too.")
     if update_code:
         update(model)
     result = verify_model(model)
-    data_json(result) if as_json else data(render(result))
+    if cache:
+        result["cache"] = measure_cache(model, resolve_source(beside) if beside else None)
+    if as_json:
+        data_json(result)
+    else:
+        data("\n".join([render(result), *([render_cache(result["cache"])] if cache else [])]))
+
+
+@app.command()
+def chat(
+    model: Model,
+    beside: Annotated[str | None, typer.Option(metavar="MODEL", help="Another one that answers, too.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto: the best there is.")] = "auto",
+) -> None:
+    """Talk to a model, or to the converted model and its source side by side.
+
+    Lines come from the terminal or a pipe. /reset begins a new conversation; Ctrl-D ends.
+    """
+    import sys
+
+    from ..chat import Manner, Speaker, lines_of
+    from ..chat import chat as converse
+    from ..environment import choose_dtype, pick_device
+    from ..models.source import resolve_source
+
+    device = pick_device(device)
+    manner = Manner(max_new_tokens, temperature, system)
+    folders = {Path(name).name or name: resolve_source(name) for name in (model, beside) if name}
+    if beside and len(folders) == 1:
+        folders = {model: resolve_source(model), beside: resolve_source(beside)}
+    speakers = [
+        Speaker.load(name, folder, device=device, dtype=choose_dtype("auto", device), manner=manner)
+        for name, folder in folders.items()
+    ]
+    converse(speakers, lines_of(sys.stdin))

@@ -5,13 +5,13 @@ the KV cache are always measured with transformers: they need logits and cache t
 """
 
 import os
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from ..environment import world_size
 from ..errors import InputError, UsageError
 from ..recipe import Evaluate
+from ..serving.versions import check_vllm
 from .batch import out_of_memory
 
 
@@ -19,18 +19,12 @@ def check_backend(spec: Evaluate, device: str) -> None:
     """Refuse what cannot work, without importing vLLM.
 
     Raises:
-        InputError: vLLM is not installed.
+        InputError: vLLM is not installed, or of a version that cannot serve CLA models.
         UsageError: vLLM under torchrun, or on a device that it would not pick.
     """
     if spec.backend == "hf":
         return
-    try:
-        version("vllm")
-    except PackageNotFoundError as error:
-        raise InputError(
-            "eval.backend is vllm, which is not installed here",
-            fix="Install vllm next to cla-convert (docs/evaluation.md says which versions), or use --backend hf.",
-        ) from error
+    check_vllm()
     if world_size() > 1:
         raise UsageError(
             "vLLM uses several GPUs by itself",

@@ -64,7 +64,7 @@ def evaluate(
         UsageError, InputError: a task that does not exist or whose data cannot be had, before the model is loaded.
         BatchTooLarge: out of memory; finished tasks are kept.
     """
-    from .model import choose_dtype
+    from ..environment import choose_dtype
 
     started = time.monotonic()
     device = pick_device(device)

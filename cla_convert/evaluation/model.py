@@ -9,18 +9,6 @@ from lm_eval.models.huggingface import HFLM
 from .batch import BatchTooLarge, out_of_memory, too_long
 from .metered import Metered
 
-
-def choose_dtype(dtype: str, device: str) -> str:
-    """`auto` is float32 on a CPU and bfloat16 on an accelerator, however the weights are stored.
-
-    It must not follow the checkpoint: source, converted and uptrained model may be stored differently and have to be
-    measured alike.
-    """
-    if dtype != "auto":
-        return dtype
-    return "bfloat16" if device.startswith("cuda") else "float32"
-
-
 Base: Any = HFLM  # its registration decorator hides the class from type checkers
 
 

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..environment import pick_device
+from ..environment import choose_dtype, pick_device
 from ..errors import InputError
 from ..recipe import Evaluate
 from . import batch
 from .harness import common_settings, evaluate
-from .model import choose_dtype
 from .texts import Texts, measure_texts
 
 Json = dict[str, Any]

@@ -3,13 +3,10 @@
 Import this module only where vLLM is installed, and through `backend.load_backend`, which sets its environment.
 
 Every point is run through vLLM's Transformers backend: the source model by transformers' modelling code, a CLA model by
-the code that ships with it. vLLM's own implementation of the source's family would round differently in bfloat16, and
-that difference would pass for a cost of sharing. vLLM then keeps the owner's keys and values once more for every
-consumer, so this backend says nothing about memory.
+the plugin (serving/), exactly as it is served. vLLM's own implementation of the source's family would round differently
+in bfloat16, and that difference would pass for a cost of sharing.
 """
 
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +16,7 @@ from transformers import AutoConfig
 
 from ..errors import InputError, UsageError
 from ..models.checkpoint import Checkpoint
-from ..models.export import register
-from ..models.families import FAMILIES
+from ..serving.plugin import register
 from .metered import Metered
 from .model import fed_tokens
 
@@ -87,25 +83,13 @@ def load_vllm(model_dir: Path, *, device: str, dtype: str, max_length: int, seed
         arguments.pop("gpu_memory_utilization")
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()  # what this process measured before
-    with tempfile.TemporaryDirectory() as scratch:
-        try:
-            return VllmLM(
-                context=context, pretrained=str(_with_our_code(model_dir, config, Path(scratch))), dtype=dtype,
-                trust_remote_code=True, batch_size=REQUESTS, max_model_len=context + SPARE, seed=seed, **arguments,
-            )  # fmt: skip
-        except Exception as error:
-            raise _failed(f"vLLM cannot run the model in {model_dir}", error) from error
-
-
-def _with_our_code(folder: Path, config: Any, scratch: Path) -> Path:
-    """`folder` again, its files linked, with this package's modelling code in place of any code that lies in it."""
-    for file in folder.iterdir():
-        if file.suffix != ".py" and file.is_file():
-            (scratch / file.name).symlink_to(file.resolve())
-    family = next((family for family in FAMILIES.values() if family.cla_type == config.model_type), None)
-    for file in family.code_files if family else ():
-        shutil.copyfile(file, scratch / file.name)
-    return scratch
+    try:
+        return VllmLM(
+            context=context, pretrained=str(model_dir), dtype=dtype, trust_remote_code=False, batch_size=REQUESTS,
+            max_model_len=context + SPARE, seed=seed, **arguments,
+        )  # fmt: skip
+    except Exception as error:
+        raise _failed(f"vLLM cannot run the model in {model_dir}", error) from error
 
 
 def _failed(what: str, error: Exception) -> InputError:

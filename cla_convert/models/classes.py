@@ -8,11 +8,11 @@ from .families import FAMILIES, Family
 
 def register() -> None:
     """Teach transformers' Auto classes the CLA families, so that outputs load here without trust_remote_code."""
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    register_configs()
     for family in FAMILIES.values():
         classes = cla_classes(family)
-        AutoConfig.register(family.cla_type, classes["Config"], exist_ok=True)
         AutoModel.register(classes["Config"], classes["Model"], exist_ok=True)
         AutoModelForCausalLM.register(classes["Config"], classes["ForCausalLM"], exist_ok=True)
         AutoModelForSequenceClassification.register(
@@ -20,11 +20,24 @@ def register() -> None:
         )
 
 
+def register_configs() -> None:
+    """Teach AutoConfig the CLA families: the part of `register` that imports no modelling code."""
+    from transformers import AutoConfig
+
+    for family in FAMILIES.values():
+        AutoConfig.register(family.cla_type, _config_class(family), exist_ok=True)
+
+
 def cla_classes(family: Family) -> dict[str, Any]:
     """The CLA classes of a family: `Config`, `DecoderLayer`, `Model`, `ForCausalLM`, `ForSequenceClassification`."""
-    config, modeling = (importlib.import_module(f"{__package__}.generated.{file.stem}") for file in family.code_files)
+    modeling = importlib.import_module(f"{__package__}.generated.{family.code_files[1].stem}")
     kinds = ("DecoderLayer", "Model", "ForCausalLM", "ForSequenceClassification")
     return {
-        "Config": getattr(config, family.class_name("Config")),
+        "Config": _config_class(family),
         **{kind: getattr(modeling, family.class_name(kind)) for kind in kinds},
     }
+
+
+def _config_class(family: Family) -> Any:
+    module = importlib.import_module(f"{__package__}.generated.{family.code_files[0].stem}")
+    return getattr(module, family.class_name("Config"))

@@ -93,6 +93,8 @@ class Family:
     keys: Mapping[str, str] = field(default_factory=dict)
     """Usual key of a config.json -> this family's name for it."""
     requires: tuple[Requirement, ...] = ()
+    experts: bool = False
+    """Whether its layers have experts (a mixture), which servers treat apart."""
 
     @property
     def cla_type(self) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..console import human_bytes
 from ..errors import InputError
 from ..files import load_json
 from .export import has_other_code
@@ -18,6 +19,7 @@ from .shape import shape_of
 from .tokenization import recorded_ids
 
 SCRIPT = Path(__file__).with_name("clean_check.py")
+CACHE_SCRIPT = Path(__file__).with_name("cache_check.py")
 
 
 def verify_model(folder: Path) -> dict[str, Any]:
@@ -32,6 +34,51 @@ def verify_model(folder: Path) -> dict[str, Any]:
 
 def verify_models(folders: Sequence[Path]) -> list[dict[str, Any]]:
     """As `verify_model`, all in one process. Raises InputError for the first that fails."""
+    found = _in_a_clean_process(SCRIPT, folders)
+    results = [_judged(folder, result) for folder, result in zip(folders, found, strict=True)]
+    for folder in folders:
+        config = load_json(folder / "config.json")
+        check_interface(config.get("model_type", ""))  # beyond a window too, which here may be too large for that
+    return results
+
+
+def measure_cache(folder: Path, source: Path | None = None) -> dict[str, Any]:
+    """Fill transformers' caches with a model, in a clean process, and count their bytes.
+
+    Args:
+        folder: an output folder.
+        source: a model to measure beside it; without one, `saved` compares with a cache for every layer, each as large
+            as its owner's.
+
+    Returns:
+        tokens, kv_source_layers, `bytes` and `unshared_bytes` by kind of cache (dynamic, static), saved (a factor).
+
+    Raises:
+        InputError: a model does not load, a consumer has a cache, or the two are not a model and its source.
+    """
+    folders = [folder, source] if source else [folder]
+    found = _in_a_clean_process(CACHE_SCRIPT, folders)
+    ours, sources = found[0]["layers"], found[0]["kv_source_layers"]
+    if found[-1]["tokens"] != found[0]["tokens"] or len(found[-1]["kv_source_layers"]) != len(sources):
+        raise InputError(f"{source} is not the source of {folder}", why="Layers or context differ.")
+    for layer, owner in enumerate(sources):
+        if (ours["dynamic"][layer] > 0) != (layer == owner):
+            raise InputError(f"In {folder}, layer {layer} {'has no' if layer == owner else 'has a'} KV cache")
+    theirs = found[1]["layers"] if source else {k: [held[s] for s in sources] for k, held in ours.items()}
+    shared, unshared = ({kind: sum(held) for kind, held in layers.items()} for layers in (ours, theirs))
+    return {
+        "folder": str(folder),
+        "source": str(source) if source else None,
+        "tokens": found[0]["tokens"],
+        "kv_source_layers": sources,
+        "bytes": shared,
+        "unshared_bytes": unshared,
+        "saved": unshared["dynamic"] / shared["dynamic"],
+    }
+
+
+def _in_a_clean_process(script: Path, folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """What a script of ours prints for each folder. Raises InputError for the first that does not load."""
     for folder in folders:
         if not (folder / "config.json").exists():
             raise InputError(f"{folder} is not a model folder", why="It has no config.json.")
@@ -40,19 +87,15 @@ def verify_models(folders: Sequence[Path]) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as elsewhere:
         environment["HF_MODULES_CACHE"] = elsewhere  # never reuse code that an earlier load had cached
         done = subprocess.run(
-            [sys.executable, "-P", SCRIPT, *(str(folder.resolve()) for folder in folders)],
+            [sys.executable, "-P", script, *(str(folder.resolve()) for folder in folders)],
             cwd=elsewhere, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL,
         )  # fmt: skip
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    results = [_judged(folder, result) for folder, result in zip(folders, found, strict=False)]
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no message"]
         failed = folders[len(found)]
         raise InputError(f"{failed} does not load in a clean process", why=lines[-1], fix=_fix(failed))
-    for folder in folders:
-        config = load_json(folder / "config.json")
-        check_interface(config.get("model_type", ""))  # beyond a window too, which here may be too large for that
-    return results
+    return found
 
 
 def _judged(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
@@ -105,3 +148,18 @@ def planned_bytes(folder: Path, tokens: int) -> list[int]:
 def render(result: dict[str, Any]) -> str:
     """The checks, one a line."""
     return "\n".join(f"ok  {name}" for name in result["checks"])
+
+
+def render_cache(measured: dict[str, Any]) -> str:
+    """What `measure_cache` found, in words."""
+    sources, tokens = measured["kv_source_layers"], measured["tokens"]
+    against = measured["source"] or "the same with a cache for every layer"
+    rows = [
+        f"{kind} cache of {tokens} tokens in float32: {human_bytes(measured['bytes'][kind])}; "
+        f"{against}: {human_bytes(measured['unshared_bytes'][kind])}"
+        for kind in measured["bytes"]
+    ]
+    owners = len(set(sources))
+    return "\n".join(
+        [*rows, f"{owners} of {len(sources)} layers hold keys and values: {measured['saved']:.2f}x smaller"]
+    )

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..models.export import register
+from ..models.classes import register
 from .loss import Teacher, Terms, vocabulary_loss
 from .objective import hidden_states
 

@@ -10,6 +10,7 @@ from cla_convert.evaluation import backend
 from cla_convert.evaluation.backend import check_backend
 from cla_convert.evaluation.harness import common_settings
 from cla_convert.recipe import Evaluate
+from cla_convert.serving import versions
 from tests.integration.test_convert import cla
 
 VLLM = Evaluate(backend="vllm")
@@ -20,9 +21,9 @@ def not_installed(name: str) -> str:
 
 
 def test_without_vllm_nothing_begins(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(backend, "version", not_installed)
+    monkeypatch.setattr(versions, "version", not_installed)
     check_backend(Evaluate(), "cpu")
-    with pytest.raises(InputError, match=r"not installed here(.|\n)*--backend hf"):
+    with pytest.raises(InputError, match=r"not installed(.|\n)*--backend hf"):
         check_backend(VLLM, "cpu")
 
 
@@ -34,7 +35,10 @@ def test_the_command_line_passes_the_backend_on(tiny_llama: Path, tmp_path: Path
 
 
 def test_places_where_vllm_cannot_run(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(backend, "version", lambda _: "0.24.0")
+    monkeypatch.setattr(versions, "version", lambda _: "0.25.0")
+    with pytest.raises(InputError, match=r"vLLM 0\.25\.0 cannot"):
+        check_backend(VLLM, "cuda")
+    monkeypatch.setattr(versions, "version", lambda _: "0.30.0")
     check_backend(VLLM, "cuda")
     for device in ("cuda:1", "mps"):
         with pytest.raises(UsageError, match=device):

@@ -1,17 +1,24 @@
-"""vLLM and transformers give the same scores, for plain and CLA models. Runs where vLLM is installed."""
+"""`eval.backend: vllm` and transformers give the same scores, and vLLM's cache is the small one.
+
+What evaluation needs beside vLLM comes from the converter's environment (CLA_CONVERTER_PACKAGES), after our own.
+"""
 
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
 
+sys.path.append(os.environ.get("CLA_CONVERTER_PACKAGES", ""))
+pytest.importorskip("lm_eval", reason="CLA_CONVERTER_PACKAGES is not set (make test-vllm sets it)")
+
+from cla_convert.evaluation.backend import load_backend
 from cla_convert.evaluation.points import Bench, evaluate_points
 from cla_convert.evaluation.texts import Texts
 from cla_convert.recipe import Evaluate
 from tests.conftest import save_tiny_llama
-from tests.integration.test_convert import convert
-
-pytest.importorskip("vllm")
+from tests.vllm.conftest import pair
 
 SPEC = Evaluate.model_validate(
     {"tasks": ["arc_easy", "winogrande", "wikitext", "passkey"], "limit": 3, "max_length": 256,
@@ -21,7 +28,7 @@ SPEC = Evaluate.model_validate(
 
 def test_both_backends_agree_at_every_point(tmp_path: Path):
     source = save_tiny_llama(tmp_path / "source", hidden_size=128, head_dim=32)
-    convert(source, tmp_path / "converted", "--init", "mean")
+    pair(str(source), "cla2-keep-ends", tmp_path)
     (tmp_path / "converted" / "modeling_cla_llama.py").write_text("raise SystemExit('code of the folder ran')\n")
     points = {"before": source, "converted": tmp_path / "converted"}
     for name in ("hf", "vllm"):
@@ -37,3 +44,15 @@ def test_both_backends_agree_at_every_point(tmp_path: Path):
                 assert ours.get("loglikelihoods", []) == pytest.approx(theirs.get("loglikelihoods", []), abs=1e-3)
                 for metric, value in ours["metrics"].items():
                     assert theirs["metrics"][metric] == pytest.approx(value, abs=1e-3, rel=1e-6), (task, metric)
+
+
+def test_the_model_that_is_scored_has_the_small_cache(tmp_path: Path):
+    source = save_tiny_llama(tmp_path / "source", hidden_size=128, head_dim=32)
+    pair(str(source), "cla2", tmp_path)
+    common = {"device": "cpu", "dtype": "float32", "max_length": 256, "seed": 0}
+    blocks = []
+    for folder in (source, tmp_path / "converted"):
+        model = load_backend(folder, SPEC.model_copy(update={"backend": "vllm"}), common, None)
+        blocks.append(model.model.llm_engine.vllm_config.cache_config.num_gpu_blocks)
+        model.close()
+    assert blocks[1] == pytest.approx(2 * blocks[0], abs=1)

@@ -1,0 +1,123 @@
+"""Talking to a model, or to two at once: what a conversion cost, as a person hears it.
+
+Every model keeps its own conversation, because its own answers are part of it. Without a chat template a model
+continues the text of the last line, and no conversation is kept.
+"""
+
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from .console import say
+from .models.export import load_model, load_tokenizer
+
+RESET = "/reset"
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How models answer."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    """0: greedy, so that differences between models are theirs."""
+    system: str | None = None
+    """What the conversation begins with."""
+
+
+@dataclass
+class Speaker:
+    """A model that answers, and the conversation it has had."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    manner: Manner
+    turns: list[dict[str, str]] = field(default_factory=list)
+
+    @classmethod
+    def load(cls, name: str, folder: Path, *, device: str, dtype: str, manner: Manner) -> "Speaker":
+        """Load a model folder, plain or CLA; code in it is never run. Raises InputError."""
+        return cls(name, load_model(folder, dtype=dtype, device=device), load_tokenizer(folder), manner)
+
+    @property
+    def converses(self) -> bool:
+        """Whether there is a chat template."""
+        return bool(self.tokenizer.chat_template)
+
+    def answer(self, text: str) -> str:
+        """Answer, printing word by word, and return what was printed."""
+        import torch
+
+        prompt = self._prompt(text)
+        sampling = {"do_sample": True, "temperature": self.manner.temperature} if self.manner.temperature else {}
+        streamer = _stream(self.tokenizer)
+        with torch.inference_mode():
+            self.model.generate(
+                **prompt.to(self.model.device), max_new_tokens=self.manner.max_new_tokens, streamer=streamer,
+                pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0,
+                **(sampling or {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}),
+            )  # fmt: skip
+        if self.converses:
+            self.turns.append({"role": "assistant", "content": streamer.text.strip()})
+        return streamer.text
+
+    def _prompt(self, text: str) -> Any:
+        """Token ids and mask of the conversation so far; what the context has no room for is forgotten."""
+        if not self.converses:
+            return self.tokenizer(text, return_tensors="pt")
+        self.turns.append({"role": "user", "content": text})
+        longest = getattr(self.model.config, "max_position_embeddings", None)
+        while True:
+            system = [{"role": "system", "content": self.manner.system}] if self.manner.system else []
+            ids = self.tokenizer.apply_chat_template(
+                system + self.turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+            if not longest or len(self.turns) == 1 or ids["input_ids"].shape[1] + self.manner.max_new_tokens <= longest:
+                return ids
+            del self.turns[:2]  # a question and its answer
+
+
+def chat(speakers: list[Speaker], lines: Iterable[str]) -> None:
+    """Let every speaker answer every line; `/reset` begins anew. Answers go to stdout."""
+    if not all(speaker.converses for speaker in speakers):
+        say("no chat template: each line is continued as text")
+    for line in lines:
+        if not (text := line.strip()):
+            continue
+        if text == RESET:
+            for speaker in speakers:
+                speaker.turns.clear()
+            continue
+        for speaker in speakers:
+            if len(speakers) > 1:
+                print(f"[{speaker.name}] ", end="", flush=True)
+            speaker.answer(text)
+            print(flush=True)
+
+
+def lines_of(stream: TextIO) -> Iterator[str]:
+    """Lines as they are typed, after a prompt where somebody sits there to see it (stderr)."""
+    asks = stream.isatty()
+    while True:
+        if asks:
+            print("> ", end="", file=sys.stderr, flush=True)
+        if not (line := stream.readline()):
+            return
+        yield line
+
+
+def _stream(tokenizer: Any) -> Any:
+    """What `generate` hands its tokens to: prints whole words as they come, and keeps them in `text`."""
+    from transformers import TextStreamer
+
+    class Stream(TextStreamer):
+        text = ""
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            self.text += text
+            print(text, end="", flush=True)
+
+    return Stream(tokenizer, skip_prompt=True, skip_special_tokens=True)

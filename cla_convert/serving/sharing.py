@@ -1,0 +1,61 @@
+"""Which attention layer of a server reads whose KV cache. Imports neither torch nor vLLM."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from ..errors import InputError
+
+
+def owner_name(name: str, layer: int, source: int) -> str:
+    """The name of layer `source`, in the way that `name` names layer `layer`.
+
+    Servers name layers as they like: `model.layers.3.self_attn.attn`, `model.h.3.attn.attn` or `3.attn`.
+
+    Raises:
+        InputError: the layer's number is not in its name exactly once, so that the owner's name cannot be told; or the
+            layer would be its own owner, which a server would take as no sharing at all.
+    """
+    parts = name.split(".")
+    places = [place for place, part in enumerate(parts) if part.isdecimal()]
+    if [parts[place] for place in places] != [str(layer)]:
+        raise InputError(
+            f"The attention of layer {layer} is called {name!r}",
+            why="Its owner's name cannot be told from that.",
+            fix="Use a version of vLLM that docs/serving.md lists.",
+        )
+    if source == layer:
+        raise InputError(f"Layer {layer} ({name}) cannot share the KV cache of itself")
+    parts[places[0]] = str(source)
+    return ".".join(parts)
+
+
+def layer_of(name: str) -> int:
+    """The number in a layer's name. Raises InputError if there is not exactly one."""
+    numbers = [int(part) for part in name.split(".") if part.isdecimal()]
+    if len(numbers) != 1:
+        raise InputError(f"An attention layer is called {name!r}, which does not tell its number")
+    return numbers[0]
+
+
+def check_stages(sources: Sequence[int], bounds: Sequence[int]) -> None:
+    """Refuse a pipeline that parts a consumer from its owner: K/V do not travel between stages.
+
+    Args:
+        sources: `kv_source_layers` of the model.
+        bounds: where stages begin, and the number of layers: [0, 15, 30] for two stages.
+
+    Raises:
+        InputError: naming the layer, and where stages may begin.
+    """
+    for begin, end in pairwise(bounds):
+        for layer in range(begin, end):
+            if sources[layer] < begin:
+                allowed = [at for at in range(1, len(sources)) if all(source >= at for source in sources[at:])]
+                raise InputError(
+                    f"The pipeline stage of layers {begin} to {end - 1} lacks layer {sources[layer]}, whose keys and "
+                    f"values layer {layer} reads",
+                    fix=f"Stages may begin at layers {', '.join(map(str, allowed))}: name the number of layers of each "
+                    "in VLLM_PP_LAYER_PARTITION."
+                    if allowed
+                    else "Use tensor parallelism: with this sharing map, no stage may begin after the first layer.",
+                )

@@ -1,0 +1,80 @@
+"""Real models through the engine: tokens, capacity, chunked prefill, prefix caching, windows."""
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from cla_convert.models.export import register
+from tests.vllm.conftest import Pair
+from tests.vllm.engine import run
+from tests.vllm.reference import greedy
+
+BATCH = 256
+"""Tokens of a prefill chunk."""
+TEXT = (
+    "The history of the lighthouse on the northern cape begins with a storm. In the winter of {year}, three ships were "
+    "lost within a week, and the harbour council voted, by a majority of one, to build a tower of granite. "
+)
+
+
+def prompts(model: Path) -> list[list[int]]:
+    """Short ones, one longer than a chunk, one longer than Gemma's window of 512 tokens."""
+    register()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    long = "".join(TEXT.format(year=year) for year in range(1790, 1812))
+    texts = ["The capital of France is", "def fibonacci(n):\n", TEXT.format(year=1811), long[:1500], long]
+    ids = [tokenizer(text).input_ids for text in texts]
+    assert len(ids[-1]) > 700 and BATCH < len(ids[-2]) < 512
+    return ids
+
+
+def served(folder: Path, model: Path, asked: list[list[list[int]]], **engine) -> dict:
+    found = run(folder, model, asked, max_model_len=2048, max_num_batched_tokens=BATCH, max_num_seqs=8, **engine)
+    assert "error" not in found, found["log"][-3000:]
+    return found
+
+
+def check_tokens(folder: Path, model: Path, **engine) -> dict:
+    """All prompts at once, in chunks; then again, from the prefix cache."""
+    asked = prompts(model)
+    expected = [answer["tokens"] for answer in greedy(model, asked)]
+    found = served(folder, model, [asked, asked], **engine)
+    first, second = found["rounds"]
+    assert [answer["tokens"] for answer in first] == expected
+    assert [answer["tokens"] for answer in second] == expected
+    assert second[-1]["cached"] >= 512 > first[-1]["cached"]  # whole blocks; two prompts begin alike
+    assert found["free"] == found["blocks"] - 1
+    return found
+
+
+def test_smollm2(smollm2: Pair, tmp_path: Path):
+    found = check_tokens(tmp_path, smollm2.converted)
+    before = served(tmp_path, smollm2.source, [[[1, 2, 3]]])
+    assert (before["buffers"], found["buffers"]) == (30, 16)
+    # Blocks in 1 GiB: 182 and 341. Of the same number of bytes a block, 30/16 times as many fit, but for a rest.
+    assert found["blocks"] == found["tokens"] // 128 == int(2**30 / (16 * 128 * 1536))
+    assert before["blocks"] == before["tokens"] // 128 == int(2**30 / (30 * 128 * 1536))
+    assert before["bytes"] / before["tokens"] * 16 == found["bytes"] / found["tokens"] * 30
+
+
+def test_gemma_with_its_windows(gemma: Pair, tmp_path: Path):
+    found = check_tokens(tmp_path, gemma.converted)
+    before = served(tmp_path, gemma.source, [[[1, 2, 3]]])
+    print({key: (before[key], found[key]) for key in ("groups", "tokens", "blocks", "bytes", "buffers")})
+    assert sum(number for number, _ in before["groups"]) == 18
+    assert sum(number for number, _ in found["groups"]) == 10
+    assert {kind for _, kind in found["groups"]} == {"FullAttentionSpec", "SlidingWindowSpec"}
+    assert found["tokens"] > 1.7 * before["tokens"]
+
+
+def test_without_the_plugin_nothing_is_saved(smollm2: Pair, tmp_path: Path):
+    """What the plugin is for: the same folder in a vLLM that does not load it."""
+    found = served(tmp_path, smollm2.converted, [[[1, 2, 3]]], trust_remote_code=True, environment={"VLLM_PLUGINS": ""})
+    assert found["buffers"] == 30
+
+
+@pytest.mark.parametrize("implementation", ["auto", "vllm", "transformers"])
+def test_no_way_of_asking_leaves_the_plugin_out(smollm2: Pair, tmp_path: Path, implementation: str):
+    found = served(tmp_path, smollm2.converted, [[[1, 2, 3]]], model_impl=implementation, trust_remote_code=True)
+    assert found["buffers"] == 16
