@@ -21,6 +21,8 @@ def inspect_model(model: str, *, revision: str | None = None) -> dict[str, Any]:
     the sizes are null where it has none of them.
     """
     checkpoint = open_headers(model, revision=revision)
+    if not checkpoint.tensors:
+        raise InputError(f"{model} holds no tensors of a language model", fix="Download it again.")
     reason = _reason(checkpoint)
     largest = max(checkpoint.tensors.values(), key=lambda info: info.numel)
     description = {

@@ -19,6 +19,8 @@ from cla_convert.errors import ClaError, InputError, TrainingError, UsageError
 from cla_convert.files import load_json, read_json, read_kept, write_json
 from cla_convert.models.checkpoint import Checkpoint
 from cla_convert.models.fingerprint import fingerprint
+from cla_convert.models.gguf_header import Header
+from cla_convert.models.gguf_source import _check_sizes
 from cla_convert.recipe import Recipe
 from cla_convert.recipe_file import load_recipe
 from cla_convert.report.model_card import front_matter, source_card, write_model_card
@@ -26,6 +28,7 @@ from cla_convert.report.report import build_report
 from cla_convert.run import Run
 from cla_convert.same_recipe import check_same_recipe
 from cla_convert.training.state import Checkpoints, Position
+from tests.unit.test_gguf import write_gguf
 
 
 @pytest.fixture
@@ -78,6 +81,25 @@ def test_a_header_that_describes_no_tensor_is_refused(changes: dict[str, Any], m
     edit_header(model / "model.safetensors", **changes)
     with pytest.raises(InputError, match="not a whole safetensors file"):
         Checkpoint.open(model)
+
+
+def test_a_gguf_file_without_tensors_is_refused(tmp_path: Path):
+    path = write_gguf(tmp_path / "tiny.gguf", "llama")
+    with path.open("r+b") as file:
+        file.seek(8)
+        file.write(bytes(8))  # the number of tensors
+    with pytest.raises(InputError, match="holds no tensors"):
+        inspect_model(str(path))
+
+
+@pytest.mark.parametrize(("key", "value"), [("block_count", 2**31), ("feed_forward_length", 10**9)])
+def test_a_gguf_file_of_sizes_that_no_tensor_has_is_refused_before_it_is_built(key: str, value: int):
+    header = {"general.architecture": "llama", "llama.embedding_length": 4, "llama.attention.head_count": 2}
+    header |= {"llama.block_count": 1, "llama.feed_forward_length": 8}
+    shapes = {"token_embd.weight": (9, 4), "blk.0.ffn_up.weight": (8, 4)}
+    _check_sizes(Header(header, shapes), 1000)
+    with pytest.raises((ValueError, InputError)):
+        _check_sizes(Header(header | {f"llama.{key}": value}, shapes), 1000)
 
 
 def test_lone_surrogates_survive_in_json(model: Path, tmp_path: Path):
