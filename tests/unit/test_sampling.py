@@ -73,8 +73,9 @@ def test_documents_end_where_the_model_ends_them(sample: Callable[..., list[np.n
     assert not any(end[:-1].any() for end in closed)
     last = [int(document[-1]) for document, end in zip(documents, ends, strict=True) if end % 100]
     assert last.count(EOS) > 3 and last.count(OTHER_END) > 3
-    # The separator ends a document too, and is the first token of the next.
+    # The separator ends a document too, and is the first token of the next, which alone holds it.
     assert sum(token not in (EOS, OTHER_END) for token in last) > 3
+    assert not any(document[-1] == BOS for document in documents if document.size > 1)
 
 
 def test_starts(sample: Callable[..., list[np.ndarray]]) -> None:
