@@ -97,9 +97,9 @@ def test_a_gguf_file_of_sizes_that_no_tensor_has_is_refused_before_it_is_built(k
     header = {"general.architecture": "llama", "llama.embedding_length": 4, "llama.attention.head_count": 2}
     header |= {"llama.block_count": 1, "llama.feed_forward_length": 8}
     shapes = {"token_embd.weight": (9, 4), "blk.0.ffn_up.weight": (8, 4)}
-    _check_sizes(Header(header, shapes), 1000)
+    _check_sizes(Header(header, shapes, {}), 1000)
     with pytest.raises((ValueError, InputError)):
-        _check_sizes(Header(header | {f"llama.{key}": value}, shapes), 1000)
+        _check_sizes(Header(header | {f"llama.{key}": value}, shapes, {}), 1000)
 
 
 def test_lone_surrogates_survive_in_json(model: Path, tmp_path: Path):
