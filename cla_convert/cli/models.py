@@ -140,7 +140,7 @@ def chat(
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto: the best there is.")] = "auto",
 ) -> None:
-    """Talk to a model, or to the converted model and its source side by side.
+    """Talk to a model, or to two side by side.
 
     Lines come from the terminal or a pipe. /reset begins a new conversation; Ctrl-D ends.
     """

