@@ -111,7 +111,11 @@ def test_after_a_crash_only_the_missing_tasks_run(
     with pytest.raises(KeyboardInterrupt):
         evaluate(tiny_llama, tmp_path)
     assert not (tmp_path / "results.json").exists()
-    (tmp_path / "tasks" / "arc_easy.json").write_text('{"task": "arc_easy", "iden')  # a file cut short is no result
+    cut = tmp_path / "tasks" / "arc_easy.json"
+    cut.write_text('{"task": "arc_easy", "iden')  # files appear whole: something else has damaged it
+    with pytest.raises(InputError, match="cannot be read"):
+        evaluate(tiny_llama, tmp_path)
+    cut.unlink()
     results = evaluate(tiny_llama, tmp_path)
     assert ran == ["arc_easy", "openbookqa", "crashed", "arc_easy", "wikitext"]
     assert results["tasks"] == finished[1]["tasks"]

@@ -257,8 +257,9 @@ def test_what_is_not_finite_stops_the_run(
     def sick(self: Objective, student: Any, *batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         nonlocal calls
         calls += 1  # two micro-batches a step: the fourth is the second of step 2
-        loss, parts = healthy(self, student, *batch)
-        return (loss * float("nan") if calls == 4 else loss), parts
+        factor = float("nan") if calls == 4 else 1.0
+        loss, record = healthy(self, student, *batch)
+        return loss * factor, record * factor
 
     # An absurd learning rate leaves weights whose loss is finite (the norms see to that) and whose gradient is not.
     settings = recipe(work, warmup=0, checkpoint_every=BATCH * LENGTH, loss="cross_entropy",
