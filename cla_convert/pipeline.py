@@ -273,7 +273,7 @@ def plan_for(checkpoint: Any, recipe: Recipe, device: str) -> Any:
     from .training.data import calibration_tokens
 
     check_interface(checkpoint.config.get("model_type", ""))
-    if recipe.convert.init == "calibrated":
+    if recipe.convert.needs_text:
         check_convertible(checkpoint)  # first of all: it has more to say than a tokenizer that is not there
         check_tokenizer(load_tokenizer(checkpoint.folder), checkpoint.config)
     sharing, choice = recipe.convert.sharing, None
@@ -294,11 +294,11 @@ def plan_for(checkpoint: Any, recipe: Recipe, device: str) -> Any:
 
 def calibration_for(recipe: Recipe, source: Path, device: str) -> Any:
     """Text for calibrated pooling; None for the other initialisations."""
-    if recipe.convert.init != "calibrated":
+    if not recipe.convert.needs_text:
         return None
     import torch
 
-    from .conversion.convert import Calibration
+    from .conversion.calibration_text import CalibrationText
     from .models.checkpoint import Checkpoint
     from .models.export import load_tokenizer
     from .training.data import calibration_rows, calibration_tokens, store_for
@@ -307,7 +307,7 @@ def calibration_for(recipe: Recipe, source: Path, device: str) -> Any:
     recipe = fitting_calibration(recipe, Checkpoint.open(source).config)
     rows = torch.from_numpy(calibration_rows(store, recipe, calibration_tokens(recipe, source, device)))
     say(f"calibrating on {human_count(rows.numel())} tokens")
-    return Calibration(rows, store.digest, device, recipe.seed, recipe.convert.calibration.steps)
+    return CalibrationText(rows, store.digest, device, recipe.seed, recipe.convert.calibration.steps)
 
 
 def _disk_needed(run: Run) -> int:

@@ -4,9 +4,25 @@ A recipe is a YAML file with the sections below; `recipe_file` reads it.
 """
 
 import re
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    field_validator,
+    model_validator,
+)
+from pydantic_core.core_schema import CoreSchema, no_info_after_validator_function
+
+from .conversion.initialisation import INITIALISATIONS
+from .conversion.pattern import PATTERNS, spelled
+from .errors import UsageError
+from .registry import Registry
+from .training.train_loss import LOSSES
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 _SIZES = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -34,6 +50,34 @@ def _parse_number(value: Any, units: dict[str, int], expected: str) -> Any:
 Count = Annotated[int, BeforeValidator(parse_count), Field(ge=0)]
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """In an annotation: the name of an entry of a registry."""
+
+    registry: Registry[Any]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return no_info_after_validator_function(self._check, handler(source))
+
+    def _check(self, name: Any) -> Any:
+        try:
+            return self.registry.named(name).name
+        except UsageError as error:
+            raise ValueError(f"{error.what} {error.fix}") from error
+
+
+class Spelled(OneOf):
+    """In an annotation: a name that a sharing pattern spells, unless it is `auto`, JSON, or no text at all."""
+
+    def _check(self, name: Any) -> Any:
+        if isinstance(name, str) and name != "auto" and not name.strip().startswith("["):
+            try:
+                spelled(name.strip())
+            except UsageError as error:
+                raise ValueError(f"{error.what} {error.fix}") from error
+        return name
 
 
 class Section(BaseModel):
@@ -175,19 +219,22 @@ class Calibration(Section):
 class Convert(Section):
     """Which layers share K/V, and what the shared projections start from."""
 
-    sharing: str | list[int] | list[list[int]] = "cla2-keep-ends"
-    """Pattern (cla<k>, cla<k>-keep-ends, dense-front[:n], dense-back[:n], trailing:<n>), a list of groups
-    [[0],[1,2],...], a list of owners, one per layer (kv_source_layers), or auto: the map that costs least under
-    `kv_budget`, by measurements on calibration text."""
+    sharing: Annotated[str | list[int] | list[list[int]], Spelled(PATTERNS)] = "cla2-keep-ends"
+    """Pattern (docs/sharing.md), a list of groups [[0],[1,2],...], a list of owners, one per layer (kv_source_layers),
+    or auto: the map that costs least under `kv_budget`, by measurements on calibration text."""
     kv_budget: float | None = Field(default=None, gt=0, le=1)
     """Share of the source's KV cache that `sharing: auto` may keep; 0.5 if not given."""
-    init: Literal["calibrated", "mean", "first"] = "calibrated"
-    """calibrated: fit the shared projections to the source model's activations on a little text (docs/how-it-works.md).
-    mean: equal-weight mean over the group, in float32 (GQA's and CLA's way). first: keep the owner's projections."""
+    init: Annotated[str, OneOf(INITIALISATIONS)] = "calibrated"
+    """What the shared projections start from."""
     calibration: Calibration = Calibration()
     """Settings of `init: calibrated`."""
     max_shard_size: Size = 5_000_000_000
     """Largest safetensors shard to write."""
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether `init` looks at calibration text."""
+        return INITIALISATIONS.named(self.init).needs_text
 
     @model_validator(mode="after")
     def _auto(self) -> "Convert":
@@ -203,8 +250,8 @@ class Train(Section):
 
     tokens: Count = 0
     """Token budget."""
-    loss: Literal["distill", "cross_entropy"] = "distill"
-    """distill: forward KL from a frozen teacher. cross_entropy: next-token loss on the data."""
+    loss: Annotated[str, OneOf(LOSSES)] = "distill"
+    """What is minimised."""
     teacher: str | None = None
     """Model to distil from: hub id, local folder or .gguf file, with the same tokenizer. None: the source model."""
     temperature: float = Field(default=1.0, gt=0)
@@ -274,9 +321,14 @@ class Train(Section):
     minus this control, whatever the data taught. Doubles the training time. Pure distillation needs none."""
 
     @property
+    def needs_teacher(self) -> bool:
+        """Whether `loss` compares with a teacher."""
+        return LOSSES.named(self.loss).needs_teacher
+
+    @property
     def needs_control(self) -> bool:
         """Whether to train a control: without weight decay, distilling the source from itself changes nothing."""
-        itself = self.loss == "distill" and not (self.teacher or self.cross_entropy_weight or self.weight_decay)
+        itself = self.needs_teacher and not (self.teacher or self.cross_entropy_weight or self.weight_decay)
         return self.control and self.tokens > 0 and not itself
 
 

@@ -6,6 +6,8 @@ from typing import Annotated
 import typer
 
 from ..console import data, data_json, say
+from ..conversion.initialisation import INITIALISATIONS
+from ..conversion.pattern import PATTERNS
 from ..errors import UsageError
 from .app import (
     AllowPickle,
@@ -38,12 +40,15 @@ def convert(
     model: Model,
     out: Annotated[Path, typer.Argument(help="Folder for the converted model.", show_default=False)],
     sharing: Annotated[
-        str | None, typer.Option(help="Pattern, list of groups or auto (docs/sharing.md); default: cla2-keep-ends.")
+        str | None,
+        typer.Option(help=f"{', '.join(PATTERNS.names())}, a list of groups or auto; default: cla2-keep-ends."),
     ] = None,
     kv_budget: Annotated[
         float | None, typer.Option(help="With --sharing auto: share of the KV cache to keep (0.5).")
     ] = None,
-    init: Annotated[str | None, typer.Option(help="calibrated (the default), mean or first.")] = None,
+    init: Annotated[
+        str | None, typer.Option(help=f"{', '.join(INITIALISATIONS.names())}; default: calibrated.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="Dtype of the output: auto, float32, bfloat16, float16.")] = None,
     max_shard_size: Annotated[str | None, typer.Option(help="Largest shard to write, such as 5GB.")] = None,
     recipe: Recipe = None,

@@ -98,7 +98,7 @@ def uptrain(
 
 def _without_teacher(model: Path, settings: "Recipe") -> str:
     """What stands in for a teacher that nothing is asked of. Raises UsageError where one is needed."""
-    if settings.train.loss == "cross_entropy" and not any(source.generate for source in settings.data.sources):
+    if not settings.train.needs_teacher and not any(source.generate for source in settings.data.sources):
         return str(model)
     raise UsageError(
         "No teacher", why="Distillation and `generate` need the source model.", fix="Give --teacher MODEL."

@@ -8,7 +8,6 @@ looked at. Peak memory: the weights of one layer (attention only: of one group) 
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ from torch import Tensor
 from ..effort import Effort
 from ..errors import InputError
 from .blocks import Block, Factory, SharedKV
-from .group_pooling import GroupFit, Pooler
+from .group_pooling import Pooler
+from .layer_patch import LayerPatch
 from .refit import ridge_towards
 from .sharing import activation_bytes
 from .shell import Source
@@ -27,16 +27,6 @@ from .teacher import Teacher
 
 REFIT_STRENGTH = 0.1
 """Ridge of the W_O refit, relative to the mean diagonal. 0.03 to 0.3 measured alike."""
-
-
-@dataclass(frozen=True)
-class LayerPatch:
-    """What changes in one layer: full checkpoint names -> float32 values on the CPU. Anything absent stays."""
-
-    layer: int
-    tensors: dict[str, Tensor]
-    fit: GroupFit | None = None
-    """On the owner of a shared group."""
 
 
 def calibrated_pooling(

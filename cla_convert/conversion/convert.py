@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,28 +15,15 @@ from ..models.export import cla_config, write_sidecars
 from ..models.fingerprint import fingerprint
 from ..models.tokenization import keep_tokenizer
 from ..models.writer import MANIFEST, ShardWriter, check_disk, check_output, publishing
-from .plan import Plan, TensorPlan
-from .pooling import WEIGHT_SPACE
+from .calibration_text import CalibrationText
+from .initialisation import INITIALISATIONS
+from .layer_patch import GroupFit, LayerPatch
+from .plan import Plan
 from .sharing import activation_bytes
+from .tensor_plan import TensorPlan
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from .calibration import GroupFit, LayerPatch
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What calibrated pooling looks at, and where it runs."""
-
-    tokens: "Tensor"
-    """int64 [rows, T]"""
-    digest: str
-    """Hash of the text they come from."""
-    device: str = "cpu"
-    seed: int = 0
-    steps: int | None = None
-    """Of matching, per group; None: by device."""
 
 
 def convert(
@@ -45,7 +31,7 @@ def convert(
     checkpoint: Checkpoint,
     out: Path,
     *,
-    calibration: Calibration | None = None,
+    calibration: CalibrationText | None = None,
     max_shard_size: int = 5_000_000_000,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -73,7 +59,7 @@ def convert(
         )
         write_sidecars(checkpoint, plan.family, staging)
         tokenizer = keep_tokenizer(checkpoint.folder, staging)  # before the weights: it may refuse
-        patches = _patches(plan, checkpoint, calibration, spill=staging)
+        patches = INITIALISATIONS.named(plan.init).patches(checkpoint, plan.kv_source_layers, calibration, staging)
         fits = _write(plan, checkpoint, patches, staging, max_shard_size)
         write_json(staging / MANIFEST, manifest(plan, checkpoint, calibration) | {"tokenizer": tokenizer})
     return plan.to_json() | {
@@ -84,7 +70,7 @@ def convert(
     }
 
 
-def manifest(plan: Plan, checkpoint: Checkpoint, calibration: Calibration | None = None) -> dict[str, Any]:
+def manifest(plan: Plan, checkpoint: Checkpoint, calibration: CalibrationText | None = None) -> dict[str, Any]:
     """cla_manifest.json: where the model comes from and how it was made."""
     return {
         "cla_convert": __version__,
@@ -103,8 +89,8 @@ def manifest(plan: Plan, checkpoint: Checkpoint, calibration: Calibration | None
 
 
 def _write(
-    plan: Plan, checkpoint: Checkpoint, patches: "Iterator[LayerPatch]", out: Path, max_shard_size: int
-) -> "list[GroupFit]":
+    plan: Plan, checkpoint: Checkpoint, patches: Iterator[LayerPatch], out: Path, max_shard_size: int
+) -> list[GroupFit]:
     """Write the output's tensors, in the plan's order, under a progress bar; returns what calibration found."""
     import torch
 
@@ -136,32 +122,7 @@ def _write(
     return fits
 
 
-def _patches(
-    plan: Plan, checkpoint: Checkpoint, calibration: Calibration | None, spill: Path
-) -> "Iterator[LayerPatch]":
-    """One patch per layer, or none: weight-space pooling reads what it pools."""
-    if plan.init != "calibrated" or len(plan.groups) == len(plan.kv_source_layers):
-        return iter(())
-    from ..effort import Effort
-    from .calibration import calibrated_pooling
-
-    assert calibration is not None, "init: calibrated needs calibration text"
-    effort = Effort.for_text(calibration.tokens.numel(), calibration.device)
-    if calibration.steps is not None:
-        effort = replace(effort, steps=calibration.steps)
-    return calibrated_pooling(
-        checkpoint,
-        checkpoint.config,
-        plan.kv_source_layers,
-        calibration.tokens,
-        device=calibration.device,
-        seed=calibration.seed,
-        effort=effort,
-        spill=spill,
-    )
-
-
-def _spilled(plan: Plan, calibration: Calibration | None) -> int:
+def _spilled(plan: Plan, calibration: CalibrationText | None) -> int:
     """Bytes of activations that will lie beside the output while it is made."""
     if calibration is None:
         return 0
@@ -180,10 +141,10 @@ def _pooled(tensor: TensorPlan, checkpoint: Checkpoint, init: str) -> "Tensor":
             f"The tensors pooled into {tensor.name} differ in shape",
             why=", ".join(f"{name}: {tuple(m.shape)}" for name, m in zip(tensor.members, members, strict=True)),
         )
-    return WEIGHT_SPACE[init](members)
+    return INITIALISATIONS.named(init).pool(members)
 
 
-def _groups(plan: Plan, fits: "list[GroupFit]") -> list[dict[str, Any]]:
+def _groups(plan: Plan, fits: list[GroupFit]) -> list[dict[str, Any]]:
     """Per group its layers and, where it was calibrated, what that found."""
     found = {fit.layers[0]: fit for fit in fits}
     groups: list[dict[str, Any]] = []

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from .blocks import Factory, SharedKV
-from .calibration import LayerPatch, calibrated_pooling
+from .calibration import calibrated_pooling
 from .damage import Damage, Search, divergence, through
+from .layer_patch import LayerPatch
 from .sharing import groups_of
 from .shell import Source
 

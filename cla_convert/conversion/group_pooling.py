@@ -1,7 +1,7 @@
 """One sharing group, pooled: its moments from the streams, the closed form, and the matching that follows."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,30 +10,13 @@ from ..effort import Effort
 from .attention_weights import AttentionWeights, has_biases, with_norms
 from .blocks import Block, Factory
 from .group_fit import ClosedForm, Moments, fit_group
+from .layer_patch import GroupFit
 from .matching import Member, match_group
 from .streams import SecondMoment, batches
 from .teacher import Teacher
 
 _SAMPLE = 4096
 """Tokens that the gains of norms are fitted to and judged by, half of them each."""
-
-
-@dataclass(frozen=True)
-class GroupFit:
-    """What calibration found out about one sharing group."""
-
-    layers: tuple[int, ...]
-    head_permutation: dict[int, tuple[int, ...]]
-    """Per layer: which of its KV heads sits on each shared head."""
-    captured_k: float
-    """Share of the query-weighted key energy that the closed form keeps."""
-    captured_v: float
-    """Share of the W_O-weighted value energy that the closed form keeps."""
-    damage: float
-    """Relative squared error of the members' normed post-attention residual on calibration text, after matching."""
-    temperature_error: float | None
-    """Families with norms on queries and keys: what of the closed form does not fold, in nats on tokens that were
-    not fitted (see `norms`)."""
 
 
 class Pooler:

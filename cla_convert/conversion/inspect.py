@@ -8,10 +8,9 @@ from ..models.checkpoint import ELEMENT_SIZE, FLOATING, Checkpoint, TensorInfo
 from ..models.kinds import SLIDING
 from ..models.shape import AttentionShape, shape_of
 from ..models.source import open_headers
+from .pattern import examples
 from .sharing import sharing_map
 from .supported import check_convertible
-
-PATTERNS = ["cla2", "cla3", "cla4", "cla2-keep-ends", "cla3-keep-ends", "dense-front", "dense-back"]
 
 
 def inspect_model(model: str, *, revision: str | None = None) -> dict[str, Any]:
@@ -106,7 +105,7 @@ def _reason(checkpoint: Checkpoint) -> str | None:
 
 def _patterns(shape: AttentionShape, size: int) -> dict[str, dict[str, int]]:
     patterns = {}
-    for name in PATTERNS:
+    for name in examples():
         try:
             sources = sharing_map(name, shape.kinds)
         except ClaError:

@@ -1,6 +1,5 @@
 """What a conversion will do, from headers only: `--dry-run` prints it, `convert` executes the same object."""
 
-from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,10 @@ from ..models.families import KV_MODULES, Family
 from ..models.fit import check_converted
 from ..models.shape import AttentionShape
 from .auto import Choice
+from .initialisation import INITIALISATIONS, Initialisation
 from .sharing import activation_bytes, groups_of, picture, sharing_map
 from .supported import check_convertible
+from .tensor_plan import TensorPlan
 
 _PROGRAM = 450_000_000
 """Memory of Python, torch and transformers."""
@@ -21,18 +22,6 @@ _SINGLE, _SHARDS = "model.safetensors", "model-*-of-*.safetensors"
 _COMPUTED = "rotary_emb.inv_freq"
 """Ends the names of tensors that old checkpoints store and transformers computes."""
 _DTYPES = {name: code for code, name in FLOATING.items()}
-
-
-@dataclass(frozen=True)
-class TensorPlan:
-    """What happens to one tensor of the source."""
-
-    name: str
-    layer: int | None
-    action: str
-    """keep, pool (with `members`), fit (on calibration text) or drop."""
-    members: tuple[str, ...] = ()
-    """Tensors to pool, the owner's first."""
 
 
 @dataclass(frozen=True)
@@ -133,11 +122,8 @@ def make_plan(
     """
     family, shape, unused = check_convertible(checkpoint)
     sources = sharing_map(sharing, shape.kinds)
-    tensors = _plan_tensors(checkpoint, family, sources, unused)
-    if init == "calibrated":
-        tensors = _fitted(tensors, family, sources)
-    else:
-        calibration_tokens = 0
+    start = INITIALISATIONS.named(init)
+    tensors = _fitted(_plan_tensors(checkpoint, family, sources, unused), family, sources, start)
     source_dtype = checkpoint.tensors[family.tensor(0, "k_proj")].dtype
     out_dtype = FLOATING[source_dtype] if dtype == "auto" else dtype
     size = ELEMENT_SIZE[_DTYPES[out_dtype]]
@@ -145,10 +131,8 @@ def make_plan(
     written = [tensor.name for tensor in tensors if tensor.action != "drop"]
     stored = {name: ELEMENT_SIZE[checkpoint.tensors[name].dtype] for name in written}
     sidecars = sum(file.stat().st_size for file in checkpoint.sidecars)
-    working = (
-        _fitting_bytes(checkpoint, family, sources) if init == "calibrated" else _pooling_bytes(checkpoint, tensors)
-    )
-    streams = activation_bytes(sources, calibration_tokens, shape.hidden_size)
+    working = start.working_bytes(checkpoint, family, sources, tensors)
+    streams = activation_bytes(sources, calibration_tokens if start.needs_text else 0, shape.hidden_size)
     plan = Plan(
         source=checkpoint.folder,
         family=family,
@@ -171,25 +155,6 @@ def make_plan(
     )
     check_converted(family, cla_config(checkpoint.config, family, sources, out_dtype), plan.written(checkpoint))
     return plan
-
-
-def _pooling_bytes(checkpoint: Checkpoint, tensors: list[TensorPlan]) -> int:
-    """Weight-space pooling holds the members of one tensor, as stored and in float32, and their mean."""
-    return max((sum(checkpoint.tensors[m].numel for m in t.members) * 10 for t in tensors), default=0)
-
-
-def _fitting_bytes(checkpoint: Checkpoint, family: Family, sources: list[int]) -> int:
-    """Calibrated pooling holds a layer in float32 and bfloat16; or the attention of a group, 36 bytes a parameter.
-
-    That is its closed form in float64 with the second moments of its inputs, as measured where hidden_size is 4096.
-    """
-    layers, attention = Counter[int](), Counter[int]()
-    for name, info in checkpoint.tensors.items():
-        if place := family.place(name):
-            layers[place.layer] += info.numel
-            attention[place.layer] += info.numel * bool(place.module)
-    groups = (sum(attention[layer] for layer in group) for group in groups_of(sources) if len(group) > 1)
-    return max(6 * max(layers.values()), 36 * max(groups, default=0))
 
 
 def _sharing_name(sharing: str | list[int] | list[list[int]], choice: Choice | None) -> str:
@@ -217,13 +182,14 @@ def _plan_tensors(checkpoint: Checkpoint, family: Family, sources: list[int], un
     return sorted(tensors, key=lambda tensor: -1 if tensor.layer is None else tensor.layer)
 
 
-def _fitted(tensors: list[TensorPlan], family: Family, sources: list[int]) -> list[TensorPlan]:
-    """Calibrated pooling changes the attention projections of every layer from the first shared one on."""
+def _fitted(tensors: list[TensorPlan], family: Family, sources: list[int], init: Initialisation) -> list[TensorPlan]:
+    """The same with what the initialisation fits, in every layer from the first shared one on."""
+    modules = init.fitted(family)
     first = min((source for layer, source in enumerate(sources) if source != layer), default=len(sources))
 
     def refit(tensor: TensorPlan) -> TensorPlan:
         place = family.place(tensor.name)
-        changes = place is not None and place.layer >= first and place.module in family.attention_modules
+        changes = place is not None and place.layer >= first and place.module in modules
         return replace(tensor, action="fit") if changes and tensor.action != "drop" else tensor
 
     return [refit(tensor) for tensor in tensors]

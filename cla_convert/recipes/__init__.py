@@ -42,10 +42,18 @@ def reference() -> str:
         for name, field in section.model_fields.items():
             if f"{prefix}{name}." not in sections:
                 default = "required" if field.is_required() else repr(field.default)
-                rows.append(f"| `{prefix}{name}` | `{default}` | {_escaped(field.description)} |")
+                rows.append(f"| `{prefix}{name}` | `{default}` | {_escaped(_meaning(field))} |")
         doc = " ".join((section.__doc__ or "").split())
         parts += [heading, doc, "\n".join(rows)]
     return "\n\n".join(parts) + "\n"
+
+
+def _meaning(field: Any) -> str:
+    """What a setting does, and the values that registries give it."""
+    from ..recipe import OneOf
+
+    values = [one.registry.told() for one in field.metadata if isinstance(one, OneOf)]
+    return " ".join([field.description or "", *values])
 
 
 def _sections(section: Any, prefix: str) -> dict[str, Any]:

@@ -138,7 +138,7 @@ def _source_model(folder: Path, device: str) -> SourceModel:
 
 def calibration_tokens(recipe: Recipe, source: Path, device: str) -> int:
     """Tokens that converting the model in folder `source` asks for; 0 where it looks at none."""
-    if recipe.convert.init != "calibrated":
+    if not recipe.convert.needs_text:
         return 0
     if recipe.convert.calibration.tokens != "auto":
         return recipe.convert.calibration.tokens

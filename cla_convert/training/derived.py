@@ -22,7 +22,7 @@ def derived(train: Train, student: Any, teacher: Any) -> Train:
     )
     update: dict[str, Any] = {}
     if train.hidden_weight == "auto":
-        update["hidden_weight"] = HIDDEN_WEIGHT if same and train.loss == "distill" else 0.0
+        update["hidden_weight"] = HIDDEN_WEIGHT if same and train.needs_teacher else 0.0
     if train.learning_rate == "auto":
         update |= _rates(train, student.hidden_size)
     return train.model_copy(update=update)
@@ -34,7 +34,7 @@ def _rates(train: Train, width: int) -> dict[str, Any]:
     table 3).
     """
     rate = _two_digits(RATE * min(1.0, WIDTH / width))
-    if train.loss == "cross_entropy":
+    if not train.needs_teacher:
         return {"learning_rate": rate}
     return {
         "learning_rate": _two_digits(REST * rate),

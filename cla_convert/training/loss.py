@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .train_loss import Chunk, Term
+
 IGNORE = -100
 """Label of a position that predicts nothing."""
 
@@ -50,20 +52,21 @@ def logit_rule(config: Any) -> LogitRule:
 
 
 class Terms(NamedTuple):
-    """A loss: kl * T^2 KL(teacher || student, both at temperature T) + cross_entropy * (next-token cross-entropy).
+    """A loss over the vocabulary: the sum of weighted terms, on logits as the models define them."""
 
-    T^2 keeps the gradient's size when T changes (Hinton et al. 2015, arXiv 1503.02531, section 2.1).
-    """
-
-    kl: float = 0.0
-    cross_entropy: float = 0.0
+    parts: tuple[tuple[Term, float], ...]
     temperature: float = 1.0
     rule: LogitRule = LogitRule()
     teacher_rule: LogitRule = LogitRule()
 
+    @property
+    def fusible(self) -> bool:
+        """Whether torch.compile can take all of it."""
+        return all(term.fusible for term, _ in self.parts)
 
-class Teacher(NamedTuple):
-    """Where the target distribution comes from."""
+
+class Target(NamedTuple):
+    """Where the teacher's distribution comes from."""
 
     hidden: torch.Tensor
     """Final hidden states [B, T, D']; no gradient flows into them."""
@@ -86,7 +89,7 @@ def vocabulary_loss(
     labels: torch.Tensor,
     terms: Terms,
     *,
-    teacher: Teacher | None = None,
+    teacher: Target | None = None,
     chunk: int,
     fused: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,15 +100,15 @@ def vocabulary_loss(
         weight: its output embedding [V, D].
         labels: the token that each position predicts [B, T], see `next_token_labels`.
         terms: the weights of the two losses, the temperature, scale and soft cap of the logits.
-        teacher: needed where `terms.kl` is not 0.
+        teacher: needed where a term compares with one.
         chunk: positions whose logits may exist at a time.
         fused: compile what happens to a chunk of logits.
 
     Returns:
-        The weighted sum, a float32 scalar, differentiable in `hidden` and `weight`; and [KL (with its T^2),
-        cross-entropy], each summed but not weighted, for the record. A loss whose weight is 0 is not computed: 0.
+        The weighted sum, a float32 scalar, differentiable in `hidden` and `weight`; and every term, summed but not
+        weighted, for the record.
     """
-    function = _compiled(terms) if fused else partial(chunk_loss, terms=terms)
+    function = _compiled(terms) if fused and terms.fusible else partial(chunk_loss, terms=terms)
     states = None if teacher is None else teacher.hidden.detach().flatten(0, 1)
     head = None if teacher is None else teacher.weight.detach()
     return _Chunked.apply(hidden.flatten(0, 1), weight, states, head, labels.flatten(), terms, chunk, function)
@@ -123,26 +126,47 @@ def chunk_loss(
         terms: what is computed.
 
     Returns:
-        Sums [KL, cross-entropy] in float32, and the gradient with respect to `logits`, in their dtype.
+        The sum of every term in float32, and the gradient with respect to `logits`, in their dtype.
     """
-    counted = labels != IGNORE
     capped = terms.rule.apply(logits)
-    kl = entropy = capped.new_zeros(())
-    gradients = []
-    if terms.kl and teacher_logits is not None:
-        t = terms.temperature
-        log_q = _log_softmax(terms.teacher_rule.apply(teacher_logits), t)
-        log_p = _log_softmax(capped, t)
-        q = log_q.exp()
-        kl = (torch.linalg.vecdot(q, log_q.sub_(log_p)) * counted).sum() * t**2
-        gradients.append(_scale(log_p.exp_().sub_(q), terms.kl * t))
-    if terms.cross_entropy:
-        log_p = _log_softmax(capped, 1.0)
-        target = labels.clamp(min=0)[:, None]
-        entropy = -(log_p.gather(-1, target).squeeze(-1) * counted).sum()
-        gradients.append(_scale(_minus_one_at(log_p.exp_(), target), terms.cross_entropy))
+    teacher = None if teacher_logits is None else terms.teacher_rule.apply(teacher_logits)
+    chunk = Chunk(capped, teacher, labels, labels != IGNORE, terms.temperature)
+    sums, gradients = zip(*(term(chunk, weight) for term, weight in terms.parts), strict=True)
     gradient = terms.rule.backward(reduce(torch.add, gradients), capped)
-    return torch.stack((kl, entropy)), gradient.to(logits.dtype)
+    return torch.stack(sums), gradient.to(logits.dtype)
+
+
+class _Divergence:
+    """T^2 KL(teacher || model, both at temperature T).
+
+    T^2 keeps the gradient's size when T changes (Hinton et al. 2015, arXiv 1503.02531, section 2.1).
+    """
+
+    name, fusible = "kl", True
+
+    def __call__(self, chunk: Chunk, weight: float) -> tuple[torch.Tensor, torch.Tensor]:
+        assert chunk.teacher is not None, "KL needs a teacher"
+        t = chunk.temperature
+        log_q, log_p = _log_softmax(chunk.teacher, t), _log_softmax(chunk.logits, t)
+        q = log_q.exp()
+        kl = (torch.linalg.vecdot(q, log_q.sub_(log_p)) * chunk.counted).sum() * t**2
+        return kl, _scale(log_p.exp_().sub_(q), weight * t)
+
+
+class _CrossEntropy:
+    """Of the next token; at temperature 1, whatever the recipe's."""
+
+    name, fusible = "cross_entropy", True
+
+    def __call__(self, chunk: Chunk, weight: float) -> tuple[torch.Tensor, torch.Tensor]:
+        log_p = _log_softmax(chunk.logits, 1.0)
+        target = chunk.labels.clamp(min=0)[:, None]
+        entropy = -(log_p.gather(-1, target).squeeze(-1) * chunk.counted).sum()
+        return entropy, _scale(_minus_one_at(log_p.exp_(), target), weight)
+
+
+KL: Term = _Divergence()
+CROSS_ENTROPY: Term = _CrossEntropy()
 
 
 def _log_softmax(logits: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -189,7 +213,7 @@ class _Chunked(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         head = weight.to(hidden.dtype)
-        sums = torch.zeros(2, device=hidden.device)
+        sums = torch.zeros(len(terms.parts), device=hidden.device)
         d_hidden = torch.empty_like(hidden) if need_hidden else None
         # In float32 whatever the dtype of the weight: a sum over chunks must not lose what bfloat16 drops.
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
@@ -208,7 +232,7 @@ class _Chunked(torch.autograd.Function):
                 _add_product(d_weight, gradient.T, states * counted)
         ctx.gradients = d_hidden, None if d_weight is None else d_weight.to(weight.dtype)
         ctx.mark_non_differentiable(sums)
-        return sums[0] * terms.kl + sums[1] * terms.cross_entropy, sums
+        return reduce(torch.add, (total * weight for total, (_, weight) in zip(sums, terms.parts, strict=True))), sums
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -101,7 +101,7 @@ class Forecast:
         self.precision = choose_precision(train.precision, device)
         self.student = self._built(student)
         freeze_all_but(self.student, train.parameters)
-        self.teacher = None if teacher is None or train.loss != "distill" else self._built(teacher)
+        self.teacher = None if teacher is None or not train.needs_teacher else self._built(teacher)
         self.train = derived(train, self.student.config, self.teacher and self.teacher.config)
         flops = training_flops(self.student, self.teacher, self.budget.length)
         self.compiled = choose_compile(train.compile, self.precision.device_type, flops * self.budget.tokens)
@@ -220,7 +220,9 @@ class Forecast:
         head = self.student.get_output_embeddings().weight
         terms = Objective(self.train, self.student, self.teacher).terms
         chunk = chunk_size(head, self.precision.device_type)
-        return loss_bytes(head, rows * self.budget.length, terms, chunk, compiled=self.compiled)
+        return loss_bytes(
+            head, rows * self.budget.length, terms, chunk, teacher=self.teacher is not None, compiled=self.compiled
+        )
 
 
 def _bound(config: Any) -> int:

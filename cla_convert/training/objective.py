@@ -9,14 +9,15 @@ import torch
 from ..errors import InputError
 from ..recipe import Train
 from .hidden import recorded_streams, stream_distance
-from .loss import IGNORE, LogitRule, Teacher, Terms, logit_rule, next_token_labels, vocabulary_loss
+from .loss import IGNORE, LogitRule, Target, Terms, logit_rule, next_token_labels, vocabulary_loss
+from .train_loss import LOSSES
 
 _LOGIT_BYTES = {"cpu": 2**26, "cuda": 2**30}
 """Memory for the float32 logits of one chunk: small enough for a CPU's allocator to reuse, large enough for a GPU."""
 
 
 class Objective:
-    """KL from a frozen teacher, next-token cross-entropy, and agreement of the hidden states, weighted and added."""
+    """The terms of `train.loss`, and agreement of the hidden states with a teacher's, weighted and added."""
 
     def __init__(self, train: Train, student: Any, teacher: Any = None, *, fused: bool = False) -> None:
         """Read the weights of the terms.
@@ -24,21 +25,20 @@ class Objective:
         Args:
             train: the recipe's section, `derived`.
             student: the model to train.
-            teacher: needed for `distill`; of the student's width where hidden states are matched.
+            teacher: for a loss that needs one; of the student's width where hidden states are matched.
             fused: compile what happens to a chunk of logits.
         """
-        distill = train.loss == "distill"
+        loss = LOSSES.named(train.loss)
         self.teacher, self.fused = teacher, fused
-        self.hidden_weight = float(train.hidden_weight) if distill and train.hidden_weight != "auto" else 0.0
+        matched = loss.needs_teacher and train.hidden_weight != "auto"
+        self.hidden_weight = float(train.hidden_weight) if matched else 0.0
         self.terms = Terms(
-            kl=float(distill),
-            cross_entropy=train.cross_entropy_weight if distill else 1.0,
+            parts=tuple((term, weight) for term, weight in loss.terms(train) if weight),
             temperature=train.temperature,
             rule=logit_rule(student.config),
             teacher_rule=LogitRule() if teacher is None else logit_rule(teacher.config),
         )
-        weights = {"kl": self.terms.kl, "cross_entropy": self.terms.cross_entropy, "hidden": self.hidden_weight}
-        self.parts = [name for name, weight in weights.items() if weight]
+        self.parts = [term.name for term, _ in self.terms.parts] + ["hidden"] * bool(self.hidden_weight)
         """Names of the terms that are computed."""
 
     def targets(self, length: int) -> int:
@@ -76,15 +76,16 @@ class Objective:
         loss, sums = vocabulary_loss(
             hidden, weight, labels, self.terms, teacher=target, chunk=chunk_size(weight), fused=self.fused
         )
-        parts = {"loss": loss.detach(), "kl": sums[0], "cross_entropy": sums[1]}
+        record = [loss.detach(), *sums]
         if matched:
             distance = stream_distance(streams, targets, labels != IGNORE, fused=self.fused)
-            loss, parts["hidden"] = loss + (1 - done) * self.hidden_weight * distance, distance.detach()
-        return loss / denominator, torch.stack([parts[name] for name in ("loss", *self.parts)]) / denominator
+            loss = loss + (1 - done) * self.hidden_weight * distance
+            record.append(distance.detach())
+        return loss / denominator, torch.stack(record) / denominator
 
-    def _target(self, ids: torch.Tensor, positions: torch.Tensor | None) -> Teacher:
+    def _target(self, ids: torch.Tensor, positions: torch.Tensor | None) -> Target:
         with torch.no_grad():
-            return Teacher(hidden_states(self.teacher, ids, positions), head_weight(self.teacher))
+            return Target(hidden_states(self.teacher, ids, positions), head_weight(self.teacher))
 
 
 def hidden_states(model: Any, ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:

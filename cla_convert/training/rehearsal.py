@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..models.classes import register
-from .loss import Teacher, Terms, vocabulary_loss
+from .loss import Target, Terms, vocabulary_loss
 from .objective import hidden_states
 
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm"}
@@ -60,7 +60,7 @@ def kept_bytes(model: Any, length: int, *, compiled: bool, documents: bool = Fal
     return sum(record.kept(key, tensor) if compiled else _size(tensor) for key, tensor in saved.items())
 
 
-def loss_bytes(head: torch.Tensor, positions: int, terms: Terms, chunk: int, *, compiled: bool) -> float:
+def loss_bytes(head: torch.Tensor, positions: int, terms: Terms, chunk: int, *, teacher: bool, compiled: bool) -> float:
     """Peak of `vocabulary_loss`, beside its arguments, for so many positions.
 
     Args:
@@ -68,18 +68,19 @@ def loss_bytes(head: torch.Tensor, positions: int, terms: Terms, chunk: int, *, 
         positions: of the micro-batch.
         terms: of the objective.
         chunk: positions whose logits exist at a time.
+        teacher: whether there is one.
         compiled: then a chunk has both models' logits and the gradient, in the compute dtype, and nothing else.
     """
     few = min(positions, 2 * chunk)  # the third chunk is as the second
     others = (positions - few) * head.shape[1] * head.element_size()  # of the gradient of the hidden states
     hidden = head.new_empty(1, few, head.shape[1]).requires_grad_()
     if compiled:
-        chunks = (2 + bool(terms.kl)) * min(chunk, positions) * head.shape[0] * head.element_size()
+        chunks = (2 + teacher) * min(chunk, positions) * head.shape[0] * head.element_size()
         return others + chunks + _size(hidden) + head.requires_grad * head.numel() * (4 + head.element_size())
     labels = torch.zeros(1, few, dtype=torch.long, device="meta")
-    teacher = Teacher(hidden.detach(), head.detach()) if terms.kl else None
+    target = Target(hidden.detach(), head.detach()) if teacher else None
     with _Live() as live:
-        vocabulary_loss(hidden, head, labels, terms, teacher=teacher, chunk=chunk)
+        vocabulary_loss(hidden, head, labels, terms, teacher=target, chunk=chunk)
     return others + live.peak
 
 

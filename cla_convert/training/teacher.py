@@ -20,7 +20,7 @@ def check_teacher(train: Train, student: Path, teacher: Path) -> None:
 
     Reads tokenizers and configs only. Nothing to check without distillation.
     """
-    if train.loss != "distill":
+    if not train.needs_teacher:
         return
     ours, theirs = (Checkpoint.open(folder).config for folder in (student, teacher))
     one, other = load_tokenizer(student), load_tokenizer(teacher)

@@ -103,8 +103,11 @@ def set_up(
         student = _load_student(student_dir, settings, data, device=device if team.size == 1 else "cpu")
         if team.size == 1:  # a sharded layer has one dtype
             cast_frozen(student, precision.compute)
-        distill = settings.loss == "distill"
-        teacher = load_teacher(teacher_dir, student, dtype=precision.compute, device=device) if distill else None
+        teacher = (
+            load_teacher(teacher_dir, student, dtype=precision.compute, device=device)
+            if settings.needs_teacher
+            else None
+        )
     settings = derived(settings, student.config, teacher and teacher.config)
     flops = training_flops(student, teacher, budget.length)
     compiled = choose_compile(settings.compile, precision.device_type, flops * budget.tokens)
@@ -155,7 +158,7 @@ def run_identity(student_dir: Path, teacher_dir: Path, recipe: Recipe, trainer: 
         "seed": recipe.seed,
         "data": trainer.data.digest,
         "model": fingerprint(student_dir),
-        "teacher": fingerprint(teacher_dir) if recipe.train.loss == "distill" else None,
+        "teacher": fingerprint(teacher_dir) if recipe.train.needs_teacher else None,
         "device": trainer.precision.device_type,
     }
 

@@ -1,8 +1,9 @@
-"""Pooling in weight space."""
+"""Weight-space initialisations: what the shared projections are made of."""
 
 import torch
 
-from cla_convert.conversion.pooling import first, mean
+from cla_convert.conversion.init.first import first
+from cla_convert.conversion.init.mean import mean
 
 
 def test_mean_weighs_every_member_equally():

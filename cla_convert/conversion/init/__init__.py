@@ -1,0 +1,1 @@
+"""Initialisations: each module registers its own (see `conversion/initialisation.py`). They import no torch."""

@@ -1,0 +1,1 @@
+"""Sharing patterns: each module registers its own (see `conversion/pattern.py`). They import no torch."""

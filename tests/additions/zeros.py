@@ -1,0 +1,33 @@
+"""An initialisation that brings patches of its own: owners' values are zeros."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from cla_convert.conversion.calibration_text import CalibrationText
+from cla_convert.conversion.initialisation import INITIALISATIONS, Initialisation
+from cla_convert.conversion.layer_patch import LayerPatch
+from cla_convert.conversion.tensor_plan import TensorPlan
+from cla_convert.models.checkpoint import Checkpoint
+from cla_convert.models.families import Family, family_of
+
+
+class Zeros(Initialisation):
+    name, summary = "zeros", "values are zeros."
+
+    def fitted(self, family: Family) -> tuple[str, ...]:
+        return ("k_proj", "v_proj")
+
+    def working_bytes(
+        self, checkpoint: Checkpoint, family: Family, sources: list[int], tensors: list[TensorPlan]
+    ) -> int:
+        return 0
+
+    def patches(
+        self, checkpoint: Checkpoint, sources: list[int], text: CalibrationText | None, spill: Path
+    ) -> Iterator[LayerPatch]:
+        for layer in range(len(sources)):
+            name = family_of(checkpoint.config).tensor(layer, "v_proj")
+            yield LayerPatch(layer, {name: checkpoint.read(name).float() * 0})
+
+
+INITIALISATIONS.register(Zeros())
