@@ -298,7 +298,7 @@ def calibration_for(recipe: Recipe, source: Path, device: str) -> Any:
         return None
     import torch
 
-    from .conversion.calibration_text import CalibrationText
+    from .conversion.text import CalibrationText
     from .models.checkpoint import Checkpoint
     from .models.export import load_tokenizer
     from .training.data import calibration_rows, calibration_tokens, store_for

@@ -4,7 +4,6 @@ A recipe is a YAML file with the sections below; `recipe_file` reads it.
 """
 
 import re
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -12,17 +11,12 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    GetCoreSchemaHandler,
     field_validator,
     model_validator,
 )
-from pydantic_core.core_schema import CoreSchema, no_info_after_validator_function
 
-from .conversion.initialisation import INITIALISATIONS
-from .conversion.pattern import PATTERNS, spelled
-from .errors import UsageError
-from .registry import Registry
-from .training.train_loss import LOSSES
+from .named import OneOf
+from .registry import INITIALISATIONS, LOSSES, PATTERNS, registry_at
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 _SIZES = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -50,34 +44,6 @@ def _parse_number(value: Any, units: dict[str, int], expected: str) -> Any:
 Count = Annotated[int, BeforeValidator(parse_count), Field(ge=0)]
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-
-
-@dataclass(frozen=True)
-class OneOf:
-    """In an annotation: the name of an entry of a registry."""
-
-    registry: Registry[Any]
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return no_info_after_validator_function(self._check, handler(source))
-
-    def _check(self, name: Any) -> Any:
-        try:
-            return self.registry.named(name).name
-        except UsageError as error:
-            raise ValueError(f"{error.what} {error.fix}") from error
-
-
-class Spelled(OneOf):
-    """In an annotation: a name that a sharing pattern spells, unless it is `auto`, JSON, or no text at all."""
-
-    def _check(self, name: Any) -> Any:
-        if isinstance(name, str) and name != "auto" and not name.strip().startswith("["):
-            try:
-                spelled(name.strip())
-            except UsageError as error:
-                raise ValueError(f"{error.what} {error.fix}") from error
-        return name
 
 
 class Section(BaseModel):
@@ -219,7 +185,7 @@ class Calibration(Section):
 class Convert(Section):
     """Which layers share K/V, and what the shared projections start from."""
 
-    sharing: Annotated[str | list[int] | list[list[int]], Spelled(PATTERNS)] = "cla2-keep-ends"
+    sharing: Annotated[str | list[int] | list[list[int]], OneOf(PATTERNS)] = "cla2-keep-ends"
     """Pattern (docs/sharing.md), a list of groups [[0],[1,2],...], a list of owners, one per layer (kv_source_layers),
     or auto: the map that costs least under `kv_budget`, by measurements on calibration text."""
     kv_budget: float | None = Field(default=None, gt=0, le=1)
@@ -234,7 +200,7 @@ class Convert(Section):
     @property
     def needs_text(self) -> bool:
         """Whether `init` looks at calibration text."""
-        return INITIALISATIONS.named(self.init).needs_text
+        return registry_at(INITIALISATIONS).named(self.init).needs_text
 
     @model_validator(mode="after")
     def _auto(self) -> "Convert":
@@ -323,7 +289,7 @@ class Train(Section):
     @property
     def needs_teacher(self) -> bool:
         """Whether `loss` compares with a teacher."""
-        return LOSSES.named(self.loss).needs_teacher
+        return registry_at(LOSSES).named(self.loss).needs_teacher
 
     @property
     def needs_control(self) -> bool:

@@ -8,7 +8,7 @@ ask for the names.
 import pkgutil
 from collections.abc import Iterator
 from importlib import import_module
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from .errors import UsageError, did_you_mean
 
@@ -61,6 +61,10 @@ class Registry(Generic[T]):
             )
         return found
 
+    def check(self, name: str) -> None:
+        """Raise UsageError for a value that a recipe may not give."""
+        self.named(name)
+
     def names(self) -> list[str]:
         """All names."""
         return [entry.name for entry in self]
@@ -75,3 +79,16 @@ class Registry(Generic[T]):
             for module in pkgutil.iter_modules(import_module(self._folder).__path__):
                 import_module(f"{self._folder}.{module.name}")
         return iter(list(self._entries.values()))
+
+
+INITIALISATIONS = "cla_convert.conversion.initialisation:INITIALISATIONS"
+PATTERNS = "cla_convert.conversion.pattern:PATTERNS"
+LOSSES = "cla_convert.training.train_loss:LOSSES"
+
+
+def registry_at(place: str) -> Registry[Any]:
+    """The registry `module:NAME`, imported by name: the schema of recipes lies below the packages that have them."""
+    module, _, name = place.partition(":")
+    found = getattr(import_module(module), name)
+    assert isinstance(found, Registry), place
+    return found

@@ -20,8 +20,8 @@ from .search import likely_maps, owners_for
 from .sharing import groups_of, picture
 
 if TYPE_CHECKING:
-    from .calibration_text import CalibrationText
     from .damage import Damage
+    from .text import CalibrationText
 
 
 @dataclass(frozen=True)

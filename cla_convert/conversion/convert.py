@@ -15,12 +15,12 @@ from ..models.export import cla_config, write_sidecars
 from ..models.fingerprint import fingerprint
 from ..models.tokenization import keep_tokenizer
 from ..models.writer import MANIFEST, ShardWriter, check_disk, check_output, publishing
-from .calibration_text import CalibrationText
 from .initialisation import INITIALISATIONS
 from .layer_patch import GroupFit, LayerPatch
 from .plan import Plan
 from .sharing import activation_bytes
 from .tensor_plan import TensorPlan
+from .text import CalibrationText
 
 if TYPE_CHECKING:
     from torch import Tensor

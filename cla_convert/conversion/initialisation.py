@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 from ..models.checkpoint import Checkpoint
 from ..models.families import Family
 from ..registry import Registry
-from .calibration_text import CalibrationText
 from .layer_patch import LayerPatch
 from .tensor_plan import TensorPlan
+from .text import CalibrationText
 
 if TYPE_CHECKING:
     from torch import Tensor

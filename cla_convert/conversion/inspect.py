@@ -8,7 +8,7 @@ from ..models.checkpoint import ELEMENT_SIZE, FLOATING, Checkpoint, TensorInfo
 from ..models.kinds import SLIDING
 from ..models.shape import AttentionShape, shape_of
 from ..models.source import open_headers
-from .pattern import examples
+from .pattern import PATTERNS
 from .sharing import sharing_map
 from .supported import check_convertible
 
@@ -105,7 +105,7 @@ def _reason(checkpoint: Checkpoint) -> str | None:
 
 def _patterns(shape: AttentionShape, size: int) -> dict[str, dict[str, int]]:
     patterns = {}
-    for name in examples():
+    for name in PATTERNS.examples():
         try:
             sources = sharing_map(name, shape.kinds)
         except ClaError:

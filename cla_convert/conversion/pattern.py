@@ -28,30 +28,37 @@ class Pattern:
     """Names that `inspect` shows, and that are suggested for a misspelled one."""
 
 
-PATTERNS: Registry[Pattern] = Registry("sharing pattern", f"{__package__}.patterns")
+class Patterns(Registry[Pattern]):
+    """Patterns are found by how a name is spelled."""
+
+    def spelled(self, name: str) -> tuple[Pattern, int | None]:
+        """The pattern of a name, and the number in it. Raises UsageError if there is no such pattern."""
+        for pattern in self:
+            if match := re.fullmatch(pattern.spelling, name):
+                return pattern, int(match[1]) if match[1] else None
+        hint = did_you_mean(name, [*self.examples(), *self.names()])
+        raise UsageError(
+            f"Unknown sharing pattern {name!r}.{hint}",
+            fix=f"Patterns: {', '.join(self.names())}; or groups such as [[0],[1,2],[3]].",
+        )
+
+    def check(self, name: str) -> None:
+        """Raise UsageError for what no pattern spells, unless it is `auto` or a list in brackets."""
+        if name != "auto" and not name.strip().startswith("["):
+            self.spelled(name.strip())
+
+    def examples(self) -> list[str]:
+        """Names of patterns, the usual ones of each."""
+        return [name for pattern in self for name in pattern.examples]
+
+
+PATTERNS = Patterns("sharing pattern", f"{__package__}.patterns")
 
 
 def map_of(name: str, kinds: LayerKinds) -> list[int]:
     """The map that a pattern's name stands for. Raises UsageError if there is no such pattern, or it is impossible."""
-    pattern, number = spelled(name)
+    pattern, number = PATTERNS.spelled(name)
     return pattern.owners(number, kinds)
-
-
-def spelled(name: str) -> tuple[Pattern, int | None]:
-    """The pattern of a name, and the number in it. Raises UsageError if there is no such pattern."""
-    for pattern in PATTERNS:
-        if match := re.fullmatch(pattern.spelling, name):
-            return pattern, int(match[1]) if match[1] else None
-    hint = did_you_mean(name, [*examples(), *PATTERNS.names()])
-    raise UsageError(
-        f"Unknown sharing pattern {name!r}.{hint}",
-        fix=f"Patterns: {', '.join(PATTERNS.names())}; or groups such as [[0],[1,2],[3]].",
-    )
-
-
-def examples() -> list[str]:
-    """Names of patterns, the usual ones of each."""
-    return [name for pattern in PATTERNS for name in pattern.examples]
 
 
 def layers_by_kind(layers: Sequence[int], kinds: LayerKinds) -> list[list[int]]:

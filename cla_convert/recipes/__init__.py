@@ -50,7 +50,7 @@ def reference() -> str:
 
 def _meaning(field: Any) -> str:
     """What a setting does, and the values that registries give it."""
-    from ..recipe import OneOf
+    from ..named import OneOf
 
     values = [one.registry.told() for one in field.metadata if isinstance(one, OneOf)]
     return " ".join([field.description or "", *values])

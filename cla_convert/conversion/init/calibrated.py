@@ -8,11 +8,11 @@ from pathlib import Path
 from ...effort import Effort
 from ...models.checkpoint import Checkpoint
 from ...models.families import Family
-from ..calibration_text import CalibrationText
 from ..initialisation import INITIALISATIONS, Initialisation
 from ..layer_patch import LayerPatch
 from ..sharing import groups_of
 from ..tensor_plan import TensorPlan
+from ..text import CalibrationText
 
 
 class Calibrated(Initialisation):
