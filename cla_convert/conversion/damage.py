@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..effort import Effort
 from ..errors import InputError
+from ..models.scoring import kl, log_probabilities, nll, positions_at_a_time
 from .blocks import Block, Factory, SharedKV
 from .group_pooling import Pooler
 from .search import candidate_groups
@@ -24,7 +25,7 @@ from .streams import Store
 from .teacher import Teacher
 
 _POSITIONS = 256
-"""Next-token distributions compared at a time: with a large vocabulary nothing else here is as large."""
+"""Next-token distributions compared at a time at most: what a mask of as many positions may take."""
 
 
 @dataclass(frozen=True)
@@ -150,20 +151,28 @@ def divergence(
     factory: Factory, probe: Tensor, clean: Tensor, streams: Mapping[tuple[int, ...], Tensor]
 ) -> list[Damage]:
     """What the ends of `streams` [rows, T, hidden] say of the tokens `probe` [rows, T] against `clean`."""
-    kl, nll = dict.fromkeys(streams, 0.0), dict.fromkeys(streams, 0.0)
+    divergences, losses = dict.fromkeys(streams, 0.0), dict.fromkeys(streams, 0.0)
     head = factory.shell.head(factory.dtype)
-    rows, length = probe.shape
-    for row, start in product(range(rows), range(0, length - 1, _POSITIONS)):
-        part = slice(start, min(start + _POSITIONS, length - 1))
-        labels = probe[row, part.start + 1 : part.stop + 1, None].to(factory.device)
-        wanted = head(clean[row : row + 1, part])[0]
-        base = wanted.gather(1, labels).sum().item()
+    (rows, length), step = probe.shape, min(_POSITIONS, positions_at_a_time(factory.config.vocab_size))
+
+    def log_p(stream: Tensor, row: int, part: slice) -> Tensor:
+        return log_probabilities(head(stream[row : row + 1, part].to(factory.device))[0])
+
+    for row, start in product(range(rows), range(0, length - 1, step)):
+        part = slice(start, min(start + step, length - 1))
+        labels = probe[row, part.start + 1 : part.stop + 1].to(factory.device)
+        wanted = log_p(clean, row, part)
+        base = _total(nll(wanted, labels))
         for layers, stream in streams.items():
-            found = head(stream[row : row + 1, part].to(factory.device))[0]
-            kl[layers] += (wanted.exp() * (wanted - found)).sum().item()
-            nll[layers] += base - found.gather(1, labels).sum().item()
+            found = log_p(stream, row, part)
+            divergences[layers] += _total(kl(wanted, found))
+            losses[layers] += _total(nll(found, labels)) - base
     count = rows * (length - 1)
-    return [Damage(layers, kl[layers] / count, nll[layers] / count) for layers in kl]
+    return [Damage(layers, divergences[layers] / count, losses[layers] / count) for layers in streams]
+
+
+def _total(values: Tensor) -> float:
+    return values.cpu().double().sum().item()
 
 
 def through(block: Block, stream: Tensor, shared: SharedKV) -> Tensor:

@@ -88,18 +88,17 @@ class Shell:
         return self._stack[0].seen
 
     def head(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-        """The end of the model: residual [rows, T, hidden] -> log-probabilities [rows, T, vocabulary], float32."""
+        """The end of the model: residual [rows, T, hidden] -> logits [rows, T, vocabulary]."""
         own, shared = (self._name(m.weight) for m in (self._model.get_output_embeddings(), self._embedding))
         weight = self.source.read(own if own in self.source.tensors else shared)
         self._model.get_output_embeddings().weight = _frozen(weight.to(self.device, dtype))
 
-        def log_probabilities(residual: Tensor) -> Tensor:
+        def logits(residual: Tensor) -> Tensor:
             self._stack[-1].output = residual
             with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-                logits = self._model(inputs_embeds=residual, use_cache=False).logits
-            return logits.float().log_softmax(-1)
+                return self._model(inputs_embeds=residual, use_cache=False).logits
 
-        return log_probabilities
+        return logits
 
     @property
     def _embedding(self) -> Any:

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from ..files import plain
+from ..models.scoring import Part, evaluating, kl, log_probabilities, nll, positions_at_a_time, split_model
 from .inference import mean_interval
-from .perplexity import Head, Window, evaluating, positions_at_a_time, split_model, totals
+from .perplexity import Window, totals
 
 
 @torch.no_grad()
@@ -34,10 +34,12 @@ def agreement(model: Any, source: Any, rows: torch.Tensor, *, batch_size: int = 
     likelihoods: list[Window] = []
     with evaluating(model, source):
         parts = [split_model(one, rows[:1]) for one in (model, source)]
-        step = positions_at_a_time(model)
+        step = positions_at_a_time(model.get_output_embeddings().weight.shape[0])
         for batch in rows.split(batch_size):
             divergences, same, nats = _batch(parts, [batch.to(one.device) for one in (model, source)], step)
-            windows += [[kl, agreeing, rows.shape[1]] for kl, agreeing in zip(divergences, same, strict=True)]
+            windows += [
+                [divergence, agreeing, rows.shape[1]] for divergence, agreeing in zip(divergences, same, strict=True)
+            ]
             likelihoods += [(row, rows.shape[1] - 1) for row in nats]
     per_token = np.array(windows)[:, :2] / rows.shape[1]
     return {
@@ -50,7 +52,7 @@ def agreement(model: Any, source: Any, rows: torch.Tensor, *, batch_size: int = 
     }
 
 
-def _batch(parts: list[tuple[Head, Head]], ids: list[torch.Tensor], step: int) -> list[list[float]]:
+def _batch(parts: list[tuple[Part, Part]], ids: list[torch.Tensor], step: int) -> list[list[float]]:
     """Summed KL in nats, agreeing positions, and the model's summed nats of every row of a batch."""
     (body, head), (source_body, source_head) = parts
     hidden, source_hidden = body(ids[0]).flatten(0, 1), source_body(ids[1]).flatten(0, 1)  # [B * T, width]
@@ -59,12 +61,11 @@ def _batch(parts: list[tuple[Head, Head]], ids: list[torch.Tensor], step: int) -
     for states, source_states, targets in zip(
         hidden.split(step), source_hidden.split(step), following.split(step), strict=True
     ):
-        log_p = F.log_softmax(head(states).float(), dim=-1)
-        log_q = F.log_softmax(source_head(source_states).float().to(log_p.device), dim=-1)
-        # clamp: the sum of many terms that cancel can end a rounding error below zero
-        divergences.append(F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1).clamp(min=0))
+        log_p = log_probabilities(head(states))
+        log_q = log_probabilities(source_head(source_states).to(log_p.device))
+        divergences.append(kl(log_q, log_p))
         same.append(log_p.argmax(-1) == log_q.argmax(-1))
-        nats.append(-log_p.gather(1, targets[:, None])[:, 0])
+        nats.append(nll(log_p, targets))
     whole = [torch.cat(part).view(len(ids[0]), -1).cpu().double() for part in (divergences, same, nats)]
     whole[2] = whole[2][:, :-1]
     return [part.sum(dim=1).tolist() for part in whole]

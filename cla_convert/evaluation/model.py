@@ -7,6 +7,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from .batch import BatchTooLarge, out_of_memory, too_long
+from .context import fed_tokens
 from .metered import Metered
 
 Base: Any = HFLM  # its registration decorator hides the class from type checkers
@@ -63,8 +64,3 @@ def load(
     tokenizer = load_tokenizer(model_dir)
     with loading(f"lm-eval cannot use the model in {model_dir}", "Check its config.json and its tokenizer."):
         return MeteredLM(model, tokenizer, batch_size=batch_size, context=context, accelerator=accelerator)
-
-
-def fed_tokens(config: Any, max_length: int) -> int:
-    """The longest context in tokens that a model is fed: `max_length`, or what it was built for if that is less."""
-    return min(max_length, getattr(config.get_text_config(), "max_position_embeddings", None) or max_length)

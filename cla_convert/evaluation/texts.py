@@ -28,7 +28,7 @@ from ..models.export import load_model, load_tokenizer
 from ..recipe import TextFile
 from .agreement import agreement
 from .batch import out_of_memory
-from .model import fed_tokens
+from .context import fed_tokens
 from .perplexity import row_windows, totals
 from .quiet import quiet
 

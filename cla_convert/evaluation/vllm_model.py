@@ -17,8 +17,8 @@ from transformers import AutoConfig
 from ..errors import InputError, UsageError
 from ..models.checkpoint import Checkpoint
 from ..serving.plugin import register
+from .context import fed_tokens
 from .metered import Metered
-from .model import fed_tokens
 
 REQUESTS = 1024
 """Handed to vLLM at a time; it forms batches by itself."""

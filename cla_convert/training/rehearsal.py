@@ -23,8 +23,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..models.classes import register
+from ..models.scoring import hidden_states
 from .loss import Target, Terms, vocabulary_loss
-from .objective import hidden_states
 
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm"}
 _NOT_OF_THE_SHAPE = {"model_type", "auto_map", "quantization_config", "attn_implementation", "_attn_implementation"}

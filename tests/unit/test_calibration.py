@@ -131,7 +131,7 @@ def test_the_layers_one_by_one_are_the_model(case: str, tokens: Tensor, saved) -
     teacher, last = Teacher(factory, tokens, Store(torch.device("cpu"))), model.config.num_hidden_layers
     with torch.no_grad():
         teacher.upto(last - 1)
-        found = factory.shell.head(torch.float32)(teacher.inputs[last])
+        found = factory.shell.head(torch.float32)(teacher.inputs[last]).log_softmax(-1)
     torch.testing.assert_close(found, logits(model, tokens).log_softmax(-1), rtol=1e-4, atol=1e-4)
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
 
-from cla_convert.evaluation import perplexity
 from cla_convert.evaluation.perplexity import token_perplexity
+from cla_convert.models import scoring
 from tests.conftest import tiny_llama_config
 
 
@@ -37,7 +37,7 @@ def test_equals_the_definition_whatever_the_batch(model, rows, batch_size):
 
 def test_logits_exist_for_a_few_positions_at_a_time(model, rows, monkeypatch):
     sizes = []
-    monkeypatch.setattr(perplexity, "_LOGITS", 258 * 7)
+    monkeypatch.setattr(scoring, "_LOGITS", 258 * 7)
     hook = model.lm_head.register_forward_hook(lambda module, inputs, output: sizes.append(output.numel()))
     try:
         result = token_perplexity(model, rows)

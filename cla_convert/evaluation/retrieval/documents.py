@@ -64,7 +64,7 @@ def retrieval_rows(name: str, spec: Evaluate, seed: int, model_dir: Path) -> Row
     """
     from transformers import AutoConfig
 
-    from ..model import fed_tokens
+    from ..context import fed_tokens
 
     register()
     context = fed_tokens(AutoConfig.from_pretrained(model_dir, trust_remote_code=False), spec.max_length)

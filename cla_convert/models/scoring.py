@@ -1,0 +1,82 @@
+"""What a model says of tokens: hidden states -> logits -> negative log-likelihood, divergence from another model.
+
+Validation, perplexity, agreement, domains and the sensitivity of layers all score with these; training has its fused
+loss. Logits exist for a few positions at a time, in float32 (a vocabulary of 262k is a gigabyte for a thousand), and
+every value is one position's, for the caller to add up in float64 on the CPU, which not every device has.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_LOGITS = 2**24
+"""Largest number of logits held at a time (64 MiB in float32)."""
+
+Part = Callable[[Tensor], Tensor]
+
+
+def hidden_states(model: Any, ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    """Final hidden states [B, T, D] of tokens [B, T], without the vocabulary projection.
+
+    Without a mask and a cache, transformers (masking_utils.find_packed_sequence_indices) takes every restart of
+    `position_ids` [B, T] for a new document and lets attention see that document only.
+    """
+    return model.base_model(input_ids=ids, position_ids=position_ids, use_cache=False).last_hidden_state
+
+
+def split_model(model: Any, sample: Tensor) -> tuple[Part, Part]:
+    """The model as body (ids -> hidden states) and head (hidden states -> logits).
+
+    Some families scale or cap their logits after the output projection. Instead of a list of them: compare once with
+    what the model itself returns, and where that differs let it compute all logits.
+    """
+    ids = sample[:, :8].to(model.device)
+
+    def body(batch: Tensor) -> Tensor:
+        return hidden_states(model, batch)
+
+    def whole(batch: Tensor) -> Tensor:
+        return model(input_ids=batch, use_cache=False).logits
+
+    head = model.get_output_embeddings()
+    if torch.allclose(head(body(ids)).float(), whole(ids).float(), rtol=1e-3, atol=1e-3):
+        return body, head
+    return whole, lambda logits: logits
+
+
+def positions_at_a_time(vocabulary: int) -> int:
+    """Positions whose logits may exist together."""
+    return max(1, _LOGITS // vocabulary)
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """Of logits [n, V], in float32."""
+    return F.log_softmax(logits.float(), dim=-1)
+
+
+def nll(log_p: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood in nats of `targets` [n] under log-probabilities [n, V]."""
+    return -log_p.gather(1, targets[:, None])[:, 0]
+
+
+def kl(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """KL(q || p) in nats, [n], of log-probabilities [n, V]."""
+    # clamp: the sum of many terms that cancel can end a rounding error below zero
+    return F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1).clamp(min=0)
+
+
+@contextmanager
+def evaluating(*models: Any) -> Iterator[None]:
+    """Evaluation mode inside, the former mode afterwards."""
+    modes = [(model, model.training) for model in models]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for model, training in modes:
+            model.train(training)
