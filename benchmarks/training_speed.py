@@ -166,8 +166,7 @@ def variants(setting: Setting, options: argparse.Namespace) -> dict[str, Callabl
     if options.document_masking:
         table |= {
             "distill, compiled, documents ignored": table["distill, compiled"],
-            "distill, compiled, documents apart, flex": loop(loss="distill", compile=True, document_masking="flex"),
-            "distill, compiled, documents, dense mask": loop(loss="distill", compile=True, document_masking=True),
+            "distill, compiled, documents apart": loop(loss="distill", compile=True, document_masking=True),
             "distill, documents apart": loop(loss="distill", compile=False, document_masking=True),
         }
     if find_spec("liger_kernel"):

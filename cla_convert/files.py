@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .errors import InputError
 
@@ -30,12 +30,19 @@ def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file as `write_json` does: whole or not at all."""
+    """Write a file as `atomic` does."""
+    with atomic(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to; it appears as `path` once it is whole and on the disk, and not at all on an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

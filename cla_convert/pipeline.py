@@ -75,7 +75,6 @@ def check_before_work(run: Run) -> None:
     from .models.self_test import check_interface
     from .models.writer import check_disk
     from .training.data import check_data
-    from .training.parameters import check_optimizer
     from .training.teacher import check_teacher
     from .training.trackers import check_trackers
 
@@ -87,7 +86,6 @@ def check_before_work(run: Run) -> None:
     check_lengths(run.recipe, Checkpoint.open(run.source).config)
     if run.recipe.train.tokens:
         check_trackers(run.recipe.train.log_to)
-        check_optimizer(run.recipe.train)
         check_teacher(run.recipe.train, run.source, run.teacher)
     check_data(run.recipe, load_tokenizer(run.source), run.source, run.device)
     check_disk(run.folder, _disk_needed(run))

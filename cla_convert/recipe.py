@@ -231,8 +231,6 @@ class Train(Section):
     parameters: Literal["all", "attention", "shared"] = "all"
     """What is trained. attention: the weights of all attention layers. shared: of the layers that share K/V,
     owners and consumers."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """adamw. muon: Muon (arXiv 2502.16982) for the matrices of the decoder layers, AdamW for the rest (torch 2.9)."""
     learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """Peak learning rate. auto: 1e-3 for attention and a fifth of it for the rest at a width of 576, in proportion to
     1/width for other models; with `loss: cross_entropy` the former for all (docs/uptraining.md)."""
@@ -253,10 +251,9 @@ class Train(Section):
     """Largest global gradient norm."""
     sequence_length: int = Field(default=1024, ge=8)
     """Tokens in a packed sequence."""
-    document_masking: bool | Literal["flex"] = False
+    document_masking: bool = False
     """Documents packed into one sequence do not see each other: attention and positions start anew with each, and no
-    loss is taken on the first token of the next one. False: they are separated by EOS only. flex: as true, but on a GPU
-    through FlexAttention, which has not been measured on one yet."""
+    loss is taken on the first token of the next one. False: they are separated by EOS only."""
     batch_tokens: Count = 32_768
     """Tokens in an optimiser step (a multiple of sequence_length)."""
     micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
@@ -350,7 +347,8 @@ class Evaluate(Section):
     """Few-shot examples. None: the task's own default."""
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 8
     """Requests per forward pass, the same at every point, because scores can move with it. auto: the largest power of
-    two up to 64 that fits, found once on the source model (on a CPU: 8). Out of memory halves it, for all points."""
+    two up to 64 that fits, found once on the source model (on a CPU: 8). What does not fit is
+    refused, with what does."""
     backend: Literal["hf", "vllm"] = "hf"
     """What scores the tasks, at every point: transformers, or vLLM where it is installed, which forms batches by itself
     (docs/evaluation.md)."""

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from .errors import UsageError, did_you_mean
 from .recipe import Recipe, Section
+from .removed import without_removed
 
 _MOST_VALUES = 10_000
 
@@ -80,7 +81,7 @@ def load_recipe(path: str | Path | None, assignments: list[str] | None = None) -
 def validate(tree: dict[str, Any]) -> Recipe:
     """Validate a nested dict. Raises UsageError naming every bad key or value."""
     try:
-        return Recipe.model_validate(tree)
+        return Recipe.model_validate(without_removed(tree))
     except ValidationError as error:
         raise UsageError("The recipe is not valid", why="; ".join(map(_explain, error.errors()))) from error
 

@@ -13,7 +13,7 @@ import yaml
 
 from .environment import command_line, hardware, pick_device, versions
 from .errors import InputError
-from .files import read_json, write_json
+from .files import read_json, write_bytes, write_json
 from .recipe import Recipe
 from .recipe_file import Resolved
 from .same_recipe import check_same_recipe
@@ -51,9 +51,7 @@ class Run:
         """Mark the folder as a run, then write recipe.yaml by rename."""
         self.write("environment.json", self.read("environment.json") or {"stages": {}})
         text = yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False)
-        temporary = self.folder / ".recipe.yaml.partial"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(self.folder / "recipe.yaml")
+        write_bytes(self.folder / "recipe.yaml", text.encode())
 
     @property
     def converted(self) -> Path:

@@ -6,6 +6,7 @@ from pathlib import Path
 from .errors import UsageError
 from .recipe import Recipe
 from .recipe_file import flatten, is_named, read_yaml, told
+from .removed import without_removed
 
 FREE_TO_CHANGE = (
     "eval.", "device", "train.control", "train.keep_checkpoints", "train.checkpoint_every", "train.validate_every",
@@ -38,7 +39,7 @@ def check_same_recipe(folder: Path, recipe: Recipe, overwrite: bool, allow_chang
     made = any((folder / name).exists() for name in ("converted", "checkpoints"))
     if overwrite or not saved.exists() or not made:
         return
-    before = flatten(read_yaml(saved))
+    before = flatten(without_removed(read_yaml(saved)))
     after = flatten(recipe.model_dump(mode="json"))
     changed = {
         name: told(name, before.get(name), after.get(name))

@@ -1,4 +1,4 @@
-"""One batch size for all points of a run: found once, recorded, halved for all of them when memory runs out.
+"""One batch size for all points of a run: found once and recorded.
 
 Scores can move with the batch size (padding and kernels change the last bits), so two points measured with different
 ones are not comparable. eval/batch_size.json says what was used:
@@ -6,7 +6,6 @@ ones are not comparable. eval/batch_size.json says what was used:
     requested     8 or "auto", from the recipe
     batch_size    what all points were measured with
     found         given (by the recipe), probed (on the source model) or default (auto on a CPU)
-    halved_from   the sizes that did not fit, largest first
     device        cuda, cpu, ...
 """
 
@@ -59,21 +58,19 @@ def settle(spec: Evaluate, model_dir: Path, out: Path, device: str, dtype: str) 
     else:
         size, found = _probe(model_dir, spec.max_length, device, dtype), "probed"
         console.say(f"batch size {size}: the largest power of two that fits {spec.max_length} tokens")
-    record = {"requested": spec.batch_size, "batch_size": size, "found": found, "halved_from": [], "device": kind}
+    record = {"requested": spec.batch_size, "batch_size": size, "found": found, "device": kind}
     write_json(out / FILE, record)
     return size
 
 
-def halve(out: Path) -> int:
-    """Record and return half the batch size. Raises InputError at 1."""
-    record: dict[str, Any] = read_json(out / FILE) or {}
-    size = record["batch_size"]
-    if size == 1:
-        raise too_long()
-    record |= {"batch_size": size // 2, "halved_from": [*record["halved_from"], size]}
-    write_json(out / FILE, record)
-    console.warn(f"out of memory with batch size {size}: every point is measured with {size // 2} instead, from anew")
-    return size // 2
+def too_large(spec: Evaluate, model_dir: Path, size: int, device: str, dtype: str) -> InputError:
+    """The refusal of a batch size that a point does not fit into, with one that does fit."""
+    fits = _probe(model_dir, spec.max_length, device, dtype, size // 2)
+    return InputError(
+        f"Out of memory with batch size {size}",
+        why="Every point must be measured with the same one, because scores can move with it.",
+        fix=f"--set eval.batch_size={fits} fits {spec.max_length} tokens: every task is measured anew with it.",
+    )
 
 
 def too_long() -> InputError:
@@ -84,15 +81,15 @@ def too_long() -> InputError:
     )
 
 
-def _probe(model_dir: Path, max_length: int, device: str, dtype: str) -> int:
-    """The largest power of two up to LARGEST whose full-length logits fit, as lm-eval computes them."""
+def _probe(model_dir: Path, max_length: int, device: str, dtype: str, largest: int = LARGEST) -> int:
+    """`largest`, or the first of its halves whose full-length logits fit, as lm-eval computes them."""
     from accelerate.utils.memory import clear_device_cache
 
     from ..models.export import load_model
-    from .model import fed_tokens
+    from .context import fed_tokens
 
     model: Any = load_model(model_dir, dtype=dtype, device=device)
-    length, size = fed_tokens(model.config, max_length), LARGEST
+    length, size = fed_tokens(model.config, max_length), largest
     while size:
         try:
             with torch.no_grad(), out_of_memory():

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from ..environment import choose_dtype, pick_device
-from ..errors import InputError
 from ..recipe import Evaluate
 from . import batch
 from .harness import common_settings, evaluate
@@ -36,8 +35,6 @@ class Bench:
 def evaluate_points(points: dict[str, Path], spec: Evaluate, bench: Bench) -> dict[str, Json]:
     """Measure every point into `bench.out`/<point>; what is there already under the same settings is kept.
 
-    If memory runs out at any point, all of them are measured anew with half the batch size: see batch.py.
-
     Args:
         points: folders of models by name, the source model first.
         spec: the recipe's `eval` section.
@@ -47,23 +44,26 @@ def evaluate_points(points: dict[str, Path], spec: Evaluate, bench: Bench) -> di
         {point: results.json, with `texts` by file name}.
 
     Raises:
-        UsageError, InputError: as `harness.evaluate`, and where not even one sequence fits into memory.
+        UsageError, InputError: as `harness.evaluate`, and where the batch does not fit, naming one that does.
     """
     from accelerate.utils.memory import clear_device_cache
 
     first, device = next(iter(points)), pick_device(bench.device)
     with bench.accelerator.main_process_first() if bench.accelerator else nullcontext():
         size = batch.settle(spec, points[first], bench.out, device, choose_dtype("auto", device))
-    while True:
-        settled = spec.model_copy(update={"batch_size": size})
+    settled = spec.model_copy(update={"batch_size": size})
+    results: dict[str, Json] = {}
+    full = None
+    for name, model in points.items():
         try:
-            return {name: _measure(name, model, settled, bench, name == first) for name, model in points.items()}
-        except batch.BatchTooLarge as error:
-            if bench.accelerator:  # the others wait for this process's share: nothing can be repeated together
-                fix = f"Lower eval.batch_size to {max(1, size // 2)}; finished tasks are measured anew with it."
-                raise InputError(f"Out of memory with batch size {size}", fix=fix) from error
-            size = batch.halve(bench.out)
+            results[name] = _measure(name, model, settled, bench, name == first)
+        except batch.BatchTooLarge:  # and leave the handler, which holds on to what did not fit
+            full = model
+            break
+    if full is not None:
         clear_device_cache(garbage_collection=True)
+        raise batch.too_large(spec, full, size, device, choose_dtype("auto", device))
+    return results
 
 
 def _measure(name: str, model: Path, spec: Evaluate, bench: Bench, first: bool) -> Json:

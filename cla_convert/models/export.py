@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..console import say
 from ..errors import ClaError, InputError, first_line
-from ..files import read_json, write_json
+from ..files import read_json, write_bytes, write_json
 from .checkpoint import FLOATING, Checkpoint
 from .classes import cla_classes as cla_classes
 from .classes import register
@@ -130,9 +130,7 @@ def update_code(folder: Path) -> None:
     if family is None:
         raise InputError(f"{folder} is not a converted model", fix="Give the output folder of convert or uptrain.")
     for file in family.code_files:
-        new = folder / f"{file.name}.new"
-        shutil.copyfile(file, new)
-        new.replace(folder / file.name)
+        write_bytes(folder / file.name, file.read_bytes())
 
 
 def has_other_code(folder: Path) -> bool:

@@ -254,6 +254,11 @@ REFUSED = {
 """Families that people ask for, and why there is no row for them."""
 
 
+def family_like(model_type: str) -> Family:
+    """The family of a plain or CLA model; for any other, Llama's, whose names are the usual ones."""
+    return FAMILIES.get(model_type.removeprefix("cla_"), FAMILIES["llama"])
+
+
 def decoder_layers(model: Any) -> Any:
     """The list of decoder layers of a loaded model, plain or CLA."""
     family = FAMILIES.get(model.config.model_type.removeprefix("cla_"))

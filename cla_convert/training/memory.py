@@ -8,7 +8,7 @@ The peak of a step on one device is the larger of two moments.
 
     weights       4 bytes a trained parameter (float32), what is frozen in the compute dtype; when a model is loaded all
                   of it is float32 for a moment (trainer.py)
-    moments       8 bytes a trained parameter for AdamW, 4 for Muon's matrices (parameters.py)
+    moments       8 bytes a trained parameter (parameters.py)
     gradients     4 bytes a trained parameter
     copy          the trained parameters in the compute dtype (precision.py)
     teacher       all its parameters in the compute dtype, but what it shares with the student (teacher.py)
@@ -25,8 +25,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
-
 from ..console import human_bytes, warn
 from ..models.families import decoder_layers
 from ..recipe import Train
@@ -34,7 +32,7 @@ from .compiling import choose_compile
 from .derived import derived
 from .flops import training_flops
 from .objective import Objective, chunk_size
-from .parameters import freeze_all_but, make_optimizers
+from .parameters import freeze_all_but
 from .precision import choose_precision
 from .rehearsal import kept_bytes, loss_bytes, skeleton
 from .schedule import Budget
@@ -124,7 +122,7 @@ class Forecast:
         activations, layer = self._activations(rows)
         return Needs(
             weights=4 * trained + size * frozen if alone else 4 * (trained + frozen) * share,
-            moments=self._moments * share,
+            moments=8 * trained * share,
             gradients=4 * trained * share,
             copy=copied * trained if alone else self._gathered,
             teacher=size * ((_count(self.teacher.parameters()) if self.teacher else 0) - self._shared),
@@ -164,16 +162,6 @@ class Forecast:
         trained = _count(p for p in parameters if p.requires_grad)
         return trained, _count(parameters) - trained
 
-    @cached_property
-    def _moments(self) -> int:
-        """Bytes of the optimisers' state."""
-        return sum(
-            (8 if isinstance(optimizer, torch.optim.AdamW) else 4) * parameter.numel()
-            for optimizer in make_optimizers(self.student, self.train, "meta")
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        )
-
     @property
     def _shared(self) -> int:
         """Parameters of the teacher that are the student's: frozen, of one name and shape (teacher.share_frozen)."""
@@ -194,7 +182,7 @@ class Forecast:
     @cached_property
     def _kept(self) -> float:
         """Bytes that all layers keep for a sequence."""
-        documents = self.train.document_masking is True
+        documents = self.train.document_masking
         try:
             return kept_bytes(self.student, self.budget.length, compiled=self.compiled, documents=documents)
         except (RuntimeError, NotImplementedError) as error:  # it looks at numbers, of which there are none

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..files import plain
+from ..files import plain, write_bytes
 
 
 class Metrics:
@@ -17,11 +17,8 @@ class Metrics:
 
     def __init__(self, path: Path, resume_step: int | None = None) -> None:
         """Open the file; keep the rows up to `resume_step` (None: start an empty one)."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         rows = [] if resume_step is None else [row for row in read_rows(path) if row["step"] <= resume_step]
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        temporary.replace(path)
+        write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
         self._file = path.open("a", encoding="utf-8")
         self._validated = {row["step"] for row in rows if "validation_perplexity" in row}
         self.losses: list[float] = [row["loss"] for row in rows if "loss" in row]

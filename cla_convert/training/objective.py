@@ -1,12 +1,12 @@
 """What is minimised: an objective maps the student and a micro-batch to a scalar."""
 
 from contextlib import nullcontext
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from ..errors import InputError
+from ..models.scoring import hidden_states
 from ..recipe import Train
 from .hidden import recorded_streams, stream_distance
 from .loss import IGNORE, LogitRule, Target, Terms, logit_rule, next_token_labels, vocabulary_loss
@@ -86,26 +86,6 @@ class Objective:
     def _target(self, ids: torch.Tensor, positions: torch.Tensor | None) -> Target:
         with torch.no_grad():
             return Target(hidden_states(self.teacher, ids, positions), head_weight(self.teacher))
-
-
-def hidden_states(model: Any, ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
-    """Final hidden states [B, T, D] of tokens [B, T], without the vocabulary projection.
-
-    Without a mask and a cache, transformers (masking_utils.find_packed_sequence_indices) takes every restart of
-    `position_ids` [B, T] for a new document and lets attention see that document only.
-    """
-    return model.base_model(input_ids=ids, position_ids=position_ids, use_cache=False).last_hidden_state
-
-
-def skip_other_documents(model: Any, device_type: str) -> None:
-    """Let attention leave out the blocks of positions that lie in other documents, where there is a kernel for it.
-
-    That is FlexAttention's, for which transformers makes a block mask in place of the dense one. Elsewhere (no GPU,
-    dropout, the few families without it) nothing changes: a dense mask, and every score is computed.
-    """
-    dropout = getattr(model.config, "attention_dropout", 0.0) or 0.0
-    if device_type == "cuda" and find_spec("triton") and model._supports_flex_attn and not dropout:
-        model.set_attn_implementation("flex_attention")
 
 
 def head_weight(model: Any) -> torch.Tensor:

@@ -9,7 +9,6 @@ starts.py makes what texts begin with, decoding.py writes them.
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 
 from ..console import progress, say
 from ..errors import InputError
-from ..files import read_json, write_json
+from ..files import atomic, read_json, write_json
 from ..models.checkpoint import Checkpoint
 from ..models.export import load_model
 from ..models.fingerprint import fingerprint
@@ -238,10 +237,8 @@ def _seed(seed: int, number: int) -> int:
 
 def _keep(path: Path, batch: _Batch) -> None:
     """Publish a batch by rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
+    with atomic(path) as file:
         np.savez(file, ids=batch.ids, lengths=batch.lengths, losses=batch.losses)
-    temporary.replace(path)
 
 
 def _kept(path: Path, drop: float) -> list[np.ndarray]:

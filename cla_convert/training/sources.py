@@ -13,6 +13,7 @@ import numpy as np
 from ..console import say
 from ..environment import cache_folder
 from ..errors import ClaError, InputError, did_you_mean
+from ..files import write_bytes
 from ..recipe import TextSource
 from ..surrogates import replaced
 
@@ -55,8 +56,7 @@ def pinned(source: TextSource) -> TextSource:
     note = cache_folder() / "datasets" / f"{source.dataset}@{revision}".replace("/", "--")
     try:
         commit = str(HfApi().dataset_info(source.dataset, revision=revision, expand=["sha"]).sha)
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(commit)
+        write_bytes(note, commit.encode())
     except Exception as error:  # of the HTTP library that huggingface_hub happens to use, or its own
         if isinstance(error, (RepositoryNotFoundError, RevisionNotFoundError)) or not note.exists():
             raise _unreadable(source, error) from error

@@ -20,9 +20,9 @@ from .data import Sequences, TokenStore, held_out_rows, store_for
 from .derived import derived
 from .flops import peak_flops, training_flops
 from .memory import Forecast
-from .objective import Objective, check_head, skip_other_documents
+from .objective import Objective, check_head
 from .parallel import Team
-from .parameters import check_optimizer, freeze_all_but, make_optimizers
+from .parameters import freeze_all_but, make_optimizer
 from .precision import Precision, cast_frozen, choose_precision
 from .schedule import Budget
 from .sizing import forecast, loading
@@ -89,7 +89,6 @@ def set_up(
     settings, budget = recipe.train, _budget(recipe.train)
     check_interface(Checkpoint.open(student_dir).config.get("model_type", ""))
     check_trackers(settings.log_to)
-    check_optimizer(settings)
     if data is None:
         check_as_recorded(student_dir)
         check_teacher(settings, student_dir, teacher_dir)
@@ -113,8 +112,6 @@ def set_up(
     compiled = choose_compile(settings.compile, precision.device_type, flops * budget.tokens)
     objective = Objective(settings, student, teacher, fused=compiled)
     for model in filter(None, (student, teacher)):
-        if settings.document_masking == "flex":
-            skip_other_documents(model, precision.device_type)
         if compiled:
             compile_layers(model, len(team.share(0, budget.batch, rows)[0]), budget.length)
     team.shard(student, precision.compute)  # before the optimiser, which is to hold the sharded parameters
@@ -126,7 +123,7 @@ def set_up(
         precision=precision,
         student=student,
         objective=objective,
-        optimizers=make_optimizers(student, settings, precision.device_type),
+        optimizers=(make_optimizer(student, settings, precision.device_type),),
         sequences=Sequences(
             data.train,
             settings.sequence_length,

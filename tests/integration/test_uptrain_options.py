@@ -20,7 +20,7 @@ from cla_convert.training.objective import Objective
 from cla_convert.training.trainer import set_up
 
 from ..conftest import save_tiny_llama
-from .test_uptrain import BATCH, LENGTH, assert_same_run, interrupted_run, recipe, uptrain, weights, work
+from .test_uptrain import BATCH, LENGTH, interrupted_run, recipe, uptrain, weights, work
 
 __all__ = ["work"]
 
@@ -147,22 +147,6 @@ def test_each_part_is_trained_at_its_own_rate(work: Path, tiny_llama: Path, tmp_
         if "_proj" in name:  # Adam's first step has the size of the learning rate, whatever the gradient's
             moved = (tensor - before[name]).abs().max().item()
             assert moved == pytest.approx(1e-2 * 0.55 if "self_attn" in name else 1e-5 * 0.55, rel=0.02)
-
-
-def test_muon_learns_and_resumes_exactly(
-    work: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = recipe(work, steps=8, optimizer="muon", learning_rate=1e-2)
-    result = uptrain(work, tiny_llama, tmp_path / "whole", settings)
-    assert result["loss"] < 0.8 * result["first_loss"]
-    for _ in range(2):
-        interrupted_run(work, tiny_llama, tmp_path / "parts", monkeypatch, settings)
-    kinds = {path.name.split("-")[0] for path in tmp_path.glob("parts/checkpoints/step-00000002/*.safetensors")}
-    assert kinds == {"model", "exp_avg", "exp_avg_sq", "step", "momentum_buffer"}
-    with pytest.raises(TrainingError, match="train.optimizer: 'muon' -> 'adamw'"):
-        uptrain(work, tiny_llama, tmp_path / "parts", recipe(work, steps=8, learning_rate=1e-2))
-    uptrain(work, tiny_llama, tmp_path / "parts", settings)
-    assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
 def test_a_compiled_run_is_the_same_run(work: Path, tiny_llama: Path, tmp_path: Path) -> None:

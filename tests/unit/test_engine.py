@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-import torch.nn.attention.flex_attention as flex_attention
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -15,12 +14,12 @@ from transformers import (
     Gemma2Config,
     GraniteConfig,
     LlamaForCausalLM,
-    masking_utils,
 )
 
 from cla_convert.errors import InputError
 from cla_convert.models.generated.configuration_cla_llama import ClaLlamaConfig
 from cla_convert.models.generated.modeling_cla_llama import ClaLlamaForCausalLM
+from cla_convert.models.scoring import hidden_states
 from cla_convert.recipe import Train
 from cla_convert.training import compiling
 from cla_convert.training.compiling import WORTH_IT, choose_compile, compile_layers
@@ -30,8 +29,8 @@ from cla_convert.training.health import PATIENCE, steps_above
 from cla_convert.training.loss import LogitRule
 from cla_convert.training.metrics import Metrics
 from cla_convert.training.monitor import Monitor, clock, describe
-from cla_convert.training.objective import check_head, chunk_size, hidden_states
-from cla_convert.training.parameters import check_optimizer, freeze_all_but, make_optimizers, parts_of
+from cla_convert.training.objective import check_head, chunk_size
+from cla_convert.training.parameters import freeze_all_but, make_optimizer, parts_of
 from cla_convert.training.precision import Precision, choose_precision
 from cla_convert.training.schedule import Budget
 from cla_convert.training.teacher import share_frozen
@@ -73,7 +72,7 @@ class TestWhatIsTrained:
     def test_every_part_has_its_rate_and_only_matrices_decay(self) -> None:
         train = Train(learning_rate=1.0, learning_rates={"attention": 2.0, "shared": 3.0}, weight_decay=0.1)
         model = student()
-        (optimizer,) = make_optimizers(model, train, "cpu")
+        optimizer = make_optimizer(model, train, "cpu")
         found = {p: (g["peak"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
         for _, parameter, part in parts_of(model):
             peak = {"other": 1.0, "attention": 2.0, "shared": 3.0}[part]
@@ -82,32 +81,8 @@ class TestWhatIsTrained:
 
     def test_the_rate_of_attention_is_also_that_of_shared_attention(self) -> None:
         rates = Train(learning_rate=1.0, learning_rates={"attention": 2.0})
-        (optimizer,) = make_optimizers(student(), rates, "cpu")
+        optimizer = make_optimizer(student(), rates, "cpu")
         assert {group["peak"] for group in optimizer.param_groups} == {1.0, 2.0}
-
-    def test_muon_takes_the_matrices_of_the_layers_only(self) -> None:
-        model = student()
-        train = Train(optimizer="muon", learning_rate=1.0, learning_rates={"attention": 2.0})
-        adamw, muon = make_optimizers(model, train, "cpu")
-        assert isinstance(adamw, torch.optim.AdamW) and isinstance(muon, torch.optim.Muon)
-        names = {p: name for name, p in model.named_parameters()}
-        taken = {names[p]: group["peak"] for group in muon.param_groups for p in group["params"]}
-        assert taken == {n: 2.0 if "self_attn" in n else 1.0 for n in names.values() if n.endswith("proj.weight")}
-        rest = {names[p] for group in adamw.param_groups for p in group["params"]}
-        assert rest == set(names.values()) - taken.keys() and "model.embed_tokens.weight" in rest
-        freeze_all_but(model, "attention")
-        assert [type(each) for each in make_optimizers(model, train, "cpu")] == [torch.optim.Muon]
-
-    def test_muon_is_refused_where_it_cannot_be_had(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        check_optimizer(Train(optimizer="muon"))
-        with monkeypatch.context() as patch, pytest.raises(InputError, match="in one process"):
-            patch.setenv("LOCAL_RANK", "0")
-            patch.setenv("WORLD_SIZE", "2")
-            check_optimizer(Train(optimizer="muon"))
-        monkeypatch.delattr(torch.optim, "Muon")
-        check_optimizer(Train())
-        with pytest.raises(InputError, match="torch 2.9"):
-            check_optimizer(Train(optimizer="muon"))
 
 
 class TestPrecision:
@@ -172,26 +147,6 @@ class TestCompiling:
                 torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3  # alone, owner, consumer
         assert len(compiler) == 2 * len(MAP) * (2 if checkpointing else 1)  # recomputed in the backward pass
-
-    def test_other_documents_in_a_row_are_not_compiled_anew(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The block mask of FlexAttention is an input: what it says may change from step to step."""
-        monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)  # differentiable: not by a kernel
-        create = masking_utils.create_block_mask
-        monkeypatch.setattr(masking_utils, "create_block_mask", lambda **o: create(**o | {"_compile": False}))  # slow
-        model = student().train()
-        parameters = list(model.model.parameters())
-        positions = [torch.arange(32).expand(2, 32) % at for at in (20, 8, 13)]
-        expected = [hidden_states(model, IDS, p) for p in positions]
-        gradients = [torch.autograd.grad(hidden.pow(3).mean(), parameters) for hidden in expected]
-        model.set_attn_implementation("flex_attention")
-        compile_layers(model, *IDS.shape)
-        torch._dynamo.utils.counters.clear()
-        for p, hidden, theirs in zip(positions, expected, gradients, strict=True):
-            mine = hidden_states(model, IDS, p)
-            torch.testing.assert_close(mine, hidden, rtol=1e-4, atol=1e-4)
-            for one, other in zip(torch.autograd.grad(mine.pow(3).mean(), parameters), theirs, strict=True):
-                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
 
     def test_another_shape_runs_as_before(self) -> None:
         model = student()

@@ -76,6 +76,21 @@ def test_a_number_alone_says_how_much_to_generate():
     assert short == long and short.generate is not None and short.generate.tokens == 2_000_000
 
 
+@pytest.mark.parametrize(
+    ("setting", "fix"), [("train.optimizer=muon", "AdamW is"), ("train.document_masking=flex", "Use true")]
+)
+def test_removed_settings_say_why_and_what_instead(setting, fix):
+    with pytest.raises(UsageError) as caught:
+        load_recipe(None, [setting])
+    assert setting.replace("=", ": ") in caught.value.what and caught.value.why and fix in caught.value.fix
+
+
+def test_what_an_earlier_release_wrote_is_a_recipe():
+    assert validate({"train": {"optimizer": "adamw", "document_masking": True}}).train.document_masking
+    with pytest.raises(UsageError, match="unknown key 'train.optimizer'"):
+        validate({"train": {"optimizer": "sgd"}})
+
+
 def test_a_resolved_recipe_is_a_recipe():
     sources = "data.sources=[{path: a}, {dataset: b/c, split: test, revision: v1}, {generate: 2M, weight: 3}]"
     recipe = load_recipe(None, [sources]).recipe

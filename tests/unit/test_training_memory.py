@@ -10,12 +10,12 @@ import torch
 
 from cla_convert.errors import InputError
 from cla_convert.models.families import FAMILIES
+from cla_convert.models.scoring import hidden_states
 from cla_convert.recipe import Recipe, Train
 from cla_convert.training import compiling
 from cla_convert.training.data import TokenStore
 from cla_convert.training.loop import _step
 from cla_convert.training.memory import CONTEXT, Forecast
-from cla_convert.training.objective import hidden_states
 from cla_convert.training.parameters import freeze_all_but
 from cla_convert.training.rehearsal import _Live, kept_bytes, skeleton
 from cla_convert.training.sizing import forecast, loading, micro_batch_size
@@ -90,7 +90,6 @@ def test_compiled_layers_keep_what_the_partitioner_keeps(parameters: str, monkey
         {"loss": "cross_entropy"},
         {"activation_checkpointing": True},
         {"precision": "float32"},
-        {"optimizer": "muon"},
     ],
     ids=str,
 )
