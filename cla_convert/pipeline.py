@@ -105,7 +105,7 @@ def check_memory(run: Run, the_plan: Any) -> None:
     """Say what training will need. Raises InputError, with what does fit, if the device has less."""
     from .models.checkpoint import Checkpoint
     from .models.export import cla_config
-    from .training.sizing import forecast
+    from .training.micro_batch import forecast
 
     train, source = run.recipe.train, Checkpoint.open(run.source).config
     if not train.tokens:

@@ -20,7 +20,7 @@ from .search import likely_maps, owners_for
 from .sharing import groups_of, picture
 
 if TYPE_CHECKING:
-    from .damage import Damage
+    from .sensitivity import Damage
     from .text import CalibrationText
 
 
@@ -80,8 +80,8 @@ def choose(
     Raises:
         InputError: the budget cannot be met, the family is not supported, or the text is too short.
     """
-    from .damage import measure_damage
-    from .finalists import measure_maps
+    from .candidates import measure_maps
+    from .sensitivity import measure_damage
 
     owners = owners_for(kv_budget, len(kinds))
     damage = _measured(
@@ -106,7 +106,7 @@ def _measured(
     layers: int,
 ) -> "list[Damage]":
     """The result of `measure`, from `cache` if the same was measured before."""
-    from .damage import Damage, Search
+    from .sensitivity import Damage, Search
 
     search = Search.default(calibration.device)
     depends = [

@@ -18,7 +18,7 @@ from ..models.kinds import NOPE
 from ..models.shape import shape_of
 from .group_fit import HeadShape
 from .pieces import Pieces
-from .shell import Shell, Source
+from .skeleton import Shell, Source
 
 _GPU_BATCH, _CPU_BATCH = 32_768, 2048
 """Tokens that run through a layer at a time: fill a GPU, stay in a CPU's caches."""

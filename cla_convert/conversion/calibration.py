@@ -21,9 +21,9 @@ from .group_pooling import Pooler
 from .layer_patch import LayerPatch
 from .refit import ridge_towards
 from .sharing import activation_bytes
-from .shell import Source
+from .skeleton import Source
+from .source_streams import Teacher
 from .streams import SecondMoment, Store, batches, stream_dtype
-from .teacher import Teacher
 
 REFIT_STRENGTH = 0.1
 """Ridge of the W_O refit, relative to the mean diagonal. 0.03 to 0.3 measured alike."""

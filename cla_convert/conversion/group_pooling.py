@@ -11,9 +11,9 @@ from .attention_weights import AttentionWeights, has_biases, with_norms
 from .blocks import Block, Factory
 from .group_fit import ClosedForm, Moments, fit_group
 from .layer_patch import GroupFit
-from .matching import Member, match_group
+from .reconstruction import Member, match_group
+from .source_streams import Teacher
 from .streams import SecondMoment, batches
-from .teacher import Teacher
 
 _SAMPLE = 4096
 """Tokens that the gains of norms are fitted to and judged by, half of them each."""

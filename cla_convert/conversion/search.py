@@ -1,7 +1,7 @@
 """Which layers should share? The cheapest map under a KV budget, exactly, given what each group alone costs.
 
 That costs add up over groups is an approximation. So a few likely maps are chosen here, and measured whole before one
-of them is taken (`finalists.py`).
+of them is taken (`candidates.py`).
 """
 
 import math

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..files import plain
-from ..models.scoring import Part, evaluating, kl, log_probabilities, nll, positions_at_a_time, split_model
+from ..models.scoring import Forward, evaluating, kl, log_probabilities, nll, positions_at_a_time, split_model
 from .inference import mean_interval
 from .perplexity import Window, totals
 
@@ -52,7 +52,7 @@ def agreement(model: Any, source: Any, rows: torch.Tensor, *, batch_size: int = 
     }
 
 
-def _batch(parts: list[tuple[Part, Part]], ids: list[torch.Tensor], step: int) -> list[list[float]]:
+def _batch(parts: list[tuple[Forward, Forward]], ids: list[torch.Tensor], step: int) -> list[list[float]]:
     """Summed KL in nats, agreeing positions, and the model's summed nats of every row of a batch."""
     (body, head), (source_body, source_head) = parts
     hidden, source_hidden = body(ids[0]).flatten(0, 1), source_body(ids[1]).flatten(0, 1)  # [B * T, width]

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..models.scoring import Part, evaluating, log_probabilities, nll, positions_at_a_time, split_model
+from ..models.scoring import Forward, evaluating, log_probabilities, nll, positions_at_a_time, split_model
 
 Window = tuple[float, int]
 """Summed negative log-likelihood of a row in nats, and how many tokens that were."""
@@ -45,7 +45,7 @@ def row_windows(model: Any, rows: torch.Tensor, *, batch_size: int = 1) -> list[
     return [(row, rows.shape[1] - 1) for row in nats]
 
 
-def _batch_nats(body: Part, head: Part, ids: torch.Tensor, step: int) -> list[float]:
+def _batch_nats(body: Forward, head: Forward, ids: torch.Tensor, step: int) -> list[float]:
     """Summed nats of every row of a batch [B, T]; logits exist for `step` positions at a time, in float32."""
     hidden = body(ids)[:, :-1].flatten(0, 1)  # [B * (T - 1), width]
     targets = ids[:, 1:].flatten()

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 _LOGITS = 2**24
 """Largest number of logits held at a time (64 MiB in float32)."""
 
-Part = Callable[[Tensor], Tensor]
+Forward = Callable[[Tensor], Tensor]
 
 
 def hidden_states(model: Any, ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
@@ -28,7 +28,7 @@ def hidden_states(model: Any, ids: Tensor, position_ids: Tensor | None = None) -
     return model.base_model(input_ids=ids, position_ids=position_ids, use_cache=False).last_hidden_state
 
 
-def split_model(model: Any, sample: Tensor) -> tuple[Part, Part]:
+def split_model(model: Any, sample: Tensor) -> tuple[Forward, Forward]:
     """The model as body (ids -> hidden states) and head (hidden states -> logits).
 
     Some families scale or cap their logits after the output projection. Instead of a list of them: compare once with

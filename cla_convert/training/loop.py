@@ -26,13 +26,13 @@ from ..models.checkpoint import Checkpoint
 from ..models.export import check_exportable, export_model
 from ..models.writer import check_output
 from ..recipe import Recipe
-from .health import HISTORY, PATIENCE, all_finite, not_finite, out_of_memory, ruined, spiked, steps_above
+from .divergence import HISTORY, PATIENCE, all_finite, not_finite, out_of_memory, ruined, spiked, steps_above
 from .metrics import Metrics, NoMetrics, read_rows
+from .micro_batch import ran_out
 from .monitor import Monitor
+from .optimizer import peak_rate
 from .parallel import check_team, team, whole
-from .parameters import peak_rate
 from .schedule import crossed, learning_rate
-from .sizing import ran_out
 from .state import Checkpoints, Position
 from .stop import StopRequest
 from .torchrun import call_the_others

@@ -8,7 +8,7 @@ The peak of a step on one device is the larger of two moments.
 
     weights       4 bytes a trained parameter (float32), what is frozen in the compute dtype; when a model is loaded all
                   of it is float32 for a moment (trainer.py)
-    moments       8 bytes a trained parameter (parameters.py)
+    moments       8 bytes a trained parameter (optimizer.py)
     gradients     4 bytes a trained parameter
     copy          the trained parameters in the compute dtype (precision.py)
     teacher       all its parameters in the compute dtype, but what it shares with the student (teacher.py)
@@ -32,7 +32,7 @@ from .compiling import choose_compile
 from .derived import derived
 from .flops import training_flops
 from .objective import Objective, chunk_size
-from .parameters import freeze_all_but
+from .optimizer import freeze_all_but
 from .precision import choose_precision
 from .rehearsal import kept_bytes, loss_bytes, skeleton
 from .schedule import Budget

@@ -20,12 +20,12 @@ from .data import Sequences, TokenStore, held_out_rows, store_for
 from .derived import derived
 from .flops import peak_flops, training_flops
 from .memory import Forecast
+from .micro_batch import forecast, loading
 from .objective import Objective, check_head
+from .optimizer import freeze_all_but, make_optimizer
 from .parallel import Team
-from .parameters import freeze_all_but, make_optimizer
 from .precision import Precision, cast_frozen, choose_precision
 from .schedule import Budget
-from .sizing import forecast, loading
 from .teacher import check_teacher, load_teacher
 from .trackers import check_trackers
 

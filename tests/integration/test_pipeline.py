@@ -15,7 +15,7 @@ from cla_convert.recipe_file import load_recipe
 from cla_convert.recipes import find_recipe
 from cla_convert.run import clear
 from cla_convert.same_recipe import check_same_recipe
-from cla_convert.training import sizing
+from cla_convert.training import micro_batch
 from tests.integration.test_convert import cla
 
 SMALL = [
@@ -73,7 +73,7 @@ def test_a_run_that_cannot_start_costs_nothing(tmp_path, tiny_llama):
 def test_training_that_will_not_fit_is_refused_in_the_plan(tmp_path, tiny_llama, monkeypatch):
     sets = [f"source.model={tiny_llama}", *SMALL, "device=cpu"]
     resolved = load_recipe(find_recipe("demo"), sets)
-    monkeypatch.setattr(sizing, "device_memory", lambda _: 500_000_000)
+    monkeypatch.setattr(micro_batch, "device_memory", lambda _: 500_000_000)
     with pytest.raises(InputError, match="Training needs about"):
         pipeline.run(resolved, tmp_path / "run")
     assert not any((tmp_path / "run" / name).exists() for name in ("plan.json", "converted", "checkpoints"))

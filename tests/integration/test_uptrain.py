@@ -17,7 +17,7 @@ from cla_convert.models.checkpoint import Checkpoint
 from cla_convert.models.export import load_model
 from cla_convert.recipe import Recipe
 from cla_convert.recipe_file import validate
-from cla_convert.training import loop, sizing
+from cla_convert.training import loop, micro_batch
 from cla_convert.training.metrics import read_rows
 from cla_convert.training.objective import Objective
 from cla_convert.training.stop import StopRequest
@@ -337,7 +337,7 @@ def test_training_that_made_it_worse_says_so(
 def test_too_little_memory_is_said_before_a_weight_is_read(
     work: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sizing, "device_memory", lambda _: 500_000_000)
+    monkeypatch.setattr(micro_batch, "device_memory", lambda _: 500_000_000)
     monkeypatch.setattr("cla_convert.training.trainer.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(InputError, match="Training needs about .* the machine has 476.8 MiB"):
         uptrain(work, tiny_llama, tmp_path, recipe(work))

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cla_convert.conversion import matching
+from cla_convert.conversion import reconstruction
 from cla_convert.conversion.blocks import Factory
-from cla_convert.conversion.calibration import LayerPatch, calibrated_pooling
-from cla_convert.conversion.matching import orthogonalise
+from cla_convert.conversion.calibration import calibrated_pooling
+from cla_convert.conversion.layer_patch import LayerPatch
 from cla_convert.conversion.pieces import Pieces
+from cla_convert.conversion.reconstruction import orthogonalise
 from cla_convert.conversion.sharing import sharing_map
+from cla_convert.conversion.source_streams import Teacher
 from cla_convert.conversion.streams import Store, place_for
-from cla_convert.conversion.teacher import Teacher
 from cla_convert.effort import Effort
 from cla_convert.errors import InputError
 from cla_convert.models.checkpoint import Checkpoint
@@ -304,7 +305,7 @@ def test_replayed_steps_are_the_steps(case: str, tokens: Tensor, saved, monkeypa
     sources = sharing_map("cla2-keep-ends", shape_of(source.config).kinds)
     found = []
     for least in (0, 100):
-        monkeypatch.setattr(matching, "_WORTH_RECORDING", least)
+        monkeypatch.setattr(reconstruction, "_WORTH_RECORDING", least)
         found.append(patches_of(source, sources, tokens, effort=Effort(8, 64), device="cuda"))
     for replayed, plain in zip(*found, strict=True):
         torch.testing.assert_close(replayed.tensors, plain.tensors, rtol=1e-4, atol=1e-5)

@@ -24,13 +24,13 @@ from cla_convert.recipe import Train
 from cla_convert.training import compiling
 from cla_convert.training.compiling import WORTH_IT, choose_compile, compile_layers
 from cla_convert.training.derived import derived
+from cla_convert.training.divergence import PATIENCE, steps_above
 from cla_convert.training.flops import forward_flops, peak_flops, training_flops
-from cla_convert.training.health import PATIENCE, steps_above
 from cla_convert.training.loss import LogitRule
 from cla_convert.training.metrics import Metrics
 from cla_convert.training.monitor import Monitor, clock, describe
 from cla_convert.training.objective import check_head, chunk_size
-from cla_convert.training.parameters import freeze_all_but, make_optimizer, parts_of
+from cla_convert.training.optimizer import freeze_all_but, make_optimizer, parts_of
 from cla_convert.training.precision import Precision, choose_precision
 from cla_convert.training.schedule import Budget
 from cla_convert.training.teacher import share_frozen

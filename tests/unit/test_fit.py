@@ -247,7 +247,7 @@ def test_an_attention_that_is_not_here_falls_back(tmp_path, capsys):
 
 
 def test_config_and_fingerprint_stay_as_they_were(tmp_path):
-    from cla_convert.conversion.shell import Shell
+    from cla_convert.conversion.skeleton import Shell
 
     scaling = {"type": "linear", "factor": 4.0}
     folder = change(

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
 from cla_convert.conversion.calibration import calibrated_pooling
-from cla_convert.conversion.damage import Search, measure_damage
-from cla_convert.conversion.finalists import measure_maps
+from cla_convert.conversion.candidates import measure_maps
 from cla_convert.conversion.search import candidate_groups, choose_map, likely_maps, owners_for
+from cla_convert.conversion.sensitivity import Search, measure_damage
 from cla_convert.effort import Effort
 from cla_convert.errors import InputError
 from cla_convert.models.classes import cla_classes

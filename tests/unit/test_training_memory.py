@@ -16,9 +16,9 @@ from cla_convert.training import compiling
 from cla_convert.training.data import TokenStore
 from cla_convert.training.loop import _step
 from cla_convert.training.memory import CONTEXT, Forecast
-from cla_convert.training.parameters import freeze_all_but
+from cla_convert.training.micro_batch import forecast, loading, micro_batch_size
+from cla_convert.training.optimizer import freeze_all_but
 from cla_convert.training.rehearsal import _Live, kept_bytes, skeleton
-from cla_convert.training.sizing import forecast, loading, micro_batch_size
 from cla_convert.training.state import Checkpoints, Position
 from cla_convert.training.trainer import set_up
 from tests.tiny import CASES, cla_model, save_tiny

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from cla_convert.conversion.shell import Shell
+from cla_convert.conversion.skeleton import Shell
 from cla_convert.models.checkpoint import Checkpoint
 
 

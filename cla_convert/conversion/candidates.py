@@ -13,10 +13,10 @@ from torch import Tensor
 
 from .blocks import Factory, SharedKV
 from .calibration import calibrated_pooling
-from .damage import Damage, Search, divergence, through
 from .layer_patch import LayerPatch
+from .sensitivity import Damage, Search, divergence, through
 from .sharing import groups_of
-from .shell import Source
+from .skeleton import Source
 
 
 def measure_maps(

@@ -6,8 +6,8 @@ from statistics import median
 import torch
 
 from ..errors import TrainingError
+from .micro_batch import advice
 from .schedule import Budget
-from .sizing import advice
 from .state import Checkpoints, Position
 from .trainer import Trainer
 

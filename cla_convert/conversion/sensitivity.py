@@ -20,9 +20,9 @@ from ..models.scoring import kl, log_probabilities, nll, positions_at_a_time
 from .blocks import Block, Factory, SharedKV
 from .group_pooling import Pooler
 from .search import candidate_groups
-from .shell import Source
+from .skeleton import Source
+from .source_streams import Teacher
 from .streams import Store
-from .teacher import Teacher
 
 _POSITIONS = 256
 """Next-token distributions compared at a time at most: what a mask of as many positions may take."""
