@@ -1,4 +1,4 @@
-"""How much calibration is worth: tokens of text, and matching steps for each group. Imports no torch."""
+"""How much calibration is worth: tokens of text, and reconstruction steps for each group. Imports no torch."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ _GPU_STEPS, _GPU_STEP = 60, 8192
 
 @dataclass(frozen=True)
 class Effort:
-    """How much work matching may be."""
+    """How much work block reconstruction may be."""
 
     steps: int
     """Of each group."""

@@ -14,7 +14,7 @@ from ..environment import choose_dtype, hardware, versions
 from ..errors import InputError
 from ..evaluation.cache import kv_cache_of
 from ..models.export import load_model
-from .memory import Budget, capacity, make_budget
+from .memory import MemoryBudget, capacity, make_budget
 from .speed import TURNS, Case, Work, cut, measure_speed, row
 from .subject import Subject
 
@@ -108,7 +108,7 @@ def _check_comparable(subjects: Sequence[Subject], prompt: int, new: int) -> Non
         )
 
 
-def _measure_one(subject: Subject, budget: Budget, length: int) -> dict[str, Any]:
+def _measure_one(subject: Subject, budget: MemoryBudget, length: int) -> dict[str, Any]:
     """KV bytes and capacity of one model."""
     say(f"{subject.name}: measuring the cache, searching the largest batch and the longest context")
     kv = kv_cache_of(subject.model)
@@ -133,6 +133,6 @@ def _cases(batch_sizes: Sequence[int], largest_batches: Sequence[int]) -> list[C
     return [*(("prefill", batch) for batch in sorted(set(batch_sizes))), *(("decode", batch) for batch in decode)]
 
 
-def _possible(cases: list[Case], budget: Budget, largest_batch: int) -> list[Case]:
+def _possible(cases: list[Case], budget: MemoryBudget, largest_batch: int) -> list[Case]:
     """The cases to try: those that were found to fit, and any prefill where the device refuses what does not fit."""
     return [case for case in cases if case[1] <= largest_batch or (budget.enforced and case[0] == "prefill")]

@@ -22,7 +22,7 @@ CPU_CACHE = 2**30
 
 
 @dataclass(frozen=True)
-class Budget:
+class MemoryBudget:
     """The memory that each model has to itself; the other model's weights lie beside it and do not count."""
 
     bytes: int
@@ -62,7 +62,7 @@ class Budget:
             torch.cuda.set_per_process_memory_fraction(1.0, index)
 
 
-def make_budget(wanted: int | None, device: str, weight_bytes: int) -> Budget:
+def make_budget(wanted: int | None, device: str, weight_bytes: int) -> MemoryBudget:
     """The budget that was asked for; None: all free memory of a GPU, or the weights and 1 GiB on a CPU.
 
     Args:
@@ -84,10 +84,10 @@ def make_budget(wanted: int | None, device: str, weight_bytes: int) -> Budget:
             f"The weights alone take {weight_bytes / 1e9:.2f} GB of the {budget / 1e9:.2f} GB",
             fix=f"Give --memory of {(weight_bytes + CPU_CACHE) / 1e9:.1f}GB or more.",
         )
-    return Budget(budget, device)
+    return MemoryBudget(budget, device)
 
 
-def fits(subject: Subject, budget: Budget, batch: int, length: int) -> bool:
+def fits(subject: Subject, budget: MemoryBudget, batch: int, length: int) -> bool:
     """Whether `batch` sequences of `length` tokens fit beside the weights: allocate them, and decode the last tokens.
 
     On a CPU, which swaps or kills instead of refusing, the live bytes are counted instead.
@@ -100,7 +100,7 @@ def fits(subject: Subject, budget: Budget, batch: int, length: int) -> bool:
     return outcome
 
 
-def _allocate(subject: Subject, budget: Budget, batch: int, length: int) -> bool:
+def _allocate(subject: Subject, budget: MemoryBudget, batch: int, length: int) -> bool:
     if not budget.enforced:
         return subject.weight_bytes + cache_bytes(filled_cache(subject.model, batch, length)) <= budget.bytes
     steps = min(STEPS, length - 1)
@@ -108,7 +108,7 @@ def _allocate(subject: Subject, budget: Budget, batch: int, length: int) -> bool
     return True
 
 
-def capacity(subject: Subject, budget: Budget, length: int) -> dict[str, int]:
+def capacity(subject: Subject, budget: MemoryBudget, length: int) -> dict[str, int]:
     """Largest batch at `length` tokens, and longest context of one sequence; 0 where not even one fits.
 
     Where memory is counted both are exact; where it is really filled they fit, and 1% more may fit too.

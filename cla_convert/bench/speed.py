@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .memory import Budget
+from .memory import MemoryBudget
 from .subject import Subject, decode, filled_cache, prefill, release, synchronize
 
 TURNS = 5
@@ -33,7 +33,7 @@ class Work(NamedTuple):
 def measure_speed(
     subjects: Sequence[Subject],
     cases: dict[str, list[Case]],
-    budget: Budget,
+    budget: MemoryBudget,
     work: Work,
     on_turn: Callable[[str], None] = lambda _: None,
 ) -> list[dict[str, Any]]:

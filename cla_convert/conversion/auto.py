@@ -20,7 +20,7 @@ from .search import likely_maps, owners_for
 from .sharing import groups_of, picture
 
 if TYPE_CHECKING:
-    from .sensitivity import Damage
+    from .sensitivity import Sensitivity
     from .text import CalibrationText
 
 
@@ -29,42 +29,42 @@ class Choice:
     """A sharing map and the measurements that it was chosen by."""
 
     kv_budget: float
-    finalists: "list[Damage]"
+    candidates: "list[Sensitivity]"
     """Whole maps, the winner first; `layers` is the map."""
-    damage: "list[Damage]"
+    sensitivity: "list[Sensitivity]"
     """Of every group alone."""
 
     @property
     def kv_source_layers(self) -> list[int]:
         """The chosen map."""
-        return list(self.finalists[0].layers)
+        return list(self.candidates[0].layers)
 
     def to_json(self) -> dict[str, Any]:
         """For plan.json and `convert --json`."""
         return {
             "kv_budget": self.kv_budget,
-            "expected_kl": round(self.finalists[0].kl, 5),
+            "expected_kl": round(self.candidates[0].kl, 5),
             "finalists": [
                 {"kv_source_layers": found.layers, "kl": found.kl, "delta_nll": found.delta_nll}
-                for found in self.finalists
+                for found in self.candidates
             ],
-            "damage": [asdict(entry) for entry in self.damage],
+            "damage": [asdict(entry) for entry in self.sensitivity],
         }
 
     def render(self) -> str:
-        """The damage table: a line for each first layer, a column for each size of group."""
-        costs = {entry.layers: entry.kl for entry in self.damage}
+        """The table of sensitivities: a line for each first layer, a column for each size of group."""
+        costs = {entry.layers: entry.kl for entry in self.sensitivity}
         chosen = {tuple(group) for group in groups_of(self.kv_source_layers)}
         sizes = sorted({len(group) for group in costs})
-        lines = ["damage      of sharing these layers alone, KL from the source in nats per token; * chosen"]
+        lines = ["sensitivity of sharing these layers alone, KL from the source in nats per token; * chosen"]
         for first in sorted({group[0] for group in costs}):
             row = {len(group): group for group in costs if group[0] == first}
             cells = [_cell(row.get(size), costs, chosen) for size in sizes]
             lines.append(f"            {''.join(cells)}".rstrip())
         lines.append(
-            "finalists   whole maps, KL from the source in nats per token before uptraining; the first is chosen"
+            "candidates   whole maps, KL from the source in nats per token before uptraining; the first is chosen"
         )
-        for found in self.finalists:
+        for found in self.candidates:
             first, *more = picture(found.layers).splitlines()
             lines += [f"      {found.kl:.3f} {first}", *(f"            {line}" for line in more)]
         return "\n".join(lines)
@@ -81,32 +81,32 @@ def choose(
         InputError: the budget cannot be met, the family is not supported, or the text is too short.
     """
     from .candidates import measure_maps
-    from .sensitivity import measure_damage
+    from .sensitivity import measure_sensitivity
 
     owners = owners_for(kv_budget, len(kinds))
-    damage = _measured(
-        "measuring what each group costs", partial(measure_damage, kinds=kinds), checkpoint, calibration, cache,
+    sensitivity = _measured(
+        "measuring what each group costs", partial(measure_sensitivity, kinds=kinds), checkpoint, calibration, cache,
         [list(kinds)], len(kinds),
     )  # fmt: skip
-    maps = likely_maps({entry.layers: entry.kl for entry in damage}, kinds, owners)
-    finalists = _measured(
+    maps = likely_maps({entry.layers: entry.kl for entry in sensitivity}, kinds, owners)
+    candidates = _measured(
         "measuring the likeliest maps", partial(measure_maps, maps=maps), checkpoint, calibration, cache,
         [maps], len(kinds) * len(maps),
     )  # fmt: skip
-    return Choice(kv_budget, sorted(finalists, key=lambda found: found.kl), damage)
+    return Choice(kv_budget, sorted(candidates, key=lambda found: found.kl), sensitivity)
 
 
 def _measured(
     what: str,
-    measure: "Callable[..., list[Damage]]",
+    measure: "Callable[..., list[Sensitivity]]",
     checkpoint: Checkpoint,
     calibration: "CalibrationText",
     cache: Path,
     subject: list[Any],
     layers: int,
-) -> "list[Damage]":
+) -> "list[Sensitivity]":
     """The result of `measure`, from `cache` if the same was measured before."""
-    from .sensitivity import Damage, Search
+    from .sensitivity import Search, Sensitivity
 
     search = Search.default(calibration.device)
     depends = [
@@ -120,15 +120,15 @@ def _measured(
     file = cache / f"{hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:16]}.json"
     if found := read_kept(file):
         say(f"{what}: done before, {file}")
-        return [Damage(tuple(entry.pop("layers")), **entry) for entry in found["damage"]]
+        return [Sensitivity(tuple(entry.pop("layers")), **entry) for entry in found["damage"]]
     cache.mkdir(parents=True, exist_ok=True)
     with progress(layers, what, unit="layer") as bar:
-        damage = measure(
+        found = measure(
             checkpoint, checkpoint.config, tokens=calibration.tokens, search=search, device=calibration.device,
             seed=calibration.seed, on_progress=lambda done, _: bar.update(done - bar.n), spill=cache,
         )  # fmt: skip
-    write_json(file, {"damage": [asdict(entry) for entry in damage]})
-    return damage
+    write_json(file, {"damage": [asdict(entry) for entry in found]})
+    return found
 
 
 def _cell(group: tuple[int, ...] | None, costs: dict[tuple[int, ...], float], chosen: set[tuple[int, ...]]) -> str:

@@ -1,7 +1,7 @@
 """One decoder layer at a time, out of the shipped CLA classes, split where calibration needs it.
 
 An attention layer is used as `heads` (normed input -> concatenated heads) followed by its output projection. What the
-layer is told about positions and masks is what `Shell` saw the whole model tell it.
+layer is told about positions and masks is what `Skeleton` saw the whole model tell it.
 """
 
 import copy
@@ -18,7 +18,7 @@ from ..models.kinds import NOPE
 from ..models.shape import shape_of
 from .group_fit import HeadShape
 from .pieces import Pieces
-from .skeleton import Shell, Source
+from .skeleton import Skeleton, Source
 
 _GPU_BATCH, _CPU_BATCH = 32_768, 2048
 """Tokens that run through a layer at a time: fill a GPU, stay in a CPU's caches."""
@@ -45,17 +45,17 @@ class Factory:
         self.device, self.dtype = torch.device(device), dtype or matmul_dtype(device)
         self.batch = _GPU_BATCH if self.device.type == "cuda" else _CPU_BATCH
         """Tokens at a time."""
-        self.shell = Shell(source, config, tokens, self.device)
-        self.source, self.family, self.config = source, self.shell.family, self.shell.config
+        self.skeleton = Skeleton(source, config, tokens, self.device)
+        self.source, self.family, self.config = source, self.skeleton.family, self.skeleton.config
         self._pieces = Pieces(self.family.cla_type)
         self._check_names()
         self._attention = shape_of(config)
-        self._calls = [_for_layers(call, self.dtype) for call in self.shell.calls]
+        self._calls = [_for_layers(call, self.dtype) for call in self.skeleton.calls]
 
     def _check_names(self) -> None:
         """Everything that a layer runs on must be there, whole or in pieces."""
         with torch.device("meta"):
-            names = self.shell.layer_class(self.config, 0).state_dict().keys()
+            names = self.skeleton.layer_class(self.config, 0).state_dict().keys()
         stored = {self._pieces.whole(name) for name in self.source.tensors}
         if missing := [n for n in names if f"{self.family.layers}.0.{n}" not in stored]:
             raise InputError(
@@ -95,7 +95,7 @@ class Factory:
         config = copy.copy(self.config)
         config.kv_source_layers = [group[0] if i in group else i for i in range(config.num_hidden_layers)]
         with torch.device("meta"):
-            layer = self.shell.layer_class(config, index)
+            layer = self.skeleton.layer_class(config, index)
         cast = {n: w if training or w.dim() < 2 else w.to(self.dtype) for n, w in weights.items()}
         layer.load_state_dict(cast, strict=False, assign=True)
         return Block(layer.eval().requires_grad_(False), self, self._calls[index])
@@ -174,7 +174,7 @@ class Block:
         return (square / square.mean()).clamp_min(1e-6)
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """What matching may change (projections and norms of queries and keys), by name inside the layer."""
+        """What reconstruction may change (projections and norms of queries and keys), by name inside the layer."""
         prefix = self.family.attention
         found = {f"{prefix}.{name}": p for name, p in self.attention.named_parameters()}
         return found | {f"{prefix}.{self.family.o_proj}.{name}": p for name, p in self.output.named_parameters()}

@@ -1,7 +1,7 @@
 """Calibrated pooling: the walk over the layers, one at a time, with a teacher and a student stream of activations.
 
-Per group: closed form and matching (`group_pooling`). Per layer behind the first shared one: refit of W_O, which
-pulls the student's residual stream back to the teacher's before the walk moves on. Calibration text is the only data
+Per group: closed form and block reconstruction (`group_pooling`). Per layer behind the first shared one: refit of W_O,
+which pulls the student's residual stream back to the teacher's before the walk moves on. Calibration text is the only data
 looked at. Peak memory: the weights of one layer (attention only: of one group) and the streams, see `streams.Store`.
 """
 
@@ -22,7 +22,7 @@ from .layer_patch import LayerPatch
 from .refit import ridge_towards
 from .sharing import activation_bytes
 from .skeleton import Source
-from .source_streams import Teacher
+from .source_streams import SourceStreams
 from .streams import SecondMoment, Store, batches, stream_dtype
 
 REFIT_STRENGTH = 0.1
@@ -52,7 +52,7 @@ def calibrated_pooling(
         device: where layers run, `cpu` or `cuda`.
         seed: of the order of rows; the same seed, device and library versions give the same result.
         on_progress: called with (layers done, layers in all).
-        effort: matching steps; with 0 the closed form stays. Default: `Effort.for_text`.
+        effort: steps of block reconstruction; with 0 the closed form stays. Default: `Effort.for_text`.
         dtype: of matrix products; default bfloat16 where the hardware has it. Linear algebra is float64 in any case.
         spill: folder for activations that memory has no room for.
 
@@ -91,7 +91,7 @@ class Walk:
         itemsize = stream_dtype(str(factory.device)).itemsize
         needed = activation_bytes(self._map, tokens.numel(), factory.config.hidden_size, itemsize)
         store = Store.choose(str(factory.device), needed, spill)
-        self._store, self._teacher = store, Teacher(factory, tokens, store)
+        self._store, self._teacher = store, SourceStreams(factory, tokens, store)
         self._pooler = Pooler(factory, self._teacher, effort, seed)
         self._student: Tensor | None = None  # None while it is still the teacher's
         self._kv: dict[int, tuple[Tensor, Tensor]] = {}
@@ -111,7 +111,7 @@ class Walk:
             self._decided |= decided
         elif owner == layer and self._student is not None:
             block = self._factory.build(layer, self._factory.read_layer(layer, mlp=False), training=True)
-            self._decided |= self._pooler.match([block], group, self._student)[0]
+            self._decided |= self._pooler.reconstruct([block], group, self._student)[0]
         patch = LayerPatch(layer, {}) if self._student is None else LayerPatch(layer, self._pass(layer), fit)
         self._teacher.release(layer)
         if layer == group[-1]:

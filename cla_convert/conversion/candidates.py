@@ -14,7 +14,7 @@ from torch import Tensor
 from .blocks import Factory, SharedKV
 from .calibration import calibrated_pooling
 from .layer_patch import LayerPatch
-from .sensitivity import Damage, Search, divergence, through
+from .sensitivity import Search, Sensitivity, divergence, through
 from .sharing import groups_of
 from .skeleton import Source
 
@@ -31,7 +31,7 @@ def measure_maps(
     dtype: torch.dtype | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     spill: Path | None = None,
-) -> list[Damage]:
+) -> list[Sensitivity]:
     """Pool the model by every map, on the first rows of `tokens`; measure it on the last ones.
 
     Args:
@@ -74,7 +74,7 @@ def measure_maps(
 def _end(factory: Factory, probe: Tensor, sources: Sequence[int], patches: Iterable[LayerPatch]) -> Tensor:
     """The residual stream [rows, T, hidden] of the probe rows behind the last layer of the patched model."""
     groups = {group[0]: group for group in groups_of(sources)}
-    stream, shared = factory.shell.embed(probe), SharedKV()
+    stream, shared = factory.skeleton.embed(probe), SharedKV()
     for patch in patches:
         prefix, group = f"{factory.family.layers}.{patch.layer}.", groups[sources[patch.layer]]
         changed = {name.removeprefix(prefix): tensor.to(factory.device) for name, tensor in patch.tensors.items()}

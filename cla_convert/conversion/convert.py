@@ -155,7 +155,7 @@ def _groups(plan: Plan, fits: list[GroupFit]) -> list[dict[str, Any]]:
                 "head_permutation": {str(layer): list(order) for layer, order in fit.head_permutation.items()},
                 "captured_k": round(fit.captured_k, 4),
                 "captured_v": round(fit.captured_v, 4),
-                "damage": round(fit.damage, 5),
+                "damage": round(fit.mismatch, 5),
             }
             if fit.temperature_error is not None:
                 group["temperature_error"] = round(fit.temperature_error, 4)

@@ -1,4 +1,4 @@
-"""One sharing group, pooled: its moments from the streams, the closed form, and the matching that follows."""
+"""One sharing group, pooled: its moments from the streams, the closed form, and block reconstruction."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,8 +11,8 @@ from .attention_weights import AttentionWeights, has_biases, with_norms
 from .blocks import Block, Factory
 from .group_fit import ClosedForm, Moments, fit_group
 from .layer_patch import GroupFit
-from .reconstruction import Member, match_group
-from .source_streams import Teacher
+from .reconstruction import Member, reconstruct_group
+from .source_streams import SourceStreams
 from .streams import SecondMoment, batches
 
 _SAMPLE = 4096
@@ -22,16 +22,16 @@ _SAMPLE = 4096
 class Pooler:
     """Pools groups of one model towards one teacher."""
 
-    def __init__(self, factory: Factory, teacher: Teacher, effort: Effort, seed: int) -> None:
+    def __init__(self, factory: Factory, teacher: SourceStreams, effort: Effort, seed: int) -> None:
         self._factory, self._teacher, self._effort, self._seed = factory, teacher, effort, seed
 
     def pool(self, group: Sequence[int], student: Tensor) -> tuple[dict[int, dict[str, Tensor]], GroupFit]:
         """New attention weights per layer (a consumer has no k and v), by their name inside the layer."""
         self._teacher.upto(group[-1])
         ready, closed, error = self._closed_form(group, student)
-        decided, damage = self.match(ready, group, student)
+        decided, mismatch = self.reconstruct(ready, group, student)
         permutations = dict(zip(group, closed.permutations, strict=True))
-        return decided, GroupFit(tuple(group), permutations, closed.captured_k, closed.captured_v, damage, error)
+        return decided, GroupFit(tuple(group), permutations, closed.captured_k, closed.captured_v, mismatch, error)
 
     def _closed_form(self, group: Sequence[int], student: Tensor) -> tuple[list[Block], ClosedForm, float | None]:
         """Blocks ready to be matched. All float64 ends with this call; float32 is read twice, for want of room."""
@@ -56,16 +56,16 @@ class Pooler:
         ]
         return ready, replace(closed, members=[]), error
 
-    def match(
+    def reconstruct(
         self, blocks: Sequence[Block], group: Sequence[int], student: Tensor
     ) -> tuple[dict[int, dict[str, Tensor]], float]:
         """Match blocks to the teacher; consumers read the teacher's stream, the owner the student's."""
         inputs = [student, *(self._teacher.inputs[layer] for layer in group[1:])]
         targets = [self._teacher.residuals[layer] for layer in group]
         members = [Member(*parts) for parts in zip(blocks, inputs, targets, strict=True)]
-        damage = match_group(members, self._effort, seed=self._seed + group[0])
+        mismatch = reconstruct_group(members, self._effort, seed=self._seed + group[0])
         trained = [{name: p.data for name, p in block.trainable().items()} for block in blocks]
-        return dict(zip(group, trained, strict=True)), damage
+        return dict(zip(group, trained, strict=True)), mismatch
 
     def _moments(self, blocks: Sequence[Block], group: Sequence[int], with_bias: bool, student: Tensor) -> Moments:
         """Moments of the normed inputs: the owner's in the student, the members' in the teacher."""

@@ -18,8 +18,8 @@ class GroupFit:
     """Share of the query-weighted key energy that the closed form keeps."""
     captured_v: float
     """Share of the W_O-weighted value energy that the closed form keeps."""
-    damage: float
-    """Relative squared error of the members' normed post-attention residual on calibration text, after matching."""
+    mismatch: float
+    """Relative squared error of the members' normed post-attention residual on calibration text, at the end."""
     temperature_error: float | None
     """Families with norms on queries and keys: what of the closed form does not fold, in nats on tokens that were
     not fitted (see `norms`)."""

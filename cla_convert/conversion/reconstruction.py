@@ -38,7 +38,7 @@ class Member:
     """The teacher's residual stream after this layer's attention."""
 
 
-def match_group(members: Sequence[Member], effort: Effort, *, seed: int) -> float:
+def reconstruct_group(members: Sequence[Member], effort: Effort, *, seed: int) -> float:
     """Train the members' attention in place; returns the mean `mismatch` afterwards, on up to 8 rows.
 
     Loss: the sum of the members' `mismatch`. Optimiser: Muon (Jordan et al. 2024), whose orthogonalised steps reach the

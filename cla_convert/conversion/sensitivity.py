@@ -21,7 +21,7 @@ from .blocks import Block, Factory, SharedKV
 from .group_pooling import Pooler
 from .search import candidate_groups
 from .skeleton import Source
-from .source_streams import Teacher
+from .source_streams import SourceStreams
 from .streams import Store
 
 _POSITIONS = 256
@@ -56,7 +56,7 @@ class Search:
 
 
 @dataclass(frozen=True)
-class Damage:
+class Sensitivity:
     """What sharing costs after calibrated pooling, on text it was not fitted to."""
 
     layers: tuple[int, ...]
@@ -67,7 +67,7 @@ class Damage:
     """Rise of the loss, nats per token."""
 
 
-def measure_damage(
+def measure_sensitivity(
     source: Source,
     config: dict[str, Any],
     kinds: Sequence[str],
@@ -78,7 +78,7 @@ def measure_damage(
     seed: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
     spill: Path | None = None,
-) -> list[Damage]:
+) -> list[Sensitivity]:
     """Pool every candidate group alone, on the first rows of `tokens`; measure it on the last ones.
 
     Args:
@@ -102,7 +102,7 @@ def measure_damage(
     streams = 10 * fit.numel() + len(groups) * probe.numel()
     store = Store.choose(device, streams * factory.config.hidden_size * 4, spill)
     with torch.no_grad():
-        teacher = Teacher(factory, fit, store)
+        teacher = SourceStreams(factory, fit, store)
         race = _Race(factory, Pooler(factory, teacher, search.effort, seed), teacher, probe, store)
         for layer in range(len(kinds)):
             race.step(layer, [group for group in groups if group[0] == layer])
@@ -114,10 +114,10 @@ def measure_damage(
 class _Race:
     """The candidates' streams on the probe rows, one layer at a time, beside the unchanged model's."""
 
-    def __init__(self, factory: Factory, pooler: Pooler, teacher: Teacher, probe: Tensor, store: Store) -> None:
+    def __init__(self, factory: Factory, pooler: Pooler, teacher: SourceStreams, probe: Tensor, store: Store) -> None:
         self._factory, self._pooler, self._teacher, self._probe = factory, pooler, teacher, probe
         self._store = store
-        self._clean = factory.shell.embed(probe)
+        self._clean = factory.skeleton.embed(probe)
         self._streams: dict[tuple[int, ...], Tensor] = {}
         self._weights: dict[tuple[int, ...], dict[int, dict[str, Tensor]]] = {}
         self._shared: dict[tuple[int, ...], SharedKV] = {}
@@ -142,17 +142,17 @@ class _Race:
         self._clean = through(unchanged, self._clean, {})
         self._teacher.release(layer)
 
-    def finish(self) -> list[Damage]:
+    def finish(self) -> list[Sensitivity]:
         """Compare next-token distributions."""
         return divergence(self._factory, self._probe, self._clean, self._streams)
 
 
 def divergence(
     factory: Factory, probe: Tensor, clean: Tensor, streams: Mapping[tuple[int, ...], Tensor]
-) -> list[Damage]:
+) -> list[Sensitivity]:
     """What the ends of `streams` [rows, T, hidden] say of the tokens `probe` [rows, T] against `clean`."""
     divergences, losses = dict.fromkeys(streams, 0.0), dict.fromkeys(streams, 0.0)
-    head = factory.shell.head(factory.dtype)
+    head = factory.skeleton.head(factory.dtype)
     (rows, length), step = probe.shape, min(_POSITIONS, positions_at_a_time(factory.config.vocab_size))
 
     def log_p(stream: Tensor, row: int, part: slice) -> Tensor:
@@ -168,7 +168,7 @@ def divergence(
             divergences[layers] += _total(kl(wanted, found))
             losses[layers] += _total(nll(found, labels)) - base
     count = rows * (length - 1)
-    return [Damage(layers, divergences[layers] / count, losses[layers] / count) for layers in streams]
+    return [Sensitivity(layers, divergences[layers] / count, losses[layers] / count) for layers in streams]
 
 
 def _total(values: Tensor) -> float:

@@ -54,7 +54,7 @@ class _StandIn(nn.Module):
         return self.seen if self.output is None else self.output
 
 
-class Shell:
+class Skeleton:
     """Embeddings, positions and head of one model; its layers are built one at a time by whoever needs them."""
 
     def __init__(self, source: Source, config: dict[str, Any], tokens: Tensor, device: torch.device) -> None:

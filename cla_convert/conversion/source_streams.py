@@ -6,14 +6,14 @@ from .blocks import Factory
 from .streams import Store, batches
 
 
-class Teacher:
+class SourceStreams:
     """The source model's residual streams, computed only as far ahead as a group reaches."""
 
     def __init__(self, factory: Factory, tokens: Tensor, store: Store) -> None:
         self._factory, self._store, self._next = factory, store, 0
         first = store.empty(*tokens.shape, factory.config.hidden_size)
         for part in batches(tokens, factory.batch):
-            first[part] = factory.shell.embed(tokens[part]).to(first.device)
+            first[part] = factory.skeleton.embed(tokens[part]).to(first.device)
         self.inputs: dict[int, Tensor] = {0: first}
         """Layer -> stream it reads."""
         self.residuals: dict[int, Tensor] = {}

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from ..errors import InputError
 from . import kinds
 from .family_code import FROM_ATTENTION, FROM_CONFIG, Code, Fused
-from .kinds import Kinds
+from .kinds import KindRule
 
 CODE_FOLDER = Path(__file__).parent / "generated"
 KV_MODULES = ("k_proj", "v_proj", "k_norm")
@@ -74,7 +74,7 @@ class Family:
     """The CLA classes are Cla<prefix>Config, ...DecoderLayer, ...Model and ...ForCausalLM."""
     code: Code
     """What its modelling files differ in."""
-    kinds: Kinds = kinds.full
+    kinds: KindRule = kinds.full
     """config.json (with `defaults`) -> attention kind of each layer."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """What transformers assumes where a config.json leaves it out."""

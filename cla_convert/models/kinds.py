@@ -13,7 +13,7 @@ NOPE = ", no RoPE"
 """Ends the kind of a layer that does not rotate its queries and keys."""
 
 Config = Mapping[str, Any]
-Kinds = Callable[[Config], list[str]]
+KindRule = Callable[[Config], list[str]]
 
 
 def full(config: Config) -> list[str]:

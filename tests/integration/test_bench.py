@@ -9,7 +9,7 @@ import torch
 
 from cla_convert.bench import memory, speed
 from cla_convert.bench.bench import bench
-from cla_convert.bench.memory import Budget, capacity, fits, largest
+from cla_convert.bench.memory import MemoryBudget, capacity, fits, largest
 from cla_convert.bench.speed import Work
 from cla_convert.bench.subject import Subject, cache_bytes, decode, filled_cache, prefill, token_ids
 from cla_convert.cli.app import numbers_of, size_of
@@ -86,7 +86,7 @@ def test_a_sliding_window_is_filled_no_further_than_it_reaches(tmp_path: Path):
     decode(ours.model, filled, 2, 1)
     assert filled.get_seq_length() == 101
     # Beyond the window only the full layers grow, so far more fits than the growth of a short cache suggests.
-    budget = Budget(ours.weight_bytes + 2**20, "cpu")
+    budget = MemoryBudget(ours.weight_bytes + 2**20, "cpu")
     found = capacity(ours, budget, 100)
     full, windows = 2 * 2 * 8 * 4, 2 * 2 * 8 * 4 * 15
     assert found["longest_context"] == (2**20 - windows) // (64 * full) * 64
@@ -107,8 +107,8 @@ def test_running_out_of_memory_is_an_answer(tiny_llama: Path, monkeypatch: pytes
     def exhausted(*_arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    plenty = Budget(2**30, "cpu")
-    assert capacity(subject(tiny_llama), Budget(2**19, "cpu"), 8)["largest_batch"] > 0
+    plenty = MemoryBudget(2**30, "cpu")
+    assert capacity(subject(tiny_llama), MemoryBudget(2**19, "cpu"), 8)["largest_batch"] > 0
     monkeypatch.setattr(memory, "filled_cache", exhausted)
     monkeypatch.setattr(speed, "filled_cache", exhausted)
     ours = subject(tiny_llama)
@@ -134,7 +134,7 @@ def test_a_time_limit_costs_turns_and_tokens_of_the_slow_cases_and_says_so(
     monkeypatch.setattr(speed, "RUN_SECONDS", 6)
     both = [subject(tiny_llama, name) for name in ("source", "converted")]
     cases = {name: [("decode", 1), ("decode", 9)] for name in ("source", "converted")}
-    rows = speed.measure_speed(both, cases, Budget(2**30, "cpu"), Work(8, 33, 84))
+    rows = speed.measure_speed(both, cases, MemoryBudget(2**30, "cpu"), Work(8, 33, 84))
     # Batch 1 takes 6 tokens and one to warm up, batch 9 the 4 that are the least: rounds of 14 and 30 seconds.
     assert decoded[:8] == [(1, 1), (1, 6)] * 2 + [(9, 1), (9, 4)] * 2
     assert {(row["batch"], len(row["runs"]), row["steps"]) for row in rows} == {(1, 3, 6), (9, 1, 4)}
@@ -144,7 +144,7 @@ def test_a_time_limit_costs_turns_and_tokens_of_the_slow_cases_and_says_so(
         "decode at batch 1: 3 of 5 turns, 6 of 32 tokens",
         "decode at batch 9: 1 of 5 turns, 4 of 32 tokens",
     ]
-    plenty = speed.measure_speed(both, cases, Budget(2**30, "cpu"), Work(8, 4, 10**6))
+    plenty = speed.measure_speed(both, cases, MemoryBudget(2**30, "cpu"), Work(8, 4, 10**6))
     assert {len(row["runs"]) for row in plenty} == {speed.TURNS} and speed.cut(plenty, 4) == []
 
 
@@ -155,7 +155,7 @@ def test_a_gpu_is_capped_at_the_budget_and_the_other_models_weights(monkeypatch:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 10**9))
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *call: calls.append(call))
     for device, index in (("cuda", 0), ("cuda:3", 3)):
-        with pytest.raises(torch.OutOfMemoryError), Budget(7 * 10**9, device).cap(others=10**9):
+        with pytest.raises(torch.OutOfMemoryError), MemoryBudget(7 * 10**9, device).cap(others=10**9):
             raise torch.OutOfMemoryError
         assert calls[-2:] == [(0.1, index), (1.0, index)]
 

@@ -15,7 +15,7 @@ from cla_convert.conversion.layer_patch import LayerPatch
 from cla_convert.conversion.pieces import Pieces
 from cla_convert.conversion.reconstruction import orthogonalise
 from cla_convert.conversion.sharing import sharing_map
-from cla_convert.conversion.source_streams import Teacher
+from cla_convert.conversion.source_streams import SourceStreams
 from cla_convert.conversion.streams import Store, place_for
 from cla_convert.effort import Effort
 from cla_convert.errors import InputError
@@ -118,7 +118,7 @@ def test_a_planted_change_of_basis_is_recovered(case: str, tokens: Tensor, saved
     patches = patches_of(source, sources, tokens)
     fit = patches[1].fit
     assert fit and fit.captured_k == pytest.approx(1, abs=1e-5) and fit.captured_v == pytest.approx(1, abs=1e-5)
-    assert fit.damage < 1e-8 and (fit.temperature_error or 0) < 1e-5
+    assert fit.mismatch < 1e-8 and (fit.temperature_error or 0) < 1e-5
     torch.testing.assert_close(
         logits(converted(case, source, sources, patches), tokens), logits(model, tokens), rtol=1e-4, atol=1e-4
     )
@@ -129,10 +129,10 @@ def test_the_layers_one_by_one_are_the_model(case: str, tokens: Tensor, saved) -
     model = source_model(case)
     source = saved(model)
     factory = Factory(source, source.config, tokens, "cpu", torch.float32)
-    teacher, last = Teacher(factory, tokens, Store(torch.device("cpu"))), model.config.num_hidden_layers
+    teacher, last = SourceStreams(factory, tokens, Store(torch.device("cpu"))), model.config.num_hidden_layers
     with torch.no_grad():
         teacher.upto(last - 1)
-        found = factory.shell.head(torch.float32)(teacher.inputs[last]).log_softmax(-1)
+        found = factory.skeleton.head(torch.float32)(teacher.inputs[last]).log_softmax(-1)
     torch.testing.assert_close(found, logits(model, tokens).log_softmax(-1), rtol=1e-4, atol=1e-4)
 
 
@@ -205,7 +205,7 @@ def test_patches_name_what_each_kind_of_layer_has(tokens: Tensor, saved) -> None
 def test_matching_lowers_the_damage(tokens: Tensor, saved) -> None:
     source, sources = saved(source_model("llama")), [0, 1, 1, 3, 3, 5]
     before, after = (
-        [patch.fit.damage for patch in patches_of(source, sources, tokens, effort=Effort(steps, 128)) if patch.fit]
+        [patch.fit.mismatch for patch in patches_of(source, sources, tokens, effort=Effort(steps, 128)) if patch.fit]
         for steps in (0, 20)
     )
     assert all(b < 0.8 * a for a, b in zip(before, after, strict=True))
@@ -278,7 +278,7 @@ def test_progress_is_reported_layer_by_layer(tokens: Tensor, saved) -> None:
 def test_bfloat16_products_stay_close(tokens: Tensor, saved) -> None:
     source, sources = saved(source_model("llama")), [0, 1, 1, 3, 3, 5]
     damage = [
-        [p.fit.damage for p in patches_of(source, sources, tokens, dtype=dtype) if p.fit]
+        [p.fit.mismatch for p in patches_of(source, sources, tokens, dtype=dtype) if p.fit]
         for dtype in (torch.float32, torch.bfloat16)
     ]
     assert damage[1] == pytest.approx(damage[0], rel=0.1)

@@ -247,7 +247,7 @@ def test_an_attention_that_is_not_here_falls_back(tmp_path, capsys):
 
 
 def test_config_and_fingerprint_stay_as_they_were(tmp_path):
-    from cla_convert.conversion.skeleton import Shell
+    from cla_convert.conversion.skeleton import Skeleton
 
     scaling = {"type": "linear", "factor": 4.0}
     folder = change(
@@ -257,6 +257,6 @@ def test_config_and_fingerprint_stay_as_they_were(tmp_path):
     before, config = fingerprint(checkpoint.folder), json.dumps(checkpoint.config)
     plan_of(folder)
     make_plan(checkpoint, sharing="cla2", init="mean")
-    Shell(checkpoint, checkpoint.config, IDS, torch.device("cpu"))
+    Skeleton(checkpoint, checkpoint.config, IDS, torch.device("cpu"))
     assert json.dumps(checkpoint.config) == config and fingerprint(checkpoint.folder) == before
     assert json.loads((converted(folder, tmp_path / "out") / "config.json").read_text())["rope_scaling"] == scaling

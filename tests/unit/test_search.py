@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 from cla_convert.conversion.calibration import calibrated_pooling
 from cla_convert.conversion.candidates import measure_maps
 from cla_convert.conversion.search import candidate_groups, choose_map, likely_maps, owners_for
-from cla_convert.conversion.sensitivity import Search, measure_damage
+from cla_convert.conversion.sensitivity import Search, measure_sensitivity
 from cla_convert.effort import Effort
 from cla_convert.errors import InputError
 from cla_convert.models.classes import cla_classes
@@ -90,9 +90,9 @@ def test_a_group_that_loses_nothing_ranks_lowest_wherever_streams_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = Planted()
-    table = measure_damage(model, model.config, ["full"] * 6, TOKENS, search=SEARCH)
+    table = measure_sensitivity(model, model.config, ["full"] * 6, TOKENS, search=SEARCH)
     monkeypatch.setattr("cla_convert.conversion.streams.available_memory", lambda: 0)
-    assert table == measure_damage(model, model.config, ["full"] * 6, TOKENS, search=SEARCH, spill=tmp_path)
+    assert table == measure_sensitivity(model, model.config, ["full"] * 6, TOKENS, search=SEARCH, spill=tmp_path)
     assert [entry.layers for entry in table] == candidate_groups(["full"] * 6, 3)
     costs = {entry.layers: entry.kl for entry in table}
     assert min(costs, key=lambda group: costs[group]) == (2, 3)
