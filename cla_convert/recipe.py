@@ -178,8 +178,8 @@ class Calibration(Section):
     """Length of a calibration sequence; at most what the model was built for."""
     steps: int | None = Field(default=None, ge=0)
     """Steps of block reconstruction (docs/how-it-works.md) of each group; 0: the closed form alone. None: 60 of 8192
-    tokens, and more where there is more text (369 for 2.6M tokens); on a CPU 20 of 2048. What a step takes grows with the cube of the
-    hidden size, so a large model on a CPU may afford only a few."""
+    tokens, and more where there is more text (369 for 2.6M tokens); on a CPU 20 of 2048. What a step takes grows with
+    the cube of the hidden size, so a large model on a CPU may afford only a few."""
 
 
 class Convert(Section):
