@@ -2,7 +2,7 @@
 
 Per group: closed form and block reconstruction (`group_pooling`). Per layer behind the first shared one: refit of W_O,
 which pulls the student's residual stream back to the teacher's before the walk moves on. Calibration text is the only
-data looked at. Peak memory: the weights of one layer (attention only: of one group) and the streams, see `streams.Store`.
+data looked at. Peak memory: the weights of one layer (attention only: of one group) and the streams (`streams.Store`).
 """
 
 import os
