@@ -4,19 +4,33 @@ Accuracies and perplexities may stay while a model answers differently; these tw
 the same rows, and both distributions exist for a few positions at a time only.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from ..files import plain
-from ..models.scoring import Forward, evaluating, kl, log_probabilities, nll, positions_at_a_time, split_model
+from ..models.scoring import (
+    Forward,
+    evaluating,
+    kl,
+    log_probabilities,
+    nll,
+    output_head,
+    positions_at_a_time,
+    split_model,
+)
 from .inference import mean_interval
 from .perplexity import Window, totals
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 @torch.no_grad()
-def agreement(model: Any, source: Any, rows: torch.Tensor, *, batch_size: int = 1) -> dict[str, Any]:
+def agreement(
+    model: "PreTrainedModel", source: "PreTrainedModel", rows: torch.Tensor, *, batch_size: int = 1
+) -> dict[str, Any]:
     """Compare the next-token distributions of `model` with those of `source` at every position of every row.
 
     Args:
@@ -34,7 +48,7 @@ def agreement(model: Any, source: Any, rows: torch.Tensor, *, batch_size: int = 
     likelihoods: list[Window] = []
     with evaluating(model, source):
         parts = [split_model(one, rows[:1]) for one in (model, source)]
-        step = positions_at_a_time(model.get_output_embeddings().weight.shape[0])
+        step = positions_at_a_time(output_head(model).weight.shape[0])
         for batch in rows.split(batch_size):
             divergences, same, nats = _batch(parts, [batch.to(one.device) for one in (model, source)], step)
             windows += [

@@ -1,7 +1,7 @@
 """The model as lm-eval sees it: HFLM on a live model, with our progress bar and bounded memory."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
@@ -10,13 +10,25 @@ from .batch import BatchTooLarge, out_of_memory, too_long
 from .context import fed_tokens
 from .metered import Metered
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
 Base: Any = HFLM  # its registration decorator hides the class from type checkers
 
 
 class MeteredLM(Metered, Base):
     """HFLM that reports tokens as it goes, and counts the requests that it had to shorten."""
 
-    def __init__(self, model: Any, tokenizer: Any, *, batch_size: int, context: int, accelerator: Any = None) -> None:
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        *,
+        batch_size: int,
+        context: int,
+        accelerator: Any = None,
+    ) -> None:
         # The batch size must be given here: simple_evaluate ignores its own with a model object.
         super().__init__(
             context=context, pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=context

@@ -1,17 +1,21 @@
 """Likelihood of tokens on packed rows, with bounded memory: for validation, the held-out text and any text file."""
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from ..models.scoring import Forward, evaluating, log_probabilities, nll, positions_at_a_time, split_model
+from ..models.scoring import Forward, evaluating, log_probabilities, nll, output_head, positions_at_a_time, split_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 Window = tuple[float, int]
 """Summed negative log-likelihood of a row in nats, and how many tokens that were."""
 
 
-def token_perplexity(model: Any, rows: torch.Tensor, *, batch_size: int = 1) -> dict[str, float]:
+def token_perplexity(model: "PreTrainedModel", rows: torch.Tensor, *, batch_size: int = 1) -> dict[str, float]:
     """Mean negative log-likelihood of every token given the ones before it in its row.
 
     Args:
@@ -32,14 +36,14 @@ def totals(windows: list[Window]) -> dict[str, float]:
     return {"perplexity": math.exp(nll) if nll < 700 else math.inf, "nll": nll, "tokens": tokens}
 
 
-def row_windows(model: Any, rows: torch.Tensor, *, batch_size: int = 1) -> list[Window]:
+def row_windows(model: "PreTrainedModel", rows: torch.Tensor, *, batch_size: int = 1) -> list[Window]:
     """Nats and tokens of every row; arguments as for `token_perplexity`."""
     if rows.ndim != 2 or rows.shape[1] < 2 or not len(rows):
         raise ValueError(f"rows must have the shape [n, T] with n >= 1 and T >= 2, not {tuple(rows.shape)}")
     nats: list[float] = []
     with torch.no_grad(), evaluating(model):
         body, head = split_model(model, rows[:1])
-        step = positions_at_a_time(model.get_output_embeddings().weight.shape[0])
+        step = positions_at_a_time(output_head(model).weight.shape[0])
         for batch in rows.split(batch_size):
             nats += _batch_nats(body, head, batch.to(model.device), step)
     return [(row, rows.shape[1] - 1) for row in nats]

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -31,6 +31,10 @@ from .batch import out_of_memory
 from .context import fed_tokens
 from .perplexity import row_windows, totals
 from .quiet import quiet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 Json = dict[str, Any]
 
@@ -101,7 +105,7 @@ def measure_texts(texts: Texts, model_dir: Path, point_dir: Path, common: Json, 
     return {name: {k: v for k, v in one.items() if k not in ("windows", "identity")} for name, one in found.items()}
 
 
-def text_perplexity(model: Any, model_dir: Path, text: TextFile, batch_size: int) -> Json:
+def text_perplexity(model: "PreTrainedModel", model_dir: Path, text: TextFile, batch_size: int) -> Json:
     """Perplexity per token and bits per byte of a text file, see the head of this file.
 
     Windows do not overlap; each starts with the tokenizer's BOS (EOS where it has none), as in lm-eval, so that every
@@ -133,7 +137,9 @@ def text_perplexity(model: Any, model_dir: Path, text: TextFile, batch_size: int
     }  # fmt: skip
 
 
-def _domains(model: Any, source: Any, domains: dict[str, torch.Tensor], batch_size: int) -> Json:
+def _domains(
+    model: "PreTrainedModel", source: "PreTrainedModel | None", domains: dict[str, torch.Tensor], batch_size: int
+) -> Json:
     """Perplexity on each domain and, with a source, agreement with it."""
 
     def one(rows: torch.Tensor) -> Json:

@@ -8,12 +8,16 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import InputError
 from . import kinds
 from .family_code import FROM_ATTENTION, FROM_CONFIG, Code, Fused
 from .kinds import KindRule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 CODE_FOLDER = Path(__file__).parent / "generated"
 KV_MODULES = ("k_proj", "v_proj", "k_norm")
@@ -259,7 +263,7 @@ def family_like(model_type: str) -> Family:
     return FAMILIES.get(model_type.removeprefix("cla_"), FAMILIES["llama"])
 
 
-def decoder_layers(model: Any) -> Any:
+def decoder_layers(model: "PreTrainedModel") -> Any:
     """The list of decoder layers of a loaded model, plain or CLA."""
     family = FAMILIES.get(model.config.model_type.removeprefix("cla_"))
     return model.get_submodule(family.layers) if family else model.base_model.layers

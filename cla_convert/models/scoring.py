@@ -7,11 +7,15 @@ every value is one position's, for the caller to add up in float64 on the CPU, w
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 _LOGITS = 2**24
 """Largest number of logits held at a time (64 MiB in float32)."""
@@ -19,7 +23,7 @@ _LOGITS = 2**24
 Forward = Callable[[Tensor], Tensor]
 
 
-def hidden_states(model: Any, ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+def hidden_states(model: "PreTrainedModel", ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
     """Final hidden states [B, T, D] of tokens [B, T], without the vocabulary projection.
 
     Without a mask and a cache, transformers (masking_utils.find_packed_sequence_indices) takes every restart of
@@ -28,7 +32,14 @@ def hidden_states(model: Any, ids: Tensor, position_ids: Tensor | None = None) -
     return model.base_model(input_ids=ids, position_ids=position_ids, use_cache=False).last_hidden_state
 
 
-def split_model(model: Any, sample: Tensor) -> tuple[Forward, Forward]:
+def output_head(model: "PreTrainedModel") -> nn.Linear:
+    """The output projection."""
+    head = model.get_output_embeddings()
+    assert isinstance(head, nn.Linear), "a causal language model has an output projection"
+    return head
+
+
+def split_model(model: "PreTrainedModel", sample: Tensor) -> tuple[Forward, Forward]:
     """The model as body (ids -> hidden states) and head (hidden states -> logits).
 
     Some families scale or cap their logits after the output projection. Instead of a list of them: compare once with
@@ -42,7 +53,7 @@ def split_model(model: Any, sample: Tensor) -> tuple[Forward, Forward]:
     def whole(batch: Tensor) -> Tensor:
         return model(input_ids=batch, use_cache=False).logits
 
-    head = model.get_output_embeddings()
+    head = output_head(model)
     if torch.allclose(head(body(ids)).float(), whole(ids).float(), rtol=1e-3, atol=1e-3):
         return body, head
     return whole, lambda logits: logits

@@ -8,12 +8,16 @@ is a plain causal one, writes it out, and attention loses its fast kernel.
 import importlib.util
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from ..errors import InputError
 from ..models.families import decoder_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 WORTH_IT = 1e16
 """Floating-point operations from which compiling pays: it takes about half a minute and doubles some 150 TFLOP/s."""
@@ -34,7 +38,7 @@ def choose_compile(wanted: Literal["auto"] | bool, device_type: str, flops: floa
     return wanted is True or (wanted == "auto" and device_type == "cuda" and possible and flops >= WORTH_IT)
 
 
-def compile_layers(model: Any, rows: int, length: int) -> None:
+def compile_layers(model: "PreTrainedModel", rows: int, length: int) -> None:
     """Let the decoder layers of `model` run compiled on `rows` sequences of `length` tokens, for good.
 
     Anything else (a shorter last micro-batch, validation) runs as before: every shape would be compiled again. The

@@ -11,7 +11,7 @@ cache knows. Attention goes over a part of the cache that doubles as the rows gr
 
 from collections.abc import Collection
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,10 @@ from transformers import Cache, StaticLayer
 from ..console import say
 from ..models.kinds import SLIDING
 from ..models.shape import AttentionShape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 SMALLEST = 128
 """Cached positions that attention goes over at first; doubled until they are all."""
@@ -86,7 +90,7 @@ class Decoder:
 
     def __init__(
         self,
-        model: Any,
+        model: "PreTrainedModel",
         shape: AttentionShape,
         rows: int,
         length: int,

@@ -7,16 +7,19 @@ teacher's own, so that far fewer tokens settle what a layer has to do (TinyBERT,
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..models.families import decoder_layers
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 @contextmanager
-def recorded_streams(model: Any) -> Iterator[list[Tensor]]:
+def recorded_streams(model: "PreTrainedModel") -> Iterator[list[Tensor]]:
     """The residual stream [B, T, D] behind every layer of the forward passes made inside, in order."""
     streams: list[Tensor] = []
 

@@ -1,16 +1,20 @@
 """What is minimised: an objective maps the student and a micro-batch to a scalar."""
 
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..errors import InputError
-from ..models.scoring import hidden_states
+from ..models.scoring import hidden_states, output_head
 from ..recipe import Train
 from .hidden import recorded_streams, stream_distance
 from .loss import IGNORE, LogitRule, Target, Terms, logit_rule, next_token_labels, vocabulary_loss
 from .train_loss import LOSSES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 _LOGIT_BYTES = {"cpu": 2**26, "cuda": 2**30}
 """Memory for the float32 logits of one chunk: small enough for a CPU's allocator to reuse, large enough for a GPU."""
@@ -19,7 +23,9 @@ _LOGIT_BYTES = {"cpu": 2**26, "cuda": 2**30}
 class Objective:
     """The terms of `train.loss`, and agreement of the hidden states with a teacher's, weighted and added."""
 
-    def __init__(self, train: Train, student: Any, teacher: Any = None, *, fused: bool = False) -> None:
+    def __init__(
+        self, train: Train, student: "PreTrainedModel", teacher: "PreTrainedModel | None" = None, *, fused: bool = False
+    ) -> None:
         """Read the weights of the terms.
 
         Args:
@@ -47,7 +53,7 @@ class Objective:
 
     def __call__(
         self,
-        student: Any,
+        student: "PreTrainedModel",
         ids: torch.Tensor,
         positions: torch.Tensor | None,
         denominator: float,
@@ -63,11 +69,11 @@ class Objective:
             What is to be differentiated; and for the record [1 + len(parts)] the loss without the hidden states, whose
             falling weight would look like progress, and the `parts` without their weights.
         """
-        matched = bool(self.hidden_weight) and self.teacher is not None
-        with recorded_streams(student) if matched else nullcontext([]) as streams:
+        followed = self.teacher if self.hidden_weight else None
+        with recorded_streams(student) if followed is not None else nullcontext([]) as streams:
             hidden = hidden_states(student, ids, positions)
-        with recorded_streams(self.teacher) if matched else nullcontext([]) as targets:
-            target = None if self.teacher is None else self._target(ids, positions)
+        with recorded_streams(followed) if followed is not None else nullcontext([]) as targets:
+            target = None if self.teacher is None else _target(self.teacher, ids, positions)
         labels, weight = next_token_labels(ids, positions), head_weight(student)
         rows = weight.shape[0]
         if target is not None and target.weight.shape[0] != rows:  # padded differently: compare what both have
@@ -77,27 +83,28 @@ class Objective:
             hidden, weight, labels, self.terms, teacher=target, chunk=chunk_size(weight), fused=self.fused
         )
         record = [loss.detach(), *sums]
-        if matched:
+        if followed is not None:
             distance = stream_distance(streams, targets, labels != IGNORE, fused=self.fused)
             loss = loss + (1 - done) * self.hidden_weight * distance
             record.append(distance.detach())
         return loss / denominator, torch.stack(record) / denominator
 
-    def _target(self, ids: torch.Tensor, positions: torch.Tensor | None) -> Target:
-        with torch.no_grad():
-            return Target(hidden_states(self.teacher, ids, positions), head_weight(self.teacher))
+
+def _target(teacher: "PreTrainedModel", ids: torch.Tensor, positions: torch.Tensor | None) -> Target:
+    with torch.no_grad():
+        return Target(hidden_states(teacher, ids, positions), head_weight(teacher))
 
 
-def head_weight(model: Any) -> torch.Tensor:
+def head_weight(model: "PreTrainedModel") -> torch.Tensor:
     """The output embedding [V, D]. Raises InputError for a head that is more than a matrix."""
-    head = model.get_output_embeddings()
-    if getattr(head, "bias", None) is not None:
+    head = output_head(model)
+    if head.bias is not None:
         raise InputError("Models whose output head has a bias cannot be uptrained yet")
     return head.weight
 
 
 @torch.no_grad()
-def check_head(model: Any) -> None:
+def check_head(model: "PreTrainedModel") -> None:
     """Raise InputError unless hidden states, output embedding and `LogitRule` give the logits of the model itself."""
     ids = torch.arange(8, device=model.device)[None]
     logits = model(input_ids=ids, use_cache=False).logits.float()

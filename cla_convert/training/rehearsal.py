@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,6 +25,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..models.classes import register
 from ..models.scoring import hidden_states
 from .loss import Target, Terms, vocabulary_loss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm"}
 _NOT_OF_THE_SHAPE = {"model_type", "auto_map", "quantization_config", "attn_implementation", "_attn_implementation"}
@@ -40,7 +44,7 @@ def skeleton(config: Mapping[str, Any]) -> Any:
     return model.train()
 
 
-def kept_bytes(model: Any, length: int, *, compiled: bool, documents: bool = False) -> float:
+def kept_bytes(model: "PreTrainedModel", length: int, *, compiled: bool, documents: bool = False) -> float:
     """Bytes that the layers of `model` keep for a sequence of `length` tokens.
 
     Args:
@@ -167,7 +171,7 @@ class _Flash(torch.autograd.Function):
 
 
 @contextmanager
-def _attention_stand_in(model: Any, record: _Record, documents: bool) -> Iterator[None]:
+def _attention_stand_in(model: "PreTrainedModel", record: _Record, documents: bool) -> Iterator[None]:
     """Let the model's attention be counted.
 
     transformers makes no mask for an attention that it does not know: masks need numbers.

@@ -2,9 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 NAMES = ("encyclopaedia", "web", "news", "law", "science", "dialogue", "code")
 WINDOW = 512
@@ -14,7 +18,7 @@ ON_CPU = 512
 
 
 def domain_rows(
-    tokenizer: Any,
+    tokenizer: "PreTrainedTokenizerBase",
     tokens: int | Literal["auto"],
     device: str,
     *,
@@ -43,7 +47,7 @@ def documents(name: str) -> list[str]:
     return [json.loads(line)["text"] for line in lines]
 
 
-def _rows(name: str, tokenizer: Any, length: int, first: int | None) -> torch.Tensor:
+def _rows(name: str, tokenizer: "PreTrainedTokenizerBase", length: int, first: int | None) -> torch.Tensor:
     """All of a domain, its documents separated by EOS as in training."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     encoded = tokenizer(documents(name), add_special_tokens=False, verbose=False).input_ids

@@ -11,12 +11,16 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ...errors import InputError, UsageError
 from ...models.export import load_tokenizer, register
 from ...recipe import Evaluate
 from ..tasks.pack import Rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 _PASSKEY_INTRODUCTION = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
@@ -85,7 +89,9 @@ def retrieval_rows(name: str, spec: Evaluate, seed: int, model_dir: Path) -> Row
     )
 
 
-def documents(name: str, tokenizer: Any, *, lengths: list[int], depths: list[float], samples: int, seed: int) -> Rows:
+def documents(
+    name: str, tokenizer: "PreTrainedTokenizerBase", *, lengths: list[int], depths: list[float], samples: int, seed: int
+) -> Rows:
     """All documents of a task, sample by sample over the whole grid, so that the first n are spread over it.
 
     Args:
