@@ -9,9 +9,11 @@ from ..environment import command_line, rank, world_size
 from ..errors import ClaError, ExitCode, InputError, Interrupted
 from .app import app
 
-from . import models, training, evaluation, recipes  # isort: skip  (the order of --help)
+from . import inspect, convert, verify, chat, uptrain, run, eval, bench, report, recipes  # isort: skip  (as in --help)
 
-__all__ = ["app", "evaluation", "main", "models", "recipes", "training"]
+__all__ = [
+    "app", "bench", "chat", "convert", "eval", "inspect", "main", "recipes", "report", "run", "uptrain", "verify"
+]  # fmt: skip
 
 
 _OF_PATHS = (
@@ -38,7 +40,7 @@ def main() -> None:
         if leads or sys.argv[1:2] == ["eval"]:  # lm-eval divides documents by itself: every process runs the verb
             app()
         else:
-            training.take_part()
+            take_part()
     except (ClaError, OSError) as error:
         if debug() or not (isinstance(error, ClaError) or error.errno in _OF_PATHS):
             raise
@@ -66,6 +68,16 @@ def main() -> None:
             from ..training.torchrun import dismiss_the_others
 
             dismiss_the_others()
+
+
+def take_part() -> None:
+    """What every process but the first does under torchrun: wait for its call, uptrain with it, leave."""
+    from ..training.torchrun import wait_for_call
+
+    if (arguments := wait_for_call()) is not None:
+        from ..training.loop import uptrain as train
+
+        train(**arguments)
 
 
 def _speaks() -> bool:

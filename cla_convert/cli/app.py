@@ -13,6 +13,8 @@ from ..errors import UsageError
 if TYPE_CHECKING:
     from ..models.upload import Destination
     from ..recipe import Recipe as Schema
+    from ..recipe_file import Resolved
+    from ..run_folder import RunFolder
 
 app = typer.Typer(
     name="cla-convert",
@@ -75,13 +77,18 @@ def root(
         raise typer.Exit
 
 
-def settings_of(recipe: str | None, sets: list[str] | None, options: dict[str, Any]) -> "Schema":
+def load(recipe: str | None, sets: list[str] | None, options: dict[str, Any]) -> "Resolved":
     """A recipe (or the defaults), then --set, then the options of the verb that were given."""
     from ..recipe_file import load_recipe
     from ..recipes import find_recipe
 
     given = [f"{name}={json.dumps(value)}" for name, value in options.items() if value is not None]
-    return load_recipe(find_recipe(recipe) if recipe else None, [*(sets or []), *given]).recipe
+    return load_recipe(find_recipe(recipe) if recipe else None, [*(sets or []), *given])
+
+
+def settings_of(recipe: str | None, sets: list[str] | None, options: dict[str, Any]) -> "Schema":
+    """`load` without where each value came from."""
+    return load(recipe, sets, options).recipe
 
 
 def destination(repo: str | None, private: bool) -> "Destination | None":
@@ -110,7 +117,7 @@ def gate_mode(gate: bool, strict: bool) -> bool | str:
     return "strict" if strict else gate
 
 
-def enforce_gate(run_dir: Path, mode: bool | str) -> None:
+def enforce_gate(folder: "RunFolder", mode: bool | str) -> None:
     """Raise QualityGate if the gate fails on the results in a run folder; everything has been written by then."""
     if not mode:
         return
@@ -119,9 +126,9 @@ def enforce_gate(run_dir: Path, mode: bool | str) -> None:
     from ..recipe_file import load_recipe
     from ..report.run_folder import explained
 
-    settings = load_recipe(run_dir / "recipe.yaml").recipe
-    with explained(run_dir):
-        comparison = write_comparison(run_dir, margin=settings.eval.margin, seed=settings.seed)
+    settings = load_recipe(folder.recipe).recipe
+    with explained(folder.path):
+        comparison = write_comparison(folder.path, margin=settings.eval.margin, seed=settings.seed)
     enforce(comparison, mode)
 
 

@@ -18,9 +18,9 @@ from ..models.checkpoint import Checkpoint
 from ..models.fingerprint import fingerprint
 from .search import likely_maps, owners_for
 from .sharing import groups_of, picture
+from .text import Calibration
 
 if TYPE_CHECKING:
-    from .convert import Calibration
     from .damage import Damage
 
 
@@ -71,7 +71,7 @@ class Choice:
 
 
 def choose(
-    checkpoint: Checkpoint, kinds: Sequence[str], kv_budget: float, calibration: "Calibration", cache: Path
+    checkpoint: Checkpoint, kinds: Sequence[str], kv_budget: float, calibration: Calibration, cache: Path
 ) -> Choice:
     """Choose the map that costs least within `kv_budget`, a share of the source's KV cache.
 
@@ -100,7 +100,7 @@ def _measured(
     what: str,
     measure: "Callable[..., list[Damage]]",
     checkpoint: Checkpoint,
-    calibration: "Calibration",
+    calibration: Calibration,
     cache: Path,
     subject: list[Any],
     layers: int,

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,25 +19,12 @@ from ..models.writer import MANIFEST, ShardWriter, check_disk, check_output, pub
 from .plan import Plan, TensorPlan
 from .pooling import WEIGHT_SPACE
 from .sharing import activation_bytes
+from .text import Calibration
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from .calibration import GroupFit, LayerPatch
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What calibrated pooling looks at, and where it runs."""
-
-    tokens: "Tensor"
-    """int64 [rows, T]"""
-    digest: str
-    """Hash of the text they come from."""
-    device: str = "cpu"
-    seed: int = 0
-    steps: int | None = None
-    """Of matching, per group; None: by device."""
 
 
 def convert(

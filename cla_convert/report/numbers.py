@@ -11,14 +11,14 @@ def comparison_of(run: RunFolder, margin: float, seed: int) -> Json:
     point, fixed = run.last_point, run.comparison.get("margin", margin)
     if run.comparison and (run.comparison.get("compared"), fixed) == (point, margin):
         return run.comparison
-    return compare_points(run.path / "eval", "before", point or "converted", margin=margin, seed=seed)
+    return compare_points(run.files.evaluation.path, "before", point or "converted", margin=margin, seed=seed)
 
 
 def control_comparison(run: RunFolder, margin: float, seed: int) -> Json | None:
     """The control against the uptrained model, in the same shape; None without a measured control."""
     if "control" not in run.results:
         return None
-    return compare_points(run.path / "eval", "control", "after", margin=margin, seed=seed)
+    return compare_points(run.files.evaluation.path, "control", "after", margin=margin, seed=seed)
 
 
 def task_table(run: RunFolder, comparison: Json, control: Json | None) -> dict[str, dict[str, Json]]:

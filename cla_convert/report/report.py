@@ -46,14 +46,14 @@ def build_report(run_dir: Path, others: Sequence[Path] = ()) -> Json:
         report = collect(run, rest)
         figures = _figures(run, report)
         pictures = {name: to_png(figure) for name, figure in figures.items()}
-        report = plain({**report, "plots": {name: f"{name}.png" for name in figures}})
+        report = plain({**report, "plots": {name: run.files.picture(name).name for name in figures}})
         svgs = {name: to_svg(figure, name, ALT[name]) for name, figure in figures.items()}
-        texts = {"report.md": render(report), "report.html": render_page(report, svgs)}
-    write_json(run.path / "report.json", report)
+        texts = {"md": render(report), "html": render_page(report, svgs)}
+    write_json(run.files.report, report)
     for name, picture in pictures.items():
-        write_bytes(run.path / f"{name}.png", picture)
+        write_bytes(run.files.picture(name), picture)
     for name, text in texts.items():
-        write_bytes(run.path / name, text.encode("utf-8", errors="backslashreplace"))
+        write_bytes(run.files.pages[name], text.encode("utf-8", errors="backslashreplace"))
     return report
 
 

@@ -10,7 +10,7 @@ the very same weights.
 import errno
 import math
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,9 @@ from ..models.checkpoint import Checkpoint
 from ..models.export import check_exportable, export_model
 from ..models.writer import check_output
 from ..recipe import Recipe
+from ..results import TrainResult
+from ..run_folder import TrainingFolder
+from .data import TokenStore
 from .health import HISTORY, PATIENCE, all_finite, not_finite, out_of_memory, ruined, spiked, steps_above
 from .metrics import Metrics, NoMetrics, read_rows
 from .monitor import Monitor
@@ -45,57 +48,53 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def uptrain(
     student_dir: Path,
     teacher_dir: Path,
-    out_dir: Path,
+    folder: TrainingFolder,
     recipe: Recipe,
     *,
-    run_dir: Path,
     device: str,
+    text: Callable[[], TokenStore] | None = None,
     resume_command: str = "",
     fresh: bool = False,
     allow_changes: Collection[str] = (),
-) -> dict[str, Any]:
-    """Train the model in `student_dir` on the recipe's token budget and publish it as `out_dir`.
+) -> TrainResult:
+    """Train the model in `student_dir` on the recipe's token budget and publish it as `folder.model`.
 
     Args:
         student_dir: folder of the converted model (any causal language model works).
         teacher_dir: folder of the model to distil from, usually the source model.
-        out_dir: folder of the result; appears whole or not at all.
+        folder: holds checkpoints and metrics; its model appears whole or not at all.
         recipe: its `train` and `data` sections and the seed are used; `train.tokens` must not be 0.
-        run_dir: holds checkpoints/ and metrics.jsonl.
         device: `cpu`, `cuda`, `cuda:1`, ...
+        text: what gives the text; default: the recipe's data, as `store_for` reads it.
         resume_command: shown to the user on interruption.
         fresh: start over instead of resuming.
         allow_changes: settings that may differ from those of the checkpoint; see `Checkpoints`.
 
     Under torchrun all processes take part; the first one calls the others, writes the files and has the result.
 
-    Returns:
-        tokens, steps, seconds, tokens_per_second, loss, first_loss, validation, peak_memory_bytes and what was used.
-
     Raises:
         UsageError: several processes cannot share the device.
-        InputError: data, models or `out_dir` are not usable, or memory will not do, before any training.
+        InputError: data, models or `folder.model` are not usable, or memory will not do, before any training.
         TrainingError: the loss is not finite or has jumped, memory ran out, the disk is full, or the checkpoints are of
             another run.
         Interrupted: on SIGINT or SIGTERM, after saving.
     """
     arguments = dict(locals())
-    check_output(out_dir, overwrite=True)  # before hours of work, not after
+    check_output(folder.model, overwrite=True)  # before hours of work, not after
     check_team(device)
     call_the_others(arguments)
     with team(device) as crew:
-        trainer = set_up(student_dir, teacher_dir, recipe, crew.device, crew)
+        trainer = set_up(student_dir, teacher_dir, recipe, crew.device, crew, text)
         check_exportable(trainer.student.state_dict(), student_dir)
         identity = run_identity(student_dir, teacher_dir, recipe, trainer)
         checkpoints = Checkpoints(
-            run_dir / "checkpoints", identity, recipe.train.keep_checkpoints, team=crew, allow_changes=allow_changes
+            folder.checkpoints, identity, recipe.train.keep_checkpoints, team=crew, allow_changes=allow_changes
         )
         if fresh:
             checkpoints.clear()
         position = _resume(trainer, checkpoints)
-        log = run_dir / "metrics.jsonl"
-        metrics = Metrics(log, position.step if position.step else None) if crew.leads else NoMetrics()
-        trackers = open_trackers(recipe.train.log_to, run_dir, position.step, identity) if crew.leads else []
+        metrics = Metrics(folder.metrics, position.step if position.step else None) if crew.leads else NoMetrics()
+        trackers = open_trackers(recipe.train.log_to, folder, position.step, identity) if crew.leads else []
         try:
             with Monitor(trainer.budget, position.tokens, metrics, trackers) as monitor, StopRequest() as stop:
                 position = _train(trainer, position, checkpoints, metrics, monitor, stop, resume_command)
@@ -107,11 +106,12 @@ def uptrain(
             if not ran_out(error):
                 raise
             raise out_of_memory(trainer, checkpoints, error) from error
-        result = _result(trainer, position, read_rows(log)) | {"changes": checkpoints.changes}
+        result = _result(trainer, position, read_rows(folder.metrics), checkpoints.changes)
         state = _final_weights(trainer, student_dir)
-    _tell(result["validation"])
+    _tell(result.validation)
     if crew.leads:
-        export_model(state, student_dir, out_dir, manifest={"uptraining": result | identity}, overwrite=True)
+        manifest = {"uptraining": result.to_json() | identity}
+        export_model(state, student_dir, folder.model, manifest=manifest, overwrite=True)
     return result
 
 
@@ -284,8 +284,10 @@ def _final_weights(trainer: Trainer, student_dir: Path) -> dict[str, torch.Tenso
     return {name: stored.read(name) if name in frozen else tensor for name, tensor in state.items()}
 
 
-def _result(trainer: Trainer, position: Position, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
+def _result(
+    trainer: Trainer, position: Position, rows: list[dict[str, Any]], changes: list[dict[str, Any]]
+) -> TrainResult:
+    found = {
         "tokens": position.tokens,
         "steps": position.step,
         "seconds": position.seconds,
@@ -304,4 +306,6 @@ def _result(trainer: Trainer, position: Position, rows: list[dict[str, Any]]) ->
         "precision": trainer.precision.name,
         "data_digest": trainer.data.digest,
         "data": trainer.data.info,
+        "changes": changes,
     }
+    return TrainResult.model_validate(found)

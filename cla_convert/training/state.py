@@ -225,12 +225,6 @@ class Checkpoints:
             shutil.rmtree(doomed, ignore_errors=True)
 
 
-def finish(run_dir: Path, *, keep: bool) -> None:
-    """Remove the checkpoints of a run whose result is published and recorded, unless they are to be kept."""
-    if not keep:
-        shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
-
-
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What changed between two identities: name, before and after of each."""
     names = sorted(saved.keys() | current.keys())

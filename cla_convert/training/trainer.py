@@ -1,5 +1,6 @@
 """Everything a step needs, made once: models, data, optimiser, and what was derived from the settings."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,11 @@ from ..models.checkpoint import Checkpoint
 from ..models.export import load_model, load_tokenizer
 from ..models.fingerprint import fingerprint
 from ..models.self_test import check_interface
+from ..models.shape import positions_of
 from ..models.tokenization import check_as_recorded
 from ..recipe import Recipe, Train
 from .compiling import choose_compile, compile_layers
-from .data import Sequences, TokenStore, held_out_rows, store_for
+from .data import Sequences, TokenStore, held_out_rows, say_passes, store_for
 from .derived import derived
 from .flops import peak_flops, training_flops
 from .memory import Forecast
@@ -83,9 +85,13 @@ def set_up(
     recipe: Recipe,
     device: str,
     team: Team = Team(),  # noqa: B008  (immutable)
+    text: Callable[[], TokenStore] | None = None,
     data: TokenStore | None = None,
 ) -> Trainer:
-    """Load models and data (the recipe's, if none are given), and say what was derived. Raises InputError."""
+    """Load models and data, and say what was derived. Raises InputError.
+
+    The data are what `text` gives, or else what the recipe names; or `data`, and then nothing is checked.
+    """
     settings, budget = recipe.train, _budget(recipe.train)
     check_interface(Checkpoint.open(student_dir).config.get("model_type", ""))
     check_trackers(settings.log_to)
@@ -94,7 +100,8 @@ def set_up(
         check_as_recorded(student_dir)
         check_teacher(settings, student_dir, teacher_dir)
         with team.leader_first():
-            data = store_for(recipe, load_tokenizer(student_dir), teacher_dir, device)
+            data = text() if text else store_for(recipe, load_tokenizer(student_dir), teacher_dir, device)
+        say_passes(data, budget.tokens)
     precision = choose_precision(settings.precision, device)
     configs = [Checkpoint.open(folder).config for folder in (student_dir, teacher_dir)]
     foreseen, rows = forecast(settings, configs[0], configs[1], device, team.size)
@@ -188,7 +195,7 @@ def _check_fit(student: Any, data: TokenStore, settings: Train) -> None:
     highest = max(int(side.max()) for side in (data.train, data.held_out) if side.size)
     if highest >= rows:
         raise InputError("The tokenizer is not the model's", f"It gives token {highest}; the model knows {rows}.")
-    longest = getattr(student.config, "max_position_embeddings", None)
+    longest = positions_of(student.config.to_dict())
     if longest and settings.sequence_length > longest:
         raise InputError(
             f"train.sequence_length is {settings.sequence_length}, more than the model's {longest} positions"

@@ -13,7 +13,7 @@ from cla_convert.errors import InputError, UsageError
 from cla_convert.files import alone_in
 from cla_convert.recipe_file import load_recipe
 from cla_convert.recipes import find_recipe
-from cla_convert.run import clear
+from cla_convert.run_folder import RunFolder
 from cla_convert.same_recipe import check_same_recipe
 from cla_convert.training import sizing
 from tests.integration.test_convert import cla
@@ -72,14 +72,15 @@ def test_a_run_that_cannot_start_costs_nothing(tmp_path, tiny_llama):
 
 def test_training_that_will_not_fit_is_refused_in_the_plan(tmp_path, tiny_llama, monkeypatch):
     sets = [f"source.model={tiny_llama}", *SMALL, "device=cpu"]
-    resolved = load_recipe(find_recipe("demo"), sets)
+    recipe = load_recipe(find_recipe("demo"), sets).recipe
     monkeypatch.setattr(sizing, "device_memory", lambda _: 500_000_000)
     with pytest.raises(InputError, match="Training needs about"):
-        pipeline.run(resolved, tmp_path / "run")
+        pipeline.run(recipe, tmp_path / "run")
     assert not any((tmp_path / "run" / name).exists() for name in ("plan.json", "converted", "checkpoints"))
     (tmp_path / "run" / "uptrained").mkdir()  # trained, on a larger machine
-    pipeline.run(resolved, tmp_path / "run", until="plan")
-    pipeline.run(load_recipe(find_recipe("demo"), [*sets, "train.tokens=0"]), tmp_path / "other", until="plan")
+    pipeline.run(recipe, tmp_path / "run", until="plan")
+    untrained = load_recipe(find_recipe("demo"), [*sets, "train.tokens=0"]).recipe
+    pipeline.run(untrained, tmp_path / "other", until="plan")
 
 
 def test_a_run_folder_is_one_process_s(tmp_path, tiny_llama):
@@ -99,7 +100,7 @@ def test_only_a_run_folder_is_ever_cleared(tmp_path):
     for name in ("recipe.yaml", "package.json", "photo.png"):
         (tmp_path / name).write_text("mine")
     with pytest.raises(UsageError, match="holds no run"):
-        check_same_recipe(tmp_path, recipe, overwrite=True)
+        check_same_recipe(RunFolder(tmp_path), recipe, overwrite=True)
     (tmp_path / "environment.json").write_text("{}")
-    clear(tmp_path)
+    RunFolder(tmp_path).clear()
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["package.json", "photo.png"]

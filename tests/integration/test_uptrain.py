@@ -17,6 +17,7 @@ from cla_convert.models.checkpoint import Checkpoint
 from cla_convert.models.export import load_model
 from cla_convert.recipe import Recipe
 from cla_convert.recipe_file import validate
+from cla_convert.run_folder import TrainingFolder
 from cla_convert.training import loop, sizing
 from cla_convert.training.metrics import read_rows
 from cla_convert.training.objective import Objective
@@ -57,9 +58,8 @@ def recipe(work: Path, steps: int = 12, **train: Any) -> Recipe:
 
 
 def uptrain(work: Path, teacher: Path, out: Path, settings: Recipe, **options: Any) -> dict[str, Any]:
-    return loop.uptrain(
-        work / "converted", teacher, out / "model", settings, run_dir=out, device="cpu", **options
-    )  # fmt: skip
+    folder = TrainingFolder(out, out / "model")
+    return loop.uptrain(work / "converted", teacher, folder, settings, device="cpu", **options).to_json()
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -12,8 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from cla_convert import pipeline
 from cla_convert.errors import InputError, TrainingError
 from cla_convert.models.export import load_model
-from cla_convert.recipe_file import Resolved
-from cla_convert.run import Run
+from cla_convert.run_folder import RunFolder
+from cla_convert.stages.check import check
 from cla_convert.training import loop
 from cla_convert.training.metrics import read_rows
 from cla_convert.training.objective import Objective
@@ -115,12 +115,12 @@ def test_a_run_names_its_teacher_and_is_refused_before_it_converts(
 ) -> None:
     settings = recipe(work, teacher=str(large_teacher))
     settings.source.model = str(tiny_llama)
-    run = Run.start(Resolved(settings, {}), tmp_path / "run", overwrite=False)
-    assert run.source == tiny_llama and run.teacher == large_teacher
-    pipeline.check_before_work(run)
+    folder = RunFolder(tmp_path / "run")
+    assert folder.source(settings) == tiny_llama and folder.teacher(settings) == large_teacher
+    check(settings, folder)
     settings.train.hidden_weight = 1.0
     with pytest.raises(InputError, match="their sizes differ"):
-        pipeline.run(Resolved(settings, {}), tmp_path / "run")
+        pipeline.run(settings, tmp_path / "run")
     assert not (tmp_path / "run" / "converted").exists()
 
 

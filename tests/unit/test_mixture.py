@@ -63,7 +63,7 @@ def test_a_source_that_is_too_small_is_repeated(tmp_path: Path, capsys: pytest.C
     assert len(held_out) == len(set(held_out))
 
 
-def test_when_all_are_too_small_the_weights_still_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_when_all_are_too_small_the_weights_still_hold(tmp_path: Path) -> None:
     sources = [
         source(tmp_path, "a", tokens=4000, each=50, weight=3),
         source(tmp_path, "b", tokens=1000, each=50, weight=1.5),
@@ -73,7 +73,6 @@ def test_when_all_are_too_small_the_weights_still_hold(tmp_path: Path, capsys: p
     assert large == pytest.approx(2 * small, abs=2)
     assert [entry["passes"] for entry in store.info["sources"]] == [1.0, pytest.approx(2, rel=0.2)]
     assert store.train.size == large + small < 10_000
-    assert "The data holds" in capsys.readouterr().err  # and the rest of the budget goes round again
 
 
 def test_every_source_has_text_on_both_sides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,76 @@
+"""convert: a model that shares keys and values between layers."""
+
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..console import data, data_json, say
+from .app import (
+    AllowPickle,
+    Json,
+    Model,
+    Overwrite,
+    Private,
+    PushToHub,
+    Recipe,
+    Revision,
+    Sets,
+    app,
+    destination,
+    push,
+    settings_of,
+)
+
+
+@app.command()
+def convert(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Folder for the converted model.", show_default=False)],
+    sharing: Annotated[
+        str | None, typer.Option(help="Pattern, list of groups or auto (docs/sharing.md); default: cla2-keep-ends.")
+    ] = None,
+    kv_budget: Annotated[
+        float | None, typer.Option(help="With --sharing auto: share of the KV cache to keep (0.5).")
+    ] = None,
+    init: Annotated[str | None, typer.Option(help="calibrated (the default), mean or first.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Dtype of the output: auto, float32, bfloat16, float16.")] = None,
+    max_shard_size: Annotated[str | None, typer.Option(help="Largest shard to write, such as 5GB.")] = None,
+    recipe: Recipe = None,
+    sets: Sets = None,
+    revision: Revision = None,
+    allow_pickle: AllowPickle = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    overwrite: Overwrite = False,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
+    as_json: Json = False,
+) -> None:
+    """Share K/V projections between layers and write the model.
+
+    The output loads with plain transformers and trust_remote_code=True.
+    """
+    from ..run_folder import RunFolder
+    from ..stages.convert import convert as execute
+    from ..stages.plan import plan_of
+
+    options = {
+        "source.model": model, "source.revision": revision, "source.dtype": dtype, "convert.sharing": sharing,
+        "convert.kv_budget": kv_budget,
+        "convert.init": init, "convert.max_shard_size": max_shard_size, "source.allow_pickle": allow_pickle or None,
+    }  # fmt: skip
+    settings = settings_of(recipe, sets, options)
+    hub = destination(push_to_hub, private)
+    with tempfile.TemporaryDirectory() as scratch:  # a single model keeps no records
+        folder = RunFolder(Path(scratch), converted=out)
+        if dry_run:
+            plan = plan_of(settings, folder)
+            data_json(plan.to_json()) if as_json else data(plan.render())
+            return
+        result = execute(settings, folder, overwrite=overwrite).to_json()
+    say(f"done in {result['seconds']:.1f} s. It has lost quality until it is uptrained: cla-convert uptrain --help")
+    try:
+        result |= push(hub, out)
+    finally:
+        data_json(result) if as_json else data(str(out))
