@@ -35,8 +35,17 @@ def run(
     until: str = "report",
     overwrite: bool = False,
     allow_changes: Collection[str] = (),
+    introduction: str = "",
 ) -> Outcome:
     """Do the stages up to `until` in the run folder `out` and return what the last one made.
+
+    Args:
+        recipe: what is wanted.
+        out: the run folder; what an earlier run of this recipe finished there is kept.
+        until: plan, convert, uptrain, eval or report.
+        overwrite: start the folder anew.
+        allow_changes: settings that may differ from those of the earlier run; see `same_recipe`.
+        introduction: to be said once the folder is found to be of this recipe.
 
     Raises:
         UsageError: the folder holds a run of another recipe.
@@ -51,6 +60,7 @@ def run(
         "report": lambda: report(recipe, folder),
     }
     check_same_recipe(folder, recipe, overwrite, allow_changes)
+    say(introduction)
     check(recipe, folder)
     with folder.alone():
         if until != "plan":

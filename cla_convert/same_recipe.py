@@ -3,19 +3,9 @@
 from collections.abc import Collection
 
 from .errors import UsageError
-from .recipe import Recipe
+from .recipe import FREE, NAMED, PLACES, Recipe, on_resume
 from .recipe_file import flatten, is_named, read_yaml, told
 from .run_folder import RunFolder
-
-FREE_TO_CHANGE = (
-    "eval.", "device", "train.control", "train.keep_checkpoints", "train.checkpoint_every", "train.validate_every",
-    "train.spike", "train.log_to",
-)  # fmt: skip
-"""Settings that may differ when a run folder is continued: they do not invalidate what earlier stages made."""
-ALLOWED_TO_CHANGE = ("train.", "data.")
-"""Settings that may differ once the user names them, while uptraining is not finished; it records what changed."""
-PLACE_IN_DATA = ("train.sequence_length", "train.batch_tokens")
-"""Settings that say what the number of a step means: they cannot change while uptraining is under way."""
 
 
 def check_same_recipe(folder: RunFolder, recipe: Recipe, overwrite: bool, allow_changes: Collection[str] = ()) -> None:
@@ -25,7 +15,7 @@ def check_same_recipe(folder: RunFolder, recipe: Recipe, overwrite: bool, allow_
         folder: the run folder, which may not exist yet.
         recipe: the recipe now.
         overwrite: whether the folder is to be started anew.
-        allow_changes: names of settings or sections that may differ; see ALLOWED_TO_CHANGE.
+        allow_changes: names of settings or sections that may differ, where the schema marks them so.
 
     Raises:
         UsageError: naming every setting that differs, with its value before and after.
@@ -42,7 +32,7 @@ def check_same_recipe(folder: RunFolder, recipe: Recipe, overwrite: bool, allow_
     changed = {
         name: told(name, before.get(name), after.get(name))
         for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name) and not name.startswith(FREE_TO_CHANGE)
+        if before.get(name) != after.get(name) and on_resume(name) is not FREE
     }
     can_be_allowed = {name for name in changed if _can_be_allowed(name, folder)}
     refused = [name for name in changed if name not in can_be_allowed or not is_named(name, allow_changes)]
@@ -57,6 +47,7 @@ def check_same_recipe(folder: RunFolder, recipe: Recipe, overwrite: bool, allow_
 
 
 def _can_be_allowed(name: str, folder: RunFolder) -> bool:
-    if folder.training.result.path.exists() or not name.startswith(ALLOWED_TO_CHANGE):
+    if folder.training.result.path.exists():
         return False
-    return name not in PLACE_IN_DATA or not folder.training.checkpoints.exists()
+    mark = on_resume(name)
+    return mark is NAMED or (mark is PLACES and not folder.training.checkpoints.exists())

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ..console import data, data_json, say
+from ..console import data, data_json
 from ..errors import UsageError, did_you_mean
 from .app import (
     AllowChanges,
@@ -61,8 +61,14 @@ def run(
     if push_to_hub and until == "plan":
         raise UsageError("--push-to-hub has nothing to upload", why="--until plan stops before there is a model.")
     hub = destination(push_to_hub, private)
-    say(resolved.table())
-    result = pipeline.run(resolved.recipe, out, until=until, overwrite=overwrite, allow_changes=allow_changes or ())
+    result = pipeline.run(
+        resolved.recipe,
+        out,
+        until=until,
+        overwrite=overwrite,
+        allow_changes=allow_changes or (),
+        introduction=resolved.table(),
+    )
     folder = RunFolder(out)
     if as_json:
         data_json(pipeline.to_json(result))

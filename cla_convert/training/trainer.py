@@ -16,7 +16,7 @@ from ..models.fingerprint import fingerprint
 from ..models.self_test import check_interface
 from ..models.shape import positions_of
 from ..models.tokenization import check_as_recorded
-from ..recipe import Recipe, Train
+from ..recipe import FREE, Recipe, Train
 from .compiling import choose_compile, compile_layers
 from .data import Sequences, TokenStore, held_out_rows, say_passes, store_for
 from .derived import derived
@@ -30,12 +30,6 @@ from .schedule import Budget
 from .sizing import forecast, loading
 from .teacher import check_teacher, load_teacher
 from .trackers import check_trackers
-
-# Settings that change what is written when, but not one weight: free to change on resume.
-_FREE = {
-    "checkpoint_every", "control", "keep_checkpoints", "keep_checkpoints_after_success", "validate_every", "spike",
-    "log_to",
-}  # fmt: skip
 
 
 @dataclass
@@ -154,7 +148,8 @@ def set_up(
 
 def run_identity(student_dir: Path, teacher_dir: Path, recipe: Recipe, trainer: Trainer) -> dict[str, Any]:
     """What the weights at the end depend on: a checkpoint resumes only a run that agrees in all of it."""
-    settings = trainer.settings.model_dump(mode="json", exclude=_FREE)
+    free = {name for name, field in Train.model_fields.items() if FREE in field.metadata}
+    settings = trainer.settings.model_dump(mode="json", exclude=free)
     settings |= {"compile": trainer.compiled}  # what `auto` came to; micro-batches add up alike however they are cut
     return {
         **{f"train.{name}": value for name, value in settings.items()},

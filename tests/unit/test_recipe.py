@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from cla_convert.errors import UsageError
-from cla_convert.recipe import parse_count, parse_size
+from cla_convert.recipe import FREE, NAMED, PLACES, on_resume, parse_count, parse_size
 from cla_convert.recipe_file import flatten, load_recipe, validate
 from cla_convert.recipes import find_recipe, list_recipes, reference
 
@@ -100,3 +100,16 @@ def test_every_shipped_recipe_is_valid(name):
 def test_the_reference_page_is_the_schema():
     page = Path(__file__).parents[2] / "docs" / "recipe.md"
     assert page.read_text(encoding="utf-8") == reference(), "run: cla-convert recipes reference > docs/recipe.md"
+
+
+@pytest.mark.parametrize(
+    ("name", "mark"),
+    [
+        ("eval.limit", FREE), ("eval.retrieval.samples", FREE), ("device", FREE), ("train.spike", FREE),
+        ("train.keep_checkpoints_after_success", FREE), ("train.clip", NAMED), ("train.learning_rates.shared", NAMED),
+        ("data.held_out", NAMED), ("train.batch_tokens", PLACES), ("seed", None), ("convert.init", None),
+        ("source.model", None), ("no.such.setting", None),
+    ],
+)  # fmt: skip
+def test_what_may_change_on_resume(name, mark):
+    assert on_resume(name) is mark
