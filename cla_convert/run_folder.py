@@ -37,14 +37,6 @@ class TrainingFolder:
     model: Path
     """Where the uptrained model goes."""
 
-    @classmethod
-    def of(cls, model: Path) -> "TrainingFolder":
-        """Where what belongs to the output `model` of `uptrain` lies: in OUT.state, or in the run that OUT is of."""
-        runs = [RunFolder(folder) for folder in (model.parent, model.parent.parent)]
-        known = [training for run in runs if run.begun for training in (run.training, run.control)]
-        own = cls(model.with_name(f"{model.name}.state"), model)
-        return next((training for training in known if training.model == model), own)
-
     @property
     def checkpoints(self) -> Path:
         """Folder of training states."""
@@ -146,7 +138,7 @@ class RunFolder:
     """A run: where everything lies, and which local folders its recipe's models are."""
 
     def __init__(self, path: Path, *, converted: Path | None = None, training: TrainingFolder | None = None) -> None:
-        """In folder `path`; a verb that is given single models says where these lie."""
+        """In folder `path`; a verb that is given single models says where these lie: see `of_uptraining`."""
         self.path = path
         self.converted = converted or path / "converted"
         """The converted model."""
@@ -155,6 +147,17 @@ class RunFolder:
         self.converts = training is None
         """Whether the converted model is made here, and not given."""
         self._found: dict[tuple[str, str | None], Path] = {}
+
+    @classmethod
+    def of_uptraining(cls, student: Path, model: Path) -> "RunFolder":
+        """Where uptraining `student` into `model` keeps its files: the run that `model` is of, or else MODEL.state."""
+        for run in (cls(model.parent), cls(model.parent.parent)):
+            for training in (run.training, run.control):
+                if run.begun and training.model == model:
+                    run.converted, run.training = student, training
+                    return run
+        state = model.with_name(f"{model.name}.state")
+        return cls(state, converted=student, training=TrainingFolder(state, model))
 
     @property
     def recipe(self) -> Path:

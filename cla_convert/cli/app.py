@@ -68,8 +68,12 @@ def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     """Handle the options that come before a verb."""
-    if world_size() > 1 and context.invoked_subcommand not in ("run", "uptrain", "eval"):
-        raise UsageError("Only run, uptrain and eval use several processes", fix="Start cla-convert without torchrun.")
+    if world_size() > 1 and context.invoked_subcommand == "run":
+        raise UsageError(
+            "run starts its processes itself", fix=f"Give --set train.processes={world_size()}, without torchrun."
+        )
+    if world_size() > 1 and context.invoked_subcommand not in ("uptrain", "eval"):
+        raise UsageError("Only uptrain and eval run under torchrun", fix="Start cla-convert without it.")
     if version:
         from .. import __version__
 

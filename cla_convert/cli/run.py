@@ -46,7 +46,7 @@ def run(
 ) -> None:
     """Do it all: plan, convert, uptrain, evaluate, report.
 
-    Rerunning the same line resumes where it stopped. Several GPUs? torchrun --nproc-per-node N -m cla_convert run
+    Rerunning the same line resumes where it stopped. Several GPUs? --set train.processes=N
     """
     mode = gate_mode(gate, gate_strict)
     resolved = load(recipe, sets, {"eval.task_data": task_data, "eval.gate": mode or None})

@@ -1,11 +1,13 @@
 """uptrain: recover the quality of a converted model."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..console import data, data_json, say
+from ..environment import rank
 from ..errors import InputError, UsageError
 from .app import AllowChanges, Json, Private, PushToHub, Recipe, Sets, app, destination, load, push
 
@@ -36,20 +38,18 @@ def uptrain(
 
     Interrupted? The same command line resumes. Several GPUs? torchrun --nproc-per-node N -m cla_convert uptrain
     """
-    from ..run_folder import RunFolder, TrainingFolder
+    from ..run_folder import RunFolder
     from ..stages.uptrain import uptrain as execute
 
     resolved = load(recipe, sets, {"train.tokens": tokens})
     if not resolved.recipe.train.tokens:
         raise UsageError("No token budget", fix="Give --tokens, for example --tokens 26M.")
     settings = _with_source(resolved.recipe, model, teacher)
-    training = TrainingFolder.of(out)
-    _refuse_finished(training)
-    hub = destination(push_to_hub, private)
+    folder, leads = RunFolder.of_uptraining(model, out), rank() == 0
+    _refuse_finished(folder.training)
+    hub = destination(push_to_hub, private) if leads else None
     say(resolved.table())
-    folder = RunFolder(training.path, converted=model, training=training)
-    with folder.alone():
-        training.result.path.unlink(missing_ok=True)
+    with folder.alone() if leads else nullcontext():  # under torchrun every process is here
         result = execute(settings, folder, fresh=not resume, allow_changes=allow_changes or ()).to_json()
     try:
         result |= push(hub, out)

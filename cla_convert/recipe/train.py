@@ -62,6 +62,9 @@ class Train(Section):
     """Compute precision. auto: bfloat16 where the hardware has it, else float32; weights and optimiser stay float32."""
     compile: bool | Literal["auto"] = "auto"
     """torch.compile the layers and the loss. auto: on a GPU, if the run is long enough to pay the half minute back."""
+    processes: Annotated[int, FREE] = Field(default=1, ge=1)
+    """Processes of this machine that train together, a GPU each: parameters, gradients and optimiser are divided among
+    them. For several machines start `uptrain` with torchrun."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third slower."""
     validate_every: Annotated[Count, FREE] = 2_000_000

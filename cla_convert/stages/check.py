@@ -35,11 +35,14 @@ def check(recipe: Recipe, folder: RunFolder) -> None:
 
 
 def _check_training(recipe: Recipe, folder: RunFolder) -> None:
+    from ..training.parallel import check_team
     from ..training.parameters import check_optimizer
     from ..training.teacher import check_teacher
     from ..training.trackers import check_trackers
 
     if recipe.train.tokens:
+        if recipe.train.processes > 1:
+            check_team(pick_device(recipe.device), recipe.train.processes)
         check_trackers(recipe.train.log_to)
         check_optimizer(recipe.train)
         check_teacher(recipe.train, folder.source(recipe), folder.teacher(recipe))

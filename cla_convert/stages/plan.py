@@ -83,5 +83,7 @@ def _check_memory(recipe: Recipe, folder: RunFolder, the_plan: "Plan") -> None:
     students |= {folder.control.model: source} if recipe.train.needs_control else {}
     for model, student in students.items():
         if not model.exists():  # else it was trained, perhaps on another machine
-            foreseen, rows = forecast(recipe.train, student, teacher, pick_device(recipe.device))
+            foreseen, rows = forecast(
+                recipe.train, student, teacher, pick_device(recipe.device), recipe.train.processes
+            )
             say(f"training    {foreseen.describe(rows)}")

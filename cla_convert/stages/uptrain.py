@@ -1,11 +1,11 @@
 """Stage 3, uptrain: recover what the conversion cost, on a token budget."""
 
+import tempfile
 from collections.abc import Collection
-from functools import partial
 from pathlib import Path
 
 from ..console import say
-from ..environment import command_line, pick_device
+from ..environment import command_line, pick_device, rank, world_size
 from ..recipe import Recipe
 from ..results import TrainResult
 from ..run_folder import RunFolder, TrainingFolder
@@ -47,30 +47,60 @@ def _train(
     fresh: bool,
     allow_changes: Collection[str],
 ) -> TrainResult:
-    """Uptrain `student` into `training`."""
-    from ..training.loop import uptrain as train
-
-    keep = recipe.train.keep_checkpoints_after_success
+    """Uptrain `student` into `training`, in several processes where the recipe asks for them."""
     if training.model.exists() and (done := training.result.read()):
         say(f"found {training.model}")
-        training.finish(keep=keep)  # in case the end of it was interrupted
+        training.finish(keep=recipe.train.keep_checkpoints_after_success)  # in case the end of it was interrupted
         return done
-    training.result.path.unlink(missing_ok=True)  # of a model that was removed since
-    result = train(
-        student,
-        folder.teacher(recipe),
-        training,
-        recipe,
-        device=pick_device(recipe.device),
-        text=partial(text, recipe, folder),
-        resume_command=command_line(),
-        fresh=fresh,
-        allow_changes=allow_changes,
-    )
-    if training is folder.training:  # of the control nothing is published
-        _card(training, result)
-    training.result.write(result)
-    training.finish(keep=keep)
+    if rank() == 0:
+        training.result.path.unlink(missing_ok=True)  # of a model that was removed since
+    if recipe.train.processes > 1 and world_size() == 1:
+        return _train_together(recipe, folder, student, training, fresh, allow_changes)
+    from ..training.loop import uptrain as train
+    from ..training.parallel import team
+
+    with team(pick_device(recipe.device)) as crew:
+        with crew.leader_first():
+            teacher = folder.teacher(recipe)
+        result = train(
+            student,
+            teacher,
+            training,
+            recipe,
+            crew,
+            text=lambda: text(recipe, folder),
+            resume_command=command_line(),
+            fresh=fresh,
+            allow_changes=allow_changes,
+        )
+    if crew.leads:
+        if training is folder.training:  # of the control nothing is published
+            _card(training, result)
+        training.result.write(result)
+        training.finish(keep=recipe.train.keep_checkpoints_after_success)
+    return result
+
+
+def _train_together(
+    recipe: Recipe,
+    folder: RunFolder,
+    student: Path,
+    training: TrainingFolder,
+    fresh: bool,
+    allow_changes: Collection[str],
+) -> TrainResult:
+    """The same by the verb `uptrain`, in processes of their own."""
+    from ..training.launch import launch
+
+    with tempfile.TemporaryDirectory() as scratch:
+        resolved = RunFolder(Path(scratch))
+        resolved.save_recipe(recipe)
+        options = [word for name in allow_changes for word in ("--allow-change", name)]
+        options += ["--no-resume"] if fresh else []
+        line = ["uptrain", str(student), str(training.model), "--recipe", str(resolved.recipe), *options]
+        launch(line, recipe.train.processes, folder.path)
+    result = training.result.read()
+    assert result is not None, "uptrain ends with it"
     return result
 
 

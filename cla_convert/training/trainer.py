@@ -86,27 +86,23 @@ def set_up(
 
     The data are what `text` gives, or else what the recipe names; or `data`, and then nothing is checked.
     """
-    settings, budget = recipe.train, _budget(recipe.train)
+    budget = _budget(recipe.train)
     check_interface(Checkpoint.open(student_dir).config.get("model_type", ""))
-    check_trackers(settings.log_to)
-    check_optimizer(settings)
+    check_trackers(recipe.train.log_to)
+    check_optimizer(recipe.train)
     if data is None:
         check_as_recorded(student_dir)
-        check_teacher(settings, student_dir, teacher_dir)
+        check_teacher(recipe.train, student_dir, teacher_dir)
         with team.leader_first():
             data = text() if text else store_for(recipe, load_tokenizer(student_dir), teacher_dir, device)
         say_passes(data, budget.tokens)
-    precision = choose_precision(settings.precision, device)
+    precision = choose_precision(recipe.train.precision, device)
     configs = [Checkpoint.open(folder).config for folder in (student_dir, teacher_dir)]
-    foreseen, rows = forecast(settings, configs[0], configs[1], device, team.size)
+    foreseen, rows = forecast(recipe.train, configs[0], configs[1], device, team.size)
     torch.manual_seed(recipe.seed)
     with loading():
-        student = _load_student(student_dir, settings, data, device=device if team.size == 1 else "cpu")
-        if team.size == 1:  # a sharded layer has one dtype
-            cast_frozen(student, precision.compute)
-        distill = settings.loss == "distill"
-        teacher = load_teacher(teacher_dir, student, dtype=precision.compute, device=device) if distill else None
-    settings = derived(settings, student.config, teacher and teacher.config)
+        student, teacher = _load_models(student_dir, teacher_dir, recipe.train, data, precision, device, team)
+    settings = derived(recipe.train, student.config, teacher and teacher.config)
     flops = training_flops(student, teacher, budget.length)
     compiled = choose_compile(settings.compile, precision.device_type, flops * budget.tokens)
     objective = Objective(settings, student, teacher, fused=compiled)
@@ -125,13 +121,7 @@ def set_up(
         student=student,
         objective=objective,
         optimizers=make_optimizers(student, settings, precision.device_type),
-        sequences=Sequences(
-            data.train,
-            settings.sequence_length,
-            recipe.seed,
-            starts=data.starts if settings.document_masking else None,
-            first=data.first,
-        ),
+        sequences=_sequences(data, settings, recipe.seed),
         validation=torch.from_numpy(held_out_rows(data, settings)),
         data=data,
         seed=recipe.seed,
@@ -170,6 +160,29 @@ def _budget(settings: Train) -> Budget:
             fix="Raise train.tokens or lower train.sequence_length.",
         )
     return budget
+
+
+def _sequences(data: TokenStore, settings: Train, seed: int) -> Sequences:
+    starts = data.starts if settings.document_masking else None
+    return Sequences(data.train, settings.sequence_length, seed, starts=starts, first=data.first)
+
+
+def _load_models(
+    student_dir: Path,
+    teacher_dir: Path,
+    settings: Train,
+    data: TokenStore,
+    precision: Precision,
+    device: str,
+    team: Team,
+) -> tuple[Any, Any]:
+    """The model to train, and the one to distil from or None."""
+    student = _load_student(student_dir, settings, data, device=device if team.size == 1 else "cpu")
+    if team.size == 1:  # a sharded layer has one dtype
+        cast_frozen(student, precision.compute)
+    if settings.loss != "distill":
+        return student, None
+    return student, load_teacher(teacher_dir, student, dtype=precision.compute, device=device)
 
 
 def _load_student(folder: Path, settings: Train, data: TokenStore, device: str) -> Any:

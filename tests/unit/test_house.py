@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import cla_convert
-from cla_convert.run_folder import PICTURES, RunFolder, TrainingFolder
+from cla_convert.run_folder import PICTURES, RunFolder
 
 ROOT = Path(cla_convert.__file__).parent
 FILES = [path for path in sorted(ROOT.rglob("*.py")) if not {"templates", "generated"} & set(path.parts)]
@@ -115,12 +115,15 @@ def test_clear_removes_all_that_a_run_leaves_and_nothing_else(tmp_path: Path) ->
 
 def test_what_uptrain_keeps_lies_beside_its_output_or_in_the_run_that_this_is_of(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
-    alone = TrainingFolder.of(tmp_path / "out")
-    assert (alone.path, alone.model) == (tmp_path / "out.state", tmp_path / "out")
-    assert TrainingFolder.of(run.training.model).path == run.training.model.with_name("uptrained.state")
+    student = tmp_path / "student"
+    alone = RunFolder.of_uptraining(student, tmp_path / "out")
+    assert (alone.training.path, alone.training.model) == (tmp_path / "out.state", tmp_path / "out")
+    assert alone.converted == student and not alone.converts
+    assert RunFolder.of_uptraining(student, run.training.model).path == run.path / "uptrained.state"
     for file in (run.recipe, run.environment.path):
         file.parent.mkdir(exist_ok=True)
         file.write_text("{}")
-    assert TrainingFolder.of(run.training.model) == run.training
-    assert TrainingFolder.of(run.control.model) == run.control
-    assert TrainingFolder.of(run.path / "other").path == run.path / "other.state"
+    for training in (run.training, run.control):
+        found = RunFolder.of_uptraining(student, training.model)
+        assert (found.path, found.training, found.converted) == (run.path, training, student) and found.converts
+    assert RunFolder.of_uptraining(student, run.path / "other").path == run.path / "other.state"
