@@ -20,7 +20,7 @@ from .stages.check import check
 from .stages.convert import convert
 from .stages.evaluate import evaluate
 from .stages.plan import plan
-from .stages.report import report
+from .stages.report import write_report
 from .stages.text import text
 from .stages.uptrain import uptrain, uptrain_control
 
@@ -30,7 +30,7 @@ Outcome = PlanResult | ConvertResult | TrainResult | dict[str, PointResult] | Js
 
 def run(
     recipe: Recipe,
-    out: Path,
+    out: Path | str,
     *,
     until: str = "report",
     overwrite: bool = False,
@@ -57,7 +57,7 @@ def run(
         "convert": lambda: convert(recipe, folder, overwrite=True),
         "uptrain": lambda: train(recipe, folder, allow_changes),
         "eval": lambda: evaluate(recipe, folder),
-        "report": lambda: report(recipe, folder),
+        "report": lambda: write_report(recipe, folder),
     }
     check_same_recipe(folder, recipe, overwrite, allow_changes)
     say(introduction)

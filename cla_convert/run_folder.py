@@ -137,9 +137,11 @@ class EvaluationFolder:
 class RunFolder:
     """A run: where everything lies, and which local folders its recipe's models are."""
 
-    def __init__(self, path: Path, *, converted: Path | None = None, training: TrainingFolder | None = None) -> None:
+    def __init__(
+        self, path: Path | str, *, converted: Path | None = None, training: TrainingFolder | None = None
+    ) -> None:
         """In folder `path`; a verb that is given single models says where these lie: see `of_uptraining`."""
-        self.path = path
+        self.path = path = Path(path)
         self.converted = converted or path / "converted"
         """The converted model."""
         self.training = training or TrainingFolder(path, path / "uptrained")

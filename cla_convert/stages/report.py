@@ -6,11 +6,13 @@ from ..results import Json
 from ..run_folder import RunFolder
 
 
-def report(recipe: Recipe, folder: RunFolder) -> Json:
+def write_report(recipe: Recipe, folder: RunFolder) -> Json:
     """Write report.json, report.md, report.html and the model cards; returns the report. Raises InputError."""
     from ..report.model_card import source_card, write_model_card
     from ..report.report import build_report
 
+    if not folder.begun:
+        folder.save_recipe(recipe)
     result = build_report(folder.path)
     for point, model in (("converted", folder.converted), ("after", folder.training.model)):
         if model.exists():
