@@ -4,11 +4,13 @@ Every stage leaves its result in the run folder by rename and is skipped when th
 line resumes after any interruption. This file holds the order of things; what a stage does is in stages/.
 """
 
+import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .console import say
 from .environment import command_line, hardware, pick_device, versions
@@ -19,10 +21,13 @@ from .same_recipe import check_same_recipe
 from .stages.check import check
 from .stages.convert import convert
 from .stages.evaluate import evaluate
-from .stages.plan import plan
+from .stages.plan import checked_plan, plan
 from .stages.report import write_report
 from .stages.text import text
 from .stages.uptrain import uptrain, uptrain_control
+
+if TYPE_CHECKING:
+    from .conversion.plan import Plan
 
 Outcome = PlanResult | ConvertResult | TrainResult | dict[str, PointResult] | Json
 """What the last stage made. Of evaluation: a result a point."""
@@ -76,6 +81,18 @@ def run(
             if name == until:
                 break
         return outcome
+
+
+def dry_run(
+    recipe: Recipe, out: Path | str, *, overwrite: bool, allow_changes: Collection[str], introduction: str = ""
+) -> "Plan":
+    """The plan of `run`, checked as that is; nothing is written. Raises UsageError, InputError."""
+    check_same_recipe(RunFolder(out), recipe, overwrite, allow_changes)
+    say(introduction)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = RunFolder(scratch)
+        check(recipe, folder)
+        return checked_plan(recipe, folder)
 
 
 STAGES = ("plan", "convert", "uptrain", "eval", "report")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..console import data
+from ..console import data, hush
 from ..environment import world_size
 from ..errors import UsageError
 
@@ -20,7 +20,6 @@ app = typer.Typer(
     name="cla-convert",
     help="Give a pretrained MQA/GQA model Cross-Layer Attention: a KV cache half the size, uptrained and proven.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={
@@ -31,12 +30,22 @@ app = typer.Typer(
 recipes_app = typer.Typer(help="List, show or copy the recipes that ship with the package.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
 
-Model = Annotated[str, typer.Argument(help="Hub id, local folder or .gguf file.", show_default=False)]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder or .gguf file.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
+
+
+def _hush(quiet: bool) -> None:
+    if quiet:
+        hush()
+
+
+Quiet = Annotated[
+    bool, typer.Option("-q", "--quiet", help="No progress and no notes; warnings and errors stay.", callback=_hush)
+]
+Revision = Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a hub model.")]
 AllowPickle = Annotated[bool, typer.Option(help="Accept pickled .bin weights (loaded with weights_only=True).")]
 Overwrite = Annotated[bool, typer.Option(help="Replace an earlier output.")]
-Recipe = Annotated[str | None, typer.Option(help="Recipe file, or the name of a shipped one.")]
+Recipe = Annotated[str | None, typer.Option(metavar="RECIPE", help="Recipe file, or the name of a shipped one.")]
 AllowChanges = Annotated[
     list[str] | None,
     typer.Option(
@@ -55,7 +64,9 @@ PushToHub = Annotated[
     typer.Option("--push-to-hub", metavar="REPO", help="Upload the finished model to this repository of the hub."),
 ]
 Private = Annotated[bool, typer.Option("--private", help="With --push-to-hub: a new repository is private.")]
-TaskData = Annotated[str | None, typer.Option(help="Folder of full evaluation sets (docs/evaluation.md).")]
+TaskData = Annotated[
+    str | None, typer.Option(metavar="DIR", help="Folder of full evaluation sets (docs/evaluation.md).")
+]
 Gate = Annotated[bool, typer.Option("--gate", help="Exit with code 4 if a loss beyond the margin is shown.")]
 GateStrict = Annotated[
     bool, typer.Option("--gate-strict", help="Exit with code 4 unless the loss is shown to be within the margin.")
@@ -66,6 +77,7 @@ GateStrict = Annotated[
 def root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Handle the options that come before a verb."""
     if world_size() > 1 and context.invoked_subcommand == "run":

@@ -14,6 +14,7 @@ from .app import (
     Overwrite,
     Private,
     PushToHub,
+    Quiet,
     Recipe,
     Revision,
     Sets,
@@ -24,19 +25,24 @@ from .app import (
 )
 
 
-@app.command()
+@app.command(epilog="Example: cla-convert convert Qwen/Qwen3-0.6B out/ --sharing cla2-keep-ends")
 def convert(
     model: Model,
-    out: Annotated[Path, typer.Argument(help="Folder for the converted model.", show_default=False)],
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for the converted model.", show_default=False)],
     sharing: Annotated[
-        str | None, typer.Option(help="Pattern, list of groups or auto (docs/sharing.md); default: cla2-keep-ends.")
+        str | None,
+        typer.Option(metavar="MAP", help="Pattern, list of groups or auto (docs/sharing.md); default: cla2-keep-ends."),
     ] = None,
     kv_budget: Annotated[
-        float | None, typer.Option(help="With --sharing auto: share of the KV cache to keep (0.5).")
+        float | None, typer.Option(metavar="SHARE", help="With --sharing auto: share of the KV cache to keep (0.5).")
     ] = None,
-    init: Annotated[str | None, typer.Option(help="calibrated (the default), mean or first.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Dtype of the output: auto, float32, bfloat16, float16.")] = None,
-    max_shard_size: Annotated[str | None, typer.Option(help="Largest shard to write, such as 5GB.")] = None,
+    init: Annotated[str | None, typer.Option(metavar="INIT", help="calibrated (the default), mean or first.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="DTYPE", help="Dtype of the output: auto, float32, bfloat16, float16.")
+    ] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Largest shard to write, such as 5GB.")
+    ] = None,
     recipe: Recipe = None,
     sets: Sets = None,
     revision: Revision = None,
@@ -46,6 +52,7 @@ def convert(
     push_to_hub: PushToHub = None,
     private: Private = False,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Share K/V projections between layers and write the model.
 
@@ -64,11 +71,12 @@ def convert(
     hub = destination(push_to_hub, private)
     with tempfile.TemporaryDirectory() as scratch:  # a single model keeps no records
         folder = RunFolder(Path(scratch), converted=out)
+        plan = plan_of(settings, folder)
         if dry_run:
-            plan = plan_of(settings, folder)
             data_json(plan.to_json()) if as_json else data(plan.render())
             return
-        result = execute(settings, folder, overwrite=overwrite).to_json()
+        say(plan.render())
+        result = execute(settings, folder, overwrite=overwrite, the_plan=plan).to_json()
     say(f"done in {result['seconds']:.1f} s. It has lost quality until it is uptrained: cla-convert uptrain --help")
     try:
         result |= push(hub, out)

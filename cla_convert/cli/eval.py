@@ -7,22 +7,27 @@ from typing import Annotated
 import typer
 
 from ..console import data, data_json
-from .app import AllowPickle, Json, Model, Recipe, Revision, Sets, TaskData, app, settings_of
+from .app import AllowPickle, Json, Model, Quiet, Recipe, Revision, Sets, TaskData, app, settings_of
 
 
-@app.command("eval")
+@app.command("eval", epilog="Example: cla-convert eval trained/ --tasks piqa,wikitext --limit 100")
 def evaluate(
     model: Model,
-    tasks: Annotated[str | None, typer.Option(help="Comma-separated task names; default: the offline pack.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Documents per task: the first so many.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Comma-separated task names; default: the offline pack.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", help="Documents per task: the first so many.")] = None,
     task_data: TaskData = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for results (per task, resumable).")] = None,
-    backend: Annotated[str | None, typer.Option(help="What scores the tasks: hf, or vllm if installed.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for results (per task, resumable).")] = None,
+    backend: Annotated[
+        str | None, typer.Option(metavar="NAME", help="What scores the tasks: hf, or vllm if installed.")
+    ] = None,
     recipe: Recipe = None,
     revision: Revision = None,
     allow_pickle: AllowPickle = False,
     sets: Sets = None,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Score a model with lm-eval.
 

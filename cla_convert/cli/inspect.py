@@ -1,11 +1,11 @@
 """inspect: what a model is, and what sharing would save."""
 
 from ..console import data, data_json
-from .app import Json, Model, Revision, app
+from .app import Json, Model, Quiet, Revision, app
 
 
-@app.command()
-def inspect(model: Model, revision: Revision = None, as_json: Json = False) -> None:
+@app.command(epilog="Example: cla-convert inspect Qwen/Qwen3-0.6B")
+def inspect(model: Model, revision: Revision = None, as_json: Json = False, quiet: Quiet = False) -> None:
     """Say what a model is and what each sharing pattern would save."""
     from ..conversion.inspect import inspect_model, render
 

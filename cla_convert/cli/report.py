@@ -7,10 +7,10 @@ import typer
 
 from ..console import data, data_json
 from ..errors import InputError
-from .app import Gate, GateStrict, Json, app, enforce_gate, gate_mode
+from .app import Gate, GateStrict, Json, Quiet, app, enforce_gate, gate_mode
 
 
-@app.command()
+@app.command(epilog="Example: cla-convert report runs/mine")
 def report(
     run_dirs: Annotated[
         list[Path],
@@ -19,6 +19,7 @@ def report(
     gate: Gate = False,
     gate_strict: GateStrict = False,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Rebuild the report from the files of a run folder.
 

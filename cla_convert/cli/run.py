@@ -14,6 +14,7 @@ from .app import (
     Json,
     Private,
     PushToHub,
+    Quiet,
     Sets,
     TaskData,
     app,
@@ -25,16 +26,20 @@ from .app import (
 )
 
 
-@app.command()
+@app.command(epilog="Example: cla-convert run smollm2-135m --out runs/mine --set train.tokens=100M")
 def run(
     recipe: Annotated[
-        str, typer.Argument(help="Recipe file, or the name of a shipped one (demo).", show_default=False)
+        str,
+        typer.Argument(metavar="RECIPE", help="Recipe file, or the name of a shipped one (demo).", show_default=False),
     ],
-    out: Annotated[Path, typer.Option(help="Run folder; rerunning the same line resumes.", show_default=False)],
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Run folder; rerunning the same line resumes.", show_default=False)
+    ],
     sets: Sets = None,
     until: Annotated[
-        str, typer.Option(help="Stop after this stage: plan, convert, uptrain, eval or report.")
+        str, typer.Option(metavar="STAGE", help="Stop after this stage: plan, convert, uptrain, eval or report.")
     ] = "report",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Start the run folder anew.")] = False,
     allow_changes: AllowChanges = None,
     task_data: TaskData = None,
@@ -43,6 +48,7 @@ def run(
     push_to_hub: PushToHub = None,
     private: Private = False,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Do it all: plan, convert, uptrain, evaluate, report.
 
@@ -51,6 +57,7 @@ def run(
     mode = gate_mode(gate, gate_strict)
     resolved = load(recipe, sets, {"eval.task_data": task_data, "eval.gate": mode or None})
     from .. import pipeline
+    from ..report.summary import summary
     from ..run_folder import RunFolder
 
     if until not in pipeline.STAGES:
@@ -60,6 +67,12 @@ def run(
         raise UsageError("--gate has nothing to judge", why=f"--until {until} stops before the evaluation.")
     if push_to_hub and until == "plan":
         raise UsageError("--push-to-hub has nothing to upload", why="--until plan stops before there is a model.")
+    if dry_run:
+        planned = pipeline.dry_run(
+            resolved.recipe, out, overwrite=overwrite, allow_changes=allow_changes or (), introduction=resolved.table()
+        )
+        data_json(planned.to_json()) if as_json else data(planned.render())
+        return
     hub = destination(push_to_hub, private)
     result = pipeline.run(
         resolved.recipe,
@@ -73,7 +86,7 @@ def run(
     if as_json:
         data_json(pipeline.to_json(result))
     elif until == "report":
-        data(folder.pages["md"].read_text(encoding="utf-8"))
+        data(summary(pipeline.to_json(result), folder))
     if until in ("eval", "report"):
         enforce_gate(folder, resolved.recipe.eval.gate)
     trained = resolved.recipe.train.tokens and until != "convert"

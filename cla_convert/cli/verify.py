@@ -7,12 +7,12 @@ import typer
 
 from ..console import data, data_json
 from ..errors import UsageError
-from .app import Json, app
+from .app import Json, Quiet, app
 
 
-@app.command()
+@app.command(epilog="Example: cla-convert verify out/ --cache")
 def verify(
-    model: Annotated[Path, typer.Argument(help="Output folder.", show_default=False)],
+    model: Annotated[Path, typer.Argument(metavar="DIR", help="Output folder.", show_default=False)],
     update_code: Annotated[
         bool, typer.Option("--update-code", help="First replace its modelling files by this version's.")
     ] = False,
@@ -21,6 +21,7 @@ def verify(
         str | None, typer.Option(metavar="SOURCE", help="With --cache: measure this model, too, and compare.")
     ] = None,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Check that an output loads and works without cla-convert.
 

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..console import say
 from ..files import read_json, read_kept, write_json
 from ..run_folder import PointFolder
 from .prepare import Prepared
@@ -27,6 +28,8 @@ def finished(name: str, identity: str, out_dir: Path, cache_dir: Path | None) ->
     result = read_json(PointFolder(out_dir).task(name))
     if result is not None and result.get("identity") == identity:
         return result
+    if result is not None:
+        say(f"{name}: measured before with another model or under other settings, and now anew")
     cached = read_kept(cache_dir / f"{identity}.json") if cache_dir else None
     if cached is None or cached.get("identity") != identity:
         return None

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from .section import FREE, PLACES, Count, Section
 
@@ -84,6 +84,14 @@ class Train(Section):
     control: Annotated[bool, FREE] = False
     """Uptrain the source model too, on the same tokens with the same loss: what CLA cost is then the uptrained model
     minus this control, whatever the data taught. Doubles the training time. Pure distillation needs none."""
+
+    @model_validator(mode="after")
+    def _a_step_has_a_sequence(self) -> "Train":
+        if self.tokens and self.batch_tokens < self.sequence_length:
+            raise ValueError(
+                f"batch_tokens is {self.batch_tokens}, less than one sequence (sequence_length: {self.sequence_length})"
+            )
+        return self
 
     @property
     def needs_control(self) -> bool:

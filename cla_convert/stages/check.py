@@ -20,6 +20,7 @@ def check(recipe: Recipe, folder: RunFolder) -> None:
     from ..models.self_test import check_interface
     from ..models.writer import check_disk
     from ..training.data import check_data
+    from ..training.schedule import check_steps
 
     source, device = folder.source(recipe), pick_device(recipe.device)
     config = Checkpoint.open(source).config
@@ -29,6 +30,7 @@ def check(recipe: Recipe, folder: RunFolder) -> None:
     check_texts(recipe.eval.perplexity)
     check_evaluation(source, recipe.eval.perplexity)
     check_lengths(recipe, config)
+    check_steps(recipe.train)
     _check_training(recipe, folder)
     check_data(recipe, load_tokenizer(source), source, device)
     check_disk(folder.path, _disk_needed(recipe, folder))

@@ -32,6 +32,13 @@ def plan(recipe: Recipe, folder: RunFolder) -> PlanResult:
     return folder.plan.write(PlanResult.model_validate(the_plan.to_json()))
 
 
+def checked_plan(recipe: Recipe, folder: RunFolder) -> "Plan":
+    """The same, and nothing is written."""
+    the_plan = plan_of(recipe, folder)
+    _check_memory(recipe, folder, the_plan)
+    return the_plan
+
+
 def plan_of(recipe: Recipe, folder: RunFolder) -> "Plan":
     """The conversion plan of a recipe; `sharing: auto` measures first. Raises UsageError, InputError."""
     from ..conversion.plan import make_plan

@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Collection
 from pathlib import Path
 
-from ..console import say
+from ..console import quiet, say
 from ..environment import command_line, pick_device, rank, world_size
 from ..recipe import Recipe
 from ..results import TrainResult
@@ -96,7 +96,7 @@ def _train_together(
         resolved = RunFolder(Path(scratch))
         resolved.save_recipe(recipe)
         options = [word for name in allow_changes for word in ("--allow-change", name)]
-        options += ["--no-resume"] if fresh else []
+        options += [*(["--no-resume"] if fresh else []), *(["-q"] if quiet() else [])]
         line = ["uptrain", str(student), str(training.model), "--recipe", str(resolved.recipe), *options]
         launch(line, recipe.train.processes, folder.path)
     result = training.result.read()

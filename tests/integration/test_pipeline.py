@@ -1,12 +1,14 @@
 """`cla-convert run` as a whole on a tiny model: stop, resume, refuse, start anew, lose nothing."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from cla_convert import pipeline
 from cla_convert.errors import InputError, UsageError
@@ -104,3 +106,38 @@ def test_only_a_run_folder_is_ever_cleared(tmp_path):
     (tmp_path / "environment.json").write_text("{}")
     RunFolder(tmp_path).clear()
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["package.json", "photo.png"]
+
+
+def test_a_dry_run_plans_and_writes_nothing(tmp_path, tiny_llama):
+    done = cla(*line(tiny_llama, tmp_path / "run"), "--dry-run", "-q")
+    assert done.returncode == 0 and "[0] [1 ← 2] [3 ← 4] [5]" in done.stdout, done.stderr
+    assert not (tmp_path / "run").exists()
+    assert "done in" not in done.stderr and "source.model" not in done.stderr  # quiet: warnings at most
+
+
+def test_a_run_ends_with_a_few_lines_and_says_what_was_asked_for(tmp_path, tiny_llama):
+    out = tmp_path / "run"
+    done = cla(*line(tiny_llama, out), "--set", "train.batch_tokens=2k")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.strip().splitlines()
+    assert len(lines) <= 8 and lines[0].startswith("verdict") and "768 -> 512 bytes per token, 1.50x" in lines[1]
+    assert str(out / "uptrained") in done.stdout and str(out / "report.html") in done.stdout and "next" in lines[-1]
+    assert "2 optimiser steps are few" in done.stderr and "train.batch_tokens=64" in done.stderr
+    assert "train.tokens" in done.stderr and "train.betas" not in done.stderr  # what differs from the defaults
+    again = cla(*line(tiny_llama, out), "--set", "train.batch_tokens=2k", "--set", "eval.limit=2")
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("openbookqa: measured before") == 3  # at every point, and nothing is trained again
+    assert f"found {out / 'uptrained'}" in again.stderr
+
+
+def test_uptrain_finds_the_teacher_that_the_manifest_names(tmp_path, tiny_llama):
+    source = shutil.copytree(tiny_llama, tmp_path / "source")
+    assert cla("convert", source, tmp_path / "c", "--init", "mean").returncode == 0
+    small = [word for value in [*SMALL[:5], "device=cpu"] for word in ("--set", value)]
+    done = cla("uptrain", tmp_path / "c", tmp_path / "u", *small, cwd=tmp_path / "c")
+    assert done.returncode == 0 and f"the teacher is {source}" in done.stderr, done.stderr
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    done = cla("uptrain", tmp_path / "c", tmp_path / "v", *small)
+    assert done.returncode == 2 and "has changed since" in done.stderr and "error: No teacher" in done.stderr
