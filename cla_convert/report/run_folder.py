@@ -10,14 +10,13 @@ from typing import Any
 from ..errors import ClaError, InputError
 from ..files import read_json, stays_in
 from ..recipe_file import read_yaml
-from ..run_folder import POINTS, PointFolder
-from ..run_folder import RunFolder as Layout
+from ..run_folder import POINTS, PointFolder, RunFolder
 
 Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class RunFolder:
+class RunFiles:
     """Files of one run. Attributes are empty dicts or lists where a file is missing."""
 
     path: Path
@@ -44,9 +43,9 @@ class RunFolder:
     bench: Json
 
     @property
-    def files(self) -> Layout:
+    def files(self) -> RunFolder:
         """Where they lie."""
-        return Layout(self.path)
+        return RunFolder(self.path)
 
     def task_file(self, point: str, task: str) -> Json | None:
         """Per-document results of a task, or None."""
@@ -58,9 +57,9 @@ class RunFolder:
         return next((point for point in ("after", "converted") if point in self.results), None)
 
 
-def read_run_folder(path: Path) -> RunFolder:
+def read_run_folder(path: Path) -> RunFiles:
     """Read a run folder. Raises InputError if it is none or a file in it is damaged, UsageError for its recipe."""
-    run = Layout(path)
+    run = RunFolder(path)
     known = (run.recipe, run.convert.path, run.plan.path, run.evaluation.path)
     if not path.is_dir() or not any(file.exists() for file in known):
         raise InputError(
@@ -69,7 +68,7 @@ def read_run_folder(path: Path) -> RunFolder:
             fix="Give the folder that was passed as --out to `cla-convert run`.",
         )
     _refuse_links(run)
-    return RunFolder(
+    return RunFiles(
         path=path,
         recipe=read_yaml(run.recipe) if run.recipe.exists() else {},
         # Before the conversion has run, the plan already knows the map and the sizes.
@@ -91,7 +90,7 @@ def read_run_folder(path: Path) -> RunFolder:
     )
 
 
-def _refuse_links(run: Layout) -> None:
+def _refuse_links(run: RunFolder) -> None:
     """Raise InputError if a file that a report shows is a link to outside of the run folder."""
     if astray := [file for file in run.shown if not stays_in(file, run.path)]:
         raise InputError(
@@ -119,7 +118,7 @@ def explained(run_dir: Path) -> Iterator[None]:
         ) from error
 
 
-def _by_point(run: Layout, name: str) -> dict[str, Json]:
+def _by_point(run: RunFolder, name: str) -> dict[str, Json]:
     found = {point: read_json(run.evaluation.point(point).measured(name)) for point in POINTS}
     return {point: value for point, value in found.items() if value is not None}
 
