@@ -106,8 +106,8 @@ def measure(shape: Shape, compiled: bool, folder: Path, device: str, steps: int)
 
     from cla_convert.recipe import Recipe, Train
     from cla_convert.training.data import TokenStore
-    from cla_convert.training.loop import _step
     from cla_convert.training.state import Checkpoints, Position
+    from cla_convert.training.step import take_step
     from cla_convert.training.trainer import set_up
 
     batch = 2 * shape.rows * shape.length
@@ -130,7 +130,7 @@ def measure(shape: Shape, compiled: bool, folder: Path, device: str, steps: int)
         if device == "cpu":
             position, peak = tracked(trainer, position, checkpoints)
         else:
-            position, _ = _step(trainer, position, checkpoints)
+            position, _ = take_step(trainer, position, checkpoints)
     return {
         "rows": shape.rows,
         "length": shape.length,
@@ -143,14 +143,14 @@ def measure(shape: Shape, compiled: bool, folder: Path, device: str, steps: int)
 
 def tracked(trainer: Any, position: Any, checkpoints: Any) -> tuple[Any, int]:
     """A step on the CPU, and the bytes of tensors at its peak."""
-    from cla_convert.training.loop import _step
     from cla_convert.training.rehearsal import _Live
+    from cla_convert.training.step import take_step
 
     models = [model for model in (trainer.student, trainer.objective.teacher) if model is not None]
     there = [tensor for model in models for tensor in model.parameters()]
     there += [value for each in trainer.optimizers for state in each.state.values() for value in state.values()]
     with _Live() as live:
-        position, _ = _step(trainer, position, checkpoints)
+        position, _ = take_step(trainer, position, checkpoints)
     return position, live.peak + sum({t.untyped_storage()._cdata: t.nbytes for t in there}.values())
 
 

@@ -37,8 +37,8 @@ from cla_convert.recipe import Recipe
 from cla_convert.recipe_file import validate
 from cla_convert.training.data import TokenStore
 from cla_convert.training.flops import peak_flops, training_flops
-from cla_convert.training.loop import _step
 from cla_convert.training.state import Checkpoints, Position
+from cla_convert.training.step import take_step
 from cla_convert.training.trainer import set_up
 
 LLAMA_1B = dict(
@@ -210,7 +210,7 @@ def ours(setting: Setting, train: dict[str, Any], *, profile: bool, cudnn: bool)
     def steps(count: int) -> None:
         nonlocal position, row
         for _ in range(count):
-            position, row = _step(trainer, position, checkpoints)
+            position, row = take_step(trainer, position, checkpoints)
 
     with attention_kernel(cudnn):
         first = clock.time(lambda: steps(1))

@@ -19,14 +19,33 @@ def unmute() -> None:
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
 
 
+_quiet = False
+
+
+def hush(wanted: bool = True) -> None:
+    """Say nothing but warnings and errors from now on, and show no progress (`-q`)."""
+    global _quiet
+    _quiet = wanted
+
+
+def quiet() -> bool:
+    """Whether it was hushed."""
+    return _quiet
+
+
 def say(message: str = "") -> None:
     """Print a note for the person watching (stderr)."""
-    print(message, file=sys.stderr, flush=True)
+    if not _quiet:
+        _tell(message)
 
 
 def warn(message: str) -> None:
     """Print a warning (stderr)."""
-    say(f"warning: {message}")
+    _tell(f"warning: {message}")
+
+
+def _tell(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
 
 
 def data(text: str) -> None:
@@ -43,11 +62,11 @@ def data_json(value: dict[str, Any]) -> None:
 
 def fail(error: ClaError) -> None:
     """Print a user's error as what / why / how to fix (stderr)."""
-    say(f"error: {error.what}")
+    _tell(f"error: {error.what}")
     if error.why:
-        say(f"  why: {error.why}")
+        _tell(f"  why: {error.why}")
     if error.fix:
-        say(f"  fix: {error.fix}")
+        _tell(f"  fix: {error.fix}")
 
 
 def debug() -> bool:
@@ -60,6 +79,7 @@ def progress(total: int, desc: str, unit: str = "it", initial: int = 0, **option
     from tqdm import tqdm
 
     interval = 0.2 if sys.stderr.isatty() else 10.0
+    options.setdefault("disable", _quiet)
     return tqdm(
         total=total, desc=desc, unit=unit, initial=initial, mininterval=interval, maxinterval=max(interval, 10.0),
         dynamic_ncols=True, unit_scale=total >= 10_000, file=sys.stderr, **options,

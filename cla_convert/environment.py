@@ -131,11 +131,18 @@ def rank() -> int:
     return int(os.environ["RANK"]) if "LOCAL_RANK" in os.environ else 0
 
 
+def launched() -> bool:
+    """Whether another cla-convert started this process to do a part of its work (training/launch.py)."""
+    return "CLA_CONVERT_COMMAND" in os.environ
+
+
 def command_line() -> str:
     """The command that continues this process, ready to paste: its own, without what would start over."""
+    if given := os.environ.get("CLA_CONVERT_COMMAND"):  # of the process that started this one
+        return given
     program = ["cla-convert"]
     if world_size() > 1:
-        program = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], "-m", "cla_convert.cli"]
+        program = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], "-m", "cla_convert"]
     return shlex.join([*program, *(word for word in sys.argv[1:] if word not in ("--overwrite", "--no-resume"))])
 
 

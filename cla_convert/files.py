@@ -15,6 +15,8 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+LOCKED = "CLA_CONVERT_LOCKED"
+"""Environment variable: the folder that the process which started this one has locked for it."""
 LARGEST_JSON = 1 << 28
 """Bytes of a file that is read at once: more would be no JSON of ours, and many times as much in memory."""
 
@@ -57,7 +59,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     The lock is the kernel's (flock, where there is one): it leaves no file, and ends with the process in any case.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = _lock(folder)
+    descriptor = None if os.environ.get(LOCKED) == str(folder.resolve()) else _lock(folder)
     try:
         yield
     finally:

@@ -6,22 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from .console import say, warn
 from .errors import InputError
+from .models.shape import positions_of, size_of
 from .recipe import Recipe, TextFile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-def positions_of(config: Mapping[str, Any]) -> int | None:
-    """How many positions the model of a config.json was built for, if that says it."""
-    return _number(config, "max_position_embeddings") or _number(config, "n_positions")
-
-
-def _number(config: Mapping[str, Any], name: str) -> int | None:
-    """A size of the language model."""
-    text = config.get("text_config")
-    found = (text if isinstance(text, dict) else config).get(name)
-    return found if isinstance(found, int) else None
 
 
 def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", config: Mapping[str, Any]) -> None:
@@ -29,7 +18,7 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", config: Mapping[str, A
 
     Special tokens that stand in no ordinary text (such as those of images) only cause a warning.
     """
-    rows = _number(config, "vocab_size")
+    rows = size_of(config, "vocab_size")
     beyond = {token: number for token, number in tokenizer.get_vocab().items() if rows and number >= rows}
     if not beyond:
         return

@@ -23,12 +23,12 @@ class Resolved:
     origins: dict[str, str]
 
     def table(self) -> str:
-        """One line per value: name, value, origin."""
+        """One line per value that was given: name, value, origin."""
         values = flatten(self.recipe.model_dump(mode="json"))
-        width = max(map(len, values))
-        return "\n".join(
-            f"{name:<{width}}  {value!r:<28}  {self.origins.get(name, 'default')}" for name, value in values.items()
-        )
+        given = {name: value for name, value in values.items() if name in self.origins}
+        width = max(map(len, given), default=0)
+        lines = [f"{name:<{width}}  {value!r:<28}  {self.origins[name]}" for name, value in given.items()]
+        return "\n".join([*lines, f"{len(values) - len(given)} other settings have their defaults"])
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

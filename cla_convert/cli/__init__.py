@@ -9,9 +9,11 @@ from ..environment import command_line, rank, world_size
 from ..errors import ClaError, ExitCode, InputError, Interrupted
 from .app import app
 
-from . import models, training, evaluation, recipes  # isort: skip  (the order of --help)
+from . import inspect, convert, verify, chat, uptrain, run, eval, bench, report, recipes  # isort: skip  (as in --help)
 
-__all__ = ["app", "evaluation", "main", "models", "recipes", "training"]
+__all__ = [
+    "app", "bench", "chat", "convert", "eval", "inspect", "main", "recipes", "report", "run", "uptrain", "verify"
+]  # fmt: skip
 
 
 _OF_PATHS = (
@@ -30,15 +32,12 @@ def main() -> None:
     """Entry point: run the app and turn errors into what / why / how to fix and an exit code."""
     leads, alone = rank() == 0, world_size() == 1
     for signal_number in (signal.SIGINT, signal.SIGTERM):
-        # A process that waits to be called cannot run a handler, and has nothing to lose.
+        # One that waits for the first cannot run a handler, and has nothing to lose.
         signal.signal(signal_number, _interrupt if leads else signal.SIG_DFL)
     try:
         if not leads:
             mute()
-        if leads or sys.argv[1:2] == ["eval"]:  # lm-eval divides documents by itself: every process runs the verb
-            app()
-        else:
-            training.take_part()
+        app()
     except (ClaError, OSError) as error:
         if debug() or not (isinstance(error, ClaError) or error.errno in _OF_PATHS):
             raise
@@ -61,11 +60,6 @@ def main() -> None:
         if alone or _speaks():
             raise
         sys.exit(ExitCode.BUG)
-    finally:
-        if leads and not alone:
-            from ..training.torchrun import dismiss_the_others
-
-            dismiss_the_others()
 
 
 def _speaks() -> bool:

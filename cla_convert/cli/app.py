@@ -6,19 +6,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..console import data
+from ..console import data, hush
 from ..environment import world_size
 from ..errors import UsageError
 
 if TYPE_CHECKING:
     from ..models.upload import Destination
     from ..recipe import Recipe as Schema
+    from ..recipe_file import Resolved
+    from ..run_folder import RunFolder
 
 app = typer.Typer(
     name="cla-convert",
     help="Give a pretrained MQA/GQA model Cross-Layer Attention: a KV cache half the size, uptrained and proven.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={
@@ -29,12 +30,22 @@ app = typer.Typer(
 recipes_app = typer.Typer(help="List, show or copy the recipes that ship with the package.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
 
-Model = Annotated[str, typer.Argument(help="Hub id, local folder or .gguf file.", show_default=False)]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder or .gguf file.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
+
+
+def _hush(quiet: bool) -> None:
+    if quiet:
+        hush()
+
+
+Quiet = Annotated[
+    bool, typer.Option("-q", "--quiet", help="No progress and no notes; warnings and errors stay.", callback=_hush)
+]
+Revision = Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a hub model.")]
 AllowPickle = Annotated[bool, typer.Option(help="Accept pickled .bin weights (loaded with weights_only=True).")]
 Overwrite = Annotated[bool, typer.Option(help="Replace an earlier output.")]
-Recipe = Annotated[str | None, typer.Option(help="Recipe file, or the name of a shipped one.")]
+Recipe = Annotated[str | None, typer.Option(metavar="RECIPE", help="Recipe file, or the name of a shipped one.")]
 AllowChanges = Annotated[
     list[str] | None,
     typer.Option(
@@ -53,7 +64,9 @@ PushToHub = Annotated[
     typer.Option("--push-to-hub", metavar="REPO", help="Upload the finished model to this repository of the hub."),
 ]
 Private = Annotated[bool, typer.Option("--private", help="With --push-to-hub: a new repository is private.")]
-TaskData = Annotated[str | None, typer.Option(help="Folder of full evaluation sets (docs/evaluation.md).")]
+TaskData = Annotated[
+    str | None, typer.Option(metavar="DIR", help="Folder of full evaluation sets (docs/evaluation.md).")
+]
 Gate = Annotated[bool, typer.Option("--gate", help="Exit with code 4 if a loss beyond the margin is shown.")]
 GateStrict = Annotated[
     bool, typer.Option("--gate-strict", help="Exit with code 4 unless the loss is shown to be within the margin.")
@@ -64,10 +77,15 @@ GateStrict = Annotated[
 def root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Handle the options that come before a verb."""
-    if world_size() > 1 and context.invoked_subcommand not in ("run", "uptrain", "eval"):
-        raise UsageError("Only run, uptrain and eval use several processes", fix="Start cla-convert without torchrun.")
+    if world_size() > 1 and context.invoked_subcommand == "run":
+        raise UsageError(
+            "run starts its processes itself", fix=f"Give --set train.processes={world_size()}, without torchrun."
+        )
+    if world_size() > 1 and context.invoked_subcommand not in ("uptrain", "eval"):
+        raise UsageError("Only uptrain and eval run under torchrun", fix="Start cla-convert without it.")
     if version:
         from .. import __version__
 
@@ -75,13 +93,18 @@ def root(
         raise typer.Exit
 
 
-def settings_of(recipe: str | None, sets: list[str] | None, options: dict[str, Any]) -> "Schema":
+def load(recipe: str | None, sets: list[str] | None, options: dict[str, Any]) -> "Resolved":
     """A recipe (or the defaults), then --set, then the options of the verb that were given."""
     from ..recipe_file import load_recipe
     from ..recipes import find_recipe
 
     given = [f"{name}={json.dumps(value)}" for name, value in options.items() if value is not None]
-    return load_recipe(find_recipe(recipe) if recipe else None, [*(sets or []), *given]).recipe
+    return load_recipe(find_recipe(recipe) if recipe else None, [*(sets or []), *given])
+
+
+def settings_of(recipe: str | None, sets: list[str] | None, options: dict[str, Any]) -> "Schema":
+    """`load` without where each value came from."""
+    return load(recipe, sets, options).recipe
 
 
 def destination(repo: str | None, private: bool) -> "Destination | None":
@@ -99,9 +122,11 @@ def push(hub: "Destination | None", folder: Path) -> dict[str, str]:
     """Upload a finished model, if that was asked for; what to add to the result. Raises InputError, Interrupted."""
     if hub is None:
         return {}
+    from ..models.upload import forget_local_source
     from ..report.model_card import rename_card
 
     rename_card(folder, hub.repo)
+    forget_local_source(folder)
     return {"uploaded": hub.upload(folder)}
 
 
@@ -110,7 +135,7 @@ def gate_mode(gate: bool, strict: bool) -> bool | str:
     return "strict" if strict else gate
 
 
-def enforce_gate(run_dir: Path, mode: bool | str) -> None:
+def enforce_gate(folder: "RunFolder", mode: bool | str) -> None:
     """Raise QualityGate if the gate fails on the results in a run folder; everything has been written by then."""
     if not mode:
         return
@@ -119,9 +144,9 @@ def enforce_gate(run_dir: Path, mode: bool | str) -> None:
     from ..recipe_file import load_recipe
     from ..report.run_folder import explained
 
-    settings = load_recipe(run_dir / "recipe.yaml").recipe
-    with explained(run_dir):
-        comparison = write_comparison(run_dir, margin=settings.eval.margin, seed=settings.seed)
+    settings = load_recipe(folder.recipe).recipe
+    with explained(folder.path):
+        comparison = write_comparison(folder.path, margin=settings.eval.margin, seed=settings.seed)
     enforce(comparison, mode)
 
 

@@ -7,11 +7,11 @@ import typer
 
 from ..console import data, data_json
 from ..errors import UsageError
-from .app import Json, app, recipes_app
+from .app import Json, Quiet, app, recipes_app
 
 
 @app.command()
-def env(as_json: Json = False) -> None:
+def env(as_json: Json = False, quiet: Quiet = False) -> None:
     """Print versions and hardware, for bug reports."""
     from ..environment import hardware, versions
 

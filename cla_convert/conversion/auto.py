@@ -18,10 +18,10 @@ from ..models.checkpoint import Checkpoint
 from ..models.fingerprint import fingerprint
 from .search import likely_maps, owners_for
 from .sharing import groups_of, picture
+from .text import CalibrationText
 
 if TYPE_CHECKING:
     from .sensitivity import Sensitivity
-    from .text import CalibrationText
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Choice:
 
 
 def choose(
-    checkpoint: Checkpoint, kinds: Sequence[str], kv_budget: float, calibration: "CalibrationText", cache: Path
+    checkpoint: Checkpoint, kinds: Sequence[str], kv_budget: float, calibration: CalibrationText, cache: Path
 ) -> Choice:
     """Choose the map that costs least within `kv_budget`, a share of the source's KV cache.
 
@@ -100,7 +100,7 @@ def _measured(
     what: str,
     measure: "Callable[..., list[Sensitivity]]",
     checkpoint: Checkpoint,
-    calibration: "CalibrationText",
+    calibration: CalibrationText,
     cache: Path,
     subject: list[Any],
     layers: int,

@@ -1,7 +1,7 @@
 """Execute a plan: stream tensors from the source's shards into a new folder that loads anywhere."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,7 @@ def convert(
     calibration: CalibrationText | None = None,
     max_shard_size: int = 5_000_000_000,
     overwrite: bool = False,
+    named: Mapping[str, str | None] | None = None,
 ) -> dict[str, Any]:
     """Write the converted model to `out` and return the result (the keys of `convert --json`).
 
@@ -44,6 +45,7 @@ def convert(
         calibration: text and device; needed for `init: calibrated` only.
         max_shard_size: bytes of a shard at most.
         overwrite: replace an earlier output of this tool.
+        named: what the user calls the source model, for the manifest: `model`, `revision`.
 
     Raises:
         InputError: the disk is too small (before anything is written), `out` must not be replaced, the tokenizer would
@@ -61,7 +63,7 @@ def convert(
         tokenizer = keep_tokenizer(checkpoint.folder, staging)  # before the weights: it may refuse
         patches = INITIALISATIONS.named(plan.init).patches(checkpoint, plan.kv_source_layers, calibration, staging)
         fits = _write(plan, checkpoint, patches, staging, max_shard_size)
-        write_json(staging / MANIFEST, manifest(plan, checkpoint, calibration) | {"tokenizer": tokenizer})
+        write_json(staging / MANIFEST, manifest(plan, checkpoint, calibration, named or {}) | {"tokenizer": tokenizer})
     return plan.to_json() | {
         "output": str(out),
         "groups": _groups(plan, fits),
@@ -70,13 +72,16 @@ def convert(
     }
 
 
-def manifest(plan: Plan, checkpoint: Checkpoint, calibration: CalibrationText | None = None) -> dict[str, Any]:
+def manifest(
+    plan: Plan, checkpoint: Checkpoint, calibration: CalibrationText | None = None, named: Mapping[str, str | None] = {}
+) -> dict[str, Any]:
     """cla_manifest.json: where the model comes from and how it was made."""
     return {
         "cla_convert": __version__,
         "source": {
             "folder": checkpoint.folder.name,
             "fingerprint": fingerprint(checkpoint.folder),
+            **named,
             **checkpoint.origin,
         },
         "sharing": plan.sharing,

@@ -20,8 +20,8 @@ from .. import console
 from ..errors import InputError
 from ..files import read_json, write_json
 from ..recipe import Evaluate
+from ..run_folder import EvaluationFolder
 
-FILE = "batch_size.json"
 LARGEST = 64
 ON_CPU = 8
 """A CPU does not run out of memory before it is slow; larger batches only pad more."""
@@ -47,7 +47,7 @@ def out_of_memory() -> Iterator[None]:
 def settle(spec: Evaluate, model_dir: Path, out: Path, device: str, dtype: str) -> int:
     """The batch size of this run: what is on record for the same request, else the recipe's, else probed."""
     kind = device.partition(":")[0]
-    record = read_json(out / FILE) or {}
+    record = read_json(EvaluationFolder(out).batch_size) or {}
     recorded = record.get("batch_size")
     if (record.get("requested"), record.get("device")) == (spec.batch_size, kind) and isinstance(recorded, int):
         return recorded
@@ -59,7 +59,7 @@ def settle(spec: Evaluate, model_dir: Path, out: Path, device: str, dtype: str) 
         size, found = _probe(model_dir, spec.max_length, device, dtype), "probed"
         console.say(f"batch size {size}: the largest power of two that fits {spec.max_length} tokens")
     record = {"requested": spec.batch_size, "batch_size": size, "found": found, "device": kind}
-    write_json(out / FILE, record)
+    write_json(EvaluationFolder(out).batch_size, record)
     return size
 
 

@@ -22,10 +22,10 @@ import numpy as np
 
 from ..errors import InputError
 from ..files import read_json, write_json
+from ..run_folder import PointFolder, RunFolder
 from . import retrieval
 from .gate import judge
 from .inference import holm, p_inferior
-from .samples import task_file
 from .stats import Comparison, compare, compare_likelihoods, macro_average
 
 Json = dict[str, Any]
@@ -37,15 +37,14 @@ _RANK = {"acc_norm": 0, "acc": 1, "word_perplexity": 2}
 def write_comparison(run_dir: Path, *, margin: float, seed: int) -> Json:
     """Compute `compare_run` and write it as eval/comparison.json."""
     result = compare_run(run_dir, margin=margin, seed=seed)
-    write_json(run_dir / "eval" / "comparison.json", result)
+    write_json(RunFolder(run_dir).evaluation.comparison, result)
     return result
 
 
 def compare_run(run_dir: Path, *, margin: float, seed: int) -> Json:
     """Compare `before` with the last measured point of a run folder."""
-    folder = run_dir / "eval"
-    last = next((point for point in ("after", "converted") if (folder / point / "results.json").exists()), "converted")
-    return compare_points(folder, "before", last, margin=margin, seed=seed)
+    folder = RunFolder(run_dir).evaluation
+    return compare_points(folder.path, "before", folder.last_point or "converted", margin=margin, seed=seed)
 
 
 def compare_points(folder: Path, left: str, right: str, *, margin: float, seed: int) -> Json:
@@ -57,7 +56,7 @@ def compare_points(folder: Path, left: str, right: str, *, margin: float, seed: 
         margin: of non-inferiority, in accuracy.
         seed: of the resampling.
     """
-    sides = [read_json(folder / side / "results.json") or {} for side in (left, right)]
+    sides = [read_json(PointFolder(folder / side).results.path) or {} for side in (left, right)]
     point = right if all(sides) else None
     comparisons, problems = _tasks(folder, list(sides[0]["tasks"]), left, right, margin, seed) if point else ([], [])
     if point and sides[0].get("specification_hash") != sides[1].get("specification_hash"):
@@ -99,7 +98,7 @@ def _tasks(
     found: list[Comparison] = []
     problems: list[str] = []
     for name in names:
-        before, after = (read_json(task_file(folder / side, name)) for side in (left, right))
+        before, after = (read_json(PointFolder(folder / side).task(name)) for side in (left, right))
         if before is None or after is None:
             problems.append(f"{name}: no per-document results for both points, so no interval.")
             continue
@@ -132,11 +131,13 @@ def _table(comparisons: list[Comparison], chosen: list[Comparison], margin: floa
 
 def _texts(folder: Path, left: str, right: str, seed: int) -> dict[str, Json]:
     """Perplexity of the held-out text and of text files, compared window by window."""
-    files = {"held_out": "held_out.json"}
-    files |= {path.stem: f"perplexity/{path.name}" for path in sorted((folder / left / "perplexity").glob("*.json"))}
+    files = {"held_out": "held_out"}
+    files |= {name: f"perplexity/{name}" for name in PointFolder(folder / left).text_files}
     table = {}
     for name, file in files.items():
-        sides: list[Any] = [(read_json(folder / side / file) or {}).get("windows") for side in (left, right)]
+        sides: list[Any] = [
+            (read_json(PointFolder(folder / side).measured(file)) or {}).get("windows") for side in (left, right)
+        ]
         if not all(sides) or [tokens for _, tokens in sides[0]] != [tokens for _, tokens in sides[1]]:
             continue
         pairs = np.array([[(-nats, tokens) for nats, tokens in side] for side in sides]).swapaxes(0, 1)

@@ -19,6 +19,7 @@ from ..environment import pick_device
 from ..files import write_json
 from ..models.fingerprint import fingerprint
 from ..recipe import Evaluate
+from ..run_folder import PointFolder
 from .backend import load_backend
 from .batch import out_of_memory
 from .prepare import Prepared, prepare, reset
@@ -86,7 +87,7 @@ def evaluate(
     if not first:
         return {}
     result = summary(prepared, done, common, model_dir, model, time.monotonic() - started)
-    write_json(out_dir / "results.json", result)
+    write_json(PointFolder(out_dir).results.path, result)
     return result
 
 

@@ -10,9 +10,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..console import say
 from ..files import read_json, read_kept, write_json
+from ..run_folder import PointFolder
 from .prepare import Prepared
-from .samples import task_file
 
 Json = dict[str, Any]
 
@@ -24,20 +25,22 @@ def digest(value: Any) -> str:
 
 def finished(name: str, identity: str, out_dir: Path, cache_dir: Path | None) -> Json | None:
     """The result of this task for this model and specification, from the run folder or the cache."""
-    result = read_json(task_file(out_dir, name))
+    result = read_json(PointFolder(out_dir).task(name))
     if result is not None and result.get("identity") == identity:
         return result
+    if result is not None:
+        say(f"{name}: measured before with another model or under other settings, and now anew")
     cached = read_kept(cache_dir / f"{identity}.json") if cache_dir else None
     if cached is None or cached.get("identity") != identity:
         return None
     cached["cached"] = True
-    write_json(task_file(out_dir, name), cached, indent=None)
+    write_json(PointFolder(out_dir).task(name), cached, indent=None)
     return cached
 
 
 def store(name: str, result: Json, out_dir: Path, cache_dir: Path | None) -> None:
     """Write a finished task to the run folder and the cache."""
-    write_json(task_file(out_dir, name), result, indent=None)
+    write_json(PointFolder(out_dir).task(name), result, indent=None)
     if cache_dir is not None:
         write_json(cache_dir / f"{result['identity']}.json", result, indent=None)
 

@@ -1,16 +1,10 @@
 """lm-eval's output in compact form: scores by metric, and per document only what a paired comparison needs."""
 
 import math
-from pathlib import Path
 from typing import Any
 
 PROMPT, CHOICE = 400, 400
 """Characters kept of a prompt (its end) and of a choice, for showing samples."""
-
-
-def task_file(point_dir: Path, task: str) -> Path:
-    """Where the results of a task lie in the folder of a point."""
-    return point_dir / "tasks" / f"{task.replace('/', '__')}.json"
 
 
 def metric_name(key: str) -> str:

@@ -26,6 +26,7 @@ from ..errors import InputError
 from ..files import read_json, write_json
 from ..models.export import load_model, load_tokenizer
 from ..recipe import TextFile
+from ..run_folder import PointFolder
 from .agreement import agreement
 from .batch import out_of_memory
 from .context import fed_tokens
@@ -80,7 +81,7 @@ def measure_texts(texts: Texts, model_dir: Path, point_dir: Path, common: Json, 
         return load_model(folder, dtype=common["dtype"], device=common["device"])
 
     def once(name: str, key: Any, measure: Callable[[], Json]) -> None:
-        path = point_dir / f"{name}.json"
+        path = PointFolder(point_dir).measured(name)
         identity = hashlib.sha256(json.dumps([fingerprint, common, key], sort_keys=True).encode()).hexdigest()
         found[name] = read_json(path) or {}
         if found[name].get("identity") != identity:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InputError
 from ..files import load_json, stays_in
 from .families import FAMILIES, Family
-from .shape import shape_of
+from .shape import positions_of, shape_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -137,7 +137,7 @@ class Checkpoint:
     @property
     def positions(self) -> int | None:
         """Positions that the model knows, if there is a limit."""
-        return self.config.get("max_position_embeddings") or self.config.get("n_positions")
+        return positions_of(self.config)
 
     @property
     def sidecars(self) -> list[Path]:

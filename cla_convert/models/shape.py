@@ -95,3 +95,15 @@ def _map(sources: Any, layers: int) -> tuple[int, ...]:
     if len(found) != layers or not all(type(source) is int and 0 <= source < layers for source in found):
         raise ValueError(f"kv_source_layers is {sources!r}")
     return found
+
+
+def positions_of(config: Mapping[str, Any]) -> int | None:
+    """How many positions the language model of a config.json was built for, if that says it."""
+    return size_of(config, "max_position_embeddings") or size_of(config, "n_positions")
+
+
+def size_of(config: Mapping[str, Any], name: str) -> int | None:
+    """A size of the language model, which may be a part of a multimodal one."""
+    text = config.get("text_config")
+    found = (text if isinstance(text, dict) else config).get(name)
+    return found if isinstance(found, int) else None

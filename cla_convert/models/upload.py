@@ -9,6 +9,7 @@ from typing import Any
 
 from ..console import say
 from ..errors import ClaError, InputError, Interrupted, UsageError
+from ..files import load_json, write_json
 from .writer import MANIFEST
 
 _REPLACED = ["*.safetensors", "*.safetensors.index.json", "*.py"]
@@ -151,3 +152,12 @@ def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def forget_local_source(folder: Path) -> None:
+    """Take a path of this machine out of the manifest: others have no use for it."""
+    manifest = load_json(folder / MANIFEST)
+    source = manifest.get("source")
+    if isinstance(source, dict) and Path(str(source.get("model") or "")).is_absolute():
+        source["model"] = None
+        write_json(folder / MANIFEST, manifest)

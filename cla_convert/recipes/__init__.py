@@ -31,21 +31,30 @@ def find_recipe(name: str) -> Path:
 
 def reference() -> str:
     """Every setting as Markdown: name, default, what it does. docs/recipe.md is this text."""
-    from ..recipe import Generate, Recipe, TextSource
+    from ..recipe import Generate, Recipe, TextSource, on_resume
 
     lists = {"data.sources[].": TextSource, "data.sources[].generate.": Generate}
     sections = {"": Recipe, **_sections(Recipe, ""), **lists}
-    parts = ["# The recipe", "Made from the schema by `cla-convert recipes reference`. Unknown keys are refused."]
+    parts = ["# The recipe", _PREFACE]
     for prefix, section in sections.items():
         heading = f"## `{prefix.rstrip('.')}`" if prefix else "## Top level"
-        rows = ["| key | default | meaning |", "|---|---|---|"]
+        rows = ["| key | default | on resume | meaning |", "|---|---|---|---|"]
         for name, field in section.model_fields.items():
             if f"{prefix}{name}." not in sections:
                 default = "required" if field.is_required() else repr(field.default)
-                rows.append(f"| `{prefix}{name}` | `{default}` | {_escaped(_meaning(field))} |")
+                mark = on_resume(f"{prefix}{name}")
+                may = mark.allowed if mark else ""
+                rows.append(f"| `{prefix}{name}` | `{default}` | {may} | {_escaped(_meaning(field))} |")
         doc = " ".join((section.__doc__ or "").split())
         parts += [heading, doc, "\n".join(rows)]
     return "\n\n".join(parts) + "\n"
+
+
+_PREFACE = """\
+Made from the schema by `cla-convert recipes reference`. Unknown keys are refused.
+
+On resume: what may change in a run folder that holds work. free: as you like. named: while uptraining is not finished,
+once `--allow-change` names it; the result records it. Everything else: another `--out`, or `--overwrite`."""
 
 
 def _meaning(field: Any) -> str:

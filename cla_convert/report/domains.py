@@ -4,14 +4,14 @@ from typing import Any
 
 from ..evaluation.domains.overlap import COPIED
 from .formats import change
-from .run_folder import Json, RunFolder
+from .run_folder import Json, RunFiles
 
 _POINTS = ("before", "converted", "after")
 _CLOSE = 0.05
 """Perplexity above the source's by no more needs nothing done."""
 
 
-def domain_table(run: RunFolder) -> dict[str, Json]:
+def domain_table(run: RunFiles) -> dict[str, Json]:
     """{name: {perplexity, kl, recovered, relative, touched, ...}}, the one with the largest KL first.
 
     recovered is the share of the KL that training took away again: 1 - after / converted; negative where it added some.

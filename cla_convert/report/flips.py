@@ -1,7 +1,7 @@
 """Documents whose answer turned from right to wrong, or back: what a mean over documents hides."""
 
 from ..evaluation.samples import CHOICE
-from .run_folder import Json, RunFolder
+from .run_folder import Json, RunFiles
 
 SHOWN = 3
 """Examples in each direction and task."""
@@ -9,7 +9,7 @@ CUT = 280
 """Characters of a prompt (its end) and of a choice (its start) that are shown."""
 
 
-def find_flips(run: RunFolder, tasks: dict[str, dict[str, Json]], point: str | None) -> dict[str, Json]:
+def find_flips(run: RunFiles, tasks: dict[str, dict[str, Json]], point: str | None) -> dict[str, Json]:
     """{task: {metric, lost, gained, examples {lost: [...], gained: [...]}}} between `before` and `point`.
 
     Counted on the task's primary metric. An example holds doc_id and, where the task file kept them, the end of the

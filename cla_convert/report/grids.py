@@ -1,9 +1,9 @@
 """Tasks that hide an answer in a long context: accuracy by length of the context and depth of the answer."""
 
-from .run_folder import POINTS, Json, RunFolder
+from .run_folder import POINTS, Json, RunFiles
 
 
-def find_grids(run: RunFolder, tasks: Json) -> dict[str, dict[str, Json]]:
+def find_grids(run: RunFiles, tasks: Json) -> dict[str, dict[str, Json]]:
     """{task: {point: table}} of the tasks whose result files hold a grid of {length, depth, n, acc}."""
     found = {task: {point: (run.task_file(point, task) or {}).get("grid") for point in POINTS} for task in tasks}
     tables = {task: {p: _table(grid) for p, grid in grids.items() if grid} for task, grids in found.items()}

@@ -3,25 +3,25 @@
 from typing import Any
 
 from ..evaluation.comparison import compare_points
-from .run_folder import POINTS, Json, RunFolder
+from .run_folder import POINTS, Json, RunFiles
 
 
-def comparison_of(run: RunFolder, margin: float, seed: int) -> Json:
+def comparison_of(run: RunFiles, margin: float, seed: int) -> Json:
     """Before against the last point: eval/comparison.json if evaluation left it, else computed here."""
     point, fixed = run.last_point, run.comparison.get("margin", margin)
     if run.comparison and (run.comparison.get("compared"), fixed) == (point, margin):
         return run.comparison
-    return compare_points(run.path / "eval", "before", point or "converted", margin=margin, seed=seed)
+    return compare_points(run.files.evaluation.path, "before", point or "converted", margin=margin, seed=seed)
 
 
-def control_comparison(run: RunFolder, margin: float, seed: int) -> Json | None:
+def control_comparison(run: RunFiles, margin: float, seed: int) -> Json | None:
     """The control against the uptrained model, in the same shape; None without a measured control."""
     if "control" not in run.results:
         return None
-    return compare_points(run.path / "eval", "control", "after", margin=margin, seed=seed)
+    return compare_points(run.files.evaluation.path, "control", "after", margin=margin, seed=seed)
 
 
-def task_table(run: RunFolder, comparison: Json, control: Json | None) -> dict[str, dict[str, Json]]:
+def task_table(run: RunFiles, comparison: Json, control: Json | None) -> dict[str, dict[str, Json]]:
     """{task: {metric: {before, converted, after, control, delta, ci95, p_value, n, ...}}}; not measured is None.
 
     With a control, `cla_cost` holds delta, ci95 and p_value of after against the control.
@@ -32,11 +32,11 @@ def task_table(run: RunFolder, comparison: Json, control: Json | None) -> dict[s
     }
 
 
-def _metrics(run: RunFolder, task: str) -> list[str]:
+def _metrics(run: RunFiles, task: str) -> list[str]:
     return list(dict.fromkeys(m for p in POINTS for m in run.results.get(p, {}).get("tasks", {}).get(task, {})))
 
 
-def _row(run: RunFolder, comparison: Json, control: Json | None, task: str, metric: str) -> Json:
+def _row(run: RunFiles, comparison: Json, control: Json | None, task: str, metric: str) -> Json:
     values = {point: run.results.get(point, {}).get("tasks", {}).get(task, {}).get(metric) for point in POINTS}
     n = next((run.results[p]["n"][task] for p in POINTS if task in run.results.get(p, {}).get("n", {})), None)
     row: Json = {**values, "delta": None, "ci95": None, "p_value": None, "n": n}
@@ -56,7 +56,7 @@ def _cost(statistics: Json) -> Json:
 
 
 def perplexity_table(
-    run: RunFolder, tasks: dict[str, dict[str, Json]], comparison: Json, control: Json | None
+    run: RunFiles, tasks: dict[str, dict[str, Json]], comparison: Json, control: Json | None
 ) -> dict[str, Json]:
     """{name: {before, converted, after, control, unit, relative, cla_cost, ...}}: held-out text, text files, tasks.
 
@@ -88,7 +88,7 @@ def _text_row(files: dict[str, Json]) -> Json:
     return {point: files.get(point, {}).get("perplexity") for point in POINTS} | {"unit": "token", "n": tokens}
 
 
-def mean_at(run: RunFolder, summary: Json | None, point: str) -> float | None:
+def mean_at(run: RunFiles, summary: Json | None, point: str) -> float | None:
     """Mean over the summary's tasks of its metrics at another point; None unless all of them were measured there."""
     if not summary:
         return None
@@ -97,7 +97,7 @@ def mean_at(run: RunFolder, summary: Json | None, point: str) -> float | None:
     return None if None in values else sum(values) / len(values)
 
 
-def kv_numbers(run: RunFolder) -> Json:
+def kv_numbers(run: RunFiles) -> Json:
     """KV bytes per token, computed by the conversion and measured in a real generation."""
     computed: Any = run.convert.get("kv_bytes_per_token") or {}
     before = run.kv_cache.get("before", {})

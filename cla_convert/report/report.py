@@ -17,7 +17,7 @@ from .numbers import comparison_of, control_comparison, kv_numbers, mean_at, per
 from .page import render_page
 from .plots import draw_bench, draw_curves, draw_pareto
 from .render import render
-from .run_folder import POINTS, Json, RunFolder, explained, read_run_folder
+from .run_folder import POINTS, Json, RunFiles, explained, read_run_folder
 from .runs import compare_runs
 from .sharing import draw_sharing
 from .words import caveats, control_statement, verdict_line
@@ -46,18 +46,18 @@ def build_report(run_dir: Path, others: Sequence[Path] = ()) -> Json:
         report = collect(run, rest)
         figures = _figures(run, report)
         pictures = {name: to_png(figure) for name, figure in figures.items()}
-        report = plain({**report, "plots": {name: f"{name}.png" for name in figures}})
+        report = plain({**report, "plots": {name: run.files.picture(name).name for name in figures}})
         svgs = {name: to_svg(figure, name, ALT[name]) for name, figure in figures.items()}
-        texts = {"report.md": render(report), "report.html": render_page(report, svgs)}
-    write_json(run.path / "report.json", report)
+        texts = {"md": render(report), "html": render_page(report, svgs)}
+    write_json(run.files.report, report)
     for name, picture in pictures.items():
-        write_bytes(run.path / f"{name}.png", picture)
+        write_bytes(run.files.picture(name), picture)
     for name, text in texts.items():
-        write_bytes(run.path / name, text.encode("utf-8", errors="backslashreplace"))
+        write_bytes(run.files.pages[name], text.encode("utf-8", errors="backslashreplace"))
     return report
 
 
-def collect(run: RunFolder, others: Sequence[RunFolder] = ()) -> Json:
+def collect(run: RunFiles, others: Sequence[RunFiles] = ()) -> Json:
     """Everything the report says, as one JSON object (the keys that tools may read)."""
     settings = run.recipe.get("eval") or {}
     seed, margin = int(run.recipe.get("seed") or 0), float(settings.get("margin", 0.01))
@@ -98,7 +98,7 @@ def collect(run: RunFolder, others: Sequence[RunFolder] = ()) -> Json:
     }
 
 
-def _figures(run: RunFolder, report: Json) -> dict[str, Any]:
+def _figures(run: RunFiles, report: Json) -> dict[str, Any]:
     """The pictures that there are numbers for."""
     drawn: dict[str, Any] = {}
     if sum(row.get("loss") is not None for row in run.metrics) > 1:
@@ -113,7 +113,7 @@ def _figures(run: RunFolder, report: Json) -> dict[str, Any]:
     return drawn
 
 
-def _control(run: RunFolder, against: Json | None, perplexity: dict[str, Json]) -> Json | None:
+def _control(run: RunFiles, against: Json | None, perplexity: dict[str, Json]) -> Json | None:
     """The control and what it says; None where none was asked for or it is not trained yet."""
     settings = Train.model_construct(**(run.recipe.get("train") or {}))
     if against or run.control_train:
@@ -126,20 +126,20 @@ def _control(run: RunFolder, against: Json | None, perplexity: dict[str, Json]) 
     return control | {"statement": control_statement(control, perplexity)}
 
 
-def _converted(run: RunFolder) -> Json:
+def _converted(run: RunFiles) -> Json:
     keys = ("output", "sharing", "init", "kv_source_layers", "parameters", "seconds", "peak_rss_bytes", "groups")
     return {key: run.convert.get(key) for key in keys if key in run.convert}
 
 
-def _train(run: RunFolder) -> Json | None:
+def _train(run: RunFiles) -> Json | None:
     return {**run.train, "loss_name": (run.recipe.get("train") or {}).get("loss")} if run.train else None
 
 
-def _eval_versions(run: RunFolder) -> Json:
+def _eval_versions(run: RunFiles) -> Json:
     return next((result["versions"] for result in run.results.values() if result.get("versions")), {})
 
 
-def _hashes(run: RunFolder) -> Json:
+def _hashes(run: RunFiles) -> Json:
     """Hashes of the run, of the specification at each point, and of the models that were measured."""
     found: Json = dict(run.environment.get("hashes") or {})
     for point, result in run.results.items():
@@ -148,12 +148,12 @@ def _hashes(run: RunFolder) -> Json:
     return found
 
 
-def _stage_seconds(run: RunFolder) -> Json:
+def _stage_seconds(run: RunFiles) -> Json:
     """Seconds of every stage, as the pipeline recorded them."""
     found = run.environment.get("stages") or run.environment.get("seconds")
     return dict(found) if isinstance(found, dict) else {}
 
 
-def _command(run: RunFolder) -> str | None:
+def _command(run: RunFiles) -> str | None:
     command = run.environment.get("command")
     return " ".join(map(str, command)) if isinstance(command, list) else command

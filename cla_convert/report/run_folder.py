@@ -10,18 +10,13 @@ from typing import Any
 from ..errors import ClaError, InputError
 from ..files import read_json, stays_in
 from ..recipe_file import read_yaml
-
-POINTS = ("before", "converted", "after", "control")
-"""The points of measurement: source model, right after conversion, after uptraining; and the source model uptrained
-on the same tokens, where a control was asked for."""
+from ..run_folder import POINTS, PointFolder, RunFolder
 
 Json = dict[str, Any]
 
-_SHOWN = ("*.json", "*.jsonl", "*.yaml", "control/*.json*", "eval/*.json", "eval/*/*.json", "eval/*/*/*.json")
-
 
 @dataclass(frozen=True)
-class RunFolder:
+class RunFiles:
     """Files of one run. Attributes are empty dicts or lists where a file is missing."""
 
     path: Path
@@ -47,9 +42,14 @@ class RunFolder:
     """eval/comparison.json: the statistics of before against the last point."""
     bench: Json
 
+    @property
+    def files(self) -> RunFolder:
+        """Where they lie."""
+        return RunFolder(self.path)
+
     def task_file(self, point: str, task: str) -> Json | None:
         """Per-document results of a task, or None."""
-        return read_json(self.path / "eval" / point / "tasks" / f"{task.replace('/', '__')}.json")
+        return read_json(self.files.evaluation.point(point).task(task))
 
     @property
     def last_point(self) -> str | None:
@@ -57,43 +57,42 @@ class RunFolder:
         return next((point for point in ("after", "converted") if point in self.results), None)
 
 
-def read_run_folder(path: Path) -> RunFolder:
+def read_run_folder(path: Path) -> RunFiles:
     """Read a run folder. Raises InputError if it is none or a file in it is damaged, UsageError for its recipe."""
-    if not path.is_dir() or not any(
-        (path / name).exists() for name in ("recipe.yaml", "convert.json", "plan.json", "eval")
-    ):
+    run = RunFolder(path)
+    known = (run.recipe, run.convert.path, run.plan.path, run.evaluation.path)
+    if not path.is_dir() or not any(file.exists() for file in known):
         raise InputError(
             f"{str(path)!r} is not a run folder",
             why="It has none of recipe.yaml, plan.json, convert.json and eval/.",
             fix="Give the folder that was passed as --out to `cla-convert run`.",
         )
-    _refuse_links(path)
-    return RunFolder(
+    _refuse_links(run)
+    return RunFiles(
         path=path,
-        recipe=read_yaml(path / "recipe.yaml") if (path / "recipe.yaml").exists() else {},
+        recipe=read_yaml(run.recipe) if run.recipe.exists() else {},
         # Before the conversion has run, the plan already knows the map and the sizes.
-        convert=(read_json(path / "plan.json") or {}) | (read_json(path / "convert.json") or {}),
-        train=read_json(path / "train.json") or {},
-        metrics=_read_lines(path / "metrics.jsonl"),
-        control_train=read_json(path / "control" / "train.json") or {},
-        control_metrics=_read_lines(path / "control" / "metrics.jsonl"),
-        environment=read_json(path / "environment.json") or {},
-        results=_by_point(path, "results.json"),
-        held_out=_by_point(path, "held_out.json"),
-        kv_cache=_by_point(path, "kv_cache.json"),
-        agreement=_by_point(path, "agreement.json"),
-        texts={point: _texts(path / "eval" / point / "perplexity") for point in POINTS},
-        domains=_by_point(path, "domains.json"),
-        touched=(read_json(path / "eval" / "domains.json") or {}).get("domains", {}),
-        comparison=read_json(path / "eval" / "comparison.json") or {},
-        bench=read_json(path / "bench.json") or {},
+        convert=(read_json(run.plan.path) or {}) | (read_json(run.convert.path) or {}),
+        train=read_json(run.training.result.path) or {},
+        metrics=_read_lines(run.training.metrics),
+        control_train=read_json(run.control.result.path) or {},
+        control_metrics=_read_lines(run.control.metrics),
+        environment=read_json(run.environment.path) or {},
+        results=_by_point(run, "results"),
+        held_out=_by_point(run, "held_out"),
+        kv_cache=_by_point(run, "kv_cache"),
+        agreement=_by_point(run, "agreement"),
+        texts={point: _texts(run.evaluation.point(point)) for point in POINTS},
+        domains=_by_point(run, "domains"),
+        touched=(read_json(run.evaluation.domains.path) or {}).get("domains", {}),
+        comparison=read_json(run.evaluation.comparison) or {},
+        bench=read_json(run.bench) or {},
     )
 
 
-def _refuse_links(path: Path) -> None:
+def _refuse_links(run: RunFolder) -> None:
     """Raise InputError if a file that a report shows is a link to outside of the run folder."""
-    files = [file for pattern in _SHOWN for file in path.glob(pattern)]
-    if astray := [file for file in files if not stays_in(file, path)]:
+    if astray := [file for file in run.shown if not stays_in(file, run.path)]:
         raise InputError(
             f"{min(astray)} is a link to outside of the run folder",
             why="A report must not show other files of this machine.",
@@ -119,13 +118,13 @@ def explained(run_dir: Path) -> Iterator[None]:
         ) from error
 
 
-def _by_point(path: Path, name: str) -> dict[str, Json]:
-    found = {point: read_json(path / "eval" / point / name) for point in POINTS}
+def _by_point(run: RunFolder, name: str) -> dict[str, Json]:
+    found = {point: read_json(run.evaluation.point(point).measured(name)) for point in POINTS}
     return {point: value for point, value in found.items() if value is not None}
 
 
-def _texts(folder: Path) -> dict[str, Json]:
-    found = {path.stem: read_json(path) for path in sorted(folder.glob("*.json"))}
+def _texts(point: PointFolder) -> dict[str, Json]:
+    found = {name: read_json(path) for name, path in point.text_files.items()}
     return {name: value for name, value in found.items() if value is not None}
 
 

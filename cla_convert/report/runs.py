@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 from .numbers import mean_at
-from .run_folder import Json, RunFolder
+from .run_folder import Json, RunFiles
 
 
-def compare_runs(runs: Sequence[RunFolder], summary: Json | None) -> list[Json]:
+def compare_runs(runs: Sequence[RunFiles], summary: Json | None) -> list[Json]:
     """The source model of the first run and the last point of every run, one row each.
 
     Args:
@@ -22,7 +22,7 @@ def compare_runs(runs: Sequence[RunFolder], summary: Json | None) -> list[Json]:
     return rows + [_row(run, labels[i], run.last_point, summary, runs[0]) for i, run in enumerate(runs)]
 
 
-def _row(run: RunFolder, label: str, point: str | None, summary: Json | None, first: RunFolder) -> Json:
+def _row(run: RunFiles, label: str, point: str | None, summary: Json | None, first: RunFiles) -> Json:
     computed = (run.convert.get("kv_bytes_per_token") or {}).get("before" if point == "before" else "after")
     hashes = [one.results.get("before", {}).get("specification_hash") for one in (run, first)]
     comparable = None not in hashes and hashes[0] == hashes[1]
@@ -40,7 +40,7 @@ def _row(run: RunFolder, label: str, point: str | None, summary: Json | None, fi
     }
 
 
-def _labels(runs: Sequence[RunFolder]) -> list[str]:
+def _labels(runs: Sequence[RunFiles]) -> list[str]:
     """Folder names, or whole paths where names repeat."""
     names = [run.path.resolve().name for run in runs]
     return names if len(set(names)) == len(names) else [str(run.path) for run in runs]

@@ -3,7 +3,7 @@
 from typing import Any
 
 from .formats import change, count, duration, number
-from .run_folder import Json, RunFolder
+from .run_folder import Json, RunFiles
 
 _STATUS = {
     "within_margin": "Within the margin",
@@ -115,7 +115,7 @@ def control_statement(control: Json, perplexity: dict[str, Json]) -> str:
     return f"CLA cost = after - control: {', '.join(parts) or 'not measured yet'}."
 
 
-def caveats(run: RunFolder, kv: Json, comparison: Json) -> list[str]:
+def caveats(run: RunFiles, kv: Json, comparison: Json) -> list[str]:
     """What a sceptical reader should know, each only where it applies."""
     return [
         *_comparability(run), *comparison["problems"], *_task_caveats(run, comparison), *_training_caveats(run),
@@ -123,7 +123,7 @@ def caveats(run: RunFolder, kv: Json, comparison: Json) -> list[str]:
     ]  # fmt: skip
 
 
-def _comparability(run: RunFolder) -> list[str]:
+def _comparability(run: RunFiles) -> list[str]:
     hashes = {point: result.get("specification_hash") for point, result in run.results.items()}
     found = []
     if len(set(hashes.values())) > 1:
@@ -142,7 +142,7 @@ def _comparability(run: RunFolder) -> list[str]:
     return found
 
 
-def _task_caveats(run: RunFolder, comparison: Json) -> list[str]:
+def _task_caveats(run: RunFiles, comparison: Json) -> list[str]:
     specifications = next((result.get("specification", {}) for result in run.results.values()), {})
     tasks: dict[str, Any] = specifications.get("tasks", {})
     packed = [name for name, task in tasks.items() if task.get("source") == "offline pack" and name != "wikitext"]
@@ -166,7 +166,7 @@ def _task_caveats(run: RunFolder, comparison: Json) -> list[str]:
     return found
 
 
-def _training_caveats(run: RunFolder) -> list[str]:
+def _training_caveats(run: RunFiles) -> list[str]:
     if not run.train:
         return ["Nothing was uptrained: the last column is the model right after conversion."] if run.convert else []
     found = []

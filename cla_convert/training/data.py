@@ -33,7 +33,7 @@ __all__ = ["Sequences", "TokenStore", "calibration_rows", "held_out_rows", "prep
 _WIDER, _VARIED = 16, 1_000_000
 """A little calibration text is taken from so many times as much, up to a million tokens: a few rows each of many
 documents say more than all of a few. Sampled text is too dear for that."""
-_FORMAT = 6  # raise it when the same settings would give other tokens
+_FORMAT = 7  # raise it when the same settings would give other tokens
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,10 @@ def prepare_data(
     cache_dir: Path,
     seed: int,
     model: SourceModel | None = None,
-    needed: int | None = None,
 ) -> TokenStore:
     """Return at most `tokens` training tokens and `held_out_tokens` held-out tokens, as read-only memory maps.
 
-    Fewer where the sources hold less than are `needed` (default: all): `Sequences` then goes round again, and a note
-    says so.
+    Fewer where the sources hold less: `Sequences` then goes round again.
 
     Raises:
         InputError: a source is missing, unreadable, empty, or has no such column.
@@ -81,29 +79,20 @@ def prepare_data(
         cache_dir.mkdir(parents=True, exist_ok=True)
         with disk_full_is_an_input_error(cache_dir):
             _publish(mixture, folder)
-    store = _open(folder)
-    needed = tokens if needed is None else needed
-    if 0 < store.train.size < needed:
-        passes = needed / store.train.size
+    return _open(folder)
+
+
+def say_passes(store: TokenStore, budget: int) -> None:
+    """Say so where training goes round the text more than once."""
+    if 0 < store.train.size < budget:
         say(
-            f"The data holds {human_count(store.train.size)} training tokens for a budget of {human_count(needed)}: "
-            f"they are repeated, {passes:.1f} passes in all."
+            f"The data holds {human_count(store.train.size)} training tokens for a budget of {human_count(budget)}: "
+            f"they are repeated, {budget / store.train.size:.1f} passes in all."
         )
-    return store
 
 
 def check_data(recipe: Recipe, tokenizer: Any, source: Path, device: str) -> None:
-    """Find out what would go wrong with the data: sources that cannot be read, a model that cannot be sampled from.
-
-    What is cheap is done at once: without `generate` among the sources, the text is tokenised. Sampling takes minutes
-    and is left to the first stage that needs text.
-
-    Raises:
-        InputError: as `store_for`.
-    """
-    if not any(source.generate for source in recipe.data.sources):
-        store_for(recipe, tokenizer, source, device)
-        return
+    """Open every source of text: is it there, can it be read, can the model be sampled from? Raises InputError."""
     model = _source_model(source, device)
     for text in recipe.data.sources:
         if text.generate:
@@ -112,19 +101,26 @@ def check_data(recipe: Recipe, tokenizer: Any, source: Path, device: str) -> Non
             next(documents(pinned(text), recipe.seed), None)
 
 
-def store_for(recipe: Recipe, tokenizer: Any, source: Path, device: str) -> TokenStore:
+def store_for(recipe: Recipe, tokenizer: Any, source: Path, device: str, *, calibrates: bool = True) -> TokenStore:
     """The token store of a recipe, for every stage alike: asking for the same tokens means tokenising once.
 
-    `source` is the folder of the source model, which sources with `generate` sample from on `device`.
+    Args:
+        recipe: what to read, and how much of it.
+        tokenizer: of the source model.
+        source: folder of the source model, which sources with `generate` sample from.
+        device: where they sample.
+        calibrates: whether a conversion takes text from it, too.
+
+    Raises:
+        InputError: as `prepare_data`.
     """
-    calibration = calibration_tokens(recipe, source, device)
+    calibration = calibration_tokens(recipe, source, device) if calibrates else 0
     needed = max(recipe.train.tokens, calibration)
     sampled = any(one.generate for one in recipe.data.sources)
     return prepare_data(
         recipe.data,
         tokenizer,
         tokens=needed if sampled else max(needed, min(_VARIED, _WIDER * calibration)),
-        needed=needed,
         held_out_tokens=max(recipe.train.validation_tokens, recipe.train.sequence_length + 1),
         cache_dir=cache_folder() / "tokens",
         seed=recipe.seed,

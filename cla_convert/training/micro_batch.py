@@ -143,7 +143,8 @@ def _teams(foreseen: Forecast, rows: int, room: float) -> Iterator[str]:
         other = foreseen.among(processes)
         if processes > foreseen.processes and (fit := other.largest(room, rows)):
             size = f" train.micro_batch_size={fit}" if fit < rows else ""
-            yield f"{processes} GPUs under torchrun{size} ({human_bytes(other.needs(fit).peak + CONTEXT)} each)"
+            each = human_bytes(other.needs(fit).peak + CONTEXT)
+            yield f"train.processes={processes}{size} on as many GPUs ({each} each)"
             return
 
 

@@ -19,7 +19,7 @@ from ..errors import InputError
 from ..recipe import TextSource
 from .sampling import SourceModel, about_samples, sampled
 from .sources import Document, documents, in_batches, name_of
-from .tokenise import Side, Splitter, token_dtype
+from .tokenise import ByShare, BySmallest, Side, Splitter, token_dtype
 
 
 @dataclass(frozen=True)
@@ -70,34 +70,49 @@ class Mixture:
         return _info(parts, targets, [self._about(source) for source in self.sources])
 
     def _read(self, source: TextSource, tokens: int, held_out_tokens: int, path: Path, bar: Any) -> Part:
-        """Read a source up to its share. One with too few documents for a split by document is split at its end."""
+        """Read a source up to its share.
+
+        Where it has so few documents that all fall on one side, those with the smallest hashes are held out; of a
+        single document its end is.
+        """
         dtype = token_dtype(self.tokenizer)
         with Path(f"{path}.train").open("w+b") as file, Path(f"{path}.held_out").open("w+b") as other:
             train, held_out = Side(tokens, file, dtype), Side(held_out_tokens, other, dtype)
-            self._fill(source, train, held_out, self.share, bar)
-            if train.lacking and held_out.tokens:  # its few documents all fell on the other side
-                held_out.cut(held_out.tokens)
-                self._fill(source, train, held_out, 0.0, bar)
+            split, tail = ByShare(self.seed, self.share), 0
+            self._fill(source, train, held_out, split, bar)
+            if train.lacking != held_out.lacking:
+                if smallest := split.smallest():
+                    self._fill(source, train, held_out, smallest, bar)
+                else:
+                    tail = self._split_at_its_end(source, train, held_out, bar)
             if train.lacking:
                 raise InputError(
                     f"The data source {name_of(source)!r} holds no text",
                     "Every document is empty.",
                     "Check data.sources and text_field.",
                 )
-            tail = 0
-            if held_out.lacking:
-                tail = held_out.add(train.cut(min(held_out.limit, int(train.tokens * self.share))))
-                warn(
-                    f"{name_of(source)} has too few documents to hold whole ones out: its last {tail} tokens are held "
-                    "out instead. More documents give a cleaner split."
-                )
         return Part(source, train, held_out, tail)
 
-    def _fill(self, source: TextSource, train: Side, held_out: Side, share: float, bar: Any) -> None:
-        splitter = Splitter(self.tokenizer, self.seed, share)
+    def _fill(self, source: TextSource, train: Side, held_out: Side, split: ByShare | BySmallest, bar: Any) -> None:
+        train.clear()
+        held_out.clear()
         # Nothing is sampled for the sake of held-out text alone.
-        batches = self._open(source, lambda: ceil((train.limit - train.tokens) / (1 - share)))
-        splitter.fill(batches, train, held_out, bar, patient=source.generate is None)
+        batches = self._open(source, lambda: ceil((train.limit - train.tokens) / (1 - self.share)))
+        Splitter(self.tokenizer, split).fill(batches, train, held_out, bar, patient=source.generate is None)
+
+    def _split_at_its_end(self, source: TextSource, train: Side, held_out: Side, bar: Any) -> int:
+        """Hold out the last tokens of a source of one document, read as far as both sides want; returns how many."""
+        wanted = train.limit
+        train.limit += held_out.limit
+        self._fill(source, train, held_out, BySmallest(self.seed), bar)
+        train.limit = wanted
+        tail = held_out.add(train.cut(min(held_out.limit, max(int(train.tokens * self.share), train.tokens - wanted))))
+        train.cut(max(0, train.tokens - wanted))
+        warn(
+            f"{name_of(source)} is a single document: its last {tail} tokens are held out. More documents give a "
+            "cleaner split."
+        )
+        return tail
 
     def _open(self, source: TextSource, wanted: Callable[[], int]) -> Iterator[list[Document]]:
         if source.generate is None:

@@ -151,7 +151,8 @@ def team(device: str) -> Iterator[Team]:
     if world_size() == 1:
         yield Team(device)
         return
-    device = _own_device(device)
+    check_team(device, int(os.environ["LOCAL_WORLD_SIZE"]))
+    device = device if device == "cpu" else f"cuda:{os.environ['LOCAL_RANK']}"
     if device != "cpu":
         torch.cuda.set_device(device)
     dist.init_process_group(
@@ -169,13 +170,18 @@ def team(device: str) -> Iterator[Team]:
     dist.destroy_process_group()  # not after other errors: the rest may never answer
 
 
-def check_team(device: str) -> None:
-    """Raises UsageError if the processes that torchrun started cannot train together on the device."""
-    if world_size() == 1:
-        return
+def check_team(device: str, processes: int) -> None:
+    """Raise UsageError if so many processes of this machine cannot train together on the device."""
     if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
         raise UsageError(f"Several processes need torch 2.9 or later, this is {torch.__version__}")
-    _own_device(device)
+    if device not in ("cpu", "cuda"):
+        raise UsageError(
+            f"{processes} processes cannot share the device {device!r}",
+            fix="Use --set device=cuda (one GPU for each process), or start one process.",
+        )
+    gpus = torch.cuda.device_count()
+    if device == "cuda" and processes > gpus:
+        raise UsageError(f"{processes} processes, but {gpus} GPUs", fix=f"Start {gpus}.")
 
 
 def share(first: int, end: int, micro_batch: int, rank: int, size: int) -> list[range]:
@@ -203,17 +209,3 @@ def own_rows(tensor: torch.Tensor) -> torch.Tensor:
 
 def _run(model: Any, function: Callable[..., T], *args: Any, **options: Any) -> T:
     return function(model, *args, **options)
-
-
-def _own_device(device: str) -> str:
-    if device == "cpu":
-        return device
-    if device != "cuda":
-        raise UsageError(
-            f"{world_size()} processes cannot share the device {device!r}",
-            fix="Use --set device=cuda (one GPU for each process), or start one process.",
-        )
-    processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
-    if processes > gpus:
-        raise UsageError(f"{processes} processes, but {gpus} GPUs", fix=f"Use torchrun --nproc-per-node {gpus}.")
-    return f"cuda:{os.environ['LOCAL_RANK']}"

@@ -4,10 +4,14 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from ..console import warn
 from ..recipe import Train
 
 DECAY = 0.2
 """Share of the budget over which `wsd` decays (1-sqrt, Hägele et al. 2024, arXiv 2405.18392)."""
+
+_FEW, _GOOD = 20, 100
+"""Optimiser steps."""
 
 
 @dataclass(frozen=True)
@@ -81,3 +85,11 @@ def learning_rate(
 def crossed(every: int, before: int, after: int) -> bool:
     """Whether a multiple of `every` tokens lies in (before, after]; never for 0."""
     return every > 0 and after // every > before // every
+
+
+def check_steps(train: Train) -> None:
+    """Warn of a run of so few optimiser steps that the learning rate hardly rises before it falls."""
+    budget = Budget.of(train)
+    smaller = max(1, budget.sequences // _GOOD) * budget.length
+    if budget.sequences > 0 and budget.steps < _FEW and smaller < budget.batch * budget.length:
+        warn(f"{budget.steps} optimiser steps are few; smaller ones recover more: train.batch_tokens={smaller}")

@@ -28,14 +28,12 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from ..console import human_bytes, warn
 from ..errors import TrainingError
 from ..files import sync
+from ..recipe import PLACES, on_resume
 from ..recipe_file import is_named, told
-from ..same_recipe import PLACE_IN_DATA
 from .parallel import Team, own_rows
 
 _STATE = "state.json"
 _TEMPORARY = ".tmp-"
-_FIXED = ("model", *PLACE_IN_DATA)
-"""A run whose weights or place in the data mean something else is not this run any more."""
 
 Optimizers = Sequence[torch.optim.Optimizer]
 
@@ -195,10 +193,10 @@ class Checkpoints:
         return whole[-1]
 
     def _check_allowed(self, changed: list[dict[str, Any]]) -> None:
-        refused = [c for c in changed if c["name"] in _FIXED or not is_named(c["name"], self.allow_changes)]
+        refused = [c for c in changed if _is_fixed(c["name"]) or not is_named(c["name"], self.allow_changes)]
         if not refused:
             return
-        options = " ".join(f"--allow-change {c['name']}" for c in refused if c["name"] not in _FIXED)
+        options = " ".join(f"--allow-change {c['name']}" for c in refused if not _is_fixed(c["name"]))
         raise TrainingError(
             f"The checkpoints in {self.folder} belong to another run",
             "Changed since: " + _told(refused),
@@ -225,10 +223,9 @@ class Checkpoints:
             shutil.rmtree(doomed, ignore_errors=True)
 
 
-def finish(run_dir: Path, *, keep: bool) -> None:
-    """Remove the checkpoints of a run whose result is published and recorded, unless they are to be kept."""
-    if not keep:
-        shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
+def _is_fixed(name: str) -> bool:
+    """A run whose weights or place in the data mean something else is not this run any more."""
+    return name == "model" or on_resume(name) is PLACES
 
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from ..console import human_bytes, say
 from ..errors import InputError
 from ..models.checkpoint import Checkpoint
 from ..models.export import load_model, load_tokenizer
+from ..models.shape import positions_of
 from ..models.tokenization import segmentation_difference
 from ..recipe import Train
 from .objective import check_head
@@ -39,7 +40,7 @@ def check_teacher(train: Train, student: Path, teacher: Path) -> None:
                 f"The student has {ours.get(name)} {words}, the teacher {theirs.get(name)}.",
                 "Leave train.hidden_weight out, or distil from the source model.",
             )
-    longest = theirs.get("max_position_embeddings")
+    longest = positions_of(theirs)
     if longest and train.sequence_length > longest:
         raise InputError(
             f"train.sequence_length is {train.sequence_length}, more than the teacher's {longest} positions"

@@ -9,6 +9,9 @@ import numpy as np
 
 from .sources import Document
 
+_FEW = 4096
+"""Documents of which some are held out by hash, as good as surely."""
+
 
 @dataclass
 class Side:
@@ -39,6 +42,10 @@ class Side:
             self.tokens += ids.size
         return ids.size
 
+    def clear(self) -> None:
+        """Begin anew."""
+        self.cut(self.tokens)
+
     def cut(self, count: int) -> np.ndarray:
         """Take the last `count` tokens away, and return them."""
         self.tokens -= count
@@ -51,13 +58,45 @@ class Side:
 
 
 @dataclass(frozen=True)
+class ByShare:
+    """Holds out a share of documents: a function of each and the seed, so more data never moves one over."""
+
+    seed: int
+    share: float
+    seen: set[int] = field(default_factory=set)
+    """The first hashes, to know the smallest of them where a source has so few documents that none is held out."""
+
+    def holds_out(self, key: str) -> bool:
+        """Whether documents of this key are held out."""
+        number = hash_of(key, self.seed)
+        if len(self.seen) < _FEW:
+            self.seen.add(number)
+        return number < self.share * 2**64
+
+    def smallest(self) -> "BySmallest | None":
+        """The split of the documents seen that holds out those with the smallest hashes; None if there is only one."""
+        count = min(max(1, round(self.share * len(self.seen))), len(self.seen) - 1)
+        return BySmallest(self.seed, frozenset(sorted(self.seen)[:count])) if count > 0 else None
+
+
+@dataclass(frozen=True)
+class BySmallest:
+    """Holds out the documents of these hashes."""
+
+    seed: int
+    hashes: frozenset[int] = frozenset()
+
+    def holds_out(self, key: str) -> bool:
+        """Whether documents of this key are held out."""
+        return hash_of(key, self.seed) in self.hashes
+
+
+@dataclass(frozen=True)
 class Splitter:
     """Splits documents by their key, and tokenises what is still needed."""
 
     tokenizer: Any
-    seed: int
-    share: float
-    """Share of documents that is held out."""
+    split: ByShare | BySmallest
 
     def fill(
         self, batches: Iterator[list[Document]], train: Side, held_out: Side, bar: Any, *, patient: bool = True
@@ -67,7 +106,7 @@ class Splitter:
         cap = max(64, held_out.limit // 8)
         rests: list[np.ndarray] = []
         for batch in batches:
-            held = [is_held_out(document.key, self.seed, self.share) for document in batch]
+            held = [self.split.holds_out(document.key) for document in batch]
             wanted = [
                 (side, document)
                 for side, document in zip([held_out if h else train for h in held], batch, strict=True)
@@ -85,10 +124,10 @@ class Splitter:
             bar.update(held_out.add(rest))
 
 
-def is_held_out(key: str, seed: int, share: float) -> bool:
-    """Whether a document is held out: a function of itself and the seed, so more data never moves it over."""
+def hash_of(key: str, seed: int) -> int:
+    """A number below 2^64 that stands for a document."""
     digest = hashlib.blake2b(f"{seed}\0{key}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < share * 2**64
+    return int.from_bytes(digest, "big")
 
 
 def token_dtype(tokenizer: Any) -> np.dtype[Any]:

@@ -3,10 +3,10 @@
 import uuid
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import InputError
+from ..run_folder import TrainingFolder
 
 
 class Tracker(Protocol):
@@ -31,19 +31,19 @@ def check_trackers(names: Sequence[str]) -> None:
             )
 
 
-def open_trackers(names: Sequence[str], folder: Path, step: int, config: Mapping[str, Any]) -> list[Tracker]:
+def open_trackers(names: Sequence[str], folder: TrainingFolder, step: int, config: Mapping[str, Any]) -> list[Tracker]:
     """The trackers of a run in `folder` that continues after `step` (0: a new one); `config` describes the run."""
     makers = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
     return [makers[name](folder, step, config) for name in names]
 
 
 class TensorBoard:
-    """Event files in FOLDER/tensorboard; those of an earlier attempt count up to the step that was resumed from."""
+    """Event files; those of an earlier attempt count up to the step that was resumed from."""
 
-    def __init__(self, folder: Path, step: int, config: Mapping[str, Any]) -> None:
+    def __init__(self, folder: TrainingFolder, step: int, config: Mapping[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._writer = SummaryWriter(str(folder.tensorboard), purge_step=step + 1)
         if not step:
             self._writer.add_text("config", "\n".join(f"    {name}: {value}" for name, value in config.items()))
 
@@ -61,19 +61,19 @@ class TensorBoard:
 class WeightsAndBiases:
     """A run of project `cla-convert`, under the library's own settings (WANDB_MODE, ...); resuming continues it."""
 
-    def __init__(self, folder: Path, step: int, config: Mapping[str, Any]) -> None:
+    def __init__(self, folder: TrainingFolder, step: int, config: Mapping[str, Any]) -> None:
         import wandb
 
-        name = folder / "wandb.id"
+        name = folder.wandb_id
         if not step or not name.exists():
-            folder.mkdir(parents=True, exist_ok=True)
+            name.parent.mkdir(parents=True, exist_ok=True)
             name.write_text(uuid.uuid4().hex)
         self._run = wandb.init(
             project="cla-convert",
-            name=folder.name,
+            name=folder.path.name,
             id=name.read_text(),
             resume="allow",
-            dir=folder,
+            dir=folder.path,
             config=dict(config),
         )
 

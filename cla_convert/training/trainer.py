@@ -1,5 +1,6 @@
 """Everything a step needs, made once: models, data, optimiser, and what was derived from the settings."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,11 @@ from ..models.checkpoint import Checkpoint
 from ..models.export import load_model, load_tokenizer
 from ..models.fingerprint import fingerprint
 from ..models.self_test import check_interface
+from ..models.shape import positions_of
 from ..models.tokenization import check_as_recorded
-from ..recipe import Recipe, Train
+from ..recipe import FREE, Recipe, Train
 from .compiling import choose_compile, compile_layers
-from .data import Sequences, TokenStore, held_out_rows, store_for
+from .data import Sequences, TokenStore, held_out_rows, say_passes, store_for
 from .derived import derived
 from .flops import peak_flops, training_flops
 from .memory import Forecast
@@ -28,12 +30,6 @@ from .precision import Precision, cast_frozen, choose_precision
 from .schedule import Budget
 from .teacher import check_teacher, load_teacher
 from .trackers import check_trackers
-
-# Settings that change what is written when, but not one weight: free to change on resume.
-_FREE = {
-    "checkpoint_every", "control", "keep_checkpoints", "keep_checkpoints_after_success", "validate_every", "spike",
-    "log_to",
-}  # fmt: skip
 
 
 @dataclass
@@ -83,31 +79,29 @@ def set_up(
     recipe: Recipe,
     device: str,
     team: Team = Team(),  # noqa: B008  (immutable)
+    text: Callable[[], TokenStore] | None = None,
     data: TokenStore | None = None,
 ) -> Trainer:
-    """Load models and data (the recipe's, if none are given), and say what was derived. Raises InputError."""
-    settings, budget = recipe.train, _budget(recipe.train)
+    """Load models and data, and say what was derived. Raises InputError.
+
+    The data are what `text` gives, or else what the recipe names; or `data`, and then nothing is checked.
+    """
+    budget = _budget(recipe.train)
     check_interface(Checkpoint.open(student_dir).config.get("model_type", ""))
-    check_trackers(settings.log_to)
+    check_trackers(recipe.train.log_to)
     if data is None:
         check_as_recorded(student_dir)
-        check_teacher(settings, student_dir, teacher_dir)
+        check_teacher(recipe.train, student_dir, teacher_dir)
         with team.leader_first():
-            data = store_for(recipe, load_tokenizer(student_dir), teacher_dir, device)
-    precision = choose_precision(settings.precision, device)
+            data = text() if text else store_for(recipe, load_tokenizer(student_dir), teacher_dir, device)
+        say_passes(data, budget.tokens)
+    precision = choose_precision(recipe.train.precision, device)
     configs = [Checkpoint.open(folder).config for folder in (student_dir, teacher_dir)]
-    foreseen, rows = forecast(settings, configs[0], configs[1], device, team.size)
+    foreseen, rows = forecast(recipe.train, configs[0], configs[1], device, team.size)
     torch.manual_seed(recipe.seed)
     with loading():
-        student = _load_student(student_dir, settings, data, device=device if team.size == 1 else "cpu")
-        if team.size == 1:  # a sharded layer has one dtype
-            cast_frozen(student, precision.compute)
-        teacher = (
-            load_teacher(teacher_dir, student, dtype=precision.compute, device=device)
-            if settings.needs_teacher
-            else None
-        )
-    settings = derived(settings, student.config, teacher and teacher.config)
+        student, teacher = _load_models(student_dir, teacher_dir, recipe.train, data, precision, device, team)
+    settings = derived(recipe.train, student.config, teacher and teacher.config)
     flops = training_flops(student, teacher, budget.length)
     compiled = choose_compile(settings.compile, precision.device_type, flops * budget.tokens)
     objective = Objective(settings, student, teacher, fused=compiled)
@@ -124,13 +118,7 @@ def set_up(
         student=student,
         objective=objective,
         optimizers=(make_optimizer(student, settings, precision.device_type),),
-        sequences=Sequences(
-            data.train,
-            settings.sequence_length,
-            recipe.seed,
-            starts=data.starts if settings.document_masking else None,
-            first=data.first,
-        ),
+        sequences=_sequences(data, settings, recipe.seed),
         validation=torch.from_numpy(held_out_rows(data, settings)),
         data=data,
         seed=recipe.seed,
@@ -147,7 +135,8 @@ def set_up(
 
 def run_identity(student_dir: Path, teacher_dir: Path, recipe: Recipe, trainer: Trainer) -> dict[str, Any]:
     """What the weights at the end depend on: a checkpoint resumes only a run that agrees in all of it."""
-    settings = trainer.settings.model_dump(mode="json", exclude=_FREE)
+    free = {name for name, field in Train.model_fields.items() if FREE in field.metadata}
+    settings = trainer.settings.model_dump(mode="json", exclude=free)
     settings |= {"compile": trainer.compiled}  # what `auto` came to; micro-batches add up alike however they are cut
     return {
         **{f"train.{name}": value for name, value in settings.items()},
@@ -170,6 +159,29 @@ def _budget(settings: Train) -> Budget:
     return budget
 
 
+def _sequences(data: TokenStore, settings: Train, seed: int) -> Sequences:
+    starts = data.starts if settings.document_masking else None
+    return Sequences(data.train, settings.sequence_length, seed, starts=starts, first=data.first)
+
+
+def _load_models(
+    student_dir: Path,
+    teacher_dir: Path,
+    settings: Train,
+    data: TokenStore,
+    precision: Precision,
+    device: str,
+    team: Team,
+) -> tuple[Any, Any]:
+    """The model to train, and the one to distil from or None."""
+    student = _load_student(student_dir, settings, data, device=device if team.size == 1 else "cpu")
+    if team.size == 1:  # a sharded layer has one dtype
+        cast_frozen(student, precision.compute)
+    if not settings.needs_teacher:
+        return student, None
+    return student, load_teacher(teacher_dir, student, dtype=precision.compute, device=device)
+
+
 def _load_student(folder: Path, settings: Train, data: TokenStore, device: str) -> Any:
     """The model to train, float32, in training mode, with what is not trained frozen."""
     student: Any = load_model(folder, dtype=torch.float32, device=device)
@@ -188,7 +200,7 @@ def _check_fit(student: Any, data: TokenStore, settings: Train) -> None:
     highest = max(int(side.max()) for side in (data.train, data.held_out) if side.size)
     if highest >= rows:
         raise InputError("The tokenizer is not the model's", f"It gives token {highest}; the model knows {rows}.")
-    longest = getattr(student.config, "max_position_embeddings", None)
+    longest = positions_of(student.config.to_dict())
     if longest and settings.sequence_length > longest:
         raise InputError(
             f"train.sequence_length is {settings.sequence_length}, more than the model's {longest} positions"

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +20,9 @@ SMALL = [
 ]  # fmt: skip
 
 
-def do(model: Path, out: Path, *sets: str, until: str = "report") -> dict:
-    return run(load_recipe(None, [f"source.model={model}", *SMALL, *sets]), out, until=until)
+def do(model: Path, out: Path, *sets: str, until: str = "report") -> Any:
+    recipe = load_recipe(None, [f"source.model={model}", *SMALL, *sets]).recipe
+    return run(recipe, out, until=until)
 
 
 def test_a_control_is_trained_evaluated_and_reported(tmp_path: Path, tiny_llama: Path):

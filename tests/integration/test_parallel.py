@@ -134,10 +134,10 @@ def test_an_error_of_the_first_process_ends_all(work: Path, tmp_path: Path) -> N
     processes = start_team([*uptrain(work, tmp_path / "out", steps=2), "--set", "train.tokens=1"], log)
     assert finish(*processes)[0] == 3
     assert log.read_text().count("is smaller than one sequence") == 1 and "Traceback" not in log.read_text()
-    # Before uptraining: the others were never called, and leave.
+    # Before they are connected: each finds out by itself, and one speaks.
     started = time.monotonic()
-    assert finish(*start_team(["uptrain", tmp_path / "nothing", tmp_path / "out"], log)) == [2, 0]
-    assert time.monotonic() - started < 30
+    assert finish(*start_team(["uptrain", tmp_path / "nothing", tmp_path / "out"], log)) == [2, 2]
+    assert time.monotonic() - started < 30 and log.read_text().count("No token budget") == 1
 
 
 def test_an_error_of_another_process_is_told(work: Path, tmp_path: Path) -> None:
@@ -150,23 +150,58 @@ def test_an_error_of_another_process_is_told(work: Path, tmp_path: Path) -> None
     assert not list((tmp_path / "out.state" / "checkpoints").iterdir())
 
 
-def test_run_under_torchrun_stops_and_resumes(work: Path, tmp_path: Path) -> None:
-    """The real launcher: SIGTERM to it saves a checkpoint, and the same line goes on from there."""
-    out, log = tmp_path / "run", tmp_path / "log"
-    line = ["run", work / "recipe.yaml", "--out", out, "--until", "uptrain", "--set", f"train.tokens={30 * 5 * 32}"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "cla_convert.cli"]
-    process = subprocess.Popen([*torchrun, *line], stderr=subprocess.PIPE, text=True, env=os.environ)
+def wait_for_rows(process: subprocess.Popen[str], metrics: Path) -> None:
     deadline = time.monotonic() + 240
-    while len(read_rows(out / "metrics.jsonl")) < 3 and time.monotonic() < deadline and process.poll() is None:
+    while len(read_rows(metrics)) < 3 and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.01)
+
+
+def test_uptrain_under_torchrun_stops_and_resumes(work: Path, tmp_path: Path) -> None:
+    """The real launcher: SIGTERM to it saves a checkpoint, and the same line goes on from there."""
+    out, log = tmp_path / "out", tmp_path / "log"
+    line = [str(word) for word in uptrain(work, out, steps=30)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "cla_convert"]
+    process = subprocess.Popen([*torchrun, *line], stderr=subprocess.PIPE, text=True, env=os.environ)
+    wait_for_rows(process, tmp_path / "out.state" / "metrics.jsonl")
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode != 0
     assert stderr.count("Everything is saved in") == 1, stderr
-    assert "fix: Resume with: torchrun --nproc-per-node 2 -m cla_convert.cli run" in stderr
-    steps = len([row for row in read_rows(out / "metrics.jsonl") if "loss" in row])
-    assert [int(path.name.removeprefix("step-")) for path in (out / "checkpoints").iterdir()] == [steps]
+    assert "fix: Resume with: torchrun --nproc-per-node 2 -m cla_convert uptrain" in stderr
     assert finish(*start_team(line, log)) == [0, 0], log.read_text()
     assert log.read_text().count("resuming from") == 1 and "not bit-exact" not in log.read_text()
-    assert (out / "uptrained" / "model.safetensors").exists() and not (out / "checkpoints").exists()
-    assert json.loads((out / "train.json").read_text())["steps"] == 30
+    assert out.exists() and not (tmp_path / "out.state" / "checkpoints").exists()
+
+
+def test_run_starts_its_processes_stops_them_and_resumes(work: Path, alone: Path, tmp_path: Path) -> None:
+    """One line, one exit code, one command to resume; and the weights are those of one process."""
+    out, log = tmp_path / "run", tmp_path / "log"
+    line = ["run", str(work / "recipe.yaml"), "--out", str(out), "--until", "uptrain", "--set", "train.processes=2"]
+    line += ["--set", f"train.tokens={30 * 5 * 32}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cla_convert", *line], stderr=subprocess.PIPE, text=True, env=os.environ
+    )
+    wait_for_rows(process, out / "metrics.jsonl")
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130, stderr
+    assert stderr.count("Everything is saved in") == 1 and "Traceback" not in stderr, stderr
+    assert stderr.count("cla-convert run") >= 1 and "torchrun" not in stderr and "cla-convert uptrain" not in stderr
+    steps = len([row for row in read_rows(out / "metrics.jsonl") if "loss" in row])
+    assert [int(path.name.removeprefix("step-")) for path in (out / "checkpoints").iterdir()] == [steps]
+    assert finish(start(line, log)) == [0], log.read_text()
+    assert log.read_text().count("resuming from") == 1 and "not bit-exact" not in log.read_text()
+    assert not (out / "checkpoints").exists()
+    trained = json.loads((out / "train.json").read_text())
+    assert trained["steps"] == 30 and trained["processes"] == 2
+    # The same text, in the same order, as one process of `run` sees.
+    single = tmp_path / "single"
+    assert finish(start([*line[:3], str(single), *line[4:], "--set", "train.processes=1"], log)) == [0], log.read_text()
+    assert_equal(load_file(single / "uptrained" / "model.safetensors"), load_file(out / "uptrained/model.safetensors"))
+
+
+def test_a_process_of_a_run_that_fails_ends_it(work: Path, tmp_path: Path) -> None:
+    line = ["run", work / "recipe.yaml", "--out", tmp_path / "run", "--until", "uptrain", "--set", "train.processes=2"]
+    line += ["--set", "train.tokens=3200", "--set", "train.learning_rate=1e30", "--set", "train.clip=1e30"]
+    assert finish(start(line, log := tmp_path / "log")) == [3], log.read_text()
+    assert "not finite" in log.read_text() and "Traceback" not in log.read_text()

@@ -1,19 +1,21 @@
 """`cla-convert run` as a whole on a tiny model: stop, resume, refuse, start anew, lose nothing."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from cla_convert import pipeline
 from cla_convert.errors import InputError, UsageError
 from cla_convert.files import alone_in
 from cla_convert.recipe_file import load_recipe
 from cla_convert.recipes import find_recipe
-from cla_convert.run import clear
+from cla_convert.run_folder import RunFolder
 from cla_convert.same_recipe import check_same_recipe
 from cla_convert.training import micro_batch
 from tests.integration.test_convert import cla
@@ -72,14 +74,15 @@ def test_a_run_that_cannot_start_costs_nothing(tmp_path, tiny_llama):
 
 def test_training_that_will_not_fit_is_refused_in_the_plan(tmp_path, tiny_llama, monkeypatch):
     sets = [f"source.model={tiny_llama}", *SMALL, "device=cpu"]
-    resolved = load_recipe(find_recipe("demo"), sets)
+    recipe = load_recipe(find_recipe("demo"), sets).recipe
     monkeypatch.setattr(micro_batch, "device_memory", lambda _: 500_000_000)
     with pytest.raises(InputError, match="Training needs about"):
-        pipeline.run(resolved, tmp_path / "run")
+        pipeline.run(recipe, tmp_path / "run")
     assert not any((tmp_path / "run" / name).exists() for name in ("plan.json", "converted", "checkpoints"))
     (tmp_path / "run" / "uptrained").mkdir()  # trained, on a larger machine
-    pipeline.run(resolved, tmp_path / "run", until="plan")
-    pipeline.run(load_recipe(find_recipe("demo"), [*sets, "train.tokens=0"]), tmp_path / "other", until="plan")
+    pipeline.run(recipe, tmp_path / "run", until="plan")
+    untrained = load_recipe(find_recipe("demo"), [*sets, "train.tokens=0"]).recipe
+    pipeline.run(untrained, tmp_path / "other", until="plan")
 
 
 def test_a_run_folder_is_one_process_s(tmp_path, tiny_llama):
@@ -99,7 +102,42 @@ def test_only_a_run_folder_is_ever_cleared(tmp_path):
     for name in ("recipe.yaml", "package.json", "photo.png"):
         (tmp_path / name).write_text("mine")
     with pytest.raises(UsageError, match="holds no run"):
-        check_same_recipe(tmp_path, recipe, overwrite=True)
+        check_same_recipe(RunFolder(tmp_path), recipe, overwrite=True)
     (tmp_path / "environment.json").write_text("{}")
-    clear(tmp_path)
+    RunFolder(tmp_path).clear()
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["package.json", "photo.png"]
+
+
+def test_a_dry_run_plans_and_writes_nothing(tmp_path, tiny_llama):
+    done = cla(*line(tiny_llama, tmp_path / "run"), "--dry-run", "-q")
+    assert done.returncode == 0 and "[0] [1 ← 2] [3 ← 4] [5]" in done.stdout, done.stderr
+    assert not (tmp_path / "run").exists()
+    assert "done in" not in done.stderr and "source.model" not in done.stderr  # quiet: warnings at most
+
+
+def test_a_run_ends_with_a_few_lines_and_says_what_was_asked_for(tmp_path, tiny_llama):
+    out = tmp_path / "run"
+    done = cla(*line(tiny_llama, out), "--set", "train.batch_tokens=2k")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.strip().splitlines()
+    assert len(lines) <= 8 and lines[0].startswith("verdict") and "768 -> 512 bytes per token, 1.50x" in lines[1]
+    assert str(out / "uptrained") in done.stdout and str(out / "report.html") in done.stdout and "next" in lines[-1]
+    assert "2 optimiser steps are few" in done.stderr and "train.batch_tokens=64" in done.stderr
+    assert "train.tokens" in done.stderr and "train.betas" not in done.stderr  # what differs from the defaults
+    again = cla(*line(tiny_llama, out), "--set", "train.batch_tokens=2k", "--set", "eval.limit=2")
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("openbookqa: measured before") == 3  # at every point, and nothing is trained again
+    assert f"found {out / 'uptrained'}" in again.stderr
+
+
+def test_uptrain_finds_the_teacher_that_the_manifest_names(tmp_path, tiny_llama):
+    source = shutil.copytree(tiny_llama, tmp_path / "source")
+    assert cla("convert", source, tmp_path / "c", "--init", "mean").returncode == 0
+    small = [word for value in [*SMALL[:5], "device=cpu"] for word in ("--set", value)]
+    done = cla("uptrain", tmp_path / "c", tmp_path / "u", *small, cwd=tmp_path / "c")
+    assert done.returncode == 0 and f"the teacher is {source}" in done.stderr, done.stderr
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    done = cla("uptrain", tmp_path / "c", tmp_path / "v", *small)
+    assert done.returncode == 2 and "has changed since" in done.stderr and "error: No teacher" in done.stderr

@@ -153,6 +153,7 @@ def test_an_upload_is_the_folder_and_loads_from_the_hub(hub, source, tmp_path):
     result, uploaded = json.loads(done.stdout), files(hub.folder / "me" / "model")
     assert result["uploaded"].endswith("/me/model") and hub.private == {"me/model": True} and hub.commits == 1
     assert uploaded == files(tmp_path / "out")
+    assert str(source) not in uploaded["cla_manifest.json"].decode()  # a path of this machine
     card = uploaded["README.md"].decode()
     assert "# me/model\n" in card and 'folder = "me/model"' in card and "library_name: transformers" in card
     for name in ("LICENSE", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):

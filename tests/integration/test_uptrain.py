@@ -17,9 +17,12 @@ from cla_convert.models.checkpoint import Checkpoint
 from cla_convert.models.export import load_model
 from cla_convert.recipe import Recipe
 from cla_convert.recipe_file import validate
+from cla_convert.run_folder import TrainingFolder
 from cla_convert.training import loop, micro_batch
 from cla_convert.training.metrics import read_rows
 from cla_convert.training.objective import Objective
+from cla_convert.training.parallel import Team
+from cla_convert.training.step import gradients
 from cla_convert.training.stop import StopRequest
 from cla_convert.training.trainer import set_up
 
@@ -57,9 +60,8 @@ def recipe(work: Path, steps: int = 12, **train: Any) -> Recipe:
 
 
 def uptrain(work: Path, teacher: Path, out: Path, settings: Recipe, **options: Any) -> dict[str, Any]:
-    return loop.uptrain(
-        work / "converted", teacher, out / "model", settings, run_dir=out, device="cpu", **options
-    )  # fmt: skip
+    folder = TrainingFolder(out, out / "model")
+    return loop.uptrain(work / "converted", teacher, folder, settings, Team("cpu"), **options).to_json()
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -124,7 +126,7 @@ def test_the_loss_reported_is_the_models_own(work: Path, tiny_llama: Path) -> No
     teacher = load_model(tiny_llama, dtype=torch.float32)
     for loss in ("cross_entropy", "distill"):
         trainer = set_up(work / "converted", tiny_llama, recipe(work, loss=loss), "cpu")
-        mine = loop._gradients(trainer, 0, BATCH)[..., 0].sum()
+        mine = gradients(trainer, 0, BATCH)[..., 0].sum()
         ids = torch.from_numpy(trainer.sequences.rows(BATCH))
         with torch.no_grad():
             logits, target = student(ids).logits[:, :-1], teacher(ids).logits[:, :-1]
@@ -141,7 +143,7 @@ def test_with_document_masking_the_loss_is_that_of_the_documents_alone(
     (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
     settings = recipe(tmp_path, document_masking=True, loss="cross_entropy")
     trainer = set_up(work / "converted", tiny_llama, settings, "cpu")
-    mine = loop._gradients(trainer, 0, BATCH)[..., 0].sum()
+    mine = gradients(trainer, 0, BATCH)[..., 0].sum()
     student = load_model(work / "converted", dtype=torch.float32)
     losses: list[torch.Tensor] = []
     for row in trainer.sequences.rows(BATCH):
@@ -155,7 +157,7 @@ def test_with_document_masking_the_loss_is_that_of_the_documents_alone(
 
 def grads(work: Path, teacher: Path, **train: Any) -> dict[str, torch.Tensor]:
     trainer = set_up(work / "converted", teacher, recipe(work, **train), "cpu")
-    loop._gradients(trainer, 0, BATCH)
+    gradients(trainer, 0, BATCH)
     return {name: p.grad for name, p in trainer.parameters.items() if p.grad is not None}
 
 

@@ -12,11 +12,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from cla_convert import pipeline
 from cla_convert.errors import InputError, TrainingError
 from cla_convert.models.export import load_model
-from cla_convert.recipe_file import Resolved
-from cla_convert.run import Run
-from cla_convert.training import loop
+from cla_convert.run_folder import RunFolder
+from cla_convert.stages.check import check
 from cla_convert.training.metrics import read_rows
 from cla_convert.training.objective import Objective
+from cla_convert.training.step import gradients
 from cla_convert.training.trainer import set_up
 
 from ..conftest import save_tiny_llama
@@ -53,7 +53,7 @@ def streams(model: Any, ids: torch.Tensor) -> torch.Tensor:
 def test_all_losses_together_are_what_they_say(work: Path, tiny_llama: Path) -> None:
     options = dict(temperature=2.0, cross_entropy_weight=0.5, hidden_weight=0.25)
     trainer = set_up(work / "converted", tiny_llama, recipe(work, **options), "cpu")
-    loss, kl, cross_entropy, hidden = loop._gradients(trainer, 0, BATCH).sum(0)
+    loss, kl, cross_entropy, hidden = gradients(trainer, 0, BATCH).sum(0)
     student, teacher = (load_model(f, dtype=torch.float32) for f in (work / "converted", tiny_llama))
     ids = torch.from_numpy(trainer.sequences.rows(BATCH))
     with torch.no_grad():
@@ -83,7 +83,7 @@ def test_a_mixed_loss_is_recorded_term_by_term(work: Path, tiny_llama: Path, tmp
 
 def test_a_larger_teacher_with_a_padded_embedding(work: Path, large_teacher: Path, tmp_path: Path) -> None:
     trainer = set_up(work / "converted", large_teacher, recipe(work), "cpu")
-    mine = loop._gradients(trainer, 0, BATCH)[..., 0].sum()
+    mine = gradients(trainer, 0, BATCH)[..., 0].sum()
     ids = torch.from_numpy(trainer.sequences.rows(BATCH))
     with torch.no_grad():
         log_p = load_model(work / "converted")(ids).logits[:, :-1].log_softmax(-1)
@@ -115,12 +115,12 @@ def test_a_run_names_its_teacher_and_is_refused_before_it_converts(
 ) -> None:
     settings = recipe(work, teacher=str(large_teacher))
     settings.source.model = str(tiny_llama)
-    run = Run.start(Resolved(settings, {}), tmp_path / "run", overwrite=False)
-    assert run.source == tiny_llama and run.teacher == large_teacher
-    pipeline.check_before_work(run)
+    folder = RunFolder(tmp_path / "run")
+    assert folder.source(settings) == tiny_llama and folder.teacher(settings) == large_teacher
+    check(settings, folder)
     settings.train.hidden_weight = 1.0
     with pytest.raises(InputError, match="their sizes differ"):
-        pipeline.run(Resolved(settings, {}), tmp_path / "run")
+        pipeline.run(settings, tmp_path / "run")
     assert not (tmp_path / "run" / "converted").exists()
 
 

@@ -21,12 +21,14 @@ from cla_convert.models.checkpoint import Checkpoint
 from cla_convert.models.fingerprint import fingerprint
 from cla_convert.models.gguf_header import Header
 from cla_convert.models.gguf_source import _check_sizes
+from cla_convert.pipeline import timed
 from cla_convert.recipe import Recipe
 from cla_convert.recipe_file import load_recipe
 from cla_convert.report.model_card import front_matter, source_card, write_model_card
 from cla_convert.report.report import build_report
-from cla_convert.run import Run
+from cla_convert.run_folder import RunFolder
 from cla_convert.same_recipe import check_same_recipe
+from cla_convert.stages.uptrain import uptrain
 from cla_convert.training.state import Checkpoints, Position
 from tests.unit.test_gguf import write_gguf
 
@@ -124,15 +126,14 @@ def test_damaged_json_is_no_absent_json_except_in_a_cache(content: bytes, tmp_pa
 
 
 def test_a_damaged_result_is_not_trained_again(tmp_path: Path):
-    from cla_convert.pipeline import uptrain
-
     recipe = Recipe.model_validate({"source": {"model": "m"}, "train": {"tokens": 1000}})
-    run = Run(tmp_path, recipe, tmp_path, tmp_path, "cpu")
-    run.uptrained.mkdir()
-    (tmp_path / "train.json").write_text('{"tokens": 10')
-    with pytest.raises(InputError, match=r"train\.json cannot be read"):
-        uptrain(run)
-    assert (tmp_path / "train.json").read_text() == '{"tokens": 10'
+    folder = RunFolder(tmp_path)
+    folder.training.model.mkdir()
+    for content, wrong in (('{"tokens": 10', "cannot be read"), ('{"tokens": "ten"}', "is damaged")):
+        (tmp_path / "train.json").write_text(content)
+        with pytest.raises(InputError, match=rf"train\.json {wrong}"):
+            uptrain(recipe, folder)
+        assert (tmp_path / "train.json").read_text() == content
 
 
 @pytest.mark.parametrize("name", ["train.json", "convert.json", "environment.json", "eval/after/results.json"])
@@ -150,13 +151,13 @@ def test_a_damaged_recipe_is_an_error_and_no_other_margin(content: str, run_dir:
         build_report(run_dir)
     (run_dir / "converted").mkdir()
     with pytest.raises(UsageError):
-        check_same_recipe(run_dir, Recipe(), overwrite=False)
+        check_same_recipe(RunFolder(run_dir), Recipe(), overwrite=False)
 
 
 def test_an_environment_of_another_type_is_found_before_the_work(tmp_path: Path):
     write_json(tmp_path / "environment.json", {"stages": ["plan", 3]})
-    run = Run(tmp_path, Recipe(), tmp_path, tmp_path, "cpu")
-    with pytest.raises(InputError, match=r"environment\.json is damaged"), run.timed("plan"):
+    folder = RunFolder(tmp_path)
+    with pytest.raises(InputError, match=r"environment\.json is damaged"), timed(Recipe(), folder, "plan"):
         pytest.fail("the work began")
 
 

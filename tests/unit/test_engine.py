@@ -21,6 +21,7 @@ from cla_convert.models.generated.configuration_cla_llama import ClaLlamaConfig
 from cla_convert.models.generated.modeling_cla_llama import ClaLlamaForCausalLM
 from cla_convert.models.scoring import hidden_states
 from cla_convert.recipe import Train
+from cla_convert.run_folder import TrainingFolder
 from cla_convert.training import compiling
 from cla_convert.training.compiling import WORTH_IT, choose_compile, compile_layers
 from cla_convert.training.derived import derived
@@ -278,7 +279,7 @@ class TestHeads:
 
 def test_a_resumed_run_replaces_what_its_predecessor_wrote_too_far(tmp_path) -> None:
     for step, value in ((0, 1.0), (3, 2.0)):
-        board = TensorBoard(tmp_path, step, {"seed": 0})
+        board = TensorBoard(TrainingFolder(tmp_path, tmp_path / "model"), step, {"seed": 0})
         for later in range(step + 1, 6):
             board.log({"step": later, "loss": value})
         board.close()

@@ -63,7 +63,7 @@ def test_a_source_that_is_too_small_is_repeated(tmp_path: Path, capsys: pytest.C
     assert len(held_out) == len(set(held_out))
 
 
-def test_when_all_are_too_small_the_weights_still_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_when_all_are_too_small_the_weights_still_hold(tmp_path: Path) -> None:
     sources = [
         source(tmp_path, "a", tokens=4000, each=50, weight=3),
         source(tmp_path, "b", tokens=1000, each=50, weight=1.5),
@@ -73,7 +73,6 @@ def test_when_all_are_too_small_the_weights_still_hold(tmp_path: Path, capsys: p
     assert large == pytest.approx(2 * small, abs=2)
     assert [entry["passes"] for entry in store.info["sources"]] == [1.0, pytest.approx(2, rel=0.2)]
     assert store.train.size == large + small < 10_000
-    assert "The data holds" in capsys.readouterr().err  # and the rest of the budget goes round again
 
 
 def test_every_source_has_text_on_both_sides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,7 +84,23 @@ def test_every_source_has_text_on_both_sides(tmp_path: Path, capsys: pytest.Capt
         store = prepare(tmp_path, *sources, tokens=4000, held_out_tokens=1000, seed=seed, share=0.49)
         assert weighted(store) == [2000, 2000]
         assert shares_of(store.held_out)["b"] == 500
-        assert "b.txt has too few documents" in capsys.readouterr().err
+        assert "b.txt is a single document: its last 500 tokens" in (notes := capsys.readouterr().err)
+        assert "repeated" not in notes and store.info["sources"][1]["passes"] == 1  # it was read on, not cut short
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_of_a_few_documents_whole_ones_are_held_out(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture) -> None:
+    """Where all fall on one side of the split, those with the smallest hashes; and nothing that was read is cut off."""
+    for number in range(12):
+        (tmp_path / f"{number}.txt").write_text(f"{number:02} " * 300)
+    store = prepare(
+        tmp_path, TextSource(path=str(tmp_path / "*.txt")), tokens=5000, held_out_tokens=500, seed=seed, share=0.01
+    )
+    kept, used = (set(byte_tokenizer().decode(side).split()) for side in (store.held_out, store.train))
+    assert store.train.size == 5000 and store.held_out.size == 500
+    assert len({word[:2] for word in kept if word[:2].isdigit()} & {word[:2] for word in used}) == 0
+    assert store.info["held_out"]["tail_of_train"] == 0
+    assert not {"too few", "repeated", "single"} & set(capsys.readouterr().err.split())
 
 
 def test_a_source_without_text_is_refused(tmp_path: Path) -> None:

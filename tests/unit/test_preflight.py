@@ -9,13 +9,15 @@ from cla_convert import surrogates
 from cla_convert.errors import InputError
 from cla_convert.evaluation.cache import kv_cache_of
 from cla_convert.evaluation.local_rows import local_splits
-from cla_convert.models.checkpoint import Checkpoint
 from cla_convert.models.export import load_model
-from cla_convert.pipeline import calibration_for, check_before_work, plan_for
-from cla_convert.preflight import check_evaluation, check_lengths, check_prefix, check_tokenizer, positions_of
+from cla_convert.models.shape import positions_of
+from cla_convert.preflight import check_evaluation, check_lengths, check_prefix, check_tokenizer
 from cla_convert.recipe import Recipe, TextFile
 from cla_convert.recipe_file import load_recipe
-from cla_convert.run import Run
+from cla_convert.run_folder import RunFolder
+from cla_convert.stages.check import check
+from cla_convert.stages.plan import plan_of
+from cla_convert.stages.text import calibration
 from cla_convert.training.sources import documents
 from tests.conftest import byte_tokenizer
 from tests.tiny import save_tiny
@@ -73,9 +75,9 @@ def test_lengths_beyond_the_positions_are_refused_before_work(overrides, name, t
     source = save_tiny("llama", tmp_path / "m")
     overrides = [o.replace("TEXT", str(tmp_path / "text.txt")) for o in overrides]
     common = [f"source.model={source}", "convert.init=mean", "eval.tasks=[arc_easy]", "eval.limit=1", "device=cpu"]
-    resolved = load_recipe(None, [*common, *overrides])
+    recipe = load_recipe(None, [*common, *overrides]).recipe
     with pytest.raises(InputError, match=name):
-        check_before_work(Run.start(resolved, tmp_path / "run", overwrite=False))
+        check(recipe, RunFolder(tmp_path / "run"))
 
 
 def test_without_training_its_length_means_nothing():
@@ -85,9 +87,10 @@ def test_without_training_its_length_means_nothing():
 def test_calibration_is_cut_to_the_positions(tmp_path, capsys):
     source = save_tiny("gpt_bigcode", tmp_path / "m", n_positions=64, max_position_embeddings=64)
     recipe = load_recipe(None, [f"source.model={source}", "convert.calibration.tokens=1k", "device=cpu"]).recipe
-    plan_for(Checkpoint.open(source), recipe, "cpu")
-    calibration = calibration_for(recipe, source, "cpu")
-    assert calibration.tokens.shape[1] == 64
+    folder = RunFolder(tmp_path / "run")
+    plan_of(recipe, folder)
+    looked_at = calibration(recipe, folder)
+    assert looked_at is not None and looked_at.tokens.shape[1] == 64
     assert "sequences of 64 tokens" in capsys.readouterr().err
 
 
@@ -97,7 +100,7 @@ def test_a_plan_that_calibrates_looks_at_the_tokenizer(tmp_path):
     tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
     tokenizer.save_pretrained(source)
     with pytest.raises(InputError, match="not the model's"):
-        plan_for(Checkpoint.open(source), Recipe(), "cpu")
+        plan_of(load_recipe(None, [f"source.model={source}", "device=cpu"]).recipe, RunFolder(tmp_path / "run"))
     with pytest.raises(InputError, match="not the model's"):
         check_evaluation(source, [])
 

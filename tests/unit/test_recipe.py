@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from cla_convert.errors import UsageError
-from cla_convert.recipe import parse_count, parse_size
-from cla_convert.recipe_file import flatten, load_recipe, validate
+from cla_convert.recipe import FREE, NAMED, PLACES, Train, on_resume, parse_count, parse_size
+from cla_convert.recipe_file import load_recipe, validate
 from cla_convert.recipes import find_recipe, list_recipes, reference
+from cla_convert.training.schedule import check_steps
 
 
 @pytest.mark.parametrize(
@@ -34,8 +35,7 @@ def test_override_beats_recipe_beats_default(tmp_path):
     assert resolved.origins["train.loss"] == "recipe"
     table = resolved.table()
     assert [line.split()[-1] for line in table.splitlines() if line.startswith("train.tokens")] == ["--set"]
-    assert [line.split()[-1] for line in table.splitlines() if line.startswith("train.clip")] == ["default"]
-    assert len(table.splitlines()) == len(flatten(resolved.recipe.model_dump()))  # every value is printed
+    assert "train.clip" not in table and "other settings have their defaults" in table
 
 
 @pytest.mark.parametrize(
@@ -115,3 +115,37 @@ def test_every_shipped_recipe_is_valid(name):
 def test_the_reference_page_is_the_schema():
     page = Path(__file__).parents[2] / "docs" / "recipe.md"
     assert page.read_text(encoding="utf-8") == reference(), "run: cla-convert recipes reference > docs/recipe.md"
+
+
+@pytest.mark.parametrize(
+    ("name", "mark"),
+    [
+        ("eval.limit", FREE), ("eval.retrieval.samples", FREE), ("device", FREE), ("train.spike", FREE),
+        ("train.keep_checkpoints_after_success", FREE), ("train.clip", NAMED), ("train.learning_rates.shared", NAMED),
+        ("data.held_out", NAMED), ("train.batch_tokens", PLACES), ("seed", None), ("convert.init", None),
+        ("source.model", None), ("no.such.setting", None),
+    ],
+)  # fmt: skip
+def test_what_may_change_on_resume(name, mark):
+    assert on_resume(name) is mark
+
+
+def test_a_step_has_a_sequence_at_least():
+    with pytest.raises(UsageError, match="less than one sequence"):
+        validate({"train": {"tokens": 1000, "batch_tokens": 512, "sequence_length": 1024}})
+    validate({"train": {"tokens": 0, "batch_tokens": 512}})  # nothing is trained
+
+
+@pytest.mark.parametrize(
+    ("train", "warning"),
+    [
+        ({"tokens": 12_288, "sequence_length": 256, "batch_tokens": 2048}, "6 optimiser steps are few"),
+        ({"tokens": 20 * 1024, "sequence_length": 64, "batch_tokens": 1024}, ""),
+        ({"tokens": 5 * 64, "sequence_length": 64, "batch_tokens": 64}, ""),  # there are no smaller ones
+        ({"tokens": 0}, ""),
+    ],
+)
+def test_few_steps_are_warned_of(train, warning, capsys):
+    check_steps(Train(**train))
+    said = capsys.readouterr().err
+    assert warning in said and bool(said) == bool(warning)

@@ -43,7 +43,8 @@ def additions(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def run(model: Path, out: Path, until: str, *settings: str) -> dict:
-    return pipeline.run(load_recipe(None, [f"source.model={model}", *SMALL, *settings]), out, until=until)
+    recipe = load_recipe(None, [f"source.model={model}", *SMALL, *settings]).recipe
+    return pipeline.to_json(pipeline.run(recipe, out, until=until))
 
 
 def test_a_new_initialisation_converts(tiny_llama: Path, tmp_path: Path) -> None:
@@ -109,7 +110,7 @@ def test_a_name_is_taken_once() -> None:
 def test_names_cost_no_torch() -> None:
     """All modules that register something ours are imported for the help of `convert` and for a recipe."""
     code = (
-        "import sys; from cla_convert.recipes import reference; from cla_convert.cli import models; reference();"
+        "import sys; from cla_convert.recipes import reference; from cla_convert.cli import convert; reference();"
         "sys.exit([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules] or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

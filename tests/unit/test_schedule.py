@@ -44,6 +44,7 @@ def test_no_warm_up_and_a_single_step() -> None:
 def test_the_budget_is_met_in_whole_sequences_and_never_exceeded(
     tokens: int, batch: int, length: int, micro: int
 ) -> None:
+    batch = max(batch, length)
     train = Train(tokens=tokens, batch_tokens=batch, sequence_length=length, micro_batch_size=micro)
     budget = Budget.of(train)
     assert tokens - length < budget.tokens <= tokens

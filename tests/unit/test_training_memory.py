@@ -14,12 +14,12 @@ from cla_convert.models.scoring import hidden_states
 from cla_convert.recipe import Recipe, Train
 from cla_convert.training import compiling
 from cla_convert.training.data import TokenStore
-from cla_convert.training.loop import _step
 from cla_convert.training.memory import CONTEXT, Forecast
 from cla_convert.training.micro_batch import forecast, loading, micro_batch_size
 from cla_convert.training.optimizer import freeze_all_but
 from cla_convert.training.rehearsal import _Live, kept_bytes, skeleton
 from cla_convert.training.state import Checkpoints, Position
+from cla_convert.training.step import take_step
 from cla_convert.training.trainer import set_up
 from tests.tiny import CASES, cla_model, save_tiny
 
@@ -102,9 +102,9 @@ def test_the_peak_of_a_step(tmp_path: Path, settings: dict[str, Any]) -> None:
     store = TokenStore(tokens, tokens[:256], "tokens", {}, np.zeros(0, dtype=np.int64))
     trainer = set_up(source, source, Recipe(train=Train(**train)), "cpu", data=store)
     checkpoints = Checkpoints(tmp_path / "checkpoints", {}, 1)
-    position, _ = _step(trainer, Position(), checkpoints)
+    position, _ = take_step(trainer, Position(), checkpoints)
     with _Live() as live:
-        _step(trainer, position, checkpoints)
+        take_step(trainer, position, checkpoints)
     needs = trainer.forecast.needs(trainer.micro_batch)
     there = needs.weights + needs.moments + needs.teacher
     before = [*trainer.student.parameters(), *(trainer.objective.teacher or torch.nn.Module()).parameters()]
@@ -155,7 +155,10 @@ class TestFitting:
         with pytest.raises(InputError) as error:
             foresee(LLAMA_8B)
         assert "the GPU has 79.2 GiB" in error.value.what and "optimiser 5" in error.value.why
-        assert "train.parameters=attention (" in error.value.fix and "8 GPUs under torchrun (" in error.value.fix
+        assert (
+            "train.parameters=attention (" in error.value.fix
+            and "train.processes=8 on as many GPUs (" in error.value.fix
+        )
         assert "activation_checkpointing" not in error.value.fix  # weights and optimiser alone are too much
         foresee(LLAMA_8B, parameters="attention")
         foresee(LLAMA_8B, processes=8)

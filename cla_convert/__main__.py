@@ -1,0 +1,5 @@
+"""`python -m cla_convert`."""
+
+from .cli import main
+
+main()

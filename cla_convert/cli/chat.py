@@ -1,0 +1,40 @@
+"""chat: talk to a model, or to two side by side."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .app import Model, Quiet, app
+
+
+@app.command(epilog="Example: cla-convert chat trained/ --beside Qwen/Qwen3-0.6B")
+def chat(
+    model: Model,
+    beside: Annotated[str | None, typer.Option(metavar="MODEL", help="Another one that answers, too.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option(metavar="T", min=0, help="0 is greedy.")] = 0.0,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.")] = None,
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda, ...; auto: the best there is.")] = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Talk to a model, or to two side by side.
+
+    Lines come from the terminal or a pipe. /reset begins a new conversation; Ctrl-D ends.
+    """
+    from ..chat import Manner, Speaker, lines_of
+    from ..chat import chat as converse
+    from ..environment import choose_dtype, pick_device
+    from ..models.source import resolve_source
+
+    device = pick_device(device)
+    manner = Manner(max_new_tokens, temperature, system)
+    folders = {Path(name).name or name: resolve_source(name) for name in (model, beside) if name}
+    if beside and len(folders) == 1:
+        folders = {model: resolve_source(model), beside: resolve_source(beside)}
+    speakers = [
+        Speaker.load(name, folder, device=device, dtype=choose_dtype("auto", device), manner=manner)
+        for name, folder in folders.items()
+    ]
+    converse(speakers, lines_of(sys.stdin))

@@ -1,0 +1,59 @@
+"""eval: score one model."""
+
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..console import data, data_json
+from .app import AllowPickle, Json, Model, Quiet, Recipe, Revision, Sets, TaskData, app, settings_of
+
+
+@app.command("eval", epilog="Example: cla-convert eval trained/ --tasks piqa,wikitext --limit 100")
+def evaluate(
+    model: Model,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Comma-separated task names; default: the offline pack.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", help="Documents per task: the first so many.")] = None,
+    task_data: TaskData = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for results (per task, resumable).")] = None,
+    backend: Annotated[
+        str | None, typer.Option(metavar="NAME", help="What scores the tasks: hf, or vllm if installed.")
+    ] = None,
+    recipe: Recipe = None,
+    revision: Revision = None,
+    allow_pickle: AllowPickle = False,
+    sets: Sets = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Score a model with lm-eval.
+
+    Without --tasks: the offline pack that ships with the package. With a network: any stock task by name. Also:
+    passkey and needle (retrieval in long contexts), and perplexity of text files (eval.perplexity).
+    """
+    from ..environment import pick_device
+    from ..evaluation.backend import check_backend
+    from ..evaluation.harness import check_tasks
+    from ..evaluation.points import Bench, evaluate_points, shared_work
+    from ..evaluation.results import render
+    from ..evaluation.texts import Texts, check_texts
+    from ..models.source import resolve_source
+    from ..preflight import check_evaluation
+
+    options = {"eval.tasks": tasks.split(",") if tasks else None, "eval.limit": limit, "eval.task_data": task_data}
+    settings = settings_of(recipe, sets, options | {"eval.backend": backend})
+    device = pick_device(settings.device)
+    check_backend(settings.eval, device)
+    check_tasks(settings.eval)
+    check_texts(settings.eval.perplexity)
+    folder = resolve_source(model, revision=revision, allow_pickle=allow_pickle)
+    check_evaluation(folder, settings.eval.perplexity)
+    with tempfile.TemporaryDirectory() as scratch:
+        texts = Texts(settings.eval.perplexity)
+        bench = Bench(out or Path(scratch), device, settings.seed, texts, accelerator=shared_work(device))
+        result = evaluate_points({"": folder}, settings.eval, bench)[""]
+    if result:  # one process speaks for all
+        data_json(result) if as_json else data(render(result))

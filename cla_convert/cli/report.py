@@ -1,0 +1,41 @@
+"""report: what the files of a run say."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..console import data, data_json
+from ..errors import InputError
+from .app import Gate, GateStrict, Json, Quiet, app, enforce_gate, gate_mode
+
+
+@app.command(epilog="Example: cla-convert report runs/mine")
+def report(
+    run_dirs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN_DIR", help="Run folder; more of them to compare it with.", show_default=False),
+    ],
+    gate: Gate = False,
+    gate_strict: GateStrict = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Rebuild the report from the files of a run folder.
+
+    With several folders, the report of the first one shows all of them: accuracy against KV bytes per token.
+    """
+    from ..report.report import build_report
+    from ..run_folder import RunFolder
+
+    folders = [RunFolder(run_dir) for run_dir in run_dirs]
+    for folder in folders:
+        if not folder.recipe.exists():
+            raise InputError(
+                f"{folder.path} is not a run folder",
+                why=f"It has no {folder.recipe.name}.",
+                fix="Give --out of `cla-convert run`.",
+            )
+    result = build_report(run_dirs[0], run_dirs[1:])
+    data_json(result) if as_json else data(str(folders[0].pages["html"]))
+    enforce_gate(folders[0], gate_mode(gate, gate_strict))

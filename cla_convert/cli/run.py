@@ -1,0 +1,93 @@
+"""run: everything, over one run folder."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..console import data, data_json
+from ..errors import UsageError, did_you_mean
+from .app import (
+    AllowChanges,
+    Gate,
+    GateStrict,
+    Json,
+    Private,
+    PushToHub,
+    Quiet,
+    Sets,
+    TaskData,
+    app,
+    destination,
+    enforce_gate,
+    gate_mode,
+    load,
+    push,
+)
+
+
+@app.command(epilog="Example: cla-convert run smollm2-135m --out runs/mine --set train.tokens=100M")
+def run(
+    recipe: Annotated[
+        str,
+        typer.Argument(metavar="RECIPE", help="Recipe file, or the name of a shipped one (demo).", show_default=False),
+    ],
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Run folder; rerunning the same line resumes.", show_default=False)
+    ],
+    sets: Sets = None,
+    until: Annotated[
+        str, typer.Option(metavar="STAGE", help="Stop after this stage: plan, convert, uptrain, eval or report.")
+    ] = "report",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Start the run folder anew.")] = False,
+    allow_changes: AllowChanges = None,
+    task_data: TaskData = None,
+    gate: Gate = False,
+    gate_strict: GateStrict = False,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Do it all: plan, convert, uptrain, evaluate, report.
+
+    Rerunning the same line resumes where it stopped. Several GPUs? --set train.processes=N
+    """
+    mode = gate_mode(gate, gate_strict)
+    resolved = load(recipe, sets, {"eval.task_data": task_data, "eval.gate": mode or None})
+    from .. import pipeline
+    from ..report.summary import summary
+    from ..run_folder import RunFolder
+
+    if until not in pipeline.STAGES:
+        stages: list[str] = [*pipeline.STAGES]
+        raise UsageError(f"There is no stage {until!r}.{did_you_mean(until, stages)}", fix=", ".join(stages))
+    if mode and until not in ("eval", "report"):
+        raise UsageError("--gate has nothing to judge", why=f"--until {until} stops before the evaluation.")
+    if push_to_hub and until == "plan":
+        raise UsageError("--push-to-hub has nothing to upload", why="--until plan stops before there is a model.")
+    if dry_run:
+        planned = pipeline.dry_run(
+            resolved.recipe, out, overwrite=overwrite, allow_changes=allow_changes or (), introduction=resolved.table()
+        )
+        data_json(planned.to_json()) if as_json else data(planned.render())
+        return
+    hub = destination(push_to_hub, private)
+    result = pipeline.run(
+        resolved.recipe,
+        out,
+        until=until,
+        overwrite=overwrite,
+        allow_changes=allow_changes or (),
+        introduction=resolved.table(),
+    )
+    folder = RunFolder(out)
+    if as_json:
+        data_json(pipeline.to_json(result))
+    elif until == "report":
+        data(summary(pipeline.to_json(result), folder))
+    if until in ("eval", "report"):
+        enforce_gate(folder, resolved.recipe.eval.gate)
+    trained = resolved.recipe.train.tokens and until != "convert"
+    push(hub, folder.training.model if trained else folder.converted)  # not reached by one that failed the gate

@@ -1,0 +1,119 @@
+"""uptrain: recover the quality of a converted model."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..console import data, data_json, say, warn
+from ..environment import launched, rank
+from ..errors import ClaError, InputError, UsageError
+from .app import AllowChanges, Json, Private, PushToHub, Quiet, Recipe, Sets, app, destination, load, push
+
+if TYPE_CHECKING:
+    from ..recipe import Recipe as Schema
+    from ..run_folder import TrainingFolder
+
+
+@app.command(epilog="Example: cla-convert uptrain out/ trained/ --tokens 26M")
+def uptrain(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a converted model.", show_default=False)],
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for the uptrained model.", show_default=False)],
+    recipe: Recipe = None,
+    tokens: Annotated[str | None, typer.Option(metavar="N", help="Token budget, such as 26M.")] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Model to distil from; default: the recipe's teacher or source model, else what MODEL was made from.",
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option(help="Continue from the last checkpoint (the default if there is one).")
+    ] = True,
+    allow_changes: AllowChanges = None,
+    sets: Sets = None,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Recover a converted model's quality on a token budget.
+
+    Interrupted? The same command line resumes. Several GPUs? --set train.processes=N, or torchrun.
+    """
+    from ..run_folder import RunFolder
+    from ..stages.uptrain import uptrain as execute
+    from ..training.schedule import check_steps
+
+    resolved = load(recipe, sets, {"train.tokens": tokens})
+    if not resolved.recipe.train.tokens:
+        raise UsageError("No token budget", fix="Give --tokens, for example --tokens 26M.")
+    settings = _with_source(resolved.recipe, model, teacher)
+    folder, leads = RunFolder.of_uptraining(model, out), rank() == 0
+    _refuse_finished(folder.training)
+    check_steps(settings.train)
+    hub = destination(push_to_hub, private) if leads else None
+    if not launched():  # who launched this has said it
+        say(resolved.table())
+    with folder.alone() if leads else nullcontext():  # under torchrun every process is here
+        result = execute(settings, folder, fresh=not resume, allow_changes=allow_changes or ()).to_json()
+    try:
+        result |= push(hub, out)
+    finally:
+        data_json(result) if as_json else data(str(out))
+
+
+def _refuse_finished(training: "TrainingFolder") -> None:
+    """Raise InputError if there is a model that no interrupted run is of."""
+    finished = training.result.path.exists() or not training.checkpoints.exists()
+    if training.model.exists() and finished:  # else it was interrupted at the very end
+        raise InputError(
+            f"{training.model} exists", fix=f"Give another folder, or remove it and {training.path} to train again."
+        )
+
+
+def _with_source(settings: "Schema", model: Path, teacher: str | None) -> "Schema":
+    """The recipe with a source model, which teaches unless train.teacher does. Raises UsageError if none is named."""
+    source, train = settings.source, settings.train
+    if teacher:
+        train = train.model_copy(update={"teacher": None})
+        source = source.model_copy(update={} if source.model == teacher else {"model": teacher, "revision": None})
+    elif not source.model:
+        known = {"model": train.teacher} if train.teacher else _recorded(model) or _stand_in(settings, model)
+        source = source.model_copy(update=known)
+    return settings.model_copy(update={"source": source, "train": train})
+
+
+def _recorded(model: Path) -> dict[str, str | None] | None:
+    """The source model that the converted one's manifest names, if it is there and the same still."""
+    from ..files import read_json
+    from ..models.fingerprint import fingerprint
+    from ..models.source import resolve_source
+    from ..models.writer import MANIFEST
+
+    known = (read_json(model / MANIFEST) or {}).get("source") or {}
+    name, revision = known.get("model"), known.get("revision")
+    if not isinstance(name, str):
+        return None
+    try:
+        found = resolve_source(name, revision=revision)
+    except ClaError:
+        return None
+    if fingerprint(found) != known.get("fingerprint"):
+        warn(f"{name}, which {model} was converted from, has changed since: it does not teach")
+        return None
+    say(f"the teacher is {name}, which {model} was converted from")
+    return {"model": name, "revision": revision}
+
+
+def _stand_in(settings: "Schema", model: Path) -> dict[str, str | None]:
+    """What is named as the source model where nothing is asked of one. Raises UsageError where something is."""
+    if not settings.train.needs_teacher and not any(source.generate for source in settings.data.sources):
+        return {"model": str(model)}
+    raise UsageError(
+        "No teacher",
+        why="Distillation and `generate` need the source model, and the one it was converted from is not there.",
+        fix="Give --teacher MODEL.",
+    )

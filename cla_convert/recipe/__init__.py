@@ -1,0 +1,48 @@
+"""The recipe: every setting of a run, what it means and its default. Unknown keys are refused.
+
+A recipe is a YAML file with the sections below; `recipe_file` reads it.
+"""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from .convert import Calibration, Convert
+from .data import Data, Generate, Source, Start, TextSource
+from .evaluate import Evaluate, Retrieval, TextFile
+from .section import FREE, NAMED, PLACES, OnResume, Section, parse_count, parse_size
+from .train import Train
+
+__all__ = [
+    "FREE", "NAMED", "PLACES", "Calibration", "Convert", "Data", "Evaluate", "Generate", "OnResume", "Recipe",
+    "Retrieval", "Section", "Source", "Start", "TextFile", "TextSource", "Train", "on_resume", "parse_count",
+    "parse_size",
+]  # fmt: skip
+
+
+class Recipe(Section):
+    """Everything a run needs."""
+
+    source: Source = Source()
+    convert: Convert = Convert()
+    data: Annotated[Data, NAMED] = Data()
+    train: Annotated[Train, NAMED] = Train()
+    eval: Annotated[Evaluate, FREE] = Evaluate()
+    seed: int = Field(default=0, ge=0)
+    """Seed of everything random: sample order, evaluation."""
+    device: Annotated[str, FREE] = "auto"
+    """cpu, cuda, cuda:1, mps; auto: the best there is."""
+
+
+def on_resume(name: str) -> OnResume | None:
+    """What may become of a setting (`train.clip`) on resume: the mark of the innermost field with one."""
+    section, mark = Recipe, None
+    for part in name.split("."):
+        field = section.model_fields.get(part)
+        if field is None:
+            break
+        mark = next((one for one in field.metadata if isinstance(one, OnResume)), mark)
+        if not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
+            break
+        section = field.annotation
+    return mark

@@ -1,0 +1,285 @@
+"""The folder of a run: the only place that knows what lies where in it.
+
+    recipe.yaml environment.json           what is wanted; where and how it is made
+    plan.json convert.json                 what conversion will do, and did
+    converted/ uptrained/                  the models
+    train.json metrics.jsonl checkpoints/  of uptraining; with trackers tensorboard/, wandb/ and wandb.id
+    control/                               the same of the source model's own uptraining
+    eval/                                  batch_size.json comparison.json domains.json, and a folder a point
+    report.json report.md report.html bench.json bench.md *.png
+
+A file that is not there is None: its stage did not run. A damaged one is an InputError that names it. What the files
+hold: results.py.
+"""
+
+import shutil
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from .files import alone_in, write_bytes
+from .recipe import Recipe
+from .results import ConvertResult, Domains, Environment, KvCache, PlanResult, PointResult, Stored, TrainResult
+
+POINTS = ("before", "converted", "after", "control")
+"""The points of measurement: source model, right after conversion, after uptraining; and the source model uptrained
+on the same tokens, where a control was asked for."""
+PICTURES = ("loss", "sharing", "pareto", "bench")
+
+
+@dataclass(frozen=True)
+class TrainingFolder:
+    """What uptraining one model leaves: in a run folder, in its control/, or beside the output of `uptrain`."""
+
+    path: Path
+    model: Path
+    """Where the uptrained model goes."""
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of training states."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """A row a step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def result(self) -> Stored[TrainResult]:
+        """Written once the model is published."""
+        return Stored(self.path / "train.json", TrainResult)
+
+    @property
+    def tensorboard(self) -> Path:
+        """Event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def wandb_id(self) -> Path:
+        """The id of a Weights & Biases run; the library makes wandb/ beside it."""
+        return self.path / "wandb.id"
+
+    def finish(self, *, keep: bool) -> None:
+        """Remove the checkpoints of a model that is published and recorded, unless they are to be kept."""
+        if not keep:
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+    def clear(self) -> None:
+        """Remove what uptraining writes."""
+        _remove(self.model, self.checkpoints, self.tensorboard, self.wandb_id.with_name("wandb"))
+        _remove(self.metrics, self.result.path, self.wandb_id)
+
+
+@dataclass(frozen=True)
+class PointFolder:
+    """What was measured on one model."""
+
+    path: Path
+
+    @property
+    def results(self) -> Stored[PointResult]:
+        """Scores of all tasks; written when the last one is finished."""
+        return Stored(self.measured("results"), PointResult)
+
+    @property
+    def kv_cache(self) -> Stored[KvCache]:
+        """The cache of a real `generate`."""
+        return Stored(self.measured("kv_cache"), KvCache)
+
+    @property
+    def text_files(self) -> dict[str, Path]:
+        """What was measured on text files, by their names."""
+        return {file.stem: file for file in sorted((self.path / "perplexity").glob("*.json"))}
+
+    def measured(self, name: str) -> Path:
+        """A file of the point: results, kv_cache; on plain text held_out, agreement, domains, perplexity/NAME."""
+        return self.path / f"{name}.json"
+
+    def task(self, name: str) -> Path:
+        """Every document of a task."""
+        return self.path / "tasks" / f"{name.replace('/', '__')}.json"
+
+
+@dataclass(frozen=True)
+class EvaluationFolder:
+    """The measurements of all points."""
+
+    path: Path
+
+    @property
+    def batch_size(self) -> Path:
+        """The one of all points, see evaluation/batch.py."""
+        return self.path / "batch_size.json"
+
+    @property
+    def comparison(self) -> Path:
+        """The statistics of before against the last point, see evaluation/comparison.py."""
+        return self.path / "comparison.json"
+
+    @property
+    def domains(self) -> Stored[Domains]:
+        """Which domains the run's text touched."""
+        return Stored(self.path / "domains.json", Domains)
+
+    def point(self, name: str) -> PointFolder:
+        """The measurements of one point."""
+        return PointFolder(self.path / name)
+
+    @property
+    def last_point(self) -> str | None:
+        """The point to compare with `before`: `after`, or `converted` where nothing was trained."""
+        return next((name for name in ("after", "converted") if self.point(name).results.path.exists()), None)
+
+
+class RunFolder:
+    """A run: where everything lies, and which local folders its recipe's models are."""
+
+    def __init__(
+        self, path: Path | str, *, converted: Path | None = None, training: TrainingFolder | None = None
+    ) -> None:
+        """In folder `path`; a verb that is given single models says where these lie: see `of_uptraining`."""
+        self.path = path = Path(path)
+        self.converted = converted or path / "converted"
+        """The converted model."""
+        self.training = training or TrainingFolder(path, path / "uptrained")
+        """Its uptraining."""
+        self.converts = training is None
+        """Whether the converted model is made here, and not given."""
+        self._found: dict[tuple[str, str | None], Path] = {}
+
+    @classmethod
+    def of_uptraining(cls, student: Path, model: Path) -> "RunFolder":
+        """Where uptraining `student` into `model` keeps its files: the run that `model` is of, or else MODEL.state."""
+        for run in (cls(model.parent), cls(model.parent.parent)):
+            for training in (run.training, run.control):
+                if run.begun and training.model == model:
+                    run.converted, run.training = student, training
+                    return run
+        state = model.with_name(f"{model.name}.state")
+        return cls(state, converted=student, training=TrainingFolder(state, model))
+
+    @property
+    def recipe(self) -> Path:
+        """The recipe, resolved."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def environment(self) -> Stored[Environment]:
+        """Where and how it is made; marks the folder as a run."""
+        return Stored(self.path / "environment.json", Environment)
+
+    @property
+    def plan(self) -> Stored[PlanResult]:
+        """What conversion will do."""
+        return Stored(self.path / "plan.json", PlanResult)
+
+    @property
+    def convert(self) -> Stored[ConvertResult]:
+        """What it did; written once the model is published."""
+        return Stored(self.path / "convert.json", ConvertResult)
+
+    @property
+    def control(self) -> TrainingFolder:
+        """Uptraining of the source model."""
+        return TrainingFolder(self.path / "control", self.path / "control" / "uptrained")
+
+    @property
+    def evaluation(self) -> EvaluationFolder:
+        """All measurements."""
+        return EvaluationFolder(self.path / "eval")
+
+    @property
+    def report(self) -> Path:
+        """What the report says, for programs."""
+        return self.path / "report.json"
+
+    @property
+    def pages(self) -> dict[str, Path]:
+        """The same for people, by format."""
+        return {ending: self.path / f"report.{ending}" for ending in ("md", "html")}
+
+    @property
+    def bench(self) -> Path:
+        """What `bench --out` measured."""
+        return self.path / "bench.json"
+
+    @property
+    def bench_page(self) -> Path:
+        """The same for people."""
+        return self.path / "bench.md"
+
+    def picture(self, name: str) -> Path:
+        """One of PICTURES."""
+        assert name in PICTURES, "a picture that `clear` does not know would outlive its run"
+        return self.path / f"{name}.png"
+
+    @property
+    def begun(self) -> bool:
+        """Whether a run was begun here."""
+        return self.recipe.exists() and self.environment.path.exists()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there is anything that another recipe would have made otherwise."""
+        return self.converted.exists() or self.training.checkpoints.exists()
+
+    @property
+    def shown(self) -> list[Path]:
+        """Every file that a report may show."""
+        patterns = ("*.json", "*.jsonl", "*.yaml", "control/*.json*", "eval/*.json", "eval/*/*.json", "eval/*/*/*.json")
+        return [file for pattern in patterns for file in self.path.glob(pattern)]
+
+    def source(self, recipe: Recipe) -> Path:
+        """The source model as a local safetensors folder, found (downloaded, dequantised) once. Raises InputError."""
+        return self._find(recipe, recipe.source.model, recipe.source.revision, to_convert=True)
+
+    def teacher(self, recipe: Recipe) -> Path:
+        """The model to distil from: the source model unless train.teacher names another. Raises InputError."""
+        other = recipe.train.teacher
+        return self._find(recipe, other, None, to_convert=False) if other else self.source(recipe)
+
+    def points(self, recipe: Recipe) -> dict[str, Path]:
+        """The models to evaluate."""
+        points = {"before": self.source(recipe), "converted": self.converted}
+        if recipe.train.tokens:
+            points["after"] = self.training.model
+        if recipe.train.needs_control:
+            points["control"] = self.control.model
+        return points
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Lock the folder, made if need be. Raises InputError if another process is at work in it."""
+        return alone_in(self.path)
+
+    def save_recipe(self, recipe: Recipe) -> None:
+        """Mark the folder as a run, then write the recipe."""
+        self.environment.write(self.environment.read() or Environment(stages={}))
+        write_bytes(self.recipe, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False).encode())
+
+    def clear(self) -> None:
+        """Remove what a run writes, by name, and nothing else."""
+        self.training.clear()
+        _remove(self.converted, self.control.path, self.evaluation.path)
+        _remove(self.recipe, self.environment.path, self.plan.path, self.convert.path)
+        _remove(self.report, *self.pages.values(), self.bench, self.bench_page, *map(self.picture, PICTURES))
+
+    def _find(self, recipe: Recipe, model: str, revision: str | None, *, to_convert: bool) -> Path:
+        from .models.source import resolve_source
+
+        if (model, revision) not in self._found:
+            self._found[model, revision] = resolve_source(
+                model, revision=revision, allow_pickle=recipe.source.allow_pickle, to_convert=to_convert
+            )
+        return self._found[model, revision]
+
+
+def _remove(*paths: Path) -> None:
+    """Files and folders that may not be there."""
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,64 @@
+"""Before stage 1: find out in seconds what would otherwise fail after hours. Nothing is made here."""
+
+from ..environment import pick_device
+from ..preflight import check_evaluation, check_lengths
+from ..recipe import Recipe
+from ..run_folder import RunFolder
+
+
+def check(recipe: Recipe, folder: RunFolder) -> None:
+    """Check this transformers, tasks, texts, tokenizer, lengths, teacher, data sources and disk.
+
+    Raises:
+        UsageError, InputError: for the first thing that will not do.
+    """
+    from ..evaluation.backend import check_backend
+    from ..evaluation.harness import check_tasks
+    from ..evaluation.texts import check_texts
+    from ..models.checkpoint import Checkpoint
+    from ..models.export import load_tokenizer
+    from ..models.self_test import check_interface
+    from ..models.writer import check_disk
+    from ..training.data import check_data
+    from ..training.schedule import check_steps
+
+    source, device = folder.source(recipe), pick_device(recipe.device)
+    config = Checkpoint.open(source).config
+    check_interface(config.get("model_type", ""))
+    check_backend(recipe.eval, device)
+    check_tasks(recipe.eval, source, recipe.seed)
+    check_texts(recipe.eval.perplexity)
+    check_evaluation(source, recipe.eval.perplexity)
+    check_lengths(recipe, config)
+    check_steps(recipe.train)
+    _check_training(recipe, folder)
+    check_data(recipe, load_tokenizer(source), source, device)
+    check_disk(folder.path, _disk_needed(recipe, folder))
+
+
+def _check_training(recipe: Recipe, folder: RunFolder) -> None:
+    from ..training.parallel import check_team
+    from ..training.teacher import check_teacher
+    from ..training.trackers import check_trackers
+
+    if recipe.train.tokens:
+        if recipe.train.processes > 1:
+            check_team(pick_device(recipe.device), recipe.train.processes)
+        check_trackers(recipe.train.log_to)
+        check_teacher(recipe.train, folder.source(recipe), folder.teacher(recipe))
+
+
+def _disk_needed(recipe: Recipe, folder: RunFolder) -> int:
+    """Bytes still to be written: converted, uptrained, and checkpoints (float32 weights and two Adam moments)."""
+    from ..models.checkpoint import Checkpoint
+
+    tensors = Checkpoint.open(folder.source(recipe)).tensors.values()
+    size, parameters = sum(info.nbytes for info in tensors), sum(info.numel for info in tensors)
+    needed = 0 if folder.converted.exists() else size
+    trained = [folder.training] if recipe.train.tokens else []
+    trained += [folder.control] if recipe.train.needs_control else []
+    for training in trained:
+        if not training.model.exists():
+            kept = sum(file.stat().st_size for file in training.checkpoints.glob("*/*"))
+            needed += size + max(12 * parameters * (recipe.train.keep_checkpoints + 1) - kept, 12 * parameters)
+    return needed

@@ -1,0 +1,58 @@
+"""Stage 2, convert: write the model whose layers share keys and values."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..console import say
+from ..recipe import Recipe
+from ..results import ConvertResult
+from ..run_folder import RunFolder
+from .plan import plan_of
+from .text import calibration
+
+if TYPE_CHECKING:
+    from ..conversion.plan import Plan
+
+
+def convert(
+    recipe: Recipe, folder: RunFolder, *, overwrite: bool = False, the_plan: "Plan | None" = None
+) -> ConvertResult:
+    """Convert the source model, unless it is done already.
+
+    Args:
+        recipe: its `source`, `convert` and `data` sections are used.
+        folder: where the model and convert.json go.
+        overwrite: replace an output of this tool that no convert.json is there of.
+        the_plan: of this recipe, where it is made already.
+
+    Raises:
+        UsageError, InputError: as `plan`, or there is no room for the model.
+    """
+    from ..conversion.convert import convert as execute
+    from ..models.checkpoint import Checkpoint
+    from ..models.writer import check_output
+    from ..report.model_card import write_first_card
+
+    if folder.converted.exists() and (done := folder.convert.read()):
+        say(f"found {folder.converted}")
+        return done
+    check_output(folder.converted, overwrite=overwrite)  # before the minutes that calibration may take
+    source = folder.source(recipe)
+    checkpoint = Checkpoint.open(source)
+    result = execute(
+        the_plan or plan_of(recipe, folder),
+        checkpoint,
+        folder.converted,
+        calibration=calibration(recipe, folder),
+        max_shard_size=recipe.convert.max_shard_size,
+        overwrite=overwrite,
+        named={"model": _lasting(recipe.source.model), "revision": recipe.source.revision},
+    )
+    result["source"] |= recipe.source.model_dump(include={"model", "base_model", "revision"}) | checkpoint.origin
+    write_first_card(folder.converted, result, source)
+    return folder.convert.write(ConvertResult.model_validate(result))
+
+
+def _lasting(model: str) -> str:
+    """A name that means the same from another folder."""
+    return str(Path(model).expanduser().resolve()) if Path(model).expanduser().exists() else model

@@ -1,0 +1,83 @@
+"""Stage 4, evaluate: measure the same things on the source, the converted and the uptrained model, and compare."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..environment import cache_folder, pick_device
+from ..recipe import Recipe
+from ..results import Domains, KvCache, PointResult
+from ..run_folder import RunFolder
+from .text import text
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..evaluation.texts import Texts
+    from ..training.data import TokenStore
+
+
+def evaluate(recipe: Recipe, folder: RunFolder) -> dict[str, PointResult]:
+    """Measure every point of the run that is missing or was measured under other settings; compare before and after.
+
+    Raises:
+        UsageError, InputError: a task or a text cannot be had, or memory is too small for a single sequence.
+    """
+    from ..evaluation.comparison import write_comparison
+    from ..evaluation.points import Bench, evaluate_points
+
+    points, cache = folder.points(recipe), cache_folder() / "eval"
+    bench = Bench(
+        folder.evaluation.path, pick_device(recipe.device), recipe.seed, texts_of(recipe, folder), cache_dir=cache
+    )
+    results = evaluate_points(points, recipe.eval, bench)
+    for point, model in points.items():
+        measure_cache(recipe, folder, point, model)
+    write_comparison(folder.path, margin=recipe.eval.margin, seed=recipe.seed)
+    return {point: PointResult.model_validate(result) for point, result in results.items()}
+
+
+def measure_cache(recipe: Recipe, folder: RunFolder, point: str, model: Path) -> KvCache:
+    """The KV cache of a real `generate` at a point."""
+    from ..evaluation.cache import measure_kv_cache
+
+    stored = folder.evaluation.point(point).kv_cache
+    measured = stored.read()
+    return measured or stored.write(KvCache.model_validate(measure_kv_cache(model, device=pick_device(recipe.device))))
+
+
+def texts_of(recipe: Recipe, folder: RunFolder) -> "Texts":
+    """What is measured on plain text, the same at every point."""
+    import torch
+
+    from ..evaluation.texts import Texts
+    from ..models.checkpoint import Checkpoint
+    from ..training.data import held_out_rows
+
+    store, settings, source = text(recipe, folder), recipe.eval, folder.source(recipe)
+    longest = Checkpoint.open(source).positions
+    rows = torch.from_numpy(held_out_rows(store, recipe.train))[:, :longest]
+    shared = settings.agreement_tokens
+    part = rows[: max(1, shared // rows.shape[1])] if shared else None
+    return Texts(settings.perplexity, rows, part, source, _domains(recipe, folder, store))
+
+
+def _domains(recipe: Recipe, folder: RunFolder, store: "TokenStore") -> "dict[str, Tensor]":
+    """Rows of the domain pack. Records which of them the run's text touched."""
+    from ..evaluation.domains.overlap import overlap
+    from ..evaluation.domains.pack import domain_rows
+    from ..models.checkpoint import Checkpoint
+    from ..models.export import load_tokenizer
+
+    source, recorded = folder.source(recipe), folder.evaluation.domains
+    tokenizer, positions = load_tokenizer(source), Checkpoint.open(source).positions
+
+    def rows_of(tokens: Any) -> "dict[str, Tensor]":
+        device = pick_device(recipe.device)
+        return domain_rows(tokenizer, tokens, device, first=store.first, positions=positions)
+
+    rows, known = rows_of(recipe.eval.domain_tokens), recorded.read()
+    if rows and (known is None or known.text != store.digest):
+        whole = rows_of(10**9)  # what is judged by its text alone costs little
+        found = overlap(store.train, store.held_out, {name: part.numpy() for name, part in whole.items()})
+        recorded.write(Domains(text=store.digest, domains=found))
+    return rows

@@ -1,0 +1,96 @@
+"""Stage 1, plan: read the source's headers and say what will happen."""
+
+from typing import TYPE_CHECKING
+
+from ..console import say
+from ..environment import cache_folder, pick_device
+from ..preflight import check_tokenizer
+from ..recipe import Recipe
+from ..results import PlanResult
+from ..run_folder import RunFolder
+from .text import calibration
+
+if TYPE_CHECKING:
+    from ..conversion.auto import Choice
+    from ..conversion.plan import Plan
+    from ..models.checkpoint import Checkpoint
+
+DEFAULT_BUDGET = 0.5
+"""Of `sharing: auto`."""
+
+
+def plan(recipe: Recipe, folder: RunFolder) -> PlanResult:
+    """Plan the conversion, and say what training will need.
+
+    Raises:
+        UsageError: the sharing is unknown or impossible for this model.
+        InputError: the model cannot be converted, or the device has too little memory to train it.
+    """
+    the_plan = plan_of(recipe, folder)
+    say(the_plan.render())
+    _check_memory(recipe, folder, the_plan)
+    return folder.plan.write(PlanResult.model_validate(the_plan.to_json()))
+
+
+def checked_plan(recipe: Recipe, folder: RunFolder) -> "Plan":
+    """The same, and nothing is written."""
+    the_plan = plan_of(recipe, folder)
+    _check_memory(recipe, folder, the_plan)
+    return the_plan
+
+
+def plan_of(recipe: Recipe, folder: RunFolder) -> "Plan":
+    """The conversion plan of a recipe; `sharing: auto` measures first. Raises UsageError, InputError."""
+    from ..conversion.plan import make_plan
+    from ..conversion.supported import check_convertible
+    from ..models.checkpoint import Checkpoint
+    from ..models.export import load_tokenizer
+    from ..models.self_test import check_interface
+    from ..training.data import calibration_tokens
+
+    checkpoint = Checkpoint.open(folder.source(recipe))
+    check_interface(checkpoint.config.get("model_type", ""))
+    if recipe.convert.needs_text:
+        check_convertible(checkpoint)  # first of all: it has more to say than a tokenizer that is not there
+        check_tokenizer(load_tokenizer(checkpoint.folder), checkpoint.config)
+    choice = _choice(recipe, folder, checkpoint)
+    return make_plan(
+        checkpoint,
+        sharing=choice.kv_source_layers if choice else recipe.convert.sharing,
+        init=recipe.convert.init,
+        dtype=recipe.source.dtype,
+        calibration_tokens=calibration_tokens(recipe, checkpoint.folder, pick_device(recipe.device)),
+        choice=choice,
+    )
+
+
+def _choice(recipe: Recipe, folder: RunFolder, checkpoint: "Checkpoint") -> "Choice | None":
+    """What `sharing: auto` chooses."""
+    if recipe.convert.sharing != "auto":
+        return None
+    from ..conversion.auto import choose
+    from ..models.shape import shape_of
+
+    looks_at = calibration(recipe, folder)
+    assert looks_at is not None, "the recipe's schema wants `init: calibrated` here"
+    budget = DEFAULT_BUDGET if recipe.convert.kv_budget is None else recipe.convert.kv_budget
+    return choose(checkpoint, shape_of(checkpoint.config).kinds, budget, looks_at, cache_folder() / "damage")
+
+
+def _check_memory(recipe: Recipe, folder: RunFolder, the_plan: "Plan") -> None:
+    """Say what training will need. Raises InputError, with what does fit, if the device has less."""
+    from ..models.checkpoint import Checkpoint
+    from ..models.export import cla_config
+    from ..training.micro_batch import forecast
+
+    if not recipe.train.tokens:
+        return
+    source, teacher = (Checkpoint.open(find(recipe)).config for find in (folder.source, folder.teacher))
+    students = {folder.training.model: cla_config(source, the_plan.family, the_plan.kv_source_layers, the_plan.dtype)}
+    students |= {folder.control.model: source} if recipe.train.needs_control else {}
+    for model, student in students.items():
+        if not model.exists():  # else it was trained, perhaps on another machine
+            foreseen, rows = forecast(
+                recipe.train, student, teacher, pick_device(recipe.device), recipe.train.processes
+            )
+            say(f"training    {foreseen.describe(rows)}")

@@ -1,0 +1,45 @@
+"""The text of a run: one token store for all stages, and what conversion and evaluation take of it."""
+
+from typing import TYPE_CHECKING
+
+from ..console import human_count, say
+from ..environment import pick_device
+from ..recipe import Recipe
+from ..run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from ..conversion.text import CalibrationText
+    from ..training.data import TokenStore
+
+
+def text(recipe: Recipe, folder: RunFolder) -> "TokenStore":
+    """The tokens of the recipe's data: read (or sampled) and tokenised once, then found in the cache.
+
+    Raises:
+        InputError: a source cannot be read or holds no text.
+    """
+    from ..models.export import load_tokenizer
+    from ..training.data import store_for
+
+    source = folder.source(recipe)
+    return store_for(recipe, load_tokenizer(source), source, pick_device(recipe.device), calibrates=folder.converts)
+
+
+def calibration(recipe: Recipe, folder: RunFolder) -> "CalibrationText | None":
+    """Text for calibrated pooling; None for the other initialisations. Raises InputError, as `text`."""
+    if not recipe.convert.needs_text:
+        return None
+    import torch
+
+    from ..conversion.text import CalibrationText
+    from ..models.checkpoint import Checkpoint
+    from ..preflight import fitting_calibration
+    from ..training.data import calibration_rows, calibration_tokens
+
+    store, source, device = text(recipe, folder), folder.source(recipe), pick_device(recipe.device)
+    fitting = fitting_calibration(recipe, Checkpoint.open(source).config)
+    wanted = calibration_tokens(recipe, source, device)
+    rows = torch.from_numpy(calibration_rows(store, fitting, wanted))
+    short = f" of {human_count(wanted)}: the data holds no more" if store.train.size < wanted else ""
+    say(f"calibrating on {human_count(rows.numel())} tokens{short}")
+    return CalibrationText(rows, store.digest, device, recipe.seed, recipe.convert.calibration.steps)

@@ -1,0 +1,112 @@
+"""Stage 3, uptrain: recover what the conversion cost, on a token budget."""
+
+import tempfile
+from collections.abc import Collection
+from pathlib import Path
+
+from ..console import quiet, say
+from ..environment import command_line, pick_device, rank, world_size
+from ..recipe import Recipe
+from ..results import TrainResult
+from ..run_folder import RunFolder, TrainingFolder
+from .text import text
+
+
+def uptrain(
+    recipe: Recipe, folder: RunFolder, *, fresh: bool = False, allow_changes: Collection[str] = ()
+) -> TrainResult:
+    """Train the converted model on the recipe's token budget, unless it is done already; an interrupted run goes on.
+
+    Args:
+        recipe: its `train` and `data` sections are used; `train.tokens` must not be 0.
+        folder: holds the converted model; the uptrained one and its checkpoints go there.
+        fresh: start over instead of resuming.
+        allow_changes: settings that may differ from those of the checkpoint.
+
+    Raises:
+        UsageError, InputError, TrainingError, Interrupted: as `training.loop.uptrain`.
+    """
+    return _train(recipe, folder, folder.converted, folder.training, fresh, allow_changes)
+
+
+def uptrain_control(recipe: Recipe, folder: RunFolder, *, allow_changes: Collection[str] = ()) -> TrainResult | None:
+    """Train the source model likewise, where the recipe asks for it: what CLA cost is the difference."""
+    if recipe.train.needs_control:
+        say("control: the source model on the same tokens with the same loss")
+        return _train(recipe, folder, folder.source(recipe), folder.control, False, allow_changes)
+    if recipe.train.control and recipe.train.tokens:
+        say("control: distilling the source model from itself starts at its goal, so the control is the source")
+    return None
+
+
+def _train(
+    recipe: Recipe,
+    folder: RunFolder,
+    student: Path,
+    training: TrainingFolder,
+    fresh: bool,
+    allow_changes: Collection[str],
+) -> TrainResult:
+    """Uptrain `student` into `training`, in several processes where the recipe asks for them."""
+    if training.model.exists() and (done := training.result.read()):
+        say(f"found {training.model}")
+        training.finish(keep=recipe.train.keep_checkpoints_after_success)  # in case the end of it was interrupted
+        return done
+    if rank() == 0:
+        training.result.path.unlink(missing_ok=True)  # of a model that was removed since
+    if recipe.train.processes > 1 and world_size() == 1:
+        return _train_together(recipe, folder, student, training, fresh, allow_changes)
+    from ..training.loop import uptrain as train
+    from ..training.parallel import team
+
+    with team(pick_device(recipe.device)) as crew:
+        with crew.leader_first():
+            teacher = folder.teacher(recipe)
+        result = train(
+            student,
+            teacher,
+            training,
+            recipe,
+            crew,
+            text=lambda: text(recipe, folder),
+            resume_command=command_line(),
+            fresh=fresh,
+            allow_changes=allow_changes,
+        )
+    if crew.leads:
+        if training is folder.training:  # of the control nothing is published
+            _card(training, result)
+        training.result.write(result)
+        training.finish(keep=recipe.train.keep_checkpoints_after_success)
+    return result
+
+
+def _train_together(
+    recipe: Recipe,
+    folder: RunFolder,
+    student: Path,
+    training: TrainingFolder,
+    fresh: bool,
+    allow_changes: Collection[str],
+) -> TrainResult:
+    """The same by the verb `uptrain`, in processes of their own."""
+    from ..training.launch import launch
+
+    with tempfile.TemporaryDirectory() as scratch:
+        resolved = RunFolder(Path(scratch))
+        resolved.save_recipe(recipe)
+        options = [word for name in allow_changes for word in ("--allow-change", name)]
+        options += [*(["--no-resume"] if fresh else []), *(["-q"] if quiet() else [])]
+        line = ["uptrain", str(student), str(training.model), "--recipe", str(resolved.recipe), *options]
+        launch(line, recipe.train.processes, folder.path)
+    result = training.result.read()
+    assert result is not None, "uptrain ends with it"
+    return result
+
+
+def _card(training: TrainingFolder, result: TrainResult) -> None:
+    """Say on the model's card how it was trained; the report will say what came of it."""
+    from ..report.model_card import described, source_card, write_model_card
+
+    card = described(training.model, result.to_json() | {"loss_name": result.objective})
+    write_model_card(training.model, card | {"command": command_line()}, source_card(training.model))

@@ -1,0 +1,62 @@
+"""docs/python-api.md, run as it stands on a tiny model; importing the package stays light."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+import cla_convert
+from cla_convert import Recipe, RunFolder, convert, run, uptrain
+
+PAGE = Path(cla_convert.__file__).parent.parent / "docs" / "python-api.md"
+
+
+def tiny(recipe: dict[str, Any], model: Path, work: Path) -> dict[str, Any]:
+    """The recipe of the page for a tiny model and a few tokens."""
+    rows = [{"text": f"Document {i}: " + "the cat sat on the mat. " * 8} for i in range(60)]
+    (work / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    small = {"sequence_length": 64, "batch_tokens": 256, "validation_tokens": 256, "precision": "float32"}
+    return {
+        "source": {"model": str(model)},
+        "convert": recipe["convert"] | {"calibration": {"tokens": 1024, "sequence_length": 64, "steps": 1}},
+        "data": {"sources": [{"path": str(work / "text.jsonl")}], "held_out": 0.2},
+        "train": small | {"tokens": 1024},
+        "eval": {"tasks": ["wikitext"], "limit": 1, "max_length": 256, "domain_tokens": 64},
+        "device": "cpu",
+    }
+
+
+def test_the_example_runs(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    validate = Recipe.model_validate
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Recipe, "model_validate", lambda recipe: validate(tiny(recipe, tiny_llama, tmp_path)))
+    found: dict[str, Any] = {}
+    exec(compile(code, str(PAGE), "exec"), found)
+    assert "perplexity" in found["points"]["after"].to_json()["texts"]["held_out"]
+    printed = capsys.readouterr().out
+    assert "768 -> 512" in printed and "1024" in printed and found["report"]["verdict"] in printed
+    assert (tmp_path / "runs" / "mine" / "report.html").exists()
+    # The stages find what they made, and the command line goes on with it.
+    folder, weights = RunFolder("runs/mine"), Path("runs/mine/uptrained/model.safetensors")
+    made = weights.stat().st_mtime_ns
+    assert convert(found["recipe"], folder) == found["converted"]
+    assert uptrain(found["recipe"], folder).to_json() == folder.training.result.read().to_json()  # type: ignore[union-attr]
+    run(found["recipe"], "runs/mine")
+    assert weights.stat().st_mtime_ns == made and load_file(weights)
+
+
+def test_every_name_of_the_page_is_there_and_costs_nothing_before() -> None:
+    names = set(re.findall(r"^\| `(\w+)\(", PAGE.read_text(), flags=re.MULTILINE))
+    assert names and names <= set(cla_convert.__all__) == set(cla_convert._PLACES)
+    heavy = "{'torch', 'transformers', 'lm_eval', 'matplotlib'} & set(sys.modules)"
+    lines = f"import sys; from cla_convert import {', '.join(cla_convert.__all__)}; print({heavy})"
+    done = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()", done.stdout
+    with pytest.raises(AttributeError, match="no attribute 'convrt'"):
+        cla_convert.convrt  # noqa: B018
