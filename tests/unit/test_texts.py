@@ -69,7 +69,7 @@ def rows() -> torch.Tensor:
 
 
 def test_agreement_equals_its_definition(models: list[Path], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("cla_convert.evaluation.perplexity._LOGITS", 258 * 7)  # 7 positions at a time
+    monkeypatch.setattr("cla_convert.models.scoring._LOGITS", 258 * 7)  # 7 positions at a time
     source, model = map(load_model, models)
     found = agreement(model, source, rows(), batch_size=2)
     with torch.no_grad():
