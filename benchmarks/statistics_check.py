@@ -10,7 +10,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from cla_convert.evaluation import gate, inference, stats
+from cla_convert.evaluation import statistics
+from cla_convert.evaluation.paired import compare_likelihoods
+from cla_convert.evaluation.verdict import LEVEL
 
 MARGIN = 0.01
 Rng = np.random.Generator
@@ -26,12 +28,12 @@ def covers(interval: tuple[float, float] | None, truth: float) -> bool:
 
 
 def accuracy_interval(n: int, lost: float, gained: float) -> Callable[[Rng, int], bool]:
-    return lambda rng, seed: covers(inference.paired_interval(paired(rng, n, lost, gained), seed=seed), gained - lost)
+    return lambda rng, seed: covers(statistics.paired_interval(paired(rng, n, lost, gained), seed=seed), gained - lost)
 
 
 def mean_interval(n: int) -> Callable[[Rng, int], bool]:
     """Skewed differences of log-likelihood: a shifted exponential with mean 0.1."""
-    return lambda rng, seed: covers(inference.mean_interval(rng.exponential(1.0, n) - 0.9, seed=seed), 0.1)
+    return lambda rng, seed: covers(statistics.mean_interval(rng.exponential(1.0, n) - 0.9, seed=seed), 0.1)
 
 
 def perplexity_interval(pages: int) -> Callable[[Rng, int], bool]:
@@ -46,9 +48,7 @@ def perplexity_interval(pages: int) -> Callable[[Rng, int], bool]:
     whole = draw(np.random.default_rng(99), 1_000_000)
     nats = [-whole[:, side, 0].sum() / whole[:, side, 1].sum() for side in (0, 1)]
     truth = float(np.exp(nats[1]) - np.exp(nats[0]))
-    return lambda rng, seed: covers(
-        stats.compare_likelihoods("t", "perplexity", draw(rng, pages), seed=seed).ci95, truth
-    )
+    return lambda rng, seed: covers(compare_likelihoods("t", "perplexity", draw(rng, pages), seed=seed).ci95, truth)
 
 
 def verdict(wanted: str, tasks: list[int], loss: float, discordant: float = 0.2) -> Callable[[Rng, int], bool]:
@@ -56,8 +56,8 @@ def verdict(wanted: str, tasks: list[int], loss: float, discordant: float = 0.2)
 
     def run(rng: Rng, seed: int) -> bool:
         groups = [paired(rng, n, (discordant + loss) / 2, (discordant - loss) / 2) for n in tasks]
-        interval = inference.mean_of_groups_interval(groups, seed=seed)
-        return inference.verdict(interval, MARGIN) == wanted
+        interval = statistics.mean_of_groups_interval(groups, seed=seed)
+        return statistics.verdict(interval, MARGIN) == wanted
 
     return run
 
@@ -67,7 +67,7 @@ def task_gate(tasks: list[int], loss: float) -> Callable[[Rng, int], bool]:
 
     def run(rng: Rng, _seed: int) -> bool:
         groups = [paired(rng, n, (0.2 + loss) / 2, (0.2 - loss) / 2) for n in tasks]
-        return min(inference.holm([inference.p_inferior(group, MARGIN) for group in groups])) < gate.LEVEL
+        return min(statistics.holm([statistics.p_inferior(group, MARGIN) for group in groups])) < LEVEL
 
     return run
 

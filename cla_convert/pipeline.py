@@ -188,12 +188,13 @@ def evaluate(run: Run) -> dict[str, Any]:
     """Measure the same things on the source, the converted and the uptrained model, and compare."""
     from .evaluation.comparison import write_comparison
     from .evaluation.points import Bench, evaluate_points
+    from .evaluation.verdict import Margins
 
     out, cache = run.folder / "eval", cache_folder() / "eval"
     results = evaluate_points(run.points, run.recipe.eval, Bench(out, run.device, run.recipe.seed, texts(run), cache))
     for point, model in run.points.items():
         measure(run, point, model)
-    write_comparison(run.folder, margin=run.recipe.eval.margin, seed=run.recipe.seed)
+    write_comparison(run.folder, margins=Margins.of(run.recipe.eval), seed=run.recipe.seed)
     return results
 
 

@@ -342,8 +342,13 @@ class Evaluate(Section):
     """Longest context fed to the model."""
     margin: float = Field(default=0.01, ge=0)
     """Non-inferiority margin for the verdict, in accuracy (0.01 = one point)."""
+    perplexity_margin: float = Field(default=0.05, ge=0)
+    """The same for every perplexity: how far above the source's, as a share of it (0.05 = 5%)."""
+    kl_margin: float = Field(default=0.1, ge=0)
+    """The same for the KL divergence from the source model on held-out text, in nats per token. 0.1: what the source
+    writes is 10% more perplexing to the converted model."""
     gate: bool | Literal["strict"] = False
-    """Exit with code 4 when a loss beyond the margin is shown (strict: unless the opposite is shown)."""
+    """Exit with code 4 when a loss beyond a margin is shown (strict: unless the opposite is shown)."""
 
     @field_validator("perplexity")
     @classmethod

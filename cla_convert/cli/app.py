@@ -116,12 +116,13 @@ def enforce_gate(run_dir: Path, mode: bool | str) -> None:
         return
     from ..evaluation.comparison import write_comparison
     from ..evaluation.gate import enforce
+    from ..evaluation.verdict import Margins
     from ..recipe_file import load_recipe
     from ..report.run_folder import explained
 
     settings = load_recipe(run_dir / "recipe.yaml").recipe
     with explained(run_dir):
-        comparison = write_comparison(run_dir, margin=settings.eval.margin, seed=settings.seed)
+        comparison = write_comparison(run_dir, margins=Margins.of(settings.eval), seed=settings.seed)
     enforce(comparison, mode)
 
 

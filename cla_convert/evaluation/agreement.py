@@ -11,8 +11,8 @@ import torch
 from torch.nn import functional as F
 
 from ..files import plain
-from .inference import mean_interval
 from .perplexity import Head, Window, evaluating, positions_at_a_time, split_model, totals
+from .statistics import clustered_share, positive_interval
 
 
 @torch.no_grad()
@@ -44,7 +44,10 @@ def agreement(model: Any, source: Any, rows: torch.Tensor, *, batch_size: int = 
         "kl": float(per_token[:, 0].mean()),
         "top1": float(per_token[:, 1].mean()),
         "tokens": rows.numel(),
-        "ci95": {name: plain(mean_interval(per_token[:, i])) for i, name in enumerate(("kl", "top1"))},
+        "ci95": {
+            "kl": plain(positive_interval(per_token[:, 0])),
+            "top1": plain(clustered_share(per_token[:, 1], rows.shape[1])),
+        },
         "windows": windows,
         **{name: value for name, value in totals(likelihoods).items() if name != "tokens"},
     }
