@@ -202,8 +202,10 @@ def texts(run: Run) -> Any:
     """What is measured on plain text, the same at every point."""
     import torch
 
+    from .evaluation.answers import unseen
     from .evaluation.texts import Texts
     from .models.checkpoint import Checkpoint
+    from .models.export import load_tokenizer
     from .training.data import held_out_rows
 
     store, settings = text(run), run.recipe.eval
@@ -211,7 +213,9 @@ def texts(run: Run) -> Any:
     rows = torch.from_numpy(held_out_rows(store, run.recipe.train))[:, :longest]
     shared = settings.agreement_tokens
     part = rows[: max(1, shared // rows.shape[1])] if shared else None
-    return Texts(settings.perplexity, rows, part, run.source, _domains(run, store))
+    prompts = unseen(settings.prompts, load_tokenizer(run.source), store.train) if settings.prompts else []
+    domains = _domains(run, store)
+    return Texts(settings.perplexity, rows, part, run.source, domains, prompts, settings.answer_tokens)
 
 
 def _domains(run: Run, store: Any) -> dict[str, Any]:

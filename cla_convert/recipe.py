@@ -340,6 +340,16 @@ class Evaluate(Section):
     """Further arguments of vLLM's engine, such as {tensor_parallel_size: 2, gpu_memory_utilization: 0.5}."""
     max_length: int = Field(default=2048, ge=16)
     """Longest context fed to the model."""
+    prompts: list[Annotated[str, Field(min_length=1)]] = [
+        "What is the capital of Japan, and what is it known for?",
+        "A train leaves at 3 pm and takes 90 minutes. When does it arrive?",
+        "Write two sentences about a lighthouse keeper.",
+        "Why do leaves change their colour in autumn?",
+    ]
+    """Prompts answered at every point of a run, side by side in the report; none that stands in the training text is
+    asked. []: none."""
+    answer_tokens: Annotated[Count, Field(gt=0)] = 40
+    """Tokens of such an answer, at most."""
     margin: float = Field(default=0.01, ge=0)
     """Non-inferiority margin for the verdict, in accuracy (0.01 = one point)."""
     perplexity_margin: float = Field(default=0.05, ge=0)

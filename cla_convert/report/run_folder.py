@@ -41,6 +41,8 @@ class RunFolder:
     """Point -> name of a text -> eval/<point>/perplexity/<name>.json."""
     domains: dict[str, Json]
     """Point -> eval/<point>/domains.json."""
+    answers: dict[str, Json]
+    """Point -> eval/<point>/answers.json."""
     touched: Json
     """eval/domains.json: which domains the run's text touched."""
     comparison: Json
@@ -84,6 +86,7 @@ def read_run_folder(path: Path) -> RunFolder:
         agreement=_by_point(path, "agreement.json"),
         texts={point: _texts(path / "eval" / point / "perplexity") for point in POINTS},
         domains=_by_point(path, "domains.json"),
+        answers=_by_point(path, "answers.json"),
         touched=(read_json(path / "eval" / "domains.json") or {}).get("domains", {}),
         comparison=read_json(path / "eval" / "comparison.json") or {},
         bench=read_json(path / "bench.json") or {},
