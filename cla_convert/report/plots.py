@@ -95,12 +95,23 @@ def draw_pareto(runs: list[Json], width: float = WIDTH) -> "Figure":
         if run.get("ci95"):
             axis.plot([x, x], [100 * end for end in run["ci95"]], color=colour, linewidth=1.2, marker="_", markersize=7)
         axis.plot([x], [y], marker="o", linestyle="none", color=colour)
-        axis.annotate(run["label"], (x, y), xytext=(5, 4), textcoords="offset points", color=INK, fontsize=8.5)
+    for (x, y), names in _labels(shown).items():
+        axis.annotate(
+            ", ".join(names), (x, 100 * y), xytext=(7, 4), textcoords="offset points", color=INK, fontsize=8.5
+        )
     axis.margins(x=0.18, y=0.15)
     axis.set_xlabel("KV bytes per token")
     axis.set_ylabel("mean accuracy, %")
     axis.xaxis.set_major_formatter("{x:,.0f}")
     return figure
+
+
+def _labels(runs: list[Json]) -> dict[tuple[float, float], list[str]]:
+    """Names by point: those of runs that lie on one point stand side by side."""
+    names: dict[tuple[float, float], list[str]] = {}
+    for run in runs:
+        names.setdefault((run["kv_bytes_per_token"], run["accuracy"]), []).append(run["label"])
+    return names
 
 
 def pareto_front(runs: list[Json]) -> list[Json]:

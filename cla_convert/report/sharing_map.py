@@ -53,15 +53,12 @@ def _legend(axis: "Axes", groups: list[Json]) -> None:
     shared = [group for group in groups if len(group["layers"]) > 1]
     damages = [group["damage"] for group in shared if group["damage"] is not None]
     handles = [Patch(facecolor=MUTED, label="shares with no other")] if len(shared) < len(groups) else []
-    handles += [Patch(facecolor=CLA, label="owns K/V"), Patch(facecolor=CLA, alpha=0.3, label="reads them")]
+    colour = WARM if damages else CLA
+    handles += [Patch(facecolor=colour, label="owns K/V"), Patch(facecolor=colour, alpha=0.3, label="reads them")]
     if damages:
-        handles += [
-            Patch(facecolor=_colour({"layers": [0, 1], "heat": heat}), label=f"damage {value:.2g}")
-            for heat, value in (
-                (min(damages) / max(damages) if max(damages) else 0.0, min(damages)),
-                (1.0, max(damages)),
-            )
-        ]
+        least = min((group for group in shared if group["damage"] is not None), key=lambda group: group["damage"])
+        handles.append(Patch(facecolor=_colour(least), label=f"least damage {min(damages):.2g}"))
+        handles.append(Patch(facecolor=WARM, label=f"most damage {max(damages):.2g}"))
     axis.legend(
         handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=len(handles), fontsize=8,
         handlelength=1.0, columnspacing=1.2,

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -12,8 +13,9 @@ import pytest
 import yaml
 
 from cla_convert.files import write_json
-from cla_convert.report.plots import pareto_front
+from cla_convert.report.plots import draw_pareto, pareto_front
 from cla_convert.report.report import build_report
+from cla_convert.report.sharing_map import draw_sharing
 from tests.unit.run_files import add_everything, write_point, write_run
 
 CHROMIUM = shutil.which("chromium")
@@ -217,6 +219,52 @@ def test_the_pareto_front_keeps_what_nothing_beats():
     runs = [{"kv_bytes_per_token": size, "accuracy": accuracy} for size, accuracy in points]
     front = [(run["kv_bytes_per_token"], run["accuracy"]) for run in pareto_front(runs)]
     assert front == [(256, 0.58), (512, 0.61)]
+
+
+def test_every_cell_says_on_a_phone_what_it_is(full: Path):
+    build_report(full)
+    html = (full / "report.html").read_text()
+    tables = re.findall(r'<table class="cards.*?</table>', html, re.DOTALL)
+    assert len(tables) > 6
+    for table in tables:
+        names = re.findall(r'<th scope="col".*?>(.*?)</th>', table)
+        for row in re.findall(r'<tr class="[^"]*"><th scope="row">.*?</tr>', table, re.DOTALL):
+            assert re.findall(r'data-label="(.*?)"', row) == names[1:]
+
+
+def test_text_of_plots_is_legible_on_a_phone(full: Path, tmp_path: Path):
+    """Every picture has a narrow twin, whose smallest text is 10 pixels and more at a width of 390."""
+    other = write_run(tmp_path / "other")
+    build_report(full, [other])
+    svgs = re.findall(r"<svg class=.*?</svg>", (full / "report.html").read_text(), re.DOTALL)
+    assert [re.search(r'class="(.*?)"', svg)[1] for svg in svgs] == ["wide", "narrow"] * 3  # type: ignore[index]
+    for svg in svgs[1::2]:
+        width = float(re.search(r'viewBox="0 0 ([\d.]+)', svg)[1])  # type: ignore[index]
+        sizes = [float(size) for size in re.findall(r"font-size: ([\d.]+)px", svg)]
+        assert sizes and min(sizes) * (390 - 2 * 29) / width >= 10
+
+
+def test_the_picture_of_the_map_has_a_legend(full: Path):
+    report = build_report(full)
+    for groups, words in (
+        (report["sharing"]["groups"],
+         ["shares with no other", "owns K/V", "reads them", "least damage 0.02", "most damage 0.04"]),
+        ([group | {"damage": None, "heat": None} for group in report["sharing"]["groups"]],
+         ["shares with no other", "owns K/V", "reads them"]),
+    ):  # fmt: skip
+        figure = draw_sharing(report["converted"]["kv_source_layers"], groups)
+        assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == words
+
+
+def test_pareto_intervals_are_paired_and_stay_in_bounds(run_dir: Path, tmp_path: Path):
+    report = build_report(run_dir, [write_run(tmp_path / "other")])
+    source, run, other = report["runs"]
+    low, high = report["mean_accuracy"]["ci95"]
+    assert source["ci95"] is None and run["ci95"] == other["ci95"] == pytest.approx([0.6 + low, 0.6 + high])
+    assert 0 <= run["ci95"][0] < run["accuracy"] < run["ci95"][1] <= 1
+    lines = draw_pareto(report["runs"]).axes[0].lines
+    assert sum(list(line.get_ydata()) == pytest.approx([100 * end for end in run["ci95"]]) for line in lines) == 2
+    assert [text.get_text() for text in draw_pareto(report["runs"]).axes[0].texts] == ["source model", "run, other"]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
