@@ -17,7 +17,7 @@ def model_name(source: dict[str, Any] | None) -> str:
     """What to call the source model: its hub id, or the name of its file without folder and ending."""
     model = str((source or {}).get("model") or "source model")
     local = model.startswith((".", "/", "~", "package:")) or model.endswith(".gguf")
-    return model.rsplit("/", 1)[-1].removesuffix(".gguf") if local else model
+    return model.rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf") if local else model
 
 
 def quoted(value: str) -> str:

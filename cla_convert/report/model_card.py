@@ -11,12 +11,12 @@ from ..files import read_json, stays_in, write_bytes
 from ..models.checkpoint import ELEMENT_SIZE, FLOATING
 from ..models.shape import shape_of
 from ..models.writer import MANIFEST
-from .content import cell_in_markdown, fenced, guarded
 from .formats import changed, count, groups_text, integer, model_name, number, percent, quoted, titled, to_yaml, unit_of
 from .model_index import eval_results
 from .run_folder import Json
 from .sections.kv import ratio
 from .sections.next_step import next_of_model
+from .text import cell_in_markdown, fenced, guarded
 
 if TYPE_CHECKING:
     import jinja2

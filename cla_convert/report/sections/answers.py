@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from ..content import Block, Paragraph, Svgs, cell_in_markdown, in_html, in_markdown, strong
+from ..content import Block, Paragraph, Svgs
 from ..run_folder import POINTS, Json
 from ..section import Material, Section, register
+from ..text import cell_in_markdown, in_html, in_markdown, strong
 
 _NAMES = {"before": "source", "converted": "converted", "after": "uptrained", "control": "control"}
 

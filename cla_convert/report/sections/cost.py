@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
-from ..content import Block, Facts, Text
+from ..content import Block, Facts
 from ..formats import duration, hardware_line, integer
 from ..run_folder import Json
 from ..section import Material, Section, register
+from ..text import Text
 
 
 def collect(material: Material, report: Json) -> Json:

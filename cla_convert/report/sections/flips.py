@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 
 from ...evaluation.samples import CHOICE
-from ..content import Block, Bullets, Column, Details, Heading, Paragraph, Row, Table, Text, note, strong, tag
+from ..content import Block, Bullets, Column, Details, Heading, Paragraph, Row, Table
 from ..formats import number
 from ..run_folder import Json, RunFolder
 from ..section import Material, Section, register
+from ..text import Text, note, strong, tag
 
 SHOWN = 3
 """Examples in each direction and task."""

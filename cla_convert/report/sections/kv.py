@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ..content import Block, Column, Paragraph, Row, Table, code
+from ..content import Block, Column, Paragraph, Row, Table
 from ..formats import integer, smaller
 from ..run_folder import Json
 from ..section import Material, Section, register
+from ..text import code
 
 
 def collect(material: Material, report: Json) -> Json:

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
-from ..content import Block, Paragraph, code
+from ..content import Block, Paragraph
 from ..formats import count, model_name
 from ..run_folder import POINTS, Json
 from ..section import Material, Section, register
+from ..text import code
 
 _KEPT = ("output", "sharing", "init", "kv_source_layers", "parameters", "seconds", "peak_rss_bytes", "groups")
 

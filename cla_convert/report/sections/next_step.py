@@ -5,10 +5,11 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..content import Block, Listing, Paragraph, strong
+from ..content import Block, Listing, Paragraph
 from ..formats import count, integer, number
 from ..run_folder import Json, RunFolder
 from ..section import Material, Section, register
+from ..text import strong
 
 _RECOVERS = 26_000_000
 """Tokens with which the figures of the README were reached; fewer than a tenth say little about a curve."""
@@ -33,7 +34,10 @@ def choose(report: Json, run: RunFolder) -> Json:
     status, train = report["status"], report["train"]
     found = (train or {}).get("curve")
     if status == "not_measured":
-        return _step(run, "finish", "The run is not finished: the same command goes on where it stopped.")
+        text = "The run is not finished: the same command goes on where it stopped."
+        if report["compared"]:
+            text = "Nothing that has a margin was measured: name tasks in eval.tasks, and evaluate again."
+        return _step(run, "finish", text)
     if status == "within_margin":
         return _more_saved(report, run)
     if status == "inconclusive":
@@ -151,7 +155,10 @@ def _step(run: RunFolder, state: str, text: str, name: str = "", *sets: str) -> 
     recipe = run.path / "recipe.yaml"
     if not recipe.exists():
         return {"state": state, "text": text, "command": None}
-    out = run.path.with_name(f"{run.path.resolve().name}-{name}") if name else run.path
+    out = run.path
+    if name:
+        named = out if out.name not in ("", "..") else out.resolve()  # . and .. have no name beside them
+        out = named.with_name(f"{named.name}-{name}")
     words = ["cla-convert", "run", str(recipe), "--out", str(out)]
     words += [word for one in sets for word in ("--set", one)]
     return {"state": state, "text": text, "command": shlex.join(words)}
@@ -164,18 +171,9 @@ def next_of_model(folder: Path, report: Json) -> Json:
         return {"state": "finish", "text": "Evaluate it; a run (cla-convert run) compares it with its source.",
                 "command": shlex.join(command)}  # fmt: skip
     source = (report.get("source") or {}).get("model") or "SOURCE"
-    command = [
-        "cla-convert",
-        "uptrain",
-        str(folder),
-        f"{folder}-uptrained",
-        "--teacher",
-        str(source),
-        "--tokens",
-        "26M",
-    ]
+    command = ["cla-convert", "uptrain", str(folder), f"{folder}-uptrained", "--teacher", str(source)]
     text = "Uptrain it to recover the quality, on text as broad as what it is used for (data.sources)."
-    return {"state": "more_tokens", "text": text, "command": shlex.join(command)}
+    return {"state": "more_tokens", "text": text, "command": shlex.join([*command, "--tokens", "26M"])}
 
 
 def show(report: Json) -> Sequence[Block]:

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 
 from ..comparisons import cost, difference
-from ..content import Block, Column, Heading, Paragraph, Row, Table, note
+from ..content import Block, Column, Heading, Paragraph, Row, Table
 from ..formats import bracket, change, integer, interval, number, p_value, percent, signed, titled
 from ..run_folder import POINTS, Json
 from ..section import Material, Section, register
+from ..text import note
 
 
 def collect(material: Material, report: Json) -> Json:

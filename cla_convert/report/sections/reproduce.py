@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
-from ..content import Block, Details, Facts, Listing, Paragraph, Text, code
+from ..content import Block, Details, Facts, Listing, Paragraph
 from ..formats import changed, to_yaml
 from ..run_folder import Json, RunFolder
 from ..section import Material, Section, register
+from ..text import Text, code
 
 
 def collect(material: Material, report: Json) -> Json:

@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 from ..comparisons import comparison_of, mean_at
-from ..content import Block, Column, Figure, Row, Table, Text, note
+from ..content import Block, Column, Figure, Row, Table
 from ..formats import bracket, count, integer, number, percent
 from ..plots import draw_pareto
 from ..run_folder import Json, RunFolder
 from ..section import Material, Picture, Section, register
+from ..text import Text, note
 
 ALT = "mean accuracy against KV bytes per token"
 

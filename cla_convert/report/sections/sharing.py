@@ -6,11 +6,12 @@ from functools import partial
 
 from markupsafe import Markup
 
-from ..content import Block, Column, Details, Figure, Paragraph, Row, Svgs, Table, code, fenced
+from ..content import Block, Column, Details, Figure, Paragraph, Row, Svgs, Table
 from ..formats import groups_text, number, percent
 from ..run_folder import Json, RunFolder
 from ..section import Material, Picture, Section, register
 from ..sharing_map import draw_sharing
+from ..text import code, fenced
 
 ALT = "which layers share keys and values"
 

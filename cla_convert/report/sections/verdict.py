@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 from ...evaluation.gate import amount, reason_in_words
 from ...evaluation.verdict import NOT_MEASURED
-from ..content import Block, Bullets, Paragraph, Text, strong, tag
+from ..content import Block, Bullets, Paragraph
 from ..formats import change, number, stage, titled
 from ..run_folder import Json
 from ..section import Material, Section, register
+from ..text import Text, strong, tag
 
 HEADINGS = {
     "within_margin": "Within the margins",
