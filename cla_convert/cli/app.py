@@ -54,9 +54,9 @@ PushToHub = Annotated[
 ]
 Private = Annotated[bool, typer.Option("--private", help="With --push-to-hub: a new repository is private.")]
 TaskData = Annotated[str | None, typer.Option(help="Folder of full evaluation sets (docs/evaluation.md).")]
-Gate = Annotated[bool, typer.Option("--gate", help="Exit with code 4 if a loss beyond the margin is shown.")]
+Gate = Annotated[bool, typer.Option("--gate", help="Exit with code 4 if a loss beyond a margin is shown.")]
 GateStrict = Annotated[
-    bool, typer.Option("--gate-strict", help="Exit with code 4 unless the loss is shown to be within the margin.")
+    bool, typer.Option("--gate-strict", help="Exit with code 4 unless the losses are shown to be within their margins.")
 ]
 
 

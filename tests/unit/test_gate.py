@@ -175,10 +175,11 @@ def test_a_text_measured_at_one_point_only_does_not_open_the_gate(tmp_path: Path
     assert gate(tmp_path)["gate"]["passed"]
 
 
-def test_a_perplexity_that_left_the_numbers_is_worse(tmp_path: Path):
+@pytest.mark.parametrize("count", [1, 8])
+def test_a_perplexity_that_left_the_numbers_is_worse(tmp_path: Path, count: int):
     for name, nats in (("before", 3.0), ("after", 900.0)):
         point(tmp_path, name, {"piqa": right(3000, 0.7)})
-        windows(tmp_path, name, "held_out.json", [nats] * 8)
+        windows(tmp_path, name, "held_out.json", [nats] * count)
     with np.errstate(over="ignore", invalid="ignore"):
         found = gate(tmp_path)
     assert found["status"] == "margin_broken"
