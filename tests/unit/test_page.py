@@ -80,6 +80,8 @@ def test_everything_that_was_measured_is_shown(full: Path):
         "2.00x smaller", "768 384", "KL to the source", "0.12 [0.1, 0.14]", "81.0 [80, 82]",
         "Found in a long context", "512 1,024", "damage", "3 \u2190 4 0.04 92.0 81.0",
         "2 right to wrong, 0 wrong to right, of 100", "Question 58?",
+        "What it says",
+        "Who is there? source Nobody before. converted Nobody converted. uptrained Nobody after. ... control",
         "layers that cache, of 6 6 x 128 bytes 3 x 128 bytes",
         "largest batch of 64 tokens in 953.7 MiB 8 16 2.00x as many", "does not fit",
         "Sharing does not speed up prefill", "Control, the source model: 4.1k tokens", "Energy not measured",

@@ -48,7 +48,7 @@ class Answers:
 
     def html(self, svgs: Svgs) -> Markup:  # noqa: D102
         cells = Markup("").join(
-            Markup('<div><span class="who">{}</span>{}</div>').format(_NAMES[point], _text(answer))
+            Markup('<div><span class="who">{}</span> {}</div>').format(_NAMES[point], _text(answer))
             for point, answer in self.answers.items()
         )
         return Markup('<h3>{}</h3><div class="answers">{}</div>').format(in_html(self.prompt), cells)
