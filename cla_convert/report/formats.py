@@ -163,9 +163,19 @@ def integer(value: float | None) -> str:
     return MISSING if value is None else f"{value:,.0f}"
 
 
-def bracket(value: list[float] | None, scale: float = 1) -> str:
-    """[0.012, 0.034] -> [0.012, 0.034]; for a level rather than a change."""
-    return "" if not value else f"[{number(scale * value[0], 3)}, {number(scale * value[1], 3)}]"
+def bracket(value: list[float] | None) -> str:
+    """[0.0123, 0.0345] -> [0.0123, 0.0345]; for a level rather than a change."""
+    return "" if not value else f"[{number(value[0], 3)}, {number(value[1], 3)}]"
+
+
+def percent_interval(value: list[float] | None) -> str:
+    """[0.62, 0.681] -> [62.0, 68.1]."""
+    return "" if not value else f"[{percent(value[0])}, {percent(value[1])}]"
+
+
+def plural(number: int, word: str) -> str:
+    """(6, task) -> 6 tasks."""
+    return f"{number} {word}{'' if number == 1 else 's'}"
 
 
 def cla_cost(cost: Json | None) -> str:

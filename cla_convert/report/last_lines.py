@@ -4,7 +4,7 @@ import shlex
 import textwrap
 from pathlib import Path
 
-from .formats import change, count, integer, number, points, points_interval, smaller, stage, titled
+from .formats import change, count, integer, number, plural, points, points_interval, smaller, stage, titled
 from .run_folder import Json
 from .sections.verdict import HEADINGS
 
@@ -38,7 +38,7 @@ def _accuracy(report: Json) -> str:
     mean = report["mean_accuracy"]
     if not mean:
         return ""
-    tasks = f"{len(mean['tasks'])} task{'s' * (len(mean['tasks']) != 1)}"
+    tasks = plural(len(mean["tasks"]), "task")
     change_of_mean = f"{points(mean['delta'])} points {points_interval(mean['ci95'])}"
     return f"{change_of_mean}, mean of {tasks}{_verdict(report, 'mean', 'accuracy')}"
 

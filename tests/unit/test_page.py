@@ -77,7 +77,7 @@ def test_everything_that_was_measured_is_shown(full: Path):
     for words in (
         "Worse than the margins allow", "CLA cost = after - control: mean accuracy -6.0 points",
         "law perplexity 12.5 -> 16",
-        "2.00x smaller", "768 384", "KL to the source", "0.12 [0.1, 0.14]", "81.0 [80, 82]",
+        "2.00x smaller", "768 384", "KL to the source", "0.12 [0.1, 0.14]", "81.0 [80.0, 82.0]",
         "Found in a long context", "512 1,024", "damage", "3 \u2190 4 0.04 92.0 81.0",
         "2 right to wrong, 0 wrong to right, of 100", "Question 58?",
         "What it says",
@@ -108,7 +108,7 @@ def test_the_mean_has_every_column(full: Path):
     at = build_report(full)["mean_accuracy"]["at"]
     assert at == {"before": 0.6, "converted": 0.3, "after": 0.58, "control": 0.64}
     row = next(line for line in (full / "report.md").read_text().splitlines() if line.startswith("| **mean"))
-    assert row.startswith("| **mean over 1 tasks** | acc_norm or acc | 100 | 60.0 | 30.0 | 58.0 | 64.0 | -2.0 [")
+    assert row.startswith("| **mean over 1 task** | acc_norm or acc | 100 | 60.0 | 30.0 | 58.0 | 64.0 | -2.0 [")
     assert "| -6.0 [" in row
 
 
@@ -188,7 +188,7 @@ def test_statistics_that_evaluation_left_are_shown(full: Path):
     shown = " ".join(page(full).text.split())
     for words in (
         "-2.0 [-6.0, +2.0] 0.77", "+2 [+1.1, +2.9] 0.01", "law: a problem", "corrected over the tasks (Holm)",
-        "Quality gate: inconclusive.", "cannot tell mean accuracy over 1 tasks (100 documents) changed by -2.0 points",
+        "Quality gate: inconclusive.", "cannot tell mean accuracy over 1 task (100 documents) changed by -2.0 points",
     ):  # fmt: skip
         assert words in shown, words
     assert "p-values are not corrected" not in shown

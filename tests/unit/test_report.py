@@ -53,7 +53,7 @@ def test_the_verdict_does_not_contradict_the_data(run_dir: Path):
         "Worse than the margins allow, after uptraining. Worse: held-out perplexity 30 ->"
     )
     assert "30 -> 32 (+6.7%, 95% CI +6.6% to +6.8%; margin 5%)" in report["verdict"]
-    assert "Cannot tell: mean accuracy over 1 tasks (100 documents) changed by -2.0 points" in report["verdict"]
+    assert "Cannot tell: mean accuracy over 1 task (100 documents) changed by -2.0 points" in report["verdict"]
     for text in ((run_dir / "report.md").read_text(), (run_dir / "report.html").read_text()):
         assert "Worse than the margins allow" in text and "Quality gate: failed" in text
         assert "not strictly" not in text
@@ -116,7 +116,7 @@ def test_one_next_step_by_the_state_of_the_run(run_dir: Path, state: str, words:
     assert found["state"] == state and words in found["text"]
     assert found["command"] == command.replace("RUN", str(run_dir))
     for text in ((run_dir / "report.md").read_text(), (run_dir / "report.html").read_text()):
-        assert text.count("Next: ") == 1 and found["command"] in text
+        assert text.count("Next:") == 1 and found["command"] in text
     screen = last_lines(json.loads((run_dir / "report.json").read_text()), Path("runs/mine"))
     assert sum(line.startswith("Next ") for line in screen) == 1
     assert " ".join(line.strip().removesuffix(" \\") for line in screen).endswith(found["command"])
@@ -204,6 +204,18 @@ def test_log_likelihoods_are_in_nats(run_dir: Path, tmp_path: Path):
     card = write_model_card(tmp_path, report).read_text()
     assert "| piqa | loglikelihood, nats | 100 | -1.25 | -2.5 |" in card and "loglikelihood, %" not in card
     assert "-125" not in card
+
+
+def test_few_documents_say_how_small_p_can_be(run_dir: Path):
+    assert "gives no p below" not in (build_report(run_dir), (run_dir / "report.md").read_text())[1]
+    for point in ("before", "after"):
+        path = run_dir / "eval" / point / "tasks" / "wikitext.json"
+        task = json.loads(path.read_text())
+        write_json(path, task | {"samples": task["samples"][:3]})
+        results = json.loads((run_dir / "eval" / point / "results.json").read_text())
+        write_json(run_dir / "eval" / point / "results.json", results | {"n": results["n"] | {"wikitext": 3}})
+    assert build_report(run_dir)["tasks"]["wikitext"]["word_perplexity"]["p_value"] == 0.25
+    assert "for 3 documents gives no p below 0.25" in (run_dir / "report.md").read_text()
 
 
 def test_training_is_told_by_validation_not_by_a_single_step(run_dir: Path):

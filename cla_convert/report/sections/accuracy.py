@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from ..comparisons import cost, difference, mean_at
 from ..content import Block, Column, Heading, Paragraph, Row, Table
-from ..formats import cla_cost, integer, number, p_value, percent, points, points_interval, signed, unit_of
+from ..formats import cla_cost, integer, number, p_value, percent, plural, points, points_interval, signed, unit_of
 from ..run_folder import POINTS, Json, RunFolder
 from ..section import Material, Section, register
 from ..text import note
@@ -82,7 +82,7 @@ def _accuracies(report: Json, rows: list[tuple[str, str, Json]]) -> Table:
         for task, metric, row in rows
     ]  # fmt: skip
     if mean:
-        cells = [f"mean over {len(mean['tasks'])} tasks", "acc_norm or acc", integer(mean["n"])]
+        cells = [f"mean over {plural(len(mean['tasks']), 'task')}", "acc_norm or acc", integer(mean["n"])]
         cells += [percent(mean["at"][point]) for point in at]
         change = [f"{points(mean['delta'])} ", note(points_interval(mean["ci95"]))]
         lines.append(Row([*cells, change, "", *([cla_cost(mean.get("cla_cost"))] if control else [])], "sum"))

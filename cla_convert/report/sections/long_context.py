@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from ...evaluation.statistics import wilson
 from ..content import Block, Cell, Column, Group, Heading, Paragraph, Row, Table
-from ..formats import bracket, integer, number, percent
+from ..formats import integer, number, percent, percent_interval
 from ..run_folder import POINTS, Json
 from ..section import Material, Section, register
 
@@ -48,7 +48,7 @@ def _map(point: str, table: Json) -> Table:
 def _cell(cell: Json | None) -> Cell:
     if cell is None:
         return Cell("-", share=0.0)
-    title = f"{cell['n']} documents of {cell['length']} tokens, 95% interval {bracket(cell['ci95'], 100)}%"
+    title = f"{cell['n']} documents of {cell['length']} tokens, 95% interval {percent_interval(cell['ci95'])}%"
     if cell.get("loglikelihood") is not None:
         title += f"; mean log-likelihood of the answer {number(cell['loglikelihood'], 3)} nats"
     return Cell(percent(cell["acc"]), share=float(cell["acc"]), title=title)

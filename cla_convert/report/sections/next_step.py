@@ -180,7 +180,7 @@ def show(report: Json) -> Sequence[Block]:
     """The sentence and the command."""
     step = report["next"]
     command = [Listing(step["command"])] if step["command"] else []
-    return [Paragraph([strong("Next: "), step["text"]]), *command]
+    return [Paragraph([strong("Next:"), f" {step['text']}"]), *command]
 
 
 register(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from ..comparisons import cost, difference
 from ..content import Block, Column, Heading, Paragraph, Row, Table
-from ..formats import bracket, change, integer, interval, number, p_value, percent, signed, titled
+from ..formats import bracket, change, integer, interval, number, p_value, percent, percent_interval, signed, titled
 from ..run_folder import POINTS, Json
 from ..section import Material, Section, register
 from ..text import note
@@ -49,14 +49,23 @@ def show(report: Json) -> Sequence[Block]:
     if report["perplexity"]:
         blocks = [
             _texts(report),
-            Paragraph(
-                "Lower is better. n: documents, or tokens where the perplexity is per token. Delta and interval are in "
-                "units of perplexity. p: sign-flip test on log-likelihoods.", "note",
-            ),
+            Paragraph(_note(report["perplexity"]), "note"),
         ]  # fmt: skip
     if report["agreement"]:
         blocks += [Heading("Agreement with the source model"), _agreement(report["agreement"])]
     return blocks
+
+
+def _note(perplexity: dict[str, Json]) -> str:
+    """What the columns mean; that p has a least value where there are few documents."""
+    least = ""
+    documents = [row["n"] for row in perplexity.values() if row["unit"] != "token" and row["n"]]
+    if few := [n for n in documents if n <= 5]:
+        least = f", which for {min(few)} documents gives no p below {p_value(2.0 ** (1 - min(few)))}"
+    return (
+        "Lower is better. n: documents, or tokens where the perplexity is per token. Delta and interval are in units of "
+        f"perplexity. p: sign-flip test on log-likelihoods{least}."
+    )
 
 
 def _texts(report: Json) -> Table:
@@ -94,9 +103,8 @@ def _agreement(agreement: Json) -> Table:
     for point, row in agreement.items():
         ci95 = row.get("ci95") or {}
         kl = [f"{number(row['kl'], 3)} ", note(bracket(ci95.get("kl")))]
-        rows.append(
-            Row([point, kl, [f"{percent(row['top1'])} ", note(bracket(ci95.get("top1"), 100))], integer(row["tokens"])])
-        )
+        same = [f"{percent(row['top1'])} ", note(percent_interval(ci95.get("top1")))]
+        rows.append(Row([point, kl, same, integer(row["tokens"])]))
     return Table(columns, rows)
 
 

@@ -5,7 +5,7 @@ from functools import partial
 
 from ..comparisons import comparison_of, mean_at
 from ..content import Block, Column, Figure, Row, Table
-from ..formats import bracket, count, integer, number, percent
+from ..formats import count, integer, number, percent, percent_interval
 from ..plots import draw_pareto
 from ..run_folder import Json, RunFolder
 from ..section import Material, Picture, Section, register
@@ -91,7 +91,7 @@ def show(report: Json) -> Sequence[Block]:
 def _accuracy(run: Json) -> Text:
     if not run["comparable"]:
         return "measured differently"
-    return [f"{percent(run['accuracy'])} ", note(bracket(run["ci95"], 100))]
+    return [f"{percent(run['accuracy'])} ", note(percent_interval(run["ci95"]))]
 
 
 def draw(run: RunFolder, report: Json) -> Mapping[str, Picture]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from ...evaluation.gate import amount, reason_in_words
 from ...evaluation.verdict import NOT_MEASURED
 from ..content import Block, Bullets, Paragraph
-from ..formats import change, number, stage, titled
+from ..formats import change, number, plural, stage, titled
 from ..run_folder import Json
 from ..section import Material, Section, register
 from ..text import Text, strong, tag
@@ -64,7 +64,7 @@ def _measure(row: Json, report: Json) -> str:
         return f"{titled(scope)} perplexity {levels} ({delta}, {interval}; margin {margin})"
     if scope == "mean":
         mean = report["mean_accuracy"]
-        what = f"mean accuracy over {len(mean['tasks'])} tasks ({mean['n']} documents)"
+        what = f"mean accuracy over {plural(len(mean['tasks']), 'task')} ({plural(mean['n'], 'document')})"
         return f"{what} changed by {delta} ({interval}; margin {margin})"
     return f"{scope} {row['metric']} changed by {delta} ({interval}; margin {margin})"
 
