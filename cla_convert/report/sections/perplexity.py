@@ -61,10 +61,11 @@ def _note(perplexity: dict[str, Json]) -> str:
     least = ""
     documents = [row["n"] for row in perplexity.values() if row["unit"] != "token" and row["n"]]
     if few := [n for n in documents if n <= 5]:
-        least = f", which for {min(few)} documents gives no p below {p_value(2.0 ** (1 - min(few)))}"
+        n = min(few)
+        least = f", which for {n} documents gives no p below {p_value(2.0 ** (1 - n))}"
     return (
-        "Lower is better. n: documents, or tokens where the perplexity is per token. Delta and interval are in units of "
-        f"perplexity. p: sign-flip test on log-likelihoods{least}."
+        "Lower is better. n: documents, or tokens where the perplexity is per token. Delta and interval are in units "
+        f"of perplexity. p: sign-flip test on log-likelihoods{least}."
     )
 
 
