@@ -10,7 +10,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from cla_convert.evaluation import gate, inference, stats
+from cla_convert.evaluation import statistics
+from cla_convert.evaluation.paired import compare_likelihoods
+from cla_convert.evaluation.verdict import LEVEL
 
 MARGIN = 0.01
 Rng = np.random.Generator
@@ -26,29 +28,63 @@ def covers(interval: tuple[float, float] | None, truth: float) -> bool:
 
 
 def accuracy_interval(n: int, lost: float, gained: float) -> Callable[[Rng, int], bool]:
-    return lambda rng, seed: covers(inference.paired_interval(paired(rng, n, lost, gained), seed=seed), gained - lost)
+    return lambda rng, seed: covers(statistics.paired_interval(paired(rng, n, lost, gained), seed=seed), gained - lost)
 
 
 def mean_interval(n: int) -> Callable[[Rng, int], bool]:
     """Skewed differences of log-likelihood: a shifted exponential with mean 0.1."""
-    return lambda rng, seed: covers(inference.mean_interval(rng.exponential(1.0, n) - 0.9, seed=seed), 0.1)
+    return lambda rng, seed: covers(statistics.mean_interval(rng.exponential(1.0, n) - 0.9, seed=seed), 0.1)
 
 
-def perplexity_interval(pages: int) -> Callable[[Rng, int], bool]:
-    """Pages of very different length; the loss per word varies from page to page; the truth is over all pages."""
+def pages(rng: Rng, n: int) -> np.ndarray:
+    """Pages of very different length; the loss per word varies from page to page."""
+    words = np.exp(rng.normal(7.0, 0.8, n)).round() + 20
+    before = -words * (3.0 + 0.15 * rng.normal(size=n))
+    after = before - words * (0.05 + 0.02 * rng.normal(size=n))
+    return np.stack([np.stack([before, words], 1), np.stack([after, words], 1)], 1)
 
-    def draw(rng: Rng, n: int) -> np.ndarray:
-        words = np.exp(rng.normal(7.0, 0.8, n)).round() + 20
-        before = -words * (3.0 + 0.15 * rng.normal(size=n))
-        after = before - words * (0.05 + 0.02 * rng.normal(size=n))
-        return np.stack([np.stack([before, words], 1), np.stack([after, words], 1)], 1)
 
-    whole = draw(np.random.default_rng(99), 1_000_000)
-    nats = [-whole[:, side, 0].sum() / whole[:, side, 1].sum() for side in (0, 1)]
-    truth = float(np.exp(nats[1]) - np.exp(nats[0]))
+def true_nats() -> list[float]:
+    """Nats per word before and after, over all pages that there are."""
+    whole = pages(np.random.default_rng(99), 1_000_000)
+    return [-whole[:, side, 0].sum() / whole[:, side, 1].sum() for side in (0, 1)]
+
+
+def perplexity_interval(count: int) -> Callable[[Rng, int], bool]:
+    before, after = true_nats()
+    truth = float(np.exp(after) - np.exp(before))
+    return lambda rng, seed: covers(compare_likelihoods("t", "perplexity", pages(rng, count), seed=seed).ci95, truth)
+
+
+def ratio_interval(count: int) -> Callable[[Rng, int], bool]:
+    """The interval of after / before - 1, which the verdict holds against its margin."""
+    before, after = true_nats()
+    truth = float(np.expm1(after - before))
     return lambda rng, seed: covers(
-        stats.compare_likelihoods("t", "perplexity", draw(rng, pages), seed=seed).ci95, truth
+        compare_likelihoods("t", "perplexity", pages(rng, count), seed=seed).relative_ci95, truth
     )
+
+
+def text_verdict(wanted: str, count: int) -> Callable[[Rng, int], bool]:
+    """How often a perplexity that rises by just the margin gets the verdict `wanted`."""
+    before, after = true_nats()
+    margin = float(np.expm1(after - before))
+
+    def run(rng: Rng, seed: int) -> bool:
+        interval = compare_likelihoods("t", "perplexity", pages(rng, count), seed=seed).relative_ci95
+        return statistics.rise_verdict(interval, margin) == wanted
+
+    return run
+
+
+def token_share(rows: int, tokens: int) -> Callable[[Rng, int], bool]:
+    """Tokens at which two models agree, 80% in truth; rows differ (beta-binomial)."""
+
+    def run(rng: Rng, _seed: int) -> bool:
+        shares = rng.binomial(tokens, rng.beta(16, 4, size=rows)) / tokens
+        return covers(statistics.clustered_share(shares, tokens), 0.8)
+
+    return run
 
 
 def verdict(wanted: str, tasks: list[int], loss: float, discordant: float = 0.2) -> Callable[[Rng, int], bool]:
@@ -56,8 +92,8 @@ def verdict(wanted: str, tasks: list[int], loss: float, discordant: float = 0.2)
 
     def run(rng: Rng, seed: int) -> bool:
         groups = [paired(rng, n, (discordant + loss) / 2, (discordant - loss) / 2) for n in tasks]
-        interval = inference.mean_of_groups_interval(groups, seed=seed)
-        return inference.verdict(interval, MARGIN) == wanted
+        interval = statistics.mean_of_groups_interval(groups, seed=seed)
+        return statistics.verdict(interval, MARGIN) == wanted
 
     return run
 
@@ -67,7 +103,7 @@ def task_gate(tasks: list[int], loss: float) -> Callable[[Rng, int], bool]:
 
     def run(rng: Rng, _seed: int) -> bool:
         groups = [paired(rng, n, (0.2 + loss) / 2, (0.2 - loss) / 2) for n in tasks]
-        return min(inference.holm([inference.p_inferior(group, MARGIN) for group in groups])) < gate.LEVEL
+        return min(statistics.holm([statistics.p_inferior(group, MARGIN) for group in groups])) < LEVEL
 
     return run
 
@@ -83,6 +119,13 @@ CHECKS = {
     "log-likelihood, 250 skewed documents: covers": (mean_interval(250), "95%"),
     "perplexity, 4 pages: covers": (perplexity_interval(4), "95%"),
     "perplexity, 62 pages: covers": (perplexity_interval(62), "95%"),
+    "perplexity as a share of the source's, 4 pages: covers": (ratio_interval(4), "95%"),
+    "perplexity as a share of the source's, 62 pages: covers": (ratio_interval(62), "95%"),
+    "perplexity, 62 pages, true rise at the margin: within_margin": (
+        text_verdict("within_margin", 62), "at most 2.5%"),
+    "perplexity, 62 pages, true rise at the margin: margin_broken": (
+        text_verdict("margin_broken", 62), "at most 2.5%"),
+    "share of tokens, 8 rows of 512 that differ: covers": (token_share(8, 512), "95%"),
     "mean over 6 x 250 rows, true loss at the margin: within_margin": (
         verdict("within_margin", PACK, MARGIN), "at most 2.5%"),
     "mean over 6 x 250 rows, true loss at the margin: margin_broken": (

@@ -26,6 +26,8 @@ from .results import ConvertResult, Domains, Environment, KvCache, PlanResult, P
 POINTS = ("before", "converted", "after", "control")
 """The points of measurement: source model, right after conversion, after uptraining; and the source model uptrained
 on the same tokens, where a control was asked for."""
+RECIPE = "recipe.yaml"
+"""What is wanted, of a run; a model's folder holds a copy."""
 PICTURES = ("loss", "sharing", "pareto", "bench")
 
 
@@ -95,7 +97,7 @@ class PointFolder:
         return {file.stem: file for file in sorted((self.path / "perplexity").glob("*.json"))}
 
     def measured(self, name: str) -> Path:
-        """A file of the point: results, kv_cache; on plain text held_out, agreement, domains, perplexity/NAME."""
+        """A file of the point: results, kv_cache; on plain text held_out, agreement, domains, answers, perplexity/NAME."""
         return self.path / f"{name}.json"
 
     def task(self, name: str) -> Path:
@@ -164,7 +166,7 @@ class RunFolder:
     @property
     def recipe(self) -> Path:
         """The recipe, resolved."""
-        return self.path / "recipe.yaml"
+        return self.path / RECIPE
 
     @property
     def environment(self) -> Stored[Environment]:

@@ -67,9 +67,9 @@ Private = Annotated[bool, typer.Option("--private", help="With --push-to-hub: a 
 TaskData = Annotated[
     str | None, typer.Option(metavar="DIR", help="Folder of full evaluation sets (docs/evaluation.md).")
 ]
-Gate = Annotated[bool, typer.Option("--gate", help="Exit with code 4 if a loss beyond the margin is shown.")]
+Gate = Annotated[bool, typer.Option("--gate", help="Exit with code 4 if a loss beyond a margin is shown.")]
 GateStrict = Annotated[
-    bool, typer.Option("--gate-strict", help="Exit with code 4 unless the loss is shown to be within the margin.")
+    bool, typer.Option("--gate-strict", help="Exit with code 4 unless the losses are shown to be within their margins.")
 ]
 
 
@@ -141,12 +141,13 @@ def enforce_gate(folder: "RunFolder", mode: bool | str) -> None:
         return
     from ..evaluation.comparison import write_comparison
     from ..evaluation.gate import enforce
+    from ..evaluation.verdict import Margins
     from ..recipe_file import load_recipe
     from ..report.run_folder import explained
 
     settings = load_recipe(folder.recipe).recipe
     with explained(folder.path):
-        comparison = write_comparison(folder.path, margin=settings.eval.margin, seed=settings.seed)
+        comparison = write_comparison(folder.path, margins=Margins.of(settings.eval), seed=settings.seed)
     enforce(comparison, mode)
 
 

@@ -57,7 +57,7 @@ def run(
     mode = gate_mode(gate, gate_strict)
     resolved = load(recipe, sets, {"eval.task_data": task_data, "eval.gate": mode or None})
     from .. import pipeline
-    from ..report.summary import summary
+    from ..report.last_lines import last_lines
     from ..run_folder import RunFolder
 
     if until not in pipeline.STAGES:
@@ -86,7 +86,7 @@ def run(
     if as_json:
         data_json(pipeline.to_json(result))
     elif until == "report":
-        data(summary(pipeline.to_json(result), folder))
+        data("\n".join(last_lines(pipeline.to_json(result), folder)))
     if until in ("eval", "report"):
         enforce_gate(folder, resolved.recipe.eval.gate)
     trained = resolved.recipe.train.tokens and until != "convert"

@@ -20,8 +20,8 @@ from ..models.scoring import (
     positions_at_a_time,
     split_model,
 )
-from .inference import mean_interval
 from .perplexity import Window, totals
+from .statistics import clustered_share, positive_interval
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,7 +60,10 @@ def agreement(
         "kl": float(per_token[:, 0].mean()),
         "top1": float(per_token[:, 1].mean()),
         "tokens": rows.numel(),
-        "ci95": {name: plain(mean_interval(per_token[:, i])) for i, name in enumerate(("kl", "top1"))},
+        "ci95": {
+            "kl": plain(positive_interval(per_token[:, 0])),
+            "top1": plain(clustered_share(per_token[:, 1], rows.shape[1])),
+        },
         "windows": windows,
         **{name: value for name, value in totals(likelihoods).items() if name != "tokens"},
     }

@@ -4,15 +4,17 @@
 eval/comparison.json:
 
     compared        after, converted, or null where only one point was measured
-    margin, seed    what the verdict was fixed to beforehand
-    status          within_margin, margin_broken, not_enough_rows (see `inference.verdict`) or not_measured
+    margins, seed   what the verdict was fixed to beforehand; margin: that of accuracy
+    status, judged  the verdict and what it rests on, see verdict.py
+    gate            {state, passed, reasons}, see gate.py
     mean_accuracy   {tasks, metrics, n, before, after, delta, ci95, margin, verdict} over one 0/1 metric a
                     task, passkey and needle apart, or null
     tasks           {task: {metric: {kind, n, before, after, delta, ci95, p_value, lost, gained, verdict, primary,
-                    p_holm, p_inferior, p_inferior_holm}}}; the last three for the primary metric of a task only
-    perplexity      {name: {n, tokens, before, after, delta, ci95, p_value, lost, gained}}: held-out text and text files
+                    margin, p_holm, p_inferior, p_inferior_holm}}}; the last three for the primary metric of a task only
+    perplexity      {name: {n, tokens, before, after, delta, ci95, relative_ci95, p_value, lost, gained}}: held-out text
+                    and text files; of tasks it stands with them
+    agreement       {kl, top1, ci95} with the source model on held-out text, or null
     problems        what could not be compared, in words
-    gate            {passed, strict_passed, reasons}, see gate.py
 """
 
 from pathlib import Path
@@ -24,9 +26,9 @@ from ..errors import InputError
 from ..files import read_json, write_json
 from ..run_folder import PointFolder, RunFolder
 from . import retrieval
-from .gate import judge
-from .inference import holm, p_inferior
-from .stats import Comparison, compare, compare_likelihoods, macro_average
+from .paired import Comparison, compare, compare_likelihoods, macro_average
+from .statistics import holm, p_inferior
+from .verdict import Margins, judge
 
 Json = dict[str, Any]
 
@@ -34,30 +36,30 @@ _RANK = {"acc_norm": 0, "acc": 1, "word_perplexity": 2}
 """Preferred metric of a task; acc_norm is the likelihood per character, which does not favour short answers."""
 
 
-def write_comparison(run_dir: Path, *, margin: float, seed: int) -> Json:
+def write_comparison(run_dir: Path, *, margins: Margins, seed: int) -> Json:
     """Compute `compare_run` and write it as eval/comparison.json."""
-    result = compare_run(run_dir, margin=margin, seed=seed)
+    result = compare_run(run_dir, margins=margins, seed=seed)
     write_json(RunFolder(run_dir).evaluation.comparison, result)
     return result
 
 
-def compare_run(run_dir: Path, *, margin: float, seed: int) -> Json:
+def compare_run(run_dir: Path, *, margins: Margins, seed: int) -> Json:
     """Compare `before` with the last measured point of a run folder."""
     folder = RunFolder(run_dir).evaluation
-    return compare_points(folder.path, "before", folder.last_point or "converted", margin=margin, seed=seed)
+    return compare_points(folder.path, "before", folder.last_point or "converted", margins=margins, seed=seed)
 
 
-def compare_points(folder: Path, left: str, right: str, *, margin: float, seed: int) -> Json:
+def compare_points(folder: Path, left: str, right: str, *, margins: Margins, seed: int) -> Json:
     """Compare two measured points, document by document and window by window (see above).
 
     Args:
         folder: eval/ of a run folder.
         left, right: points; the differences are right - left. Where one of them was not measured, `compared` is None.
-        margin: of non-inferiority, in accuracy.
+        margins: of the verdict.
         seed: of the resampling.
     """
     sides = [read_json(PointFolder(folder / side).results.path) or {} for side in (left, right)]
-    point = right if all(sides) else None
+    point, margin = right if all(sides) else None, margins.accuracy
     comparisons, problems = _tasks(folder, list(sides[0]["tasks"]), left, right, margin, seed) if point else ([], [])
     if point and sides[0].get("specification_hash") != sides[1].get("specification_hash"):
         problems.append("The points were not measured alike: their evaluation specifications differ.")
@@ -68,16 +70,20 @@ def compare_points(folder: Path, left: str, right: str, *, margin: float, seed: 
     if summary is not None:
         summary["metrics"] = {c.task: c.metric for c in averaged if c.verdict}
     tasks = _table(comparisons, chosen, margin)
+    texts, one_sided = _texts(folder, left, right, seed) if point else ({}, [])
+    problems += one_sided
+    agreement = _agreement(PointFolder(folder / right)) if point and left == "before" else None
     return {
         "compared": point,
         "margin": margin,
+        "margins": margins.as_dict(),
         "seed": seed,
-        "status": summary["verdict"] if summary else "not_measured",
         "mean_accuracy": summary,
         "tasks": tasks,
-        "perplexity": _texts(folder, left, right, seed) if point else {},
+        "perplexity": texts,
+        "agreement": agreement,
         "problems": problems,
-        "gate": judge(summary, tasks, problems),
+        **judge(summary, tasks, texts, agreement, problems, margins),
     }
 
 
@@ -122,6 +128,7 @@ def _table(comparisons: list[Comparison], chosen: list[Comparison], margin: floa
         table.setdefault(comparison.task, {})[comparison.metric] = {
             **comparison.as_dict(),
             "primary": is_primary,
+            "margin": margin,
             "p_holm": adjusted[comparison.task] if is_primary else None,
             "p_inferior": p,
             "p_inferior_holm": p_holm,
@@ -129,19 +136,31 @@ def _table(comparisons: list[Comparison], chosen: list[Comparison], margin: floa
     return table
 
 
-def _texts(folder: Path, left: str, right: str, seed: int) -> dict[str, Json]:
-    """Perplexity of the held-out text and of text files, compared window by window."""
+def _texts(folder: Path, left: str, right: str, seed: int) -> tuple[dict[str, Json], list[str]]:
+    """Perplexity of the held-out text and of text files, compared window by window; and what could not be."""
     files = {"held_out": "held_out"}
     files |= {name: f"perplexity/{name}" for name in PointFolder(folder / left).text_files}
-    table = {}
+    table, problems = {}, []
     for name, file in files.items():
         sides: list[Any] = [
             (read_json(PointFolder(folder / side).measured(file)) or {}).get("windows") for side in (left, right)
         ]
+        if not any(sides):
+            continue
         if not all(sides) or [tokens for _, tokens in sides[0]] != [tokens for _, tokens in sides[1]]:
+            problems.append(f"{name}: its perplexity was not measured on the same windows at both points.")
             continue
         pairs = np.array([[(-nats, tokens) for nats, tokens in side] for side in sides]).swapaxes(0, 1)
-        found = compare_likelihoods(name, "perplexity", pairs, seed=seed).as_dict()
-        table[name] = {key: value for key, value in found.items() if key not in ("kind", "verdict")}
+        found = compare_likelihoods(name, "perplexity", pairs, seed=seed)
+        table[name] = {key: value for key, value in found.as_dict().items() if key not in ("kind", "verdict")}
+        table[name]["relative_ci95"] = found.relative_ci95  # None for a single window
         table[name]["tokens"] = int(pairs[:, 0, 1].sum())
-    return table
+    return table, problems
+
+
+def _agreement(point: PointFolder) -> Json | None:
+    """KL from the source model and top-1 agreement with it at a point."""
+    found = read_json(point.measured("agreement"))
+    if not found:
+        return None
+    return {"kl": found["kl"], "top1": found["top1"], "ci95": {"kl": None, "top1": None} | (found.get("ci95") or {})}

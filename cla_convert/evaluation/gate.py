@@ -1,68 +1,58 @@
-"""The quality gate: may a pipeline go on with this model? Decided from the comparison of before and after alone.
+"""The quality gate: may a pipeline go on with this model? It follows the verdict (verdict.py).
 
-The gate fails when a loss beyond the margin is *shown*: the 95% interval of the mean accuracy over tasks lies below
--margin altogether, or a single task is worse than the margin by a one-sided test at 2.5% after Holm's correction over
-tasks (a mean can hide one task that collapsed). It fails too when there is nothing to judge, or when a task that was
-measured before cannot be compared: absent numbers must not open a gate.
+    failed        a loss beyond a margin is shown, nothing was measured, or something could not be compared
+    passed        everything is shown to be within its margin
+    inconclusive  neither: the data cannot tell
 
-The strict gate fails as well when the opposite is not shown, that is unless the whole interval of the mean lies above
--margin. With few rows it therefore fails even for a perfect model.
+The gate fails on `failed`; the strict gate unless `passed`. With few rows that fails a perfect model too.
 """
 
 from typing import Any
 
+from ..console import warn
 from ..errors import QualityGate
+from .statistics import BROKEN
 
 Json = dict[str, Any]
-LEVEL = 0.025
-"""One-sided error of the tests, the same as of one end of a 95% interval."""
-
-
-def judge(mean: Json | None, tasks: dict[str, dict[str, Json]], problems: list[str]) -> Json:
-    """`{passed, strict_passed, reasons}`; a reason is {scope: "mean", "task" or a task's name, code, ...}."""
-    reasons: list[Json] = [{"scope": "task", "code": "not_compared", "why": problem} for problem in problems]
-    if mean is None:
-        reasons.append({"scope": "mean", "code": "not_measured"})
-    elif mean["verdict"] != "within_margin":
-        reasons.append({"scope": "mean", "code": mean["verdict"], "delta": mean["delta"], "ci95": mean["ci95"]})
-    for task, metrics in tasks.items():
-        for metric, row in metrics.items():
-            p = row["p_inferior_holm"]
-            if p is not None and p < LEVEL:
-                figures = {"metric": metric, "delta": row["delta"], "ci95": row["ci95"], "p_inferior_holm": p}
-                reasons.append({"scope": task, "code": "margin_broken", **figures})
-    return {
-        "passed": all(reason["code"] == "not_enough_rows" for reason in reasons),
-        "strict_passed": not reasons,
-        "reasons": reasons,
-    }
+_FIX = "Uptrain longer or on broader text, share fewer layers, or evaluate more rows (docs/evaluation.md)."
 
 
 def enforce(comparison: Json, mode: bool | str) -> None:
-    """Raise QualityGate if the gate of this mode (False: none, True, "strict") fails.
+    """Raise QualityGate if the gate of this mode (False: none, True, "strict") fails; warn where it cannot tell.
 
     Raises:
         QualityGate: with every reason.
     """
-    if not mode:
-        return
     gate = comparison["gate"]
-    if gate["strict_passed" if mode == "strict" else "passed"]:
+    if not mode or gate["state"] == "passed":
         return
-    reasons = [_words(reason, comparison["margin"]) for reason in gate["reasons"]]
-    raise QualityGate(
-        "The quality gate failed" + (" (strict)" if mode == "strict" else ""),
-        why="; ".join(reasons),
-        fix="Uptrain longer or on broader text, share fewer layers, or evaluate more rows (docs/evaluation.md).",
-    )
+    reasons = "; ".join(reason_in_words(reason) for reason in gate["reasons"])
+    if gate["state"] == "inconclusive" and mode != "strict":
+        warn(f"the quality gate is inconclusive: {reasons}")
+        return
+    raise QualityGate("The quality gate failed" + (" (strict)" if mode == "strict" else ""), why=reasons, fix=_FIX)
 
 
-def _words(reason: Json, margin: float) -> str:
-    where = "the mean over tasks" if reason["scope"] == "mean" else reason["scope"]
+def reason_in_words(reason: Json) -> str:
+    """`held_out: perplexity is worse than the margin of 5%: +43.7%, 95% CI +39.0% to +48.6%`."""
     if reason["code"] == "not_compared":
         return reason["why"].rstrip(".")
     if reason["code"] == "not_measured":
         return "no accuracy was measured at both points"
-    low, high = (100 * value for value in reason["ci95"])
-    said = "is worse than the margin" if reason["code"] == "margin_broken" else "is not shown to be within the margin"
-    return f"{where} {said} of {100 * margin:g} points: {100 * reason['delta']:+.1f}, 95% CI {low:+.1f} to {high:+.1f}"
+    where = "the mean accuracy over tasks" if reason["scope"] == "mean" else f"{reason['scope']}: {reason['measure']}"
+    said = "is worse than the margin" if reason["code"] == BROKEN else "is not shown to be within the margin"
+    interval = ", no interval"
+    if reason["ci95"]:
+        low, high = (amount(reason["measure"], value) for value in reason["ci95"])
+        interval = f", 95% CI {low} to {high}"
+    margin = amount(reason["measure"], reason["margin"]).lstrip("+")
+    return f"{where} {said} of {margin}: {amount(reason['measure'], reason['delta'])}{interval}"
+
+
+def amount(measure: str, value: float | None) -> str:
+    """A change in its unit: points of accuracy, per cent of the source's perplexity, nats."""
+    if value is None:
+        return "not a finite number"
+    if measure == "accuracy":
+        return f"{100 * value:+.1f} points"
+    return f"{100 * value:+.1f}%" if measure == "perplexity" else f"{value:.3g} nats"

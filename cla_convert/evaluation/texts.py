@@ -1,8 +1,10 @@
-"""What is measured on plain text: held-out perplexity, agreement with the source model, perplexity of text files.
+"""What is measured on plain text: held-out perplexity, agreement with the source model, perplexity of text files,
+and what the model answers to a few prompts.
 
     point_dir/held_out.json            perplexity, nll (nats per token), tokens, windows
     point_dir/agreement.json           kl, top1, tokens, ci95 {kl, top1}, windows: see agreement.py; not for the source
     point_dir/domains.json             domains {name: perplexity, nll, tokens and, but for the source, kl, top1, ci95}
+    point_dir/answers.json             answers [{prompt, text, cut}]: see answers.py
     point_dir/perplexity/<name>.json   name, path, sha256, characters, bytes, tokens, window, perplexity, nll,
                                        bits_per_byte, windows
 
@@ -28,6 +30,7 @@ from ..models.export import load_model, load_tokenizer
 from ..recipe import TextFile
 from ..run_folder import PointFolder
 from .agreement import agreement
+from .answers import answers
 from .batch import out_of_memory
 from .context import fed_tokens
 from .perplexity import row_windows, totals
@@ -52,6 +55,9 @@ class Texts:
     source: Path | None = None
     domains: dict[str, torch.Tensor] = field(default_factory=dict)
     """Rows of the texts of each domain."""
+    prompts: list[str] = field(default_factory=list)
+    """To be answered."""
+    answer_tokens: int = 40
 
 
 def check_texts(files: list[TextFile]) -> None:
@@ -100,6 +106,12 @@ def measure_texts(texts: Texts, model_dir: Path, point_dir: Path, common: Json, 
         other = None if source is None or source == model_dir else source
         key = [{name: _digest(rows) for name, rows in texts.domains.items()}, str(source)]
         once("domains", key, lambda: _domains(load(model_dir), load(other) if other else None, texts.domains, size))
+    if texts.prompts:
+        key = [texts.prompts, texts.answer_tokens]
+        once(
+            "answers", key,
+            lambda: answers(load(model_dir), load_tokenizer(model_dir), texts.prompts, texts.answer_tokens),
+        )  # fmt: skip
     for text in texts.files:
         key = [text.model_dump(), hashlib.sha256(_read(text).encode()).hexdigest()]
         once(f"perplexity/{text.name}", key, lambda text=text: text_perplexity(load(model_dir), model_dir, text, size))

@@ -59,8 +59,7 @@ class Evaluate(Section):
     """Few-shot examples. None: the task's own default."""
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 8
     """Requests per forward pass, the same at every point, because scores can move with it. auto: the largest power of
-    two up to 64 that fits, found once on the source model (on a CPU: 8). What does not fit is
-    refused, with what does."""
+    two up to 64 that fits, found once on the source model (on a CPU: 8). One that does not fit is refused."""
     backend: Literal["hf", "vllm"] = "hf"
     """What scores the tasks, at every point: transformers, or vLLM where it is installed, which forms batches by itself
     (docs/evaluation.md)."""
@@ -68,10 +67,25 @@ class Evaluate(Section):
     """Further arguments of vLLM's engine, such as {tensor_parallel_size: 2, gpu_memory_utilization: 0.5}."""
     max_length: int = Field(default=2048, ge=16)
     """Longest context fed to the model."""
+    prompts: list[Annotated[str, Field(min_length=1)]] = [
+        "What is the capital of Japan, and what is it known for?",
+        "A train leaves at 3 pm and takes 90 minutes. When does it arrive?",
+        "Write two sentences about a lighthouse keeper.",
+        "Why do leaves change their colour in autumn?",
+    ]
+    """Prompts answered at every point of a run, side by side in the report; none that stands in the training text is
+    asked. []: none."""
+    answer_tokens: Annotated[Count, Field(gt=0)] = 40
+    """Tokens of such an answer, at most."""
     margin: float = Field(default=0.01, ge=0)
     """Non-inferiority margin for the verdict, in accuracy (0.01 = one point)."""
+    perplexity_margin: float = Field(default=0.05, ge=0)
+    """The same for every perplexity: how far above the source's, as a share of it (0.05 = 5%)."""
+    kl_margin: float = Field(default=0.1, ge=0)
+    """The same for the KL divergence from the source model on held-out text, in nats per token. 0.1: what the source
+    writes is 10% more perplexing to the converted model."""
     gate: bool | Literal["strict"] = False
-    """Exit with code 4 when a loss beyond the margin is shown (strict: unless the opposite is shown)."""
+    """Exit with code 4 when a loss beyond a margin is shown (strict: unless the opposite is shown)."""
 
     @field_validator("perplexity")
     @classmethod

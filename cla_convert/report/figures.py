@@ -66,12 +66,14 @@ def to_png(figure: "Figure") -> bytes:
 
 
 @in_style
-def to_svg(figure: "Figure", name: str, alt: str) -> str:
+def to_svg(figure: "Figure", name: str, alt: str, style: str = "") -> str:
     """An `<svg>` element to be put into a page, with its colours as the page's variables.
 
     Args:
+        figure: what was drawn.
         name: prefix of every id in it, so that several figures may stand in one page.
         alt: what a screen reader says.
+        style: class of the element.
     """
     from html import escape
 
@@ -88,7 +90,7 @@ def to_svg(figure: "Figure", name: str, alt: str) -> str:
     text = re.sub(r"<(metadata|style)\b.*?</\1>", "", text, flags=re.DOTALL)
     for colour, variable in _VARIABLES.items():
         text = text.replace(colour, f"var({variable})")
-    return text.replace("<svg", f'<svg role="img" aria-label="{escape(alt, quote=True)}"', 1)
+    return text.replace("<svg", f'<svg class="{style}" role="img" aria-label="{escape(alt, quote=True)}"', 1)
 
 
 def thousands(axis: "Axes", *, log: bool = False) -> None:

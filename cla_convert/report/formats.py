@@ -1,4 +1,4 @@
-"""How numbers and names are written: filters of the report's templates. `-` stands for what was not measured."""
+"""How numbers and names are written, everywhere the same. `-` stands for what was not measured."""
 
 import json
 from collections import Counter
@@ -17,34 +17,12 @@ def model_name(source: dict[str, Any] | None) -> str:
     """What to call the source model: its hub id, or the name of its file without folder and ending."""
     model = str((source or {}).get("model") or "source model")
     local = model.startswith((".", "/", "~", "package:")) or model.endswith(".gguf")
-    return model.rsplit("/", 1)[-1].removesuffix(".gguf") if local else model
+    return model.rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf") if local else model
 
 
-class Fenced(str):
-    """Text for a fenced block of code, where Markdown and HTML mean nothing and lines stay lines."""
-
-
-def guarded(value: Any) -> Any:
-    """What a Markdown template prints: names and settings from outside are no HTML, no links, no pictures, no lines."""
-    if isinstance(value, Fenced) or not isinstance(value, str):
-        return value if isinstance(value, (Fenced, int, float)) or value is None else guarded(str(value))
-    return value.replace("<", "&lt;").replace("](", "]\\(").replace("\r", " ").replace("\n", " ")
-
-
-def cell(value: Any) -> str:
-    """Text that comes from outside, safe inside a table cell."""
-    text = MISSING if value is None else str(value)
-    return text.replace("\\", "\\\\").replace("|", "\\|")
-
-
-def fenced(value: Any) -> Fenced:
-    """Text that cannot end the block of code it stands in."""
-    return Fenced(str(value).replace("```", "'''"))
-
-
-def quoted(value: str) -> Fenced:
-    """A string of Python, for a block of code."""
-    return fenced(json.dumps(value, ensure_ascii=False))
+def quoted(value: str) -> str:
+    """A string of Python."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def changed(change: Json) -> str:
@@ -58,6 +36,12 @@ def number(value: float | None, digits: int = 4) -> str:
     if value is None:
         return MISSING
     return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
+
+
+def signed(value: float | None, digits: int = 3) -> str:
+    """A difference: 13.456 -> +13.5, -50000 -> -50,000."""
+    text = number(value, digits)
+    return f"+{text}" if value is not None and value >= 0 else text
 
 
 def percent(value: float | None) -> str:
@@ -82,14 +66,19 @@ def points_interval(value: list[float] | None) -> str:
 
 def interval(value: list[float] | None) -> str:
     """[1.5, 2.25] -> [+1.5, +2.25]."""
-    return "" if value is None else f"[{value[0]:+.3g}, {value[1]:+.3g}]"
+    return "" if value is None else f"[{signed(value[0])}, {signed(value[1])}]"
+
+
+def change_interval(value: list[float] | None) -> str:
+    """[0.391, 0.486] -> [+39.1%, +48.6%]."""
+    return "" if value is None else f"[{change(value[0])}, {change(value[1])}]"
 
 
 def change(value: float | None) -> str:
     """0.123 -> +12.3%; beyond a doubling as a factor: 15.9 -> x16.9."""
     if value is None:
         return MISSING
-    return f"{100 * value:+.1f}%" if value < 1 else f"x{1 + value:.3g}"
+    return f"{100 * value:+.1f}%" if value < 1 else f"x{number(1 + value, 3)}"
 
 
 def p_value(value: float | None) -> str:
@@ -99,14 +88,14 @@ def p_value(value: float | None) -> str:
     return "<0.001" if value < 0.001 else f"{value:.2g}"
 
 
-def ratio(before: float | None, after: float | None) -> str:
-    """(23040, 12288) -> 1.88x smaller."""
-    return MISSING if not before or not after else f"{before / after:.2f}x smaller"
+def smaller(ratio: float | None) -> str:
+    """1.875 -> 1.88x smaller."""
+    return MISSING if ratio is None else f"{ratio:.2f}x smaller"
 
 
-def factor(before: float | None, after: float | None) -> str:
-    """(48, 98) -> 2.04x as many."""
-    return MISSING if not before or not after else f"{after / before:.2f}x as many"
+def as_many(factor: float | None) -> str:
+    """2.04 -> 2.04x as many."""
+    return MISSING if factor is None else f"{factor:.2f}x as many"
 
 
 def times(value: float | None) -> str:
@@ -174,26 +163,24 @@ def integer(value: float | None) -> str:
     return MISSING if value is None else f"{value:,.0f}"
 
 
-def bracket(value: list[float] | None, scale: float = 1) -> str:
-    """[0.012, 0.034] -> [0.012, 0.034]; for a level rather than a change."""
-    return "" if not value else f"[{scale * value[0]:.3g}, {scale * value[1]:.3g}]"
+def bracket(value: list[float] | None) -> str:
+    """[0.0123, 0.0345] -> [0.0123, 0.0345]; for a level rather than a change."""
+    return "" if not value else f"[{number(value[0], 3)}, {number(value[1], 3)}]"
 
 
-def cla_cost(row: Json) -> str:
-    """After minus control with its interval, of a row of the table of tasks."""
-    cost = row.get("cla_cost") or {}
-    return f"{points(cost.get('delta'))} {points_interval(cost.get('ci95'))}".strip()
+def percent_interval(value: list[float] | None) -> str:
+    """[0.62, 0.681] -> [62.0, 68.1]."""
+    return "" if not value else f"[{percent(value[0])}, {percent(value[1])}]"
 
 
-def cost_interval(row: Json) -> str:
-    """After minus control, of a row of the table of perplexities: `+0.31 [+0.2, +0.42]`; nothing without windows."""
-    cost = row.get("cla_cost") or {}
-    return "" if cost.get("delta") is None else f"{cost['delta']:+.3g} {interval(cost['ci95'])}".strip()
+def plural(number: int, word: str) -> str:
+    """(6, task) -> 6 tasks."""
+    return f"{number} {word}{'' if number == 1 else 's'}"
 
 
-def found(cell: Json | None) -> str:
-    """A cell of a grid: 0.75 -> 75.0."""
-    return MISSING if cell is None else percent(cell["acc"])
+def cla_cost(cost: Json | None) -> str:
+    """After minus control in points of accuracy, with its interval."""
+    return f"{points(cost.get('delta'))} {points_interval(cost.get('ci95'))}".strip() if cost else MISSING
 
 
 def layer_bytes(layers: list[float]) -> str:
@@ -213,6 +200,33 @@ def duration(seconds: float | None) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
-def is_accuracy(metric: str) -> bool:
-    """Whether a metric is a share of right answers, and not a perplexity or a likelihood."""
-    return not metric.endswith(("perplexity", "likelihood")) and not metric.startswith("bits_per")
+def stage(point: str | None) -> str:
+    """When the model that is compared with the source was measured."""
+    return {"after": "after uptraining", "converted": "right after conversion"}.get(point or "", "")
+
+
+def titled(name: str) -> str:
+    """held_out -> held-out; any other name stays."""
+    return "held-out" if name == "held_out" else name
+
+
+def unit_of(metric: str, kind: str | None = None) -> str:
+    """What a metric of lm-eval is in: share (of right answers), perplexity, nats, bits or number.
+
+    Args:
+        metric: its name, with a filter behind a comma perhaps.
+        kind: of a comparison: a metric that was 0 or 1 at every document is a share whatever it is called.
+    """
+    name = metric.partition(",")[0]
+    for ending, unit in (("perplexity", "perplexity"), ("likelihood", "nats"), ("_nll", "nats")):
+        if name.endswith(ending):
+            return unit
+    if name.startswith("bits_per"):
+        return "bits"
+    return "share" if kind == "binary" or name in SHARES else "number"
+
+
+SHARES = frozenset(
+    {"acc", "acc_norm", "acc_mutual_info", "acc_bytes", "acc_all", "exact_match", "em", "f1", "mc1", "mc2"}
+)
+"""Metrics that lie between 0 and 1, 1 being right."""

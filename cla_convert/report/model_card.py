@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -11,28 +11,35 @@ from ..files import read_json, stays_in, write_bytes
 from ..models.checkpoint import ELEMENT_SIZE, FLOATING
 from ..models.shape import shape_of
 from ..models.writer import MANIFEST
-from .formats import quoted
-from .model_index import model_index
-from .render import environment
+from ..run_folder import RECIPE
+from .formats import changed, count, groups_text, integer, model_name, number, percent, quoted, titled, to_yaml, unit_of
+from .model_index import eval_results
 from .run_folder import Json
+from .sections.kv import ratio
+from .sections.next_step import next_of_model
+from .text import cell_in_markdown, fenced, guarded
+
+if TYPE_CHECKING:
+    import jinja2
 
 TAGS = ["cross-layer-attention", "kv-cache", "cla-convert"]
 _EMPTY: Json = {
     "source": {"model": None}, "converted": {}, "kv": {}, "train": None, "tasks": {}, "perplexity": {}, "caveats": [],
-    "compared": None, "command": None, "verdict": "Not evaluated yet.",
+    "compared": None, "command": None, "verdict": "Not evaluated yet.", "next": None, "settings": None,
 }  # fmt: skip
 _OTHER = {
     "converted": "An intermediate result: it was uptrained further, and the verdict is about the uptrained model.",
     "after": "Not evaluated yet.",
 }
 """What stands in place of the verdict on the card of a model that the verdict is not about."""
+TEMPLATES = Path(__file__).parent / "templates"
 _LONGEST_CARD = 1 << 22
 CARRIED = ("license", "license_name", "license_link", "language", "extra_gated_prompt")
 """Metadata of the source's card that also holds for a derived model."""
 
 
 def write_model_card(folder: Path, report: Json, source_card: str | None = None, point: str | None = None) -> Path:
-    """Write README.md into the model folder and return its path.
+    """Write README.md, and recipe.yaml where there is one, into the model folder; return the path of the card.
 
     Args:
         folder: the converted or uptrained model.
@@ -46,13 +53,44 @@ def write_model_card(folder: Path, report: Json, source_card: str | None = None,
         report |= {"compared": measured_at, "verdict": _OTHER[measured_at]}
     if point == "converted":  # whatever happened to it later
         report["train"] = None
-    fields = metadata(report, source_card)
-    if measured := model_index(report, folder.name, measured_at):
-        fields["model-index"] = measured
-    body = environment().get_template("model_card.md.j2").render(report=report, name=folder.name)
+    name = card_name(report, folder)
+    step = report["next"] or next_of_model(folder, report)
+    body = _template().render(
+        report=report, name=name, folder=folder.name, next=step, rows=_measured(report, measured_at),
+        after="uptrained" if measured_at == "after" else "converted", recipe=bool(report["settings"]),
+    )  # fmt: skip
+    if report["settings"]:
+        write_bytes(folder / RECIPE, f"{to_yaml(report['settings'])}\n".encode(errors="backslashreplace"))
     path = folder / "README.md"
-    _write(path, f"{_front(fields)}\n{body}")
+    _write(path, f"{_front(metadata(report, source_card) | _results(report, name, measured_at))}\n{body}")
     return path
+
+
+def card_name(report: Json, folder: Path) -> str:
+    """What the model is called: its source and its map, `SmolLM2-135M-Instruct-cla2-keep-ends`."""
+    source, sharing = report.get("source") or {}, (report.get("converted") or {}).get("sharing")
+    base = source.get("base_model") or (source.get("model") and model_name(source))
+    if not base:
+        return folder.name
+    pattern = re.sub(r"[^\w.-]+", "-", sharing).strip("-") if isinstance(sharing, str) else "cla"
+    return f"{str(base).rstrip('/').rsplit('/', 1)[-1]}-{pattern or 'cla'}"
+
+
+def _measured(report: Json, point: str) -> list[list[str]]:
+    """Rows of the card's table: task, metric with its unit, n, source, this model; and every perplexity once."""
+    rows = []
+    for task, metrics in report["tasks"].items():
+        for metric, row in metrics.items():
+            unit = row.get("unit") or unit_of(metric, row.get("kind"))
+            if unit in ("perplexity", "bits"):
+                continue
+            shown, said = (percent, "%") if unit == "share" else (number, "nats" if unit == "nats" else "")
+            named = f"{metric}, {said}" if said else metric
+            rows.append([task, named, integer(row["n"]), shown(row["before"]), shown(row[point])])
+    for name, row in report["perplexity"].items():
+        n = integer(row["n"])
+        rows.append([titled(name), f"perplexity per {row['unit']}", n, number(row["before"]), number(row[point])])
+    return [[cell_in_markdown(text) for text in row] for row in rows]
 
 
 def write_first_card(folder: Path, result: Json, source: Path) -> Path:
@@ -76,7 +114,7 @@ def rename_card(folder: Path, name: str) -> None:
     text, fields = path.read_text(encoding="utf-8"), front_matter(source_card(folder))
     for entry in fields.get("model-index", []):
         entry["name"] = name.rsplit("/", 1)[-1]
-    body = text.split("\n---\n", 1)[1].replace(f"# {folder.name}\n", f"# {name}\n", 1)
+    body = re.sub(r"^# .*$", lambda _: f"# {name}", text.split("\n---\n", 1)[1], count=1, flags=re.MULTILINE)
     body = body.replace(f"folder = {quoted(folder.name)}", f"folder = {quoted(name)}", 1)
     _write(path, _front(fields) + body)
 
@@ -134,8 +172,36 @@ def _write(path: Path, text: str) -> None:
 
 
 def _front(fields: Json) -> str:
-    """The YAML block at the top of a card."""
-    return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=110)}---\n"
+    """The YAML block at the top of a card, written by the hub's own library."""
+    from huggingface_hub import ModelCardData
+
+    data = ModelCardData(**fields, ignore_metadata_errors=True)
+    return f"---\n{data.to_yaml()}\n---\n"
+
+
+def _results(report: Json, name: str, point: str) -> Json:
+    """What the hub shows beside the card: the name of the model and its measured numbers."""
+    found = eval_results(report, point)
+    return {"model_name": name, "eval_results": found} if found else {}
+
+
+def _template() -> "jinja2.Template":
+    """The card's body: whatever it prints is guarded, unless it stands in a block of code."""
+    import jinja2
+
+    env = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=lambda value: value if isinstance(value, _Fenced) else guarded(value),
+    )  # fmt: skip
+    filters: Json = {"count": count, "integer": integer, "changed": changed, "model_name": model_name, "ratio": ratio}
+    filters |= {"fenced": lambda text: _Fenced(fenced(text)), "quoted": lambda text: _Fenced(quoted(text))}
+    env.filters |= filters | {"groups": groups_text}
+    return env.get_template("model_card.md.j2")
+
+
+class _Fenced(str):
+    """Text in a block of code, where Markdown and HTML mean nothing and lines stay lines."""
 
 
 def _source_tags(source_card: str | None) -> list[str]:

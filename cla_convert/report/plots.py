@@ -9,23 +9,28 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+WIDTH = 5.6
+"""Inches, unless a phone needs it narrower."""
 _SMOOTHING = 0.05
 """Window of the moving average, as a share of the logged steps."""
 
 
 @in_style
-def draw_curves(metrics: list[Json], control: list[Json], source_perplexity: float | None = None) -> "Figure":
+def draw_curves(
+    metrics: list[Json], control: list[Json], source_perplexity: float | None = None, width: float = WIDTH
+) -> "Figure":
     """Training loss above, validation perplexity below, over training tokens.
 
     Args:
         metrics: rows of metrics.jsonl.
         control: the same of the control's training; may be empty.
         source_perplexity: the source model's on the held-out text, the level to recover.
+        width: in inches.
     """
     scale, unit = (1e6, "millions") if max(row["tokens"] for row in metrics) >= 2e6 else (1e3, "thousands")
     runs = {"converted model": (CLA, metrics), "control: source model": (SOURCE, control)}
     checks = any(row.get("validation_perplexity") is not None for row in metrics)
-    figure, axes = new_figure(2 if checks else 1, height=2.2, sharex=True)
+    figure, axes = new_figure(2 if checks else 1, width=width, height=2.2, sharex=True)
     for label, (colour, rows) in runs.items():
         _losses(axes[0, 0], _points(rows, "loss", scale), colour, label)
         if checks:
@@ -71,13 +76,14 @@ def _source_level(axis: "Axes", source: float | None) -> None:
 
 
 @in_style
-def draw_pareto(runs: list[Json]) -> "Figure":
+def draw_pareto(runs: list[Json], width: float = WIDTH) -> "Figure":
     """Mean accuracy against KV bytes per token, one point a run; the line joins those that no other run beats.
 
     Args:
-        runs: rows of compare_runs with kv_bytes_per_token and accuracy (None ones are left out).
+        runs: rows with kv_bytes_per_token, accuracy (None ones are left out) and perhaps ci95, drawn as a bar.
+        width: in inches.
     """
-    figure, axes = new_figure(height=3.2)
+    figure, axes = new_figure(width=width, height=3.2)
     axis, shown = axes[0, 0], [run for run in runs if run["accuracy"] is not None and run["kv_bytes_per_token"]]
     front = pareto_front(shown)
     axis.plot(
@@ -86,13 +92,26 @@ def draw_pareto(runs: list[Json]) -> "Figure":
     for run in shown:
         colour = SOURCE if run["point"] == "before" else CLA if run in front else WARM
         x, y = run["kv_bytes_per_token"], 100 * run["accuracy"]
+        if run.get("ci95"):
+            axis.plot([x, x], [100 * end for end in run["ci95"]], color=colour, linewidth=1.2, marker="_", markersize=7)
         axis.plot([x], [y], marker="o", linestyle="none", color=colour)
-        axis.annotate(run["label"], (x, y), xytext=(5, 4), textcoords="offset points", color=INK, fontsize=8.5)
+    for (x, y), names in _labels(shown).items():
+        axis.annotate(
+            ", ".join(names), (x, 100 * y), xytext=(7, 4), textcoords="offset points", color=INK, fontsize=8.5
+        )
     axis.margins(x=0.18, y=0.15)
     axis.set_xlabel("KV bytes per token")
     axis.set_ylabel("mean accuracy, %")
     axis.xaxis.set_major_formatter("{x:,.0f}")
     return figure
+
+
+def _labels(runs: list[Json]) -> dict[tuple[float, float], list[str]]:
+    """Names by point: those of runs that lie on one point stand side by side."""
+    names: dict[tuple[float, float], list[str]] = {}
+    for run in runs:
+        names.setdefault((run["kv_bytes_per_token"], run["accuracy"]), []).append(run["label"])
+    return names
 
 
 def pareto_front(runs: list[Json]) -> list[Json]:
@@ -105,9 +124,9 @@ def pareto_front(runs: list[Json]) -> list[Json]:
 
 
 @in_style
-def draw_bench(bench: Json) -> "Figure":
+def draw_bench(bench: Json, width: float = WIDTH) -> "Figure":
     """Decoding and prefill rates over batch size, median and range; each model ends at its largest batch."""
-    figure, axes = new_figure(2, height=2.4)
+    figure, axes = new_figure(2, width=width, height=2.4)
     for axis, phase in zip(axes[:, 0], ("decode", "prefill"), strict=True):
         _rates(axis, bench["speed"], phase)
     gigabytes = bench["memory"]["bytes"] / 1e9

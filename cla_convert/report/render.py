@@ -1,44 +1,69 @@
-"""report.json -> report.md: formatting only, no number is computed here."""
+"""report.json -> report.md and report.html, from what the sections show.
+
+The page needs no network and no script, and reads in light and dark, on a desk and on a phone.
+"""
 
 from pathlib import Path
 
-import jinja2
+from markupsafe import Markup, escape
 
-from . import formats
-from .bench import bench_notes, speed_table
+from .bench_tables import bench_blocks, described
+from .content import Svgs
 from .run_folder import Json
-from .words import domain_note, gate_line, group_title, table_note, training_line
+from .section import in_page_order
+from .text import cell_in_markdown
 
-TEMPLATES = Path(__file__).parent / "templates"
+_STYLE = Path(__file__).parent / "style.css"
+_PAGE = Markup("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>{title} with Cross-Layer Attention</title>
+<style>
+{style}</style>
+</head>
+<body>
+<main>
+<header>
+<p class="over">Cross-Layer Attention: before and after</p>
+<h1>{title}</h1>
+</header>
+{sections}
+<footer>Made with cla-convert from the files of the run folder. Nothing in this page is loaded from elsewhere.</footer>
+</main>
+</body>
+</html>
+""")
 
 
-def render(report: Json) -> str:
+def render_markdown(report: Json) -> str:
     """The page as Markdown that reads well unrendered."""
-    return environment().get_template("report.md.j2").render(report=report, **_bench(report["bench"]))
+    parts = [f"# {cell_in_markdown(report['title'])} with Cross-Layer Attention: before and after"]
+    for section in in_page_order():
+        if blocks := section.show(report):
+            parts += [f"## {section.title}"] if section.title else []
+            parts += [block.markdown() for block in blocks]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def render_html(report: Json, svgs: Svgs) -> str:
+    """The HTML page; `svgs` are the figures by name, in two widths."""
+    shown = []
+    for section in in_page_order():
+        if blocks := section.show(report):
+            title = Markup("<h2>{}</h2>\n").format(section.title) if section.title else ""
+            inner = Markup("\n").join(block.html(svgs) for block in blocks)
+            shown.append(
+                Markup('<section id="{}" class="{}">\n{}{}\n</section>').format(
+                    section.name, section.style(report), title, inner
+                )
+            )
+    style = Markup(_STYLE.read_text(encoding="utf-8"))
+    return str(_PAGE.format(title=escape(report["title"]), style=style, sections=Markup("\n").join(shown)))
 
 
 def render_bench(bench: Json) -> str:
     """The tables of a bench alone, as Markdown that reads well in a terminal."""
-    return environment().get_template("bench.md.j2").render(**_bench(bench)).strip()
-
-
-def _bench(bench: Json | None) -> Json:
-    return {"bench": bench, "speed": speed_table(bench), "notes": bench_notes(bench)} if bench else {"bench": None}
-
-
-def environment() -> jinja2.Environment:
-    """Jinja with the filters of `formats`, for Markdown: whatever a template prints is guarded (`formats.guarded`)."""
-    env = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-        undefined=jinja2.StrictUndefined, finalize=formats.guarded,
-    )  # fmt: skip
-    named = ["cell", "fenced", "quoted", "percent", "points", "points_interval", "number", "ratio", "factor", "times",
-             "rate", "change", "cla_cost", "cost_interval", "found", "layer_bytes", "interval", "bracket", "count",
-             "integer", "duration", "model_name", "changed", "yes_no"]  # fmt: skip
-    env.filters |= {name: getattr(formats, name) for name in named}
-    env.filters |= {"p": formats.p_value, "bytes": formats.size, "yaml": formats.to_yaml}
-    env.filters |= {"groups": formats.groups_text, "hardware": formats.hardware_line}
-    env.filters |= {"group_title": group_title, "table_note": table_note, "training_line": training_line}
-    env.filters |= {"gate_line": gate_line, "domain_note": domain_note}
-    env.tests["accuracy"] = formats.is_accuracy
-    return env
+    return "\n\n".join(block.markdown() for block in bench_blocks(described(bench)))

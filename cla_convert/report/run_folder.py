@@ -36,6 +36,8 @@ class RunFiles:
     """Point -> name of a text -> eval/<point>/perplexity/<name>.json."""
     domains: dict[str, Json]
     """Point -> eval/<point>/domains.json."""
+    answers: dict[str, Json]
+    """Point -> eval/<point>/answers.json."""
     touched: Json
     """eval/domains.json: which domains the run's text touched."""
     comparison: Json
@@ -84,6 +86,7 @@ def read_run_folder(path: Path) -> RunFiles:
         agreement=_by_point(run, "agreement"),
         texts={point: _texts(run.evaluation.point(point)) for point in POINTS},
         domains=_by_point(run, "domains"),
+        answers=_by_point(run, "answers"),
         touched=(read_json(run.evaluation.domains.path) or {}).get("domains", {}),
         comparison=read_json(run.evaluation.comparison) or {},
         bench=read_json(run.bench) or {},

@@ -24,6 +24,7 @@ def evaluate(recipe: Recipe, folder: RunFolder) -> dict[str, PointResult]:
     """
     from ..evaluation.comparison import write_comparison
     from ..evaluation.points import Bench, evaluate_points
+    from ..evaluation.verdict import Margins
 
     points, cache = folder.points(recipe), cache_folder() / "eval"
     bench = Bench(
@@ -32,7 +33,7 @@ def evaluate(recipe: Recipe, folder: RunFolder) -> dict[str, PointResult]:
     results = evaluate_points(points, recipe.eval, bench)
     for point, model in points.items():
         measure_cache(recipe, folder, point, model)
-    write_comparison(folder.path, margin=recipe.eval.margin, seed=recipe.seed)
+    write_comparison(folder.path, margins=Margins.of(recipe.eval), seed=recipe.seed)
     return {point: PointResult.model_validate(result) for point, result in results.items()}
 
 
@@ -49,8 +50,10 @@ def texts_of(recipe: Recipe, folder: RunFolder) -> "Texts":
     """What is measured on plain text, the same at every point."""
     import torch
 
+    from ..evaluation.answers import unseen
     from ..evaluation.texts import Texts
     from ..models.checkpoint import Checkpoint
+    from ..models.export import load_tokenizer
     from ..training.data import held_out_rows
 
     store, settings, source = text(recipe, folder), recipe.eval, folder.source(recipe)
@@ -58,7 +61,9 @@ def texts_of(recipe: Recipe, folder: RunFolder) -> "Texts":
     rows = torch.from_numpy(held_out_rows(store, recipe.train))[:, :longest]
     shared = settings.agreement_tokens
     part = rows[: max(1, shared // rows.shape[1])] if shared else None
-    return Texts(settings.perplexity, rows, part, source, _domains(recipe, folder, store))
+    prompts = unseen(settings.prompts, load_tokenizer(source), store.train) if settings.prompts else []
+    domains = _domains(recipe, folder, store)
+    return Texts(settings.perplexity, rows, part, source, domains, prompts, settings.answer_tokens)
 
 
 def _domains(recipe: Recipe, folder: RunFolder, store: "TokenStore") -> "dict[str, Tensor]":

@@ -50,7 +50,9 @@ def test_a_control_is_trained_evaluated_and_reported(tmp_path: Path, tiny_llama:
     assert held_out["cla_cost_relative"] == pytest.approx(held_out["after"] / held_out["control"] - 1)
     assert report["control"]["statement"].startswith("CLA cost = after - control: mean accuracy")
     text = (out / "report.md").read_text()
-    assert "| control |" in text and "CLA cost |" in text and report["control"]["statement"] in text
+    assert (
+        "| control, % |" in text and "| CLA cost, points [95% CI] |" in text and report["control"]["statement"] in text
+    )
 
 
 def test_distilling_the_source_from_itself_is_not_done(tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFixture):

@@ -15,7 +15,7 @@ import cla_convert.evaluation.model as model_module
 from cla_convert.errors import InputError, UsageError
 from cla_convert.evaluation import harness
 from cla_convert.evaluation.cache import measure_kv_cache
-from cla_convert.evaluation.stats import compare
+from cla_convert.evaluation.paired import compare
 from cla_convert.evaluation.tasks import pack
 from cla_convert.models.export import load_model, load_tokenizer
 from cla_convert.recipe import Evaluate

@@ -56,6 +56,8 @@ def add_everything(folder: Path) -> Path:
     for point in RIGHT:
         where = folder / "eval" / point
         write_json(where / "perplexity" / "law.json", {"perplexity": 5 * NLL[point], "tokens": 2048})
+        answer = {"prompt": "Who is there?", "text": f"Nobody {point}.", "cut": point == "after"}
+        write_json(where / "answers.json", {"answers": [answer], "identity": point})
         grid = [{"length": n, "depth": d, "n": 4, "acc": RIGHT[point] / 100} for n in (512, 1024) for d in (0.0, 0.5)]
         _edit(where / "tasks" / "piqa.json", lambda task, grid=grid: task | {"grid": grid})
         _edit(where / "tasks" / "piqa.json", lambda task, point=point: _with_texts(task, RIGHT[point]))

@@ -15,8 +15,8 @@ from cla_convert.evaluation.domains.pack import NAMES, WINDOW, documents, domain
 from cla_convert.evaluation.perplexity import token_perplexity
 from cla_convert.evaluation.texts import Texts, measure_texts
 from cla_convert.models.export import load_model
-from cla_convert.report.domains import domain_advice
 from cla_convert.report.report import build_report
+from cla_convert.report.sections.domains import domain_advice
 from tests.conftest import byte_tokenizer, save_tiny_llama
 from tests.unit.run_files import write_domains
 

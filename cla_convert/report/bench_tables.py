@@ -3,11 +3,55 @@
 import statistics
 
 from ..console import human_bytes
-from .formats import hardware_line
+from .content import Block, Bullets, Column, Row, Table
+from .formats import as_many, hardware_line, integer, layer_bytes, rate, size, smaller, times
 from .run_folder import Json
 
 FEWEST_TURNS = 3
 """For a ratio. With one or two turns two copies of one model have come out 2 to 3 times apart on a shared machine."""
+
+
+def described(bench: Json) -> Json:
+    """bench.json with what its numbers come to: table (see `speed_table`), gains, and notes."""
+    source, converted = (bench["models"][name] for name in ("source", "converted"))
+
+    def gain(one: float | None, other: float | None) -> float | None:
+        return one / other if one and other else None
+
+    gains = {
+        "kv": gain(source["kv"]["bytes_per_token"], converted["kv"]["bytes_per_token"]),
+        "batch": gain(converted["largest_batch"], source["largest_batch"]),
+        "context": gain(converted["longest_context"], source["longest_context"]),
+    }
+    return bench | {"table": speed_table(bench), "gains": gains, "notes": bench_notes(bench)}
+
+
+def bench_blocks(bench: Json) -> list[Block]:
+    """The tables of memory and of speed, and the notes, of what `described` returns."""
+    source, converted, gains = bench["models"]["source"], bench["models"]["converted"], bench["gains"]
+    memory = [
+        Row(["KV bytes per token, measured", *(integer(one["kv"]["bytes_per_token"]) for one in (source, converted)),
+             smaller(gains["kv"])]),
+        Row([f"layers that cache, of {source['kv']['layers']}",
+             *(layer_bytes(one["kv"]["layer_bytes_per_token"]) for one in (source, converted)), ""]),
+        Row(["weights", *(size(one["weight_bytes"]) for one in (source, converted)), ""]),
+        Row([f"largest batch of {source['length']} tokens in {size(bench['memory']['bytes'])}",
+             *(integer(one["largest_batch"]) for one in (source, converted)), as_many(gains["batch"])]),
+        Row(["longest context of one sequence there", *(integer(one["longest_context"]) for one in (source, converted)),
+             as_many(gains["context"])]),
+    ]  # fmt: skip
+    heading = f"{bench['dtype']} on {bench['device']}"
+    columns = [Column(heading, text=True), Column("source"), Column("converted"), Column("ratio", text=True)]
+    rows = [
+        Row([row["phase"], str(row["batch"]), rate(row.get("source")), rate(row.get("converted")),
+             str(row["turns"] or ""), times(row["ratio"])])
+        for row in bench["table"]
+    ]  # fmt: skip
+    names = [
+        Column("tokens/s", text=True),
+        *map(Column, ("batch", "source", "converted", "turns", "converted / source")),
+    ]
+    return [Table(columns, memory), Table(names, rows), Bullets(bench["notes"], "note")]
 
 
 def speed_table(bench: Json) -> list[Json]:

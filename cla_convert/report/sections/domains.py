@@ -1,14 +1,21 @@
 """Recovery by domain: how far from the source model each kind of text is left, worst first, and what to do about it."""
 
+from collections.abc import Sequence
 from typing import Any
 
-from ..evaluation.domains.overlap import COPIED
-from .formats import change
-from .run_folder import Json, RunFiles
+from ...evaluation.domains.overlap import COPIED
+from ..content import Block, Bullets, Column, Paragraph, Row, Table
+from ..formats import change, count, number, percent, yes_no
+from ..run_folder import Json, RunFiles
+from ..section import Material, Section, register
 
 _POINTS = ("before", "converted", "after")
-_CLOSE = 0.05
-"""Perplexity above the source's by no more needs nothing done."""
+
+
+def collect(material: Material, report: Json) -> Json:
+    """domains and domain_advice."""
+    domains = domain_table(material.run)
+    return {"domains": domains, "domain_advice": domain_advice(domains, material.margins.perplexity)}
 
 
 def domain_table(run: RunFiles) -> dict[str, Json]:
@@ -46,9 +53,14 @@ def _badness(row: Json) -> float:
     return kl if kl is not None else row["relative"] or 0.0
 
 
-def domain_advice(domains: dict[str, Json]) -> list[str]:
-    """What to do about the domains, worst first; a sentence for each reason."""
-    far = {name: row for name, row in domains.items() if row["relative"] is not None and row["relative"] > _CLOSE}
+def domain_advice(domains: dict[str, Json], close: float = 0.05) -> list[str]:
+    """What to do about the domains, worst first; a sentence for each reason.
+
+    Args:
+        domains: as `domain_table` returns them.
+        close: perplexity above the source's by no more needs nothing done.
+    """
+    far = {name: row for name, row in domains.items() if row["relative"] is not None and row["relative"] > close}
     missing = _named({name: row for name, row in far.items() if row["touched"] is False})
     known = _named({name: row for name, row in far.items() if row["touched"]})
     unknown = _named({name: row for name, row in far.items() if row["touched"] is None})
@@ -69,10 +81,50 @@ def domain_advice(domains: dict[str, Json]) -> list[str]:
     if copied:
         said.append(f"{', '.join(copied)}: parts of this very text were trained on; its numbers are too good.")
     if domains and not far and all(row["relative"] is not None for row in domains.values()):
-        said.append(f"No domain is more than {100 * _CLOSE:.0f}% above the source's perplexity.")
+        said.append(f"No domain is more than {100 * close:g}% above the source's perplexity.")
     return said
 
 
 def _named(domains: dict[str, Json]) -> str:
     """`law (+31.0%), code (+12.0%)`."""
     return ", ".join(f"{name} ({change(row['relative'])})" for name, row in domains.items())
+
+
+def show(report: Json) -> Sequence[Block]:
+    """The table, what its columns mean, and the advice."""
+    if not report["domains"]:
+        return []
+    columns = [
+        Column("domain", text=True), Column("trained on such text", text=True), Column("perplexity before"),
+        Column("converted"), Column("after"), Column("change"), Column("KL converted"), Column("KL after"),
+        Column("recovered, %"),
+    ]  # fmt: skip
+    rows = [
+        Row(
+            [
+                name, yes_no(row["touched"]), *(number(row["perplexity"][point]) for point in _POINTS),
+                change(row["relative"]), number(row["kl"]["converted"], 3), number(row["kl"]["after"], 3),
+                percent(row["recovered"]),
+            ]
+        )
+        for name, row in report["domains"].items()
+    ]  # fmt: skip
+    return [
+        Table(columns, rows, "cards wide"), Paragraph(_note(report["domains"]), "note"),
+        Bullets(report["domain_advice"]),
+    ]  # fmt: skip
+
+
+def _note(domains: dict[str, Json]) -> str:
+    """What the columns mean."""
+    tokens = sorted({row["tokens"] for row in domains.values() if row["tokens"]})
+    amount = " to ".join(count(n) for n in dict.fromkeys((tokens[0], tokens[-1]))) if tokens else "some"
+    few = " So few tokens give an indication, not a measurement." if tokens and tokens[0] < 4096 else ""
+    return (
+        f"{amount} tokens a domain, shipped with cla-convert. KL from the source model, nats per token. Recovered: the "
+        "share of the KL after conversion that training took away. Trained on such text: its rows are as near to the "
+        f"training text as that text's own held-out rows.{few}"
+    )
+
+
+register(Section("domains", place=40, title="Recovery by domain, worst first", collect=collect, show=show))

@@ -4,7 +4,7 @@
     perplexities   per-document differences of log-likelihood: sign-flip test, interval over documents
     other numbers  sign-flip test and interval on the per-document differences
 
-The tests and intervals themselves are in `inference.py`.
+The tests and intervals themselves are in `statistics.py`.
 """
 
 import math
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError
-from .inference import (
+from .statistics import (
     Array,
     Interval,
     mcnemar,
@@ -54,13 +54,16 @@ class Comparison:
     """Documents that got worse (binary: right before, wrong after)."""
     gained: int
     verdict: str = ""
-    """See `inference.verdict`; only for 0/1 metrics where 1 is good: the margin is in accuracy."""
+    """See `statistics.verdict`; only for 0/1 metrics where 1 is good: the margin is in accuracy."""
+    relative_ci95: Interval | None = None
+    """Of perplexities: 95% interval of after / before - 1."""
     differences: Array = field(repr=False, default_factory=lambda: np.zeros(0))
     """Per document, after - before: in accuracy, or in nats of log-likelihood (positive is better)."""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, without the per-document differences."""
-        return {key: value for key, value in asdict(self).items() if key not in ("differences", "task", "metric")}
+        left_out = {"differences", "task", "metric"} | ({"relative_ci95"} if self.relative_ci95 is None else set())
+        return {key: value for key, value in asdict(self).items() if key not in left_out}
 
 
 def compare(before: dict[str, Any], after: dict[str, Any], *, margin: float = 0.01, seed: int = 0) -> list[Comparison]:
@@ -120,7 +123,7 @@ def _compare_metric(task: str, metric: str, rows: list[Any], margin: float, seed
     return Comparison(
         task, metric, "binary" if binary else "number", len(values), float(before.mean()), float(after.mean()),
         float(differences.mean()), interval, mcnemar(lost, gained) if binary else sign_flip(differences, seed=seed),
-        lost, gained, verdict(interval, margin) if binary and interval else "", differences,
+        lost, gained, verdict(interval, margin) if binary and interval else "", None, differences,
     )  # fmt: skip
 
 
@@ -146,8 +149,20 @@ def compare_likelihoods(task: str, metric: str, pairs: Array, *, seed: int = 0) 
     return Comparison(
         task, metric, "likelihood", len(pairs), values[0], values[1], change,
         _likelihood_interval(delta, change, _influence(pairs, metric), seed), sign_flip(nats, seed=seed),
-        int((nats < 0).sum()), int((nats > 0).sum()), "", nats,
+        int((nats < 0).sum()), int((nats > 0).sum()), "",
+        None if metric.startswith("bits_per") else ratio_interval(nats, units, seed), nats,
     )  # fmt: skip
+
+
+def ratio_interval(nats: Array, units: Array, seed: int) -> Interval | None:
+    """95% interval of after / before - 1 of a perplexity: `_likelihood_interval`, on the logarithm of the ratio."""
+
+    def logarithm(chosen: NDArray[np.int64]) -> Array:
+        return -nats[chosen].sum(axis=1) / units[chosen].sum(axis=1)
+
+    change = float(-nats.sum() / units.sum())
+    found = _likelihood_interval(logarithm, change, (-nats - change * units) / units.mean(), seed)
+    return found and (math.expm1(min(found[0], 700.0)), math.expm1(min(found[1], 700.0)))
 
 
 def _likelihood_interval(delta: Any, change: float, influence: Array, seed: int) -> Interval | None:

@@ -8,9 +8,10 @@ import pytest
 from scipy import stats as scipy_stats
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportion_confint
 
 from cla_convert.errors import InputError
-from cla_convert.evaluation import inference, stats
+from cla_convert.evaluation import paired, statistics
 
 
 def task_file(values: list, metric: str = "acc", task: str = "piqa", **changes) -> dict:
@@ -23,36 +24,74 @@ def task_file(values: list, metric: str = "acc", task: str = "piqa", **changes) 
 
 
 def test_mcnemar_equals_statsmodels_and_the_closed_form():
-    assert inference.mcnemar(0, 0) == 1.0
-    assert inference.mcnemar(0, 5) == pytest.approx(2 * 0.5**5)
+    assert statistics.mcnemar(0, 0) == 1.0
+    assert statistics.mcnemar(0, 5) == pytest.approx(2 * 0.5**5)
     for lost, gained in [(12, 3), (3, 12), (40, 41), (1, 1), (9, 0)]:
         reference = mcnemar([[100, lost], [gained, 50]], exact=True).pvalue
-        assert inference.mcnemar(lost, gained) == pytest.approx(reference)
+        assert statistics.mcnemar(lost, gained) == pytest.approx(reference)
 
 
 def test_holm_equals_statsmodels():
-    assert inference.holm([]) == []
-    assert inference.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert statistics.holm([]) == []
+    assert statistics.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     rng = np.random.default_rng(0)
     for n in (1, 2, 7, 30):
         p = list(rng.random(n) ** 3)
-        assert inference.holm(p) == pytest.approx(list(multipletests(p, method="holm")[1]))
-    assert inference.holm([0.02, 0.02]) == [0.04, 0.04]
+        assert statistics.holm(p) == pytest.approx(list(multipletests(p, method="holm")[1]))
+    assert statistics.holm([0.02, 0.02]) == [0.04, 0.04]
 
 
 def test_student_interval_equals_scipy():
     values = np.random.default_rng(4).normal(0.3, 2.0, size=9)
     reference = scipy_stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    assert inference.student(values, float(values.mean())) == pytest.approx((reference.low, reference.high))
+    assert statistics.student(values, float(values.mean())) == pytest.approx((reference.low, reference.high))
+
+
+def test_wilson_equals_statsmodels_and_stays_in_bounds():
+    for right, n in [(0, 8), (8, 8), (1, 12), (61.7, 100), (250, 251)]:
+        reference = proportion_confint(right, n, method="wilson")
+        assert statistics.wilson(right / n, n) == pytest.approx(reference, abs=1e-12)
+    assert statistics.wilson(1.0, 5)[1] == 1.0 and statistics.wilson(0.0, 5)[0] == 0.0
+
+
+def test_a_share_of_tokens_counts_rows_where_tokens_of_a_row_are_alike():
+    rng = np.random.default_rng(0)
+    alike = np.repeat([0.0, 1.0, 1.0, 1.0], 2)  # rows that are all wrong or all right: 8 trials, not 800
+    low, high = statistics.clustered_share(alike, 100)
+    assert 0 < low < 0.5 and 0.9 < high < 1
+    independent = rng.binomial(100, 0.75, size=200) / 100
+    plain = statistics.wilson(float(independent.mean()), 20_000)
+    assert statistics.clustered_share(independent, 100) == pytest.approx(plain, abs=0.002)
+    nearly = np.array([0.99, 1.0, 0.94, 1.0])  # Student's interval would end at 1.03
+    assert statistics.student(nearly, float(nearly.mean()))[1] > 1
+    low, high = statistics.clustered_share(nearly, 256)
+    assert low < nearly.mean() < high <= 1
+    assert statistics.clustered_share(nearly[:1], 256) is None
+
+
+def test_a_clustered_share_covers_the_truth():
+    rng, hits = np.random.default_rng(3), 0
+    for _ in range(400):  # rows differ: beta-binomial, 12 rows of 64 tokens, mean 0.8
+        found = statistics.clustered_share(rng.binomial(64, rng.beta(16, 4, size=12)) / 64, 64)
+        hits += found[0] <= 0.8 <= found[1]
+    assert 0.92 <= hits / 400 <= 0.985
+
+
+def test_what_cannot_be_negative_has_no_negative_interval():
+    values = np.array([0.0, 0.01, 0.3])
+    assert statistics.mean_interval(values)[0] < 0
+    assert statistics.positive_interval(values) == (0.0, statistics.mean_interval(values)[1])
+    many = np.random.default_rng(0).normal(5, 1, 50)
+    assert statistics.positive_interval(many) == statistics.mean_interval(many)
 
 
 def test_few_documents_get_an_interval_that_is_wide_enough():
     values = np.array([0.1, 0.2, 0.3])
-    low, high = inference.mean_interval(values)
-    assert (low, high) == pytest.approx(inference.student(values, 0.2))
-    narrow = inference.bootstrap_interval(values)
+    low, high = statistics.mean_interval(values)
+    assert (low, high) == pytest.approx(statistics.student(values, 0.2))
+    narrow = statistics.bootstrap_interval(values)
     assert low < narrow[0] and high > narrow[1]
-    assert inference.mean_interval(values[:1]) is None
+    assert statistics.mean_interval(values[:1]) is None
 
 
 def test_p_inferior_agrees_with_its_interval():
@@ -61,8 +100,8 @@ def test_p_inferior_agrees_with_its_interval():
     seen = set()
     for _ in range(200):
         differences = rng.choice([-1.0, 0.0, 1.0], p=[0.12, 0.83, 0.05], size=300)
-        below = inference.wald([differences])[1] < -0.02
-        assert (inference.p_inferior(differences, 0.02) < 0.025) == below
+        below = statistics.wald([differences])[1] < -0.02
+        assert (statistics.p_inferior(differences, 0.02) < 0.025) == below
         seen.add(below)
     assert seen == {True, False}
 
@@ -73,7 +112,7 @@ def test_verdicts_at_the_margin_err_in_at_most_a_fortieth_of_the_cases():
     verdicts = []
     for seed in range(400):
         groups = [rng.choice([-1.0, 0.0, 1.0], p=[0.11, 0.80, 0.09], size=n) for n in (800, 2000, 500)]
-        verdicts.append(inference.verdict(inference.mean_of_groups_interval(groups, seed=seed), margin=0.02))
+        verdicts.append(statistics.verdict(statistics.mean_of_groups_interval(groups, seed=seed), margin=0.02))
     for wrong in ("within_margin", "margin_broken"):
         assert verdicts.count(wrong) / 400 < 0.045
     assert verdicts.count("within_margin") + verdicts.count("margin_broken") > 0  # it is not just silent
@@ -81,8 +120,8 @@ def test_verdicts_at_the_margin_err_in_at_most_a_fortieth_of_the_cases():
 
 def test_bootstrap_of_counts_is_the_bootstrap_of_documents(monkeypatch: pytest.MonkeyPatch):
     differences = np.random.default_rng(3).choice([-1.0, 0.0, 1.0], p=[0.1, 0.7, 0.2], size=250)
-    by_count = inference.bootstrap_interval(differences, seed=0)
-    by_document = inference.percentiles(inference.resample(lambda i: differences[i].mean(axis=1), 250, seed=0))
+    by_count = statistics.bootstrap_interval(differences, seed=0)
+    by_document = statistics.percentiles(statistics.resample(lambda i: differences[i].mean(axis=1), 250, seed=0))
     assert by_count == pytest.approx(by_document, abs=0.006)
 
 
@@ -91,19 +130,19 @@ def test_sign_flip_is_exact_for_few_documents():
     reference = scipy_stats.permutation_test(
         (differences, np.zeros(7)), lambda a, b: np.mean(a - b), permutation_type="samples", n_resamples=np.inf
     )
-    assert inference.sign_flip(differences) == pytest.approx(reference.pvalue)
+    assert statistics.sign_flip(differences) == pytest.approx(reference.pvalue)
 
 
 def test_sign_flip_agrees_with_the_t_test_on_many_normal_documents():
     differences = np.random.default_rng(5).normal(0.15, 1.0, size=200)
     reference = scipy_stats.ttest_1samp(differences, 0.0).pvalue
-    assert inference.sign_flip(differences, seed=1) == pytest.approx(reference, abs=0.01)
-    assert inference.sign_flip(differences, seed=1) == inference.sign_flip(differences, seed=1)
+    assert statistics.sign_flip(differences, seed=1) == pytest.approx(reference, abs=0.01)
+    assert statistics.sign_flip(differences, seed=1) == statistics.sign_flip(differences, seed=1)
 
 
 def test_sign_flip_is_uniform_under_no_difference():
     rng = np.random.default_rng(0)
-    p = [inference.sign_flip(rng.normal(size=30), seed=i, resamples=400) for i in range(300)]
+    p = [statistics.sign_flip(rng.normal(size=30), seed=i, resamples=400) for i in range(300)]
     assert np.mean(np.array(p) < 0.05) < 0.09
     assert 0.4 < np.mean(p) < 0.6
 
@@ -111,16 +150,16 @@ def test_sign_flip_is_uniform_under_no_difference():
 def test_bootstrap_equals_scipy():
     differences = np.random.default_rng(3).choice([-1.0, 0.0, 1.0], p=[0.1, 0.7, 0.2], size=250)
     reference = scipy_stats.bootstrap((differences,), np.mean, method="percentile", random_state=0).confidence_interval
-    low, high = inference.bootstrap_interval(differences, seed=0)
+    low, high = statistics.bootstrap_interval(differences, seed=0)
     assert low == pytest.approx(reference.low, abs=0.006)
     assert high == pytest.approx(reference.high, abs=0.006)
 
 
 def test_no_discordant_document_is_no_proof():
-    low, high = inference.paired_interval(np.zeros(8))
+    low, high = statistics.paired_interval(np.zeros(8))
     assert low < -0.2
     assert high > 0.2
-    assert inference.bootstrap_interval(np.zeros(8)) == (0.0, 0.0)  # what the adjustment is for
+    assert statistics.bootstrap_interval(np.zeros(8)) == (0.0, 0.0)  # what the adjustment is for
 
 
 @pytest.mark.parametrize("n", [20, 250])
@@ -129,7 +168,7 @@ def test_paired_interval_covers_the_truth(n: int):
     truth = probabilities[2] - probabilities[0]
     hits = 0
     for seed in range(200):
-        low, high = inference.paired_interval(rng.choice([-1.0, 0.0, 1.0], p=probabilities, size=n), seed=seed)
+        low, high = statistics.paired_interval(rng.choice([-1.0, 0.0, 1.0], p=probabilities, size=n), seed=seed)
         hits += low <= truth <= high
     assert hits / 200 >= 0.92
 
@@ -139,25 +178,25 @@ def test_pairing_is_much_sharper_than_two_standard_errors():
     before = (rng.random(500) < 0.5).astype(float)
     after = before.copy()
     after[:10] = 1 - after[:10]
-    low, high = inference.paired_interval(after - before)
+    low, high = statistics.paired_interval(after - before)
     unpaired = 1.96 * math.sqrt(2 * 0.25 / 500)
     assert (high - low) / 2 < unpaired / 3
 
 
 def test_compare_counts_and_agrees_with_its_parts():
     before, after = [1.0, 1.0, 0.0, 1.0, 0.0, 1.0], [1.0, 0.0, 1.0, 0.0, 0.0, 0.0]
-    (found,) = stats.compare(task_file(before), task_file(after), margin=0.01)
+    (found,) = paired.compare(task_file(before), task_file(after), margin=0.01)
     assert (found.kind, found.n, found.lost, found.gained) == ("binary", 6, 3, 1)
     assert found.delta == pytest.approx(-2 / 6)
-    assert found.p_value == pytest.approx(inference.mcnemar(3, 1))
+    assert found.p_value == pytest.approx(statistics.mcnemar(3, 1))
     assert found.ci95[0] < found.delta < found.ci95[1]
-    assert found.verdict == "not_enough_rows"
+    assert found.verdict == "inconclusive"
 
 
 def test_perplexity_is_weighted_by_words_and_tested_by_document():
     before = [[-100.0, 50], [-300.0, 100], [-90.0, 30]]
     after = [[-110.0, 50], [-330.0, 100], [-99.0, 30]]
-    (found,) = stats.compare(task_file(before, "word_perplexity"), task_file(after, "word_perplexity"))
+    (found,) = paired.compare(task_file(before, "word_perplexity"), task_file(after, "word_perplexity"))
     assert found.kind == "likelihood"
     assert found.before == pytest.approx(math.exp(490 / 180))
     assert found.after == pytest.approx(math.exp(539 / 180))
@@ -165,15 +204,15 @@ def test_perplexity_is_weighted_by_words_and_tested_by_document():
     assert (found.lost, found.gained) == (3, 0)
     assert found.p_value == pytest.approx(2 / 2**3)
     assert found.ci95[0] <= found.delta <= found.ci95[1]
-    (bits,) = stats.compare(task_file(before, "bits_per_byte"), task_file(after, "bits_per_byte"))
+    (bits,) = paired.compare(task_file(before, "bits_per_byte"), task_file(after, "bits_per_byte"))
     assert bits.before == pytest.approx(490 / 180 / math.log(2))
 
 
 def test_one_page_gives_no_interval_and_three_pages_a_wide_one():
-    (one,) = stats.compare(task_file([[-100.0, 50]], "word_perplexity"), task_file([[-110.0, 50]], "word_perplexity"))
+    (one,) = paired.compare(task_file([[-100.0, 50]], "word_perplexity"), task_file([[-110.0, 50]], "word_perplexity"))
     assert one.ci95 is None and one.as_dict()["ci95"] is None
     before, after = [[-100.0, 50], [-300.0, 100], [-90.0, 30]], [[-111.0, 50], [-330.0, 100], [-98.0, 30]]
-    (found,) = stats.compare(task_file(before, "word_perplexity"), task_file(after, "word_perplexity"))
+    (found,) = paired.compare(task_file(before, "word_perplexity"), task_file(after, "word_perplexity"))
     assert found.ci95 is not None
     pairs = np.array([before, after]).swapaxes(0, 1)
     draws = [np.exp(-p[:, 1, 0].sum() / p[:, 1, 1].sum()) - np.exp(-p[:, 0, 0].sum() / p[:, 0, 1].sum())
@@ -187,24 +226,27 @@ def test_the_linearised_interval_agrees_with_the_bootstrap_on_many_pages():
     before = -words * rng.normal(3.0, 0.2, 400)
     after = before - words * rng.normal(0.05, 0.05, 400)
     pairs = np.stack([np.stack([before, words], 1), np.stack([after, words], 1)], 1)
-    low, high = stats.compare_likelihoods("t", "perplexity", pairs).ci95
-    delta = stats.compare_likelihoods("t", "perplexity", pairs).delta
-    linear = inference.student(stats._influence(pairs, "perplexity"), delta)
+    low, high = paired.compare_likelihoods("t", "perplexity", pairs).ci95
+    delta = paired.compare_likelihoods("t", "perplexity", pairs).delta
+    linear = statistics.student(paired._influence(pairs, "perplexity"), delta)
     assert (low, high) == pytest.approx(linear, rel=0.08)
+    relative = paired.compare_likelihoods("t", "perplexity", pairs).relative_ci95
+    start = paired.compare_likelihoods("t", "perplexity", pairs).before
+    assert relative == pytest.approx((low / start, high / start), rel=0.1)
 
 
 def test_the_perplexity_of_single_answers_is_lm_evals():
     before, after = [-0.5, -3.0, -1.0], [-0.7, -3.5, -0.9]
-    (found,) = stats.compare(task_file(before, "perplexity"), task_file(after, "perplexity"))
+    (found,) = paired.compare(task_file(before, "perplexity"), task_file(after, "perplexity"))
     assert found.kind == "likelihood"
     assert (found.before, found.after) == pytest.approx((math.exp(1.5), math.exp(1.7)))
 
 
 def test_a_metric_where_less_is_better_gets_no_verdict():
     left, right = (task_file(values, "error", higher_is_better={"error": False}) for values in ([1.0, 0.0], [0.0, 0.0]))
-    (found,) = stats.compare(left, right)
+    (found,) = paired.compare(left, right)
     assert found.verdict == ""
-    assert stats.macro_average([found], margin=0.01) is None
+    assert paired.macro_average([found], margin=0.01) is None
 
 
 @pytest.mark.parametrize("key", ["prompt_hash", "doc_hash", "doc_id", "target_hash"])
@@ -212,23 +254,23 @@ def test_other_documents_or_prompts_are_refused(key: str):
     other = task_file([1.0, 0.0])
     other["samples"][1][key] = "another"
     with pytest.raises(InputError, match=key):
-        stats.compare(task_file([1.0, 0.0]), other)
+        paired.compare(task_file([1.0, 0.0]), other)
 
 
 def test_other_tasks_and_other_counts_are_refused():
     with pytest.raises(InputError, match="boolq"):
-        stats.compare(task_file([1.0]), task_file([1.0], task="boolq"))
+        paired.compare(task_file([1.0]), task_file([1.0], task="boolq"))
     with pytest.raises(InputError, match="2 and 1 documents"):
-        stats.compare(task_file([1.0, 0.0]), task_file([1.0]))
+        paired.compare(task_file([1.0, 0.0]), task_file([1.0]))
 
 
 @pytest.mark.parametrize(
     ("interval", "expected"),
-    [((-0.005, 0.02), "within_margin"), ((-0.2, -0.05), "margin_broken"), ((-0.05, 0.03), "not_enough_rows"),
-     ((-0.04, -0.001), "not_enough_rows"), ((0.01, 0.05), "within_margin")],
+    [((-0.005, 0.02), "within_margin"), ((-0.2, -0.05), "margin_broken"), ((-0.05, 0.03), "inconclusive"),
+     ((-0.04, -0.001), "inconclusive"), ((0.01, 0.05), "within_margin")],
 )  # fmt: skip
 def test_verdict(interval: tuple[float, float], expected: str):
-    assert inference.verdict(interval, margin=0.01) == expected
+    assert statistics.verdict(interval, margin=0.01) == expected
 
 
 def test_macro_average_weighs_tasks_equally_and_narrows_with_more_of_them():
@@ -237,11 +279,11 @@ def test_macro_average_weighs_tasks_equally_and_narrows_with_more_of_them():
     for i, n in enumerate((50, 200, 100, 80)):
         before = (rng.random(n) < 0.5).astype(float)
         after = np.where(rng.random(n) < 0.1, 1 - before, before)
-        comparisons += stats.compare(task_file(list(before), task=f"t{i}"), task_file(list(after), task=f"t{i}"))
-    summary = stats.macro_average(comparisons, margin=0.01)
+        comparisons += paired.compare(task_file(list(before), task=f"t{i}"), task_file(list(after), task=f"t{i}"))
+    summary = paired.macro_average(comparisons, margin=0.01)
     assert summary is not None
     assert summary["delta"] == pytest.approx(np.mean([c.delta for c in comparisons]))
     assert summary["n"] == 430
     width = summary["ci95"][1] - summary["ci95"][0]
     assert width < min(c.ci95[1] - c.ci95[0] for c in comparisons)
-    assert stats.macro_average([], margin=0.01) is None
+    assert paired.macro_average([], margin=0.01) is None

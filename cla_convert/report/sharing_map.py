@@ -6,38 +6,26 @@ from .figures import CLA, INK, MUTED, WARM, in_style, new_figure
 from .run_folder import Json
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
-def sharing_groups(converted: Json) -> list[Json]:
-    """Groups of the sharing map: layers, owner, damage, captured_k, captured_v, and heat.
-
-    heat is the damage as a share of the largest one (0..1); None where nothing was calibrated.
-    """
-    sources = converted.get("kv_source_layers") or []
-    found = {tuple(group["layers"]): group for group in converted.get("groups") or []}
-    groups: list[Json] = []
-    for owner in dict.fromkeys(sources):
-        layers = [layer for layer, source in enumerate(sources) if source == owner]
-        fit = found.get(tuple(layers), {})
-        groups.append(
-            {"layers": layers, "owner": owner} | {k: fit.get(k) for k in ("damage", "captured_k", "captured_v")}
-        )
-    worst = max((group["damage"] for group in groups if group["damage"]), default=None)
-    return [group | {"heat": group["damage"] / worst if worst and group["damage"] else None} for group in groups]
-
-
 @in_style
-def draw_sharing(converted: Json) -> "Figure":
-    """One square a layer: owners solid, consumers pale with an arrow to their owner; the colour is the damage."""
+def draw_sharing(sources: list[int], groups: list[Json], width: float | None = None) -> "Figure":
+    """One square a layer: owners solid, consumers pale with an arrow to their owner; the colour is the damage.
+
+    Args:
+        sources: the sharing map.
+        groups: layers, owner, damage and heat of each group.
+        width: ignored; the picture is as wide as there are layers. The page draws the map by itself.
+    """
     from matplotlib.patches import FancyBboxPatch
 
-    sources: list[int] = converted["kv_source_layers"]
     count = len(sources)
     reach = max(layer - owner for layer, owner in enumerate(sources))
-    figure, axes = new_figure(width=max(5.0, 0.36 * count + 0.6), height=1.15)
+    figure, axes = new_figure(width=max(5.0, 0.36 * count + 0.6), height=1.5)
     axis = axes[0, 0]
-    for group in sharing_groups(converted):
+    for group in groups:
         colour = _colour(group)
         for layer in group["layers"]:
             owns = layer == group["owner"]
@@ -54,7 +42,27 @@ def draw_sharing(converted: Json) -> "Figure":
     axis.set_axis_off()
     axis.set_title(f"{len(set(sources))} of {count} layers cache K/V; a pale layer reads where its arrow points")
     axis.title.set_fontsize(9)
+    _legend(axis, groups)
     return figure
+
+
+def _legend(axis: "Axes", groups: list[Json]) -> None:
+    """What squares and colours mean; the ends of the scale of damage, where it was measured."""
+    from matplotlib.patches import Patch
+
+    shared = [group for group in groups if len(group["layers"]) > 1]
+    damages = [group["damage"] for group in shared if group["damage"] is not None]
+    handles = [Patch(facecolor=MUTED, label="shares with no other")] if len(shared) < len(groups) else []
+    colour = WARM if damages else CLA
+    handles += [Patch(facecolor=colour, label="owns K/V"), Patch(facecolor=colour, alpha=0.3, label="reads them")]
+    if damages:
+        least = min((group for group in shared if group["damage"] is not None), key=lambda group: group["damage"])
+        handles.append(Patch(facecolor=_colour(least), label=f"least damage {min(damages):.2g}"))
+        handles.append(Patch(facecolor=WARM, label=f"most damage {max(damages):.2g}"))
+    axis.legend(
+        handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=len(handles), fontsize=8,
+        handlelength=1.0, columnspacing=1.2,
+    )  # fmt: skip
 
 
 def _colour(group: Json) -> Any:

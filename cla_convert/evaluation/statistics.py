@@ -1,4 +1,4 @@
-"""Statistical tests and intervals for paired differences, as plain functions of numbers.
+"""Tests and intervals, as plain functions of numbers.
 
 Before and after are measured on the same documents, so their scores are strongly correlated and the difference is
 known far better than either score. Everything here takes the per-document difference, after - before.
@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 Interval = tuple[float, float]
 
+WITHIN, BROKEN, INCONCLUSIVE = "within_margin", "margin_broken", "inconclusive"
+"""See `verdict`."""
 RESAMPLES = 10_000
 _Z = 1.959963984540054  # 97.5% quantile of the normal distribution
 _CHUNK = 4_000_000  # random indices drawn at a time, 32 MB
@@ -119,19 +121,56 @@ def _adjusted(groups: list[Array]) -> tuple[float, float]:
 def mean_of_groups_interval(groups: list[Array], *, seed: int = 0) -> Interval:
     """As `paired_interval`, for the mean over groups weighing the same; documents are resampled within each."""
     draws = [_means(differences, seed + i) for i, differences in enumerate(groups)]
-    return _wider(percentiles(np.mean(draws, axis=0)), wald(groups))
+    low, high = _wider(percentiles(np.mean(draws, axis=0)), wald(groups))
+    return max(-1.0, low), min(1.0, high)
+
+
+def wilson(share: float, n: float, quantile: float = _Z) -> Interval:
+    """95% interval of a share of `n` independent trials, which never leaves [0, 1] (Wilson 1927)."""
+    square = quantile**2 / n
+    centre = (share + square / 2) / (1 + square)
+    half = quantile / (1 + square) * math.sqrt(share * (1 - share) / n + square / n / 4)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def clustered_share(shares: Array, trials: int) -> Interval | None:
+    """95% interval of a share over groups of `trials` trials each, from every group's share; None below two groups.
+
+    Trials of one group (tokens of one text) are alike, so there are fewer of them in effect: Wilson's interval at the
+    number of independent trials whose variance the groups' mean shows (Korn and Graubard 1998), never more than there
+    are, with Student's quantile at the groups' degrees of freedom.
+    """
+    from scipy.stats import t
+
+    if len(shares) < 2:
+        return None
+    mean, total = float(shares.mean()), float(len(shares) * trials)
+    variance = float(shares.var(ddof=1)) / len(shares)
+    effective = min(total, mean * (1 - mean) / variance) if variance > 0 and 0 < mean < 1 else total
+    return wilson(mean, effective, float(t.ppf(0.975, len(shares) - 1)))
+
+
+def positive_interval(values: Array, *, seed: int = 0) -> Interval | None:
+    """`mean_interval` of what cannot be negative."""
+    found = mean_interval(values, seed=seed)
+    return found and (max(0.0, found[0]), found[1])
 
 
 def verdict(interval: Interval, margin: float) -> str:
     """Non-inferiority at a margin fixed beforehand, for a metric where higher is better.
 
     `within_margin`: the whole 95% interval lies above -margin, non-inferiority is shown (wrongly so in at most 2.5%
-    of the cases). `margin_broken`: all of it lies below, inferiority is shown. `not_enough_rows`: the data cannot tell.
+    of the cases). `margin_broken`: all of it lies below, inferiority is shown. `inconclusive`: the data cannot tell.
     """
     low, high = interval
     if low > -margin:
-        return "within_margin"
-    return "margin_broken" if high < -margin else "not_enough_rows"
+        return WITHIN
+    return BROKEN if high < -margin else INCONCLUSIVE
+
+
+def rise_verdict(interval: Interval | None, margin: float) -> str:
+    """The same for a change where lower is better; `margin`: the largest rise. Without an interval nothing is shown."""
+    return INCONCLUSIVE if interval is None else verdict((-interval[1], -interval[0]), margin)
 
 
 def _means(differences: Array, seed: int, resamples: int = RESAMPLES) -> Array:

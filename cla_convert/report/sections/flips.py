@@ -1,12 +1,23 @@
 """Documents whose answer turned from right to wrong, or back: what a mean over documents hides."""
 
-from ..evaluation.samples import CHOICE
-from .run_folder import Json, RunFiles
+from collections.abc import Sequence
+
+from ...evaluation.samples import CHOICE
+from ..content import Block, Bullets, Column, Details, Heading, Paragraph, Row, Table
+from ..formats import number
+from ..run_folder import Json, RunFiles
+from ..section import Material, Section, register
+from ..text import Text, note, strong, tag
 
 SHOWN = 3
 """Examples in each direction and task."""
 CUT = 280
 """Characters of a prompt (its end) and of a choice (its start) that are shown."""
+
+
+def collect(material: Material, report: Json) -> Json:
+    """flips."""
+    return {"flips": find_flips(material.run, report["tasks"], material.comparison["compared"])}
 
 
 def find_flips(run: RunFiles, tasks: dict[str, dict[str, Json]], point: str | None) -> dict[str, Json]:
@@ -77,3 +88,53 @@ def _start(choice: str) -> str:
 def _end(prompt: str | None) -> str | None:
     text = " ".join((prompt or "").split())
     return (text if len(text) <= CUT else f"... {text[-CUT:]}") or None
+
+
+def show(report: Json) -> Sequence[Block]:
+    """The counts, and a few examples of every task, folded away."""
+    if not report["flips"]:
+        return []
+    columns = [
+        Column("task", text=True),
+        Column("metric", text=True),
+        Column("right to wrong"),
+        Column("wrong to right"),
+        Column("of"),
+    ]
+    rows = [
+        Row([task, found["metric"], str(found["lost"]), str(found["gained"]), str(found["n"])])
+        for task, found in report["flips"].items()
+    ]
+    note_ = (
+        "Numbers: log-likelihood of the choice in nats, before and after. The model answers the likeliest one (per "
+        "character for acc_norm)."
+    )
+    after = report["compared"]
+    return [
+        Paragraph(f"From before to {after}, on each task's main metric. A few of them, shortened.", "note"),
+        Table(columns, rows), *(_examples(task, found, after) for task, found in report["flips"].items()),
+        Paragraph(note_, "note"),
+    ]  # fmt: skip
+
+
+def _examples(task: str, found: Json, after: str) -> Details:
+    blocks: list[Block] = []
+    for direction, heading in (("lost", "Right to wrong"), ("gained", "Wrong to right")):
+        if found["examples"][direction]:
+            blocks.append(Heading(heading))
+        for example in found["examples"][direction]:
+            blocks.append(Paragraph([note(f"document {example['doc_id']} "), example["prompt"] or ""]))
+            blocks.append(Bullets([_choice(choice, after) for choice in example["choices"]], "choices"))
+    return Details(f"{task}: {found['lost']} right to wrong, {found['gained']} wrong to right, of {found['n']}", blocks)
+
+
+def _choice(choice: Json, after: str) -> Text:
+    tags = [tag("right", "good")] if choice["target"] else []
+    tags += [tag(point) for point in ("before",) if choice["chosen_before"]]
+    tags += [tag(after)] if choice["chosen_after"] else []
+    text = strong(choice["text"]) if choice["target"] else choice["text"]
+    spaced = [part for one in tags for part in (" ", one)]
+    return [text, *spaced, note(f" {number(choice['before'])} \u2192 {number(choice['after'])} nats")]
+
+
+register(Section("flips", place=80, title="Answers that changed", collect=collect, show=show, needs=("accuracy",)))

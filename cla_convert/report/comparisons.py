@@ -1,0 +1,39 @@
+"""The paired comparisons of a run: what evaluation left, or else computed from its files."""
+
+from ..evaluation.comparison import compare_points
+from ..evaluation.verdict import Margins
+from .run_folder import Json, RunFiles
+
+
+def comparison_of(run: RunFiles, margins: Margins, seed: int) -> Json:
+    """Before against the last point: eval/comparison.json if it is of this point and these margins, else anew."""
+    point, left = run.last_point, run.comparison
+    if left and (left.get("compared"), left.get("margins")) == (point, margins.as_dict()):
+        return left
+    return compare_points(run.files.evaluation.path, "before", point or "converted", margins=margins, seed=seed)
+
+
+def control_comparison(run: RunFiles, margins: Margins, seed: int) -> Json | None:
+    """The control against the uptrained model, in the same shape; None without a measured control."""
+    if "control" not in run.results:
+        return None
+    return compare_points(run.files.evaluation.path, "control", "after", margins=margins, seed=seed)
+
+
+def mean_at(run: RunFiles, summary: Json | None, point: str) -> float | None:
+    """Mean over the summary's tasks of its metrics at another point; None unless all of them were measured there."""
+    if not summary:
+        return None
+    metrics = summary["metrics"].items()
+    values = [run.results.get(point, {}).get("tasks", {}).get(task, {}).get(metric) for task, metric in metrics]
+    return None if None in values else sum(values) / len(values)
+
+
+def difference(before: float | None, after: float | None) -> float | None:
+    """after - before, if both were measured."""
+    return None if before is None or after is None else after - before
+
+
+def cost(statistics: Json) -> Json:
+    """delta, ci95 and p_value of after against the control."""
+    return {key: statistics.get(key) for key in ("delta", "ci95", "p_value")}

@@ -1,0 +1,102 @@
+"""What a sceptical reader should know, each only where it applies."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..content import Block, Bullets
+from ..formats import count
+from ..run_folder import Json, RunFiles
+from ..section import Material, Section, register
+
+
+def collect(material: Material, report: Json) -> Json:
+    """caveats: sentences."""
+    run, comparison = material.run, material.comparison
+    return {
+        "caveats": [
+            *_comparability(run), *comparison["problems"], *_task_caveats(run, comparison), *_training_caveats(run),
+            *_kv_caveats(report["kv"]),
+        ]
+    }  # fmt: skip
+
+
+def _comparability(run: RunFiles) -> list[str]:
+    hashes = {point: result.get("specification_hash") for point, result in run.results.items()}
+    found = []
+    if len(set(hashes.values())) > 1:
+        found.append("THE POINTS WERE NOT MEASURED ALIKE: their evaluation specifications differ. Evaluate them again.")
+    if "vllm" in next((r.get("specification", {}).get("backend", {}) for r in run.results.values()), {}):
+        found.append(
+            "Tasks were scored with vLLM, through transformers' modelling code at every point; perplexity of texts, "
+            "agreement and the KV cache were measured with transformers itself. Stock vLLM does not save the memory."
+        )
+    quantization = (run.convert.get("source") or {}).get("quantization")
+    if quantization:
+        found.append(
+            f"The source file is quantised ({quantization}). Every number here is about the dequantised model: "
+            "'before' is not the original full-precision model, and what quantisation cost is in all three columns."
+        )
+    return found
+
+
+def _task_caveats(run: RunFiles, comparison: Json) -> list[str]:
+    specifications = next((result.get("specification", {}) for result in run.results.values()), {})
+    tasks: dict[str, Any] = specifications.get("tasks", {})
+    packed = [name for name, task in tasks.items() if task.get("source") == "offline pack" and name != "wikitext"]
+    found = []
+    if packed:
+        counts = sorted({tasks[name]["n"] for name in packed})
+        found.append(
+            f"Accuracies are on {' to '.join(map(str, counts))} rows a task, from the 250-row samples of the offline "
+            f"pack ({', '.join(packed)}): good for before against after, not for comparing with published scores."
+        )
+    if "boolq" in packed:
+        found.append("boolq passages lack the article title that the stock task puts in front.")
+    if "wikitext" in tasks and tasks["wikitext"].get("source") == "offline pack" and tasks["wikitext"]["n"] < 62:
+        found.append(
+            f"wikitext is the {tasks['wikitext']['n']} shortest of the 62 pages of the wikitext-2 test set; short "
+            "pages give less context and a higher perplexity than the published figure over all pages."
+        )
+    corrected = any("p_holm" in row for metrics in comparison["tasks"].values() for row in metrics.values())
+    if tasks and not corrected:
+        found.append("Several metrics are tested at once; p-values are not corrected for that.")
+    return found
+
+
+def _training_caveats(run: RunFiles) -> list[str]:
+    if not run.train:
+        return ["Nothing was uptrained: the last column is the model right after conversion."] if run.convert else []
+    found = []
+    if (run.recipe.get("train") or {}).get("loss") == "cross_entropy" and "control" not in run.results:
+        found.append(
+            "Trained with cross-entropy: held-out perplexity then mixes recovery with learning the new text, and can "
+            "fall below the source's. Only a source model trained on the same tokens (train.control: true) separates "
+            "the two."
+        )
+    tokens = run.train.get("tokens")
+    if tokens and tokens < 10_000_000:
+        found.append(f"{count(tokens)} training tokens show that the path works; recovery takes far more.")
+    return found
+
+
+def _kv_caveats(kv: Json) -> list[str]:
+    found = []
+    if kv["dtype_before"] and kv["dtype_after"] and kv["dtype_before"] != kv["dtype_after"]:
+        found.append(
+            f"The measured caches hold {kv['dtype_before']} before and {kv['dtype_after']} after: part of the "
+            "difference in measured bytes is the number format, not the sharing."
+        )
+    if kv["sliding_layers"]:
+        found.append(
+            f"{kv['sliding_layers']} layers have a sliding window and stop growing once it is full: bytes per token "
+            f"are measured up to {2 * (kv['measured_tokens'] or 0)} tokens."
+        )
+    return found
+
+
+def show(report: Json) -> Sequence[Block]:
+    """A list."""
+    return [Bullets(report["caveats"] or ["Nothing was evaluated."])]
+
+
+register(Section("caveats", place=85, title="Read this before quoting", collect=collect, show=show, needs=("kv",)))

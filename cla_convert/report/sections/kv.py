@@ -1,0 +1,75 @@
+"""The KV cache: bytes per token, computed by the conversion and measured in a real generation."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..content import Block, Column, Paragraph, Row, Table
+from ..formats import integer, smaller
+from ..run_folder import Json
+from ..section import Material, Section, register
+from ..text import code
+
+
+def collect(material: Material, report: Json) -> Json:
+    """kv {bytes_per_token_before, bytes_per_token_after, ratio, measured_..., ...}."""
+    run = material.run
+    computed: Any = run.convert.get("kv_bytes_per_token") or {}
+    before = run.kv_cache.get("before", {})
+    after = run.kv_cache.get("after") or run.kv_cache.get("converted") or {}
+    kv = {
+        "bytes_per_token_before": computed.get("before"),
+        "bytes_per_token_after": computed.get("after"),
+        "measured_bytes_before": before.get("measured_bytes"),
+        "measured_bytes_after": after.get("measured_bytes"),
+        "measured_bytes_per_token_before": before.get("bytes_per_token"),
+        "measured_bytes_per_token_after": after.get("bytes_per_token"),
+        "layer_bytes_per_token_after": after.get("layer_bytes_per_token"),
+        "measured_tokens": after.get("tokens") or before.get("tokens"),
+        "cached_layers_before": before.get("cached_layers"),
+        "cached_layers_after": after.get("cached_layers"),
+        "dtype_before": before.get("dtype"),
+        "dtype_after": after.get("dtype"),
+        "sliding_layers": after.get("sliding_layers"),
+    }
+    ratios = {
+        name: ratio(kv[f"{size}_before"], kv[f"{size}_after"])
+        for name, size in (
+            ("ratio", "bytes_per_token"), ("measured_ratio", "measured_bytes_per_token"),
+            ("measured_bytes_ratio", "measured_bytes"),
+        )
+    }  # fmt: skip
+    return {"kv": kv | ratios}
+
+
+def ratio(before: float | None, after: float | None) -> float | None:
+    """How many times smaller; None unless both are known."""
+    return before / after if before and after else None
+
+
+def show(report: Json) -> Sequence[Block]:
+    """The table."""
+    kv = report["kv"]
+
+    def row(name: str, key: str, factor: str | None = None) -> Row:
+        last = smaller(kv[factor]) if factor else ""
+        return Row([name, integer(kv[f"{key}_before"]), integer(kv[f"{key}_after"]), last])
+
+    columns = [Column("", text=True), Column("before"), Column("after"), Column("ratio", text=True)]
+    rows = [
+        row("bytes per token, computed", "bytes_per_token", "ratio"),
+        row("bytes per token, measured", "measured_bytes_per_token", "measured_ratio"),
+        row(f"live bytes at {kv['measured_tokens'] or '-'} tokens", "measured_bytes", "measured_bytes_ratio"),
+        row("layers that cache", "cached_layers"),
+        Row(["number format", kv["dtype_before"] or "-", kv["dtype_after"] or "-", ""]),
+    ]
+    measured = [
+        "Measured: the live tensors of ",
+        code("past_key_values"),
+        " after a real ",
+        code("generate"),
+        ", at two lengths.",
+    ]
+    return [Table(columns, rows), Paragraph(measured, "note")]
+
+
+register(Section("kv", place=50, title="KV cache", collect=collect, show=show))

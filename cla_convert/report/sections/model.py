@@ -1,0 +1,44 @@
+"""What was made of which model."""
+
+from collections.abc import Sequence
+
+from ..content import Block, Paragraph
+from ..formats import count, model_name
+from ..run_folder import POINTS, Json
+from ..section import Material, Section, register
+from ..text import code
+
+_KEPT = ("output", "sharing", "init", "kv_source_layers", "parameters", "seconds", "peak_rss_bytes", "groups")
+
+
+def collect(material: Material, report: Json) -> Json:
+    """source, converted, title and the points at which something was measured."""
+    run = material.run
+    source = run.convert.get("source") or {"model": (run.recipe.get("source") or {}).get("model")}
+    converted = {key: run.convert[key] for key in _KEPT if key in run.convert}
+    if sources := converted.get("kv_source_layers"):
+        converted |= {"layers": len(sources), "owners": len(set(sources))}
+    measured = [run.results, run.held_out, *({p: texts for p, texts in run.texts.items() if texts},)]
+    points = [point for point in POINTS if any(point in one for one in measured)]
+    return {"source": source, "converted": converted, "title": model_name(source), "points": points}
+
+
+def show(report: Json) -> Sequence[Block]:
+    """One sentence under the title."""
+    converted, train = report["converted"], report["train"]
+    if not converted.get("layers"):
+        return []
+    trained = f", uptrained on {count(train['tokens'])} tokens" if train and train.get("tokens") else ""
+    return [
+        Paragraph(
+            [
+                f"{converted['owners']} of {converted['layers']} layers cache keys and values (",
+                code(converted.get("sharing") or "by hand"), "), initialised by ",
+                code(converted.get("init") or "?"), f"{trained}.",
+            ],
+            "note",
+        )
+    ]  # fmt: skip
+
+
+register(Section("model", place=0, collect=collect, show=show, style=lambda report: "bare"))

@@ -1,0 +1,191 @@
+"""One line on what to do next, with the command, chosen by the state of the run."""
+
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..content import Block, Listing, Paragraph
+from ..formats import count, integer, number
+from ..run_folder import Json, RunFiles
+from ..section import Material, Section, register
+from ..text import strong
+
+_RECOVERS = 26_000_000
+"""Tokens with which the figures of the README were reached; fewer than a tenth say little about a curve."""
+_FLAT = 0.005
+"""A validation perplexity that fell by less, as a share, between its last two checks has flattened."""
+_PACK = 250
+"""Rows a task in the offline pack."""
+
+
+def collect(material: Material, report: Json) -> Json:
+    """next {state, text, command}."""
+    return {"next": choose(report, material.run)}
+
+
+def choose(report: Json, run: RunFiles) -> Json:
+    """What to do next.
+
+    Returns:
+        state: finish, more_rows, more_tokens, lower_rate, another_map, bench or smaller_cache; text: one sentence or
+        two; command: what does it, or None where no recipe is known.
+    """
+    status, train = report["status"], report["train"]
+    found = (train or {}).get("curve")
+    if status == "not_measured":
+        text = "The run is not finished: the same command goes on where it stopped."
+        if report["compared"]:
+            text = "Nothing that has a margin was measured: name tasks in eval.tasks, and evaluate again."
+        return _step(run, "finish", text)
+    if status == "within_margin":
+        return _more_saved(report, run)
+    if status == "inconclusive":
+        return _more_rows(report, run)
+    if not train:
+        text = f"Nothing was uptrained yet. {count(_RECOVERS)} tokens are what the README's figures took."
+        return _trained_on(run, "more_tokens", text, _RECOVERS)
+    if found and found["last"] > found["first"]:
+        return _lower_rate(report, run, found)
+    if found and train["tokens"] >= _RECOVERS / 10 and found["last"] > (1 - _FLAT) * found["previous"]:
+        return _another_map(report, run, found)
+    return _more_tokens(train, run, found)
+
+
+def _more_tokens(train: Json, run: RunFiles, found: Json | None) -> Json:
+    tokens = train["tokens"]
+    wanted = _RECOVERS if tokens < _RECOVERS / 10 else 4 * tokens
+    known = ""
+    if found:
+        fell = found["last"] < (1 - _FLAT) * found["previous"]
+        known = (
+            f": {count(tokens)} took the validation perplexity from {number(found['first'])} to {number(found['last'])}"
+        )
+        if found["regained"] is not None:
+            known += f" (source {number(found['source'])}), {100 * found['regained']:.0f}% of what sharing had added"
+        known += ", and it was still falling" if fell else ""
+    return _trained_on(run, "more_tokens", f"Train on more tokens{known}.", wanted)
+
+
+def _lower_rate(report: Json, run: RunFiles, found: Json) -> Json:
+    rose = f"rose from {number(found['first'])} to {number(found['last'])}"
+    if report["train"]["tokens"] < _RECOVERS / 10:
+        trained = count(report["train"]["tokens"])
+        text = f"Train on more tokens: in {trained} the validation perplexity {rose}, too few to settle."
+        return _trained_on(run, "more_tokens", text, _RECOVERS)
+    settings = run.recipe.get("train") or {}
+    rate = settings.get("learning_rate")
+    lower = f"{rate / 3:.2g}" if isinstance(rate, float) else "3e-4"
+    text = f"The validation perplexity {rose}: train with a lower learning rate."
+    return _step(run, "lower_rate", text, "slower", f"train.learning_rate={lower}")
+
+
+def _another_map(report: Json, run: RunFiles, found: Json) -> Json:
+    share = 1 / report["kv"]["ratio"] if report["kv"]["ratio"] else 0.5
+    budget = round((1 + share) / 2, 2)
+    text = (
+        f"The curve has flattened at a validation perplexity of {number(found['last'])} "
+        f"(source {number(found['source'])}): share fewer "
+        f"layers, here with {100 * budget:.0f}% of the KV cache instead of {100 * share:.0f}%."
+    )
+    return _mapped(run, "another_map", text, budget)
+
+
+def _more_saved(report: Json, run: RunFiles) -> Json:
+    if not report["bench"]:
+        model = run.files.training.model if report["compared"] == "after" else run.files.converted
+        source = report["source"].get("model") or "SOURCE"
+        command = shlex.join(["cla-convert", "bench", str(source), str(model), "--out", str(run.path)])
+        text = "The margins hold: measure what it saves on your machine."
+        return {"state": "bench", "text": text, "command": command}
+    text = "The margins hold: try to share more layers."
+    sharing = report["converted"].get("sharing")
+    if isinstance(sharing, str) and (match := re.fullmatch(r"cla(\d+)(.*)", sharing)):
+        name = f"cla{int(match[1]) + 1}{match[2]}"
+        return _step(run, "smaller_cache", text, name, f"convert.sharing={name}", "convert.kv_budget=null")
+    share = 1 / report["kv"]["ratio"] if report["kv"]["ratio"] else 0.5
+    return _mapped(run, "smaller_cache", text, round(share * 0.75, 2))
+
+
+def _more_rows(report: Json, run: RunFiles) -> Json:
+    """More of what the undecided measures are measured on; all of it can be added to the same run."""
+    undecided = [row for row in report["judged"] if row["verdict"] == "inconclusive"]
+    settings, sets, parts = run.recipe.get("eval") or {}, [], []
+    if any(row["measure"] == "kl" for row in undecided):
+        sets.append(f"eval.agreement_tokens={8 * int(settings.get('agreement_tokens') or 8192)}")
+        parts.append("more text for the KL")
+    if any(row["measure"] == "perplexity" for row in undecided):
+        parts.append("longer texts (eval.perplexity, and all pages of wikitext)")
+        sets += ["eval.limits={}"] if settings.get("limits") else []
+    if mean := next((row for row in undecided if row["measure"] == "accuracy"), None):
+        parts.insert(0, "more rows" + _rows_needed(mean, report["mean_accuracy"]))
+        if settings.get("limit") or settings.get("limits"):
+            sets += ["eval.limit=null", *([] if "eval.limits={}" in sets else ["eval.limits={}"])]
+        elif settings.get("offline_pack", True) and not settings.get("task_data"):
+            sets.append("eval.offline_pack=false")
+    text = f"Evaluate on {', '.join(parts) or 'more'} to tell."
+    if not undecided:
+        text = "Something could not be compared (see the caveats): evaluate again."
+    return _step(run, "more_rows", text, "", *sets)
+
+
+def _rows_needed(row: Json, mean: Json) -> str:
+    """How many rows a task would settle it if the difference stayed: intervals shrink with the root of their number."""
+    half = (row["ci95"][1] - row["ci95"][0]) / 2
+    missing = abs(row["delta"] + row["margin"])
+    if missing < half / 100:
+        return " (the loss is so near to the margin that no number of rows would do)"
+    rows = mean["n"] / len(mean["tasks"]) * (half / missing) ** 2
+    there_are = mean["n"] // len(mean["tasks"])
+    return f" (about {integer(float(f'{rows:.1e}'))} a task would settle it at this difference; there are {there_are})"
+
+
+def _trained_on(run: RunFiles, state: str, text: str, tokens: int) -> Json:
+    amount = count(tokens)
+    return _step(run, state, text, amount, f"train.tokens={amount}")
+
+
+def _mapped(run: RunFiles, state: str, text: str, budget: float) -> Json:
+    sets = ["convert.sharing=auto", f"convert.kv_budget={budget:g}", "convert.init=calibrated"]
+    return _step(run, state, text, f"kv{100 * budget:.0f}", *sets)
+
+
+def _step(run: RunFiles, state: str, text: str, name: str = "", *sets: str) -> Json:
+    """The recipe of this run with other settings: into another folder if it has a name, else into the same one."""
+    recipe = run.files.recipe
+    if not recipe.exists():
+        return {"state": state, "text": text, "command": None}
+    out = run.path
+    if name:
+        named = out if out.name not in ("", "..") else out.resolve()  # . and .. have no name beside them
+        out = named.with_name(f"{named.name}-{name}")
+    words = ["cla-convert", "run", str(recipe), "--out", str(out)]
+    words += [word for one in sets for word in ("--set", one)]
+    return {"state": state, "text": text, "command": shlex.join(words)}
+
+
+def next_of_model(folder: Path, report: Json) -> Json:
+    """The same for a model that was converted or uptrained by itself, outside of a run."""
+    if report.get("train"):
+        command = ["cla-convert", "eval", str(folder)]
+        return {"state": "finish", "text": "Evaluate it; a run (cla-convert run) compares it with its source.",
+                "command": shlex.join(command)}  # fmt: skip
+    source = (report.get("source") or {}).get("model") or "SOURCE"
+    command = ["cla-convert", "uptrain", str(folder), f"{folder}-uptrained", "--teacher", str(source)]
+    text = "Uptrain it to recover the quality, on text as broad as what it is used for (data.sources)."
+    return {"state": "more_tokens", "text": text, "command": shlex.join([*command, "--tokens", "26M"])}
+
+
+def show(report: Json) -> Sequence[Block]:
+    """The sentence and the command."""
+    step = report["next"]
+    command = [Listing(step["command"])] if step["command"] else []
+    return [Paragraph([strong("Next:"), f" {step['text']}"]), *command]
+
+
+register(
+    Section(
+        "next", place=7, collect=collect, show=show,
+        needs=("verdict", "uptraining", "kv", "bench", "model", "accuracy", "control"),
+    )
+)  # fmt: skip

@@ -1,0 +1,112 @@
+"""Perplexity of every text, and how far the predictions are from the source model's."""
+
+from collections.abc import Sequence
+
+from ..comparisons import cost, difference
+from ..content import Block, Column, Heading, Paragraph, Row, Table
+from ..formats import bracket, change, integer, interval, number, p_value, percent, percent_interval, signed, titled
+from ..run_folder import POINTS, Json
+from ..section import Material, Section, register
+from ..text import note
+
+
+def collect(material: Material, report: Json) -> Json:
+    """perplexity {name: {before, converted, after, control, unit, relative, ...}}: held-out text, text files, tasks.
+
+    With a control, `cla_cost` holds delta, ci95 and p_value of after against the control, paired by window or document.
+    """
+    run, control = material.run, material.control
+    table: dict[str, Json] = {}
+    for name in ["held_out", *dict.fromkeys(name for texts in run.texts.values() for name in texts)]:
+        files = run.held_out if name == "held_out" else {p: t[name] for p, t in run.texts.items() if name in t}
+        if files:
+            statistics = {"ci95": None, "p_value": None} | material.comparison["perplexity"].get(name, {})
+            table[name] = statistics | _text(files)
+            if control:
+                table[name]["cla_cost"] = cost(control["perplexity"].get(name, {}))
+    for task, metrics in report["tasks"].items():
+        for metric, unit in (("word_perplexity", "word"), ("perplexity", "answer")):
+            if metric in metrics:
+                table[task] = {**metrics[metric], "unit": unit}
+    for row in table.values():
+        last = row["after"] if row["after"] is not None else row["converted"]
+        row["last"], row["delta"] = last, difference(row["before"], last)
+        row["relative"] = None if row["delta"] is None else last / row["before"] - 1
+        row["cla_cost_relative"] = row["after"] / row["control"] - 1 if row["after"] and row["control"] else None
+    agreement = {p: {k: v for k, v in row.items() if k != "windows"} for p, row in run.agreement.items()}
+    return {"perplexity": table, "agreement": agreement}
+
+
+def _text(files: dict[str, Json]) -> Json:
+    """Perplexity of one text at every point, and its tokens."""
+    tokens = next((value.get("tokens") for value in files.values() if value.get("tokens")), None)
+    return {point: files.get(point, {}).get("perplexity") for point in POINTS} | {"unit": "token", "n": tokens}
+
+
+def show(report: Json) -> Sequence[Block]:
+    """The table of texts, and the agreement with the source model."""
+    blocks: list[Block] = []
+    if report["perplexity"]:
+        blocks = [
+            _texts(report),
+            Paragraph(_note(report["perplexity"]), "note"),
+        ]  # fmt: skip
+    if report["agreement"]:
+        blocks += [Heading("Agreement with the source model"), _agreement(report["agreement"])]
+    return blocks
+
+
+def _note(perplexity: dict[str, Json]) -> str:
+    """What the columns mean; that p has a least value where there are few documents."""
+    least = ""
+    documents = [row["n"] for row in perplexity.values() if row["unit"] != "token" and row["n"]]
+    if few := [n for n in documents if n <= 5]:
+        n = min(few)
+        least = f", which for {n} documents gives no p below {p_value(2.0 ** (1 - n))}"
+    return (
+        "Lower is better. n: documents, or tokens where the perplexity is per token. Delta and interval are in units "
+        f"of perplexity. p: sign-flip test on log-likelihoods{least}."
+    )
+
+
+def _texts(report: Json) -> Table:
+    at, control = report["points"], "control" in report["points"]
+    columns = [Column("text", text=True), Column("per", text=True, quiet=True), Column("n", quiet=True)]
+    columns += [Column(point) for point in at]
+    columns += [Column("change"), Column("delta [95% CI]", long=True), Column("p")]
+    columns += [Column("CLA cost, change, delta [95% CI]", long=True)] if control else []
+    rows = [
+        Row(
+            [
+                titled(name), row["unit"], integer(row["n"]), *(number(row[point]) for point in at),
+                change(row["relative"]), [f"{signed(row['delta'])} ", note(interval(row["ci95"]))],
+                p_value(row["p_value"]),
+                *([[f"{change(row['cla_cost_relative'])} ", note(_cost(row))]] if control else []),
+            ]
+        )
+        for name, row in report["perplexity"].items()
+    ]  # fmt: skip
+    return Table(columns, rows, "cards wide")
+
+
+def _cost(row: Json) -> str:
+    """After minus control: `+0.31 [+0.2, +0.42]`; nothing without windows."""
+    found = row.get("cla_cost") or {}
+    return "" if found.get("delta") is None else f"{signed(found['delta'])} {interval(found['ci95'])}".strip()
+
+
+def _agreement(agreement: Json) -> Table:
+    columns = [
+        Column("model", text=True), Column("KL to the source, nats per token [95% CI]", long=True),
+        Column("same most likely token, % [95% CI]", long=True), Column("tokens", quiet=True),
+    ]  # fmt: skip
+    rows = []
+    for point, row in agreement.items():
+        ci95 = row.get("ci95") or {}
+        kl = [f"{number(row['kl'], 3)} ", note(bracket(ci95.get("kl")))]
+        same = [f"{percent(row['top1'])} ", note(percent_interval(ci95.get("top1")))]
+        rows.append(Row([point, kl, same, integer(row["tokens"])]))
+    return Table(columns, rows)
+
+
+register(Section("perplexity", place=30, title="Perplexity", collect=collect, show=show, needs=("accuracy",)))

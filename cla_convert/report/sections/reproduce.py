@@ -1,0 +1,60 @@
+"""How to get the same again: the command, seeds, versions, hashes and every setting."""
+
+from collections.abc import Sequence
+
+from ..content import Block, Details, Facts, Listing, Paragraph
+from ..formats import changed, to_yaml
+from ..run_folder import Json, RunFiles
+from ..section import Material, Section, register
+from ..text import Text, code
+
+
+def collect(material: Material, report: Json) -> Json:
+    """command, seeds, versions, hashes, settings."""
+    run = material.run
+    command = run.environment.get("command")
+    return {
+        "command": " ".join(map(str, command)) if isinstance(command, list) else command,
+        "versions": run.environment.get("versions") or _eval_versions(run),
+        "seeds": run.environment.get("seeds") or {"recipe": material.seed},
+        "hashes": _hashes(run),
+        "settings": run.recipe,
+    }
+
+
+def _eval_versions(run: RunFiles) -> Json:
+    return next((result["versions"] for result in run.results.values() if result.get("versions")), {})
+
+
+def _hashes(run: RunFiles) -> Json:
+    """Hashes of the run, of the specification at each point, and of the models that were measured."""
+    found: Json = dict(run.environment.get("hashes") or {})
+    for point, result in run.results.items():
+        found[f"specification_{point}"] = result.get("specification_hash")
+        found[f"model_{point}"] = result.get("model_fingerprint")
+    return found
+
+
+def show(report: Json) -> Sequence[Block]:
+    """The command, and what it depends on."""
+    source = report["source"]
+    facts: list[tuple[str, Text]] = [
+        ("Seeds", ", ".join(f"{name} {seed}" for name, seed in report["seeds"].items())),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in report["versions"].items()) or "not recorded"),
+    ]
+    facts += [
+        (f"Source {name}", code(source[name]))
+        for name in ("revision", "sha256", "license", "quantization")
+        if source.get(name)
+    ]
+    blocks: list[Block] = [Listing(report["command"] or "(the command was not recorded)")]
+    blocks += [Paragraph(changed(change)) for change in (report["train"] or {}).get("changes") or []]
+    blocks.append(Facts(facts))
+    if hashes := {name: value for name, value in report["hashes"].items() if value}:
+        blocks.append(
+            Details("Hashes", [Facts([(name.replace("_", ", "), code(value)) for name, value in hashes.items()])])
+        )
+    return [*blocks, Details("Settings (recipe.yaml, resolved)", [Listing(to_yaml(report["settings"]))])]
+
+
+register(Section("reproduce", place=95, title="How to reproduce", collect=collect, show=show))

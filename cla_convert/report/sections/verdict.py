@@ -1,0 +1,107 @@
+"""The verdict: is what was lost within the margins that were set beforehand, measure by measure."""
+
+from collections.abc import Sequence
+
+from ...evaluation.gate import amount, reason_in_words
+from ...evaluation.verdict import NOT_MEASURED
+from ..content import Block, Bullets, Paragraph
+from ..formats import change, number, plural, stage, titled
+from ..run_folder import Json
+from ..section import Material, Section, register
+from ..text import Text, strong, tag
+
+HEADINGS = {
+    "within_margin": "Within the margins",
+    "margin_broken": "Worse than the margins allow",
+    "inconclusive": "Inconclusive",
+    "not_measured": "Not evaluated",
+}
+TONES = {"within_margin": "good", "margin_broken": "bad", "inconclusive": "unsure", "not_measured": "unsure"}
+_WORDS = {"within_margin": "within", "margin_broken": "worse", "inconclusive": "cannot tell"}
+WORST_FIRST = ("margin_broken", "inconclusive", "within_margin")
+
+
+def collect(material: Material, report: Json) -> Json:
+    """verdict (a sentence or two to quote), status, judged, gate, margins."""
+    found = material.comparison
+    judged = [row | {"text": _measure(row, report)} for row in found["judged"]]
+    gate = found["gate"]
+    return {
+        "verdict": sentence(found["status"], judged, found["compared"]),
+        "status": found["status"],
+        "compared": found["compared"],
+        "judged": judged,
+        "gate": gate | {"reasons": [one | {"text": reason_in_words(one)} for one in gate["reasons"]]},
+        "margins": material.margins.as_dict(),
+    }
+
+
+def sentence(status: str, judged: list[Json], point: str | None) -> str:
+    """`Worse than the margins allow, after uptraining. Worse: held-out perplexity ... Cannot tell: mean ...`"""
+    if status == NOT_MEASURED:
+        return f"{HEADINGS[status]}: the source and the converted model were not both measured."
+    parts = []
+    for verdict in WORST_FIRST:
+        if texts := [row["text"] for row in judged if row["verdict"] == verdict]:
+            parts.append(f"{_WORDS[verdict].capitalize()}: {'; '.join(texts)}.")
+    return f"{HEADINGS[status]}, {stage(point)}. {' '.join(parts)}"
+
+
+def _measure(row: Json, report: Json) -> str:
+    """`held-out perplexity 30.76 -> 44.22 (+43.7%, 95% CI +39.1% to +48.6%; margin 5%)`."""
+    measure, scope = row["measure"], row["scope"]
+    delta, interval = _amount(measure, row["delta"]), "no interval"
+    if row["ci95"]:
+        low, high = (_amount(measure, value).split()[0] for value in row["ci95"])
+        interval = f"95% CI {low} to {high}"
+    margin = _margin(measure, row["margin"])
+    if measure == "kl":
+        return f"KL from the source on held-out text {delta} per token ({interval}; margin {margin})"
+    if measure == "perplexity":
+        numbers = report["perplexity"].get(scope) or {}
+        last = numbers.get(report["compared_point"])
+        levels = f"{number(numbers.get('before'))} -> {number(last)}"
+        return f"{titled(scope)} perplexity {levels} ({delta}, {interval}; margin {margin})"
+    if scope == "mean":
+        mean = report["mean_accuracy"]
+        what = f"mean accuracy over {plural(len(mean['tasks']), 'task')} ({plural(mean['n'], 'document')})"
+        return f"{what} changed by {delta} ({interval}; margin {margin})"
+    return f"{scope} {row['metric']} changed by {delta} ({interval}; margin {margin})"
+
+
+def _amount(measure: str, value: float | None) -> str:
+    """As in the tables: a rise to more than twice as a factor."""
+    return change(value) if measure == "perplexity" and value is not None else amount(measure, value)
+
+
+def _margin(measure: str, value: float) -> str:
+    if measure == "kl":
+        return f"{value:g}"
+    return f"{100 * value:g}{'%' if measure == 'perplexity' else ''}"
+
+
+def show(report: Json) -> Sequence[Block]:
+    """Every judged measure with its verdict, worst first, and the gate."""
+    rows = sorted(report["judged"], key=lambda row: WORST_FIRST.index(row["verdict"]))
+    items: list[Text] = [[tag(_WORDS[row["verdict"]], TONES[row["verdict"]]), " ", row["text"]] for row in rows]
+    heading = HEADINGS[report["status"]] + (f", {stage(report['compared'])}" if report["compared"] else "")
+    blocks: list[Block] = [Paragraph(strong(heading))]
+    if items:
+        blocks.append(Bullets(items, "judged"))
+    else:
+        blocks.append(Paragraph("The source and the converted model were not both measured."))
+    return [*blocks, Paragraph(gate_line(report["gate"]))]
+
+
+def gate_line(gate: Json) -> str:
+    """What the quality gate found; what was judged stands above it."""
+    absent = [reason["text"] for reason in gate["reasons"] if reason["code"] in ("not_compared", NOT_MEASURED)]
+    return f"Quality gate: {gate['state']}{' (' + '; '.join(absent) + ')' if absent else ''}."
+
+
+register(
+    Section(
+        "verdict", place=5, collect=collect, show=show, needs=("accuracy", "perplexity"),
+        style=lambda report: f"verdict {TONES[report['status']]}",
+    )
+)  # fmt: skip
