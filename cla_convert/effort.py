@@ -2,14 +2,31 @@
 
 from dataclasses import dataclass
 
-CPU_TOKENS = 24_576
-"""Minutes for a 135M model on two cores."""
-_LEAST_GPU_TOKENS = 65_536
-_TOKEN_PARAMETERS = 3.5e14
-"""Tokens times parameters of the model that take an H100 about 40 s: 2.6M tokens of a 135M model. The curve of quality
-over text is steep until there (docs/how-it-works.md); an 8B model keeps to the least."""
-_CPU_STEPS, _CPU_STEP = 20, 2048
-_GPU_STEPS, _GPU_STEP = 60, 8192
+
+@dataclass(frozen=True)
+class _Means:
+    """What a kind of device can afford. Evidence: docs/how-it-works.md."""
+
+    least: int
+    """Tokens of calibration text, however large the model."""
+    most: int
+    """Likewise, however small."""
+    token_parameters: float
+    """Tokens times parameters of the model that are worth their time, between the two."""
+    steps: int
+    """Matching steps of a group for the least text."""
+    step: int
+    """Tokens of a step."""
+    more: int
+    """Steps more for every further step's worth of text."""
+    length: int
+    """Tokens of a row: attention over longer ones would take most of a CPU's time."""
+
+
+_GPU = _Means(least=65_536, most=2_600_000, token_parameters=3.5e14, steps=60, step=8192, more=1, length=1024)
+"""A 135M model gets the most, 40 s of an H100, until where the curve of quality over text is steep; 8B the least."""
+_CPU = _Means(least=24_576, most=49_152, token_parameters=6.62e12, steps=20, step=2048, more=4, length=512)
+"""A 135M model gets the most, under four minutes of two cores."""
 
 
 @dataclass(frozen=True)
@@ -22,14 +39,21 @@ class Effort:
 
     @classmethod
     def for_text(cls, tokens: int, device: str) -> "Effort":
-        """For so much calibration text. On a GPU, one step more for every step's worth of text beyond the least."""
-        if not device.startswith("cuda"):
-            return cls(_CPU_STEPS, _CPU_STEP)
-        return cls(_GPU_STEPS + max(0, tokens - _LEAST_GPU_TOKENS) // _GPU_STEP, _GPU_STEP)
+        """For so much calibration text."""
+        means = _means(device)
+        return cls(means.steps + means.more * (max(0, tokens - means.least) // means.step), means.step)
 
 
 def affordable_tokens(parameters: int, device: str) -> int:
     """Calibration tokens that a model of so many parameters can afford on a device: what `tokens: auto` means."""
-    if not device.startswith("cuda"):
-        return CPU_TOKENS
-    return max(_LEAST_GPU_TOKENS, int(_TOKEN_PARAMETERS / parameters))
+    means = _means(device)
+    return min(means.most, max(means.least, int(means.token_parameters / parameters)))
+
+
+def affordable_length(device: str) -> int:
+    """Tokens of a calibration row: what `sequence_length: auto` means."""
+    return _means(device).length
+
+
+def _means(device: str) -> _Means:
+    return _GPU if device.startswith("cuda") else _CPU

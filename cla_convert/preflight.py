@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .console import say, warn
+from .effort import affordable_length
 from .errors import InputError
 from .models.shape import positions_of, size_of
 from .recipe import Recipe, TextFile
@@ -73,15 +74,15 @@ def check_lengths(recipe: Recipe, config: Mapping[str, Any]) -> None:
             )
 
 
-def fitting_calibration(recipe: Recipe, config: Mapping[str, Any]) -> Recipe:
-    """The recipe with calibration sequences no longer than the model's context; a note says so."""
+def calibration_length(recipe: Recipe, config: Mapping[str, Any], device: str) -> int:
+    """Tokens of a calibration row: no more than the model's context; a note says so if more were asked for."""
     longest, wanted = positions_of(config), recipe.convert.calibration.sequence_length
+    if wanted == "auto":
+        return min(affordable_length(device), longest or affordable_length(device))
     if longest is None or wanted <= longest:
-        return recipe
+        return wanted
     say(f"calibrating on sequences of {longest} tokens, which is what the model was built for, and not of {wanted}")
-    calibration = recipe.convert.calibration.model_copy(update={"sequence_length": longest})
-    convert = recipe.convert.model_copy(update={"calibration": calibration})
-    return recipe.model_copy(update={"convert": convert})
+    return longest
 
 
 def check_evaluation(folder: Path, texts: list[TextFile]) -> None:

@@ -97,7 +97,7 @@ class PointFolder:
         return {file.stem: file for file in sorted((self.path / "perplexity").glob("*.json"))}
 
     def measured(self, name: str) -> Path:
-        """A file of the point: results, kv_cache; on plain text held_out, agreement, domains, answers, perplexity/NAME."""
+        """A file of the point: results, kv_cache; held_out, agreement, domains, answers, perplexity/NAME."""
         return self.path / f"{name}.json"
 
     def task(self, name: str) -> Path:

@@ -45,7 +45,7 @@ class Search:
         """Half a minute for a 135M model on a data-centre GPU, ten minutes on two CPU cores."""
         if torch.device(device).type == "cuda":
             return cls(4, 4, Effort(20, 8192), 32_768)
-        return cls(3, 2, Effort(4, 2048), 8192)
+        return cls(3, 4, Effort(4, 2048), 8192)
 
     def split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of `tokens` [rows, T] to fit to, and others to measure on. Raises InputError if there are too few."""

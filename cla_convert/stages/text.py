@@ -33,13 +33,13 @@ def calibration(recipe: Recipe, folder: RunFolder) -> "CalibrationText | None":
 
     from ..conversion.text import CalibrationText
     from ..models.checkpoint import Checkpoint
-    from ..preflight import fitting_calibration
+    from ..preflight import calibration_length
     from ..training.data import calibration_rows, calibration_tokens
 
     store, source, device = text(recipe, folder), folder.source(recipe), pick_device(recipe.device)
-    fitting = fitting_calibration(recipe, Checkpoint.open(source).config)
+    length = calibration_length(recipe, Checkpoint.open(source).config, device)
     wanted = calibration_tokens(recipe, source, device)
-    rows = torch.from_numpy(calibration_rows(store, fitting, wanted))
+    rows = torch.from_numpy(calibration_rows(store, wanted, length, recipe.seed))
     short = f" of {human_count(wanted)}: the data holds no more" if store.train.size < wanted else ""
     say(f"calibrating on {human_count(rows.numel())} tokens{short}")
     return CalibrationText(rows, store.digest, device, recipe.seed, recipe.convert.calibration.steps)

@@ -142,14 +142,13 @@ def calibration_tokens(recipe: Recipe, source: Path, device: str) -> int:
     return affordable_tokens(parameters, device)
 
 
-def calibration_rows(store: TokenStore, recipe: Recipe, tokens: int) -> np.ndarray:
-    """Training rows for calibrated pooling, about `tokens` tokens: int64 [n, T]; the same ones for a seed.
+def calibration_rows(store: TokenStore, tokens: int, length: int, seed: int) -> np.ndarray:
+    """Training rows for calibrated pooling, about `tokens` tokens: int64 [n, length]; the same ones for a seed.
 
     In another order than uptraining visits them, whose first steps would otherwise see the text already fitted to.
     """
-    settings = recipe.convert.calibration
-    length = min(settings.sequence_length, store.train.size)
-    rows = Sequences(store.train, length, recipe.seed + 1, first=store.first)
+    length = min(length, store.train.size)
+    rows = Sequences(store.train, length, seed + 1, first=store.first)
     return rows.rows(min(rows.count, max(1, tokens // length)))
 
 

@@ -250,7 +250,7 @@ def test_every_row_begins_with_bos_where_the_tokenizer_begins_so(tmp_path: Path,
     assert (begun[:, 0] == 2).all() and (begun[:, 1:] == plain[:, 1:]).all()
     begun_store = TokenStore(tokens, tokens, "", {"bos": 2}, np.empty(0))
     recipe = validate({"convert": {"calibration": {"tokens": 500, "sequence_length": 50}}})
-    assert (calibration_rows(begun_store, recipe, 500)[:, 0] == 2).all()
+    assert (calibration_rows(begun_store, 500, 50, seed=0)[:, 0] == 2).all()
     assert (held_out_rows(begun_store, recipe.train)[:, 0] == 2).all()
 
 
@@ -288,7 +288,7 @@ def test_no_held_out_document_is_trained_or_calibrated_on(tmp_path: Path, table:
     every = Sequences(store.train, 100, seed=0)
     trained = numbers(every.rows(every.count))
     assert len(held_out) > 20 and len(trained) > 100 and not held_out & trained
-    calibrated = numbers(calibration_rows(store, recipe, recipe.convert.calibration.tokens))
+    calibrated = numbers(calibration_rows(store, 5000, 100, seed=0))
     assert len(calibrated) > 20 and calibrated <= trained
 
 
@@ -326,7 +326,7 @@ def test_a_little_calibration_text_is_taken_from_many_documents(tmp_path: Path) 
     calibration = {"tokens": 2000, "sequence_length": 100}
     recipe = validate({"data": {"sources": [{"path": str(path)}]}, "convert": {"calibration": calibration}})
     store = store_for(recipe, byte_tokenizer(), tmp_path, "cpu")
-    rows = calibration_rows(store, recipe, 2000)
+    rows = calibration_rows(store, 2000, 100, seed=0)
     assert rows.size == 2000 and store.train.size == 16 * 2000
     begun = re.findall(r"Document (\d+):", "\n".join(byte_tokenizer().batch_decode(rows.tolist())))
     assert max(map(int, begun)) - min(map(int, begun)) > 60  # a stretch of ten documents holds 2000

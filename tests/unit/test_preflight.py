@@ -86,7 +86,9 @@ def test_without_training_its_length_means_nothing():
 
 def test_calibration_is_cut_to_the_positions(tmp_path, capsys):
     source = save_tiny("gpt_bigcode", tmp_path / "m", n_positions=64, max_position_embeddings=64)
-    recipe = load_recipe(None, [f"source.model={source}", "convert.calibration.tokens=1k", "device=cpu"]).recipe
+    recipe = load_recipe(
+        None, [f"source.model={source}", "convert.calibration={tokens: 1k, sequence_length: 1024}", "device=cpu"]
+    ).recipe
     folder = RunFolder(tmp_path / "run")
     plan_of(recipe, folder)
     looked_at = calibration(recipe, folder)
