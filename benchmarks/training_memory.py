@@ -106,7 +106,7 @@ def measure(shape: Shape, compiled: bool, folder: Path, device: str, steps: int)
 
     from cla_convert.recipe import Recipe, Train
     from cla_convert.training.data import TokenStore
-    from cla_convert.training.state import Checkpoints, Position
+    from cla_convert.training.state import Position, TrainingStates
     from cla_convert.training.step import take_step
     from cla_convert.training.trainer import set_up
 
@@ -124,7 +124,7 @@ def measure(shape: Shape, compiled: bool, folder: Path, device: str, steps: int)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     trainer = set_up(student, source, Recipe(train=train), device, data=store)
-    checkpoints, position = Checkpoints(folder / "checkpoints", {}, 1), Position()
+    checkpoints, position = TrainingStates(folder / "checkpoints", {}, 1), Position()
     peak = 0
     for _ in range(steps):
         if device == "cpu":

@@ -37,7 +37,7 @@ from cla_convert.recipe import Recipe
 from cla_convert.recipe_file import validate
 from cla_convert.training.data import TokenStore
 from cla_convert.training.flops import peak_flops, training_flops
-from cla_convert.training.state import Checkpoints, Position
+from cla_convert.training.state import Position, TrainingStates
 from cla_convert.training.step import take_step
 from cla_convert.training.trainer import set_up
 
@@ -203,7 +203,7 @@ def measure_all(table: dict[str, Callable[[], Figures]], only: str, deadline: fl
 def ours(setting: Setting, train: dict[str, Any], *, profile: bool, cudnn: bool) -> Figures:
     """Steps of `cla-convert uptrain`."""
     trainer = set_up(setting.student, setting.source, recipe(setting, train), setting.device, data=setting.store)
-    checkpoints = Checkpoints(setting.folder / "checkpoints", {}, keep=1)
+    checkpoints = TrainingStates(setting.folder / "checkpoints", {}, keep=1)
     position, row = Position(), {}
     clock = Clock(setting)
 

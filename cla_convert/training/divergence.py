@@ -8,7 +8,7 @@ import torch
 from ..errors import TrainingError
 from .micro_batch import advice
 from .schedule import Budget
-from .state import Checkpoints, Position
+from .state import Position, TrainingStates
 from .trainer import Trainer
 
 PATIENCE = 10
@@ -32,7 +32,7 @@ def steps_above(losses: Sequence[float], factor: float) -> int:
     return 0
 
 
-def spiked(position: Position, budget: Budget, losses: Sequence[float], checkpoints: Checkpoints) -> TrainingError:
+def spiked(position: Position, budget: Budget, losses: Sequence[float], checkpoints: TrainingStates) -> TrainingError:
     """The error for a spike that ends at `position`."""
     first, _ = budget.step_range(position.step - PATIENCE)
     _, end = budget.step_range(position.step - 1)
@@ -46,7 +46,7 @@ def spiked(position: Position, budget: Budget, losses: Sequence[float], checkpoi
 
 
 def not_finite(
-    trainer: Trainer, position: Position, losses: torch.Tensor, norm: float, checkpoints: Checkpoints
+    trainer: Trainer, position: Position, losses: torch.Tensor, norm: float, checkpoints: TrainingStates
 ) -> TrainingError:
     """The error for the step after `position`.
 
@@ -65,7 +65,7 @@ def not_finite(
     )
 
 
-def ruined(position: Position, what: str, checkpoints: Checkpoints) -> TrainingError:
+def ruined(position: Position, what: str, checkpoints: TrainingStates) -> TrainingError:
     """The error for weights that the step before `position` left without a use."""
     return TrainingError(
         f"{what} after step {position.step}: the model is not published",
@@ -74,7 +74,7 @@ def ruined(position: Position, what: str, checkpoints: Checkpoints) -> TrainingE
     )
 
 
-def out_of_memory(trainer: Trainer, checkpoints: Checkpoints, error: RuntimeError) -> TrainingError:
+def out_of_memory(trainer: Trainer, checkpoints: TrainingStates, error: RuntimeError) -> TrainingError:
     """The error for a step that memory did not suffice for."""
     rows = trainer.micro_batch
     return TrainingError(
@@ -91,7 +91,7 @@ def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
     return not own or bool(torch.stack([tensor.sum() for tensor in own]).isfinite().all())
 
 
-def last_good(checkpoints: Checkpoints, step: int | None = None) -> str:
+def last_good(checkpoints: TrainingStates, step: int | None = None) -> str:
     """Names the newest checkpoint; that of `step` itself, at which something failed, has not proved to be good."""
     whole = checkpoints.all()
     unproved = [path for path in whole if step is not None and path == checkpoints.at(step)]

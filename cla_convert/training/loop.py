@@ -30,7 +30,7 @@ from .monitor import Monitor
 from .parallel import Team
 from .publish import publish, result_of
 from .schedule import crossed
-from .state import Checkpoints, Position
+from .state import Position, TrainingStates
 from .step import take_step
 from .stop import StopRequest
 from .trackers import open_trackers
@@ -62,7 +62,7 @@ def uptrain(
         text: what gives the text; default: the recipe's data, as `store_for` reads it.
         resume_command: shown to the user on interruption.
         fresh: start over instead of resuming.
-        allow_changes: settings that may differ from those of the checkpoint; see `Checkpoints`.
+        allow_changes: settings that may differ from those of the checkpoint; see `TrainingStates`.
 
     Raises:
         InputError: data, models or `folder.model` are not usable, or memory will not do, before any training.
@@ -74,7 +74,7 @@ def uptrain(
     trainer = set_up(student_dir, teacher_dir, recipe, team.device, team, text)
     check_exportable(trainer.student.state_dict(), student_dir)
     identity = run_identity(student_dir, teacher_dir, recipe, trainer)
-    checkpoints = Checkpoints(
+    checkpoints = TrainingStates(
         folder.checkpoints, identity, recipe.train.keep_checkpoints, team=team, allow_changes=allow_changes
     )
     if fresh:
@@ -93,7 +93,7 @@ def uptrain(
     return result
 
 
-def _resume(trainer: Trainer, checkpoints: Checkpoints) -> Position:
+def _resume(trainer: Trainer, checkpoints: TrainingStates) -> Position:
     path = checkpoints.latest()
     if path is None:
         return Position()
@@ -103,7 +103,7 @@ def _resume(trainer: Trainer, checkpoints: Checkpoints) -> Position:
 
 
 @contextmanager
-def _explained(trainer: Trainer, checkpoints: Checkpoints) -> Iterator[None]:
+def _explained(trainer: Trainer, checkpoints: TrainingStates) -> Iterator[None]:
     """Turn a full disk and a full memory into a TrainingError that says what to do."""
     try:
         yield
@@ -122,7 +122,7 @@ class Loop:
     """Steps until the budget is spent, and what happens between them."""
 
     trainer: Trainer
-    checkpoints: Checkpoints
+    checkpoints: TrainingStates
     metrics: Metrics
     monitor: Monitor
     stop: StopRequest

@@ -50,7 +50,7 @@ class Position:
     loss: float | None = None
 
 
-class Checkpoints:
+class TrainingStates:
     """The checkpoints of one run, in `folder`. All processes of the team call the same methods."""
 
     def __init__(

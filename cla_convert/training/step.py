@@ -14,11 +14,11 @@ from .divergence import not_finite
 from .optimizer import peak_rate
 from .parallel import whole
 from .schedule import learning_rate
-from .state import Checkpoints, Position
+from .state import Position, TrainingStates
 from .trainer import Trainer
 
 
-def take_step(trainer: Trainer, position: Position, checkpoints: Checkpoints) -> tuple[Position, dict[str, Any]]:
+def take_step(trainer: Trainer, position: Position, checkpoints: TrainingStates) -> tuple[Position, dict[str, Any]]:
     """One optimiser step; returns the new position and its row for metrics.jsonl."""
     start, settings, budget = time.perf_counter(), trainer.settings, trainer.budget
     tokens = budget.tokens_after(position.step + 1)

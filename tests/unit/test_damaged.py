@@ -29,7 +29,7 @@ from cla_convert.report.report import build_report
 from cla_convert.run_folder import RunFolder
 from cla_convert.same_recipe import check_same_recipe
 from cla_convert.stages.uptrain import uptrain
-from cla_convert.training.state import Checkpoints, Position
+from cla_convert.training.state import Position, TrainingStates
 from tests.unit.test_gguf import write_gguf
 
 
@@ -191,10 +191,10 @@ def test_a_checkpoint_of_another_student_is_refused(tiny_llama: Path, tmp_path: 
     optimizer = torch.optim.AdamW(student.parameters())
     student(torch.ones(1, 2)).sum().backward()
     optimizer.step()
-    saved = Checkpoints(tmp_path / "checkpoints", {"model": fingerprint(tmp_path / "mean")}, keep=1)
+    saved = TrainingStates(tmp_path / "checkpoints", {"model": fingerprint(tmp_path / "mean")}, keep=1)
     saved.save(Position(step=1), student, [optimizer])
-    assert Checkpoints(tmp_path / "checkpoints", {"model": fingerprint(tmp_path / "mean")}, keep=1).latest()
-    other = Checkpoints(tmp_path / "checkpoints", {"model": fingerprint(tmp_path / "first")}, keep=1)
+    assert TrainingStates(tmp_path / "checkpoints", {"model": fingerprint(tmp_path / "mean")}, keep=1).latest()
+    other = TrainingStates(tmp_path / "checkpoints", {"model": fingerprint(tmp_path / "first")}, keep=1)
     with pytest.raises(TrainingError, match="belong to another run"):
         other.latest()
 

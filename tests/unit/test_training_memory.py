@@ -18,7 +18,7 @@ from cla_convert.training.memory import CONTEXT, Forecast
 from cla_convert.training.micro_batch import forecast, loading, micro_batch_size
 from cla_convert.training.optimizer import freeze_all_but
 from cla_convert.training.rehearsal import _Live, kept_bytes, skeleton
-from cla_convert.training.state import Checkpoints, Position
+from cla_convert.training.state import Position, TrainingStates
 from cla_convert.training.step import take_step
 from cla_convert.training.trainer import set_up
 from tests.tiny import CASES, cla_model, save_tiny
@@ -101,7 +101,7 @@ def test_the_peak_of_a_step(tmp_path: Path, settings: dict[str, Any]) -> None:
     tokens = np.random.default_rng(0).integers(0, 256, size=8192).astype(np.uint32)
     store = TokenStore(tokens, tokens[:256], "tokens", {}, np.zeros(0, dtype=np.int64))
     trainer = set_up(source, source, Recipe(train=Train(**train)), "cpu", data=store)
-    checkpoints = Checkpoints(tmp_path / "checkpoints", {}, 1)
+    checkpoints = TrainingStates(tmp_path / "checkpoints", {}, 1)
     position, _ = take_step(trainer, Position(), checkpoints)
     with _Live() as live:
         take_step(trainer, position, checkpoints)
