@@ -103,6 +103,15 @@ def peak_memory_bytes(device: str) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def forget_peak_memory(device: str) -> None:
+    """Let the peak of a CUDA device begin anew, so that a stage does not report what the one before it took."""
+    if device.startswith("cuda"):
+        import torch
+
+        if torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats(device)
+
+
 def available_memory() -> int:
     """Bytes that this process may still take without swapping, within the limit of its container (cgroup v2)."""
     import psutil

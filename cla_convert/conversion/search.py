@@ -55,6 +55,9 @@ def likely_maps(costs: Mapping[Group, float], kinds: Sequence[str], owners: int)
 def choose_map(costs: Mapping[Group, float], kinds: Sequence[str], owners: int) -> list[int]:
     """The sharing map with at most `owners` owners whose groups' costs add up to least. Exact (dynamic programme).
 
+    Every attention kind has its share of the owners, rounded up: beyond the window of sliding layers only full ones
+    grow, and a budget met by sharing sliding layers alone would save next to nothing at long contexts.
+
     Raises:
         InputError: no partition into the groups in `costs` (and single layers, which cost nothing) has so few owners.
     """
@@ -62,7 +65,7 @@ def choose_map(costs: Mapping[Group, float], kinds: Sequence[str], owners: int) 
         return found
     raise InputError(
         f"No sharing map has only {owners} of {len(kinds)} layers own K/V",
-        why=f"At least {min(_plans(costs, kinds))} are needed with the groups that were measured.",
+        why=f"At least {_fewest(costs, kinds)} are needed with the groups that were measured.",
         fix="Raise kv_budget.",
     )
 
@@ -71,8 +74,12 @@ def _up_to(size: int, costs: Mapping[Group, float]) -> dict[Group, float]:
     return {group: cost for group, cost in costs.items() if len(group) <= size}
 
 
+def _fewest(costs: Mapping[Group, float], kinds: Sequence[str]) -> int:
+    return next(owners for owners in range(1, len(kinds) + 1) if _cheapest(costs, kinds, owners))
+
+
 def _cheapest(costs: Mapping[Group, float], kinds: Sequence[str], owners: int) -> list[int] | None:
-    feasible = [plan for count, plan in _plans(costs, kinds).items() if count <= owners]
+    feasible = [plan for count, plan in _plans(costs, kinds, owners).items() if count <= owners]
     if not feasible:
         return None
     _, groups = min(feasible, key=lambda plan: plan[0])
@@ -80,11 +87,12 @@ def _cheapest(costs: Mapping[Group, float], kinds: Sequence[str], owners: int) -
     return [owner_of[layer] for layer in range(len(kinds))]
 
 
-def _plans(costs: Mapping[Group, float], kinds: Sequence[str]) -> Plans:
-    """The cheapest partition of all layers for every number of owners."""
+def _plans(costs: Mapping[Group, float], kinds: Sequence[str], owners: int) -> Plans:
+    """The cheapest partition of all layers for every number of owners, of which a kind has no more than its share."""
     plans: Plans = {0: (0.0, [])}
     for sequence in _by_kind(kinds):
-        options = _partitions(sequence, costs)
+        share = math.ceil(owners * len(sequence) / len(kinds))
+        options = {count: plan for count, plan in _partitions(sequence, costs).items() if count <= share}
         merged: Plans = {}
         for used, (cost, groups) in plans.items():
             for count, (extra, more) in options.items():

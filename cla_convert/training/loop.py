@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..console import human_count, say
+from ..environment import forget_peak_memory
 from ..errors import Interrupted
 from ..evaluation.perplexity import token_perplexity
 from ..models.export import check_exportable
@@ -71,6 +72,7 @@ def uptrain(
         Interrupted: on SIGINT or SIGTERM, after saving.
     """
     check_output(folder.model, overwrite=True)  # before hours of work, not after
+    forget_peak_memory(team.device)
     trainer = set_up(student_dir, teacher_dir, recipe, team.device, team, text)
     check_exportable(trainer.student.state_dict(), student_dir)
     identity = run_identity(student_dir, teacher_dir, recipe, trainer)
