@@ -14,13 +14,13 @@ class Calibration(Section):
 
     tokens: Annotated[Count, Field(gt=0)] | Literal["auto"] = "auto"
     """Calibration tokens, taken from `data`. auto: what takes a minute or less on a data-centre GPU (2.6M for a 135M
-    model, fewer for larger ones, 65,536 at least), or minutes on a CPU (49,152, and 24,576 of a larger one)."""
+    model, fewer for larger ones, 65,536 at least), or minutes on a CPU (40,960, and 24,576 of a larger one)."""
     sequence_length: Annotated[int, Field(ge=16)] | Literal["auto"] = "auto"
     """Length of a calibration sequence; at most what the model was built for. auto: 1024, and 512 on a CPU, whose time
     goes into attention otherwise."""
     steps: int | None = Field(default=None, ge=0)
     """Steps of block reconstruction (docs/how-it-works.md) of each group; 0: the closed form alone. None: 60 of 8192
-    tokens, and more where there is more text (369 for 2.6M tokens); on a CPU 20 of 2048 (68 for 49,152 tokens). What a
+    tokens, and more where there is more text (369 for 2.6M tokens); on a CPU 20 of 2048 (36 for 40,960 tokens). What a
     step takes grows with the cube of the hidden size, so a large model on a CPU may afford only a few."""
 
 
