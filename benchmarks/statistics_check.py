@@ -2,7 +2,7 @@
 
     python benchmarks/statistics_check.py [--runs 2000]
 
-Every run draws a data set with a known truth and asks the shipped code. Prints a Markdown table: docs/evaluation.md.
+Every run draws a data set with a known truth and asks the shipped code. Prints a Markdown table: docs/measurements.md.
 """
 
 import argparse

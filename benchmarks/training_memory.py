@@ -1,6 +1,6 @@
 """Peak memory of uptraining: what was foreseen beside what was measured, each in a process of its own.
 
-    python benchmarks/training_memory.py                             # on a GPU: the table of docs/uptraining.md
+    python benchmarks/training_memory.py                             # on a GPU: the pairs of docs/measurements.md
     python benchmarks/training_memory.py --only 1.2B --compile no    # other pairs
     python benchmarks/training_memory.py --device cpu --only tiny    # to try the script
 

@@ -6,7 +6,7 @@ The stages as Python functions, see docs/python-api.md; each is imported when it
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from .errors import ClaError

@@ -14,7 +14,7 @@ class _Means:
     token_parameters: float
     """Tokens times parameters of the model that are worth their time, between the two."""
     steps: int
-    """Matching steps of a group for the least text."""
+    """Steps of block reconstruction of a group for the least text."""
     step: int
     """Tokens of a step."""
     more: int

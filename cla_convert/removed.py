@@ -26,7 +26,7 @@ class Removed:
 REMOVED = (
     Removed(
         "train", "optimizer", ("muon",), ("adamw",),
-        "Muon was no better than AdamW in any run, and ended one with a CUDA error (docs/uptraining.md).",
+        "Muon was no better than AdamW in any run, and ended one with a CUDA error (docs/measurements.md).",
         "Leave it out: AdamW is the optimiser.",
     ),
     Removed(

@@ -51,6 +51,25 @@ def test_the_example_runs(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.
     assert weights.stat().st_mtime_ns == made and load_file(weights)
 
 
+def test_the_script_converts_trains_and_talks(tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = tiny({"convert": {"sharing": "cla2"}}, tiny_llama, tmp_path)
+    settings = [
+        f"{section}.{key}={json.dumps(value)}"
+        for section in ("convert", "train")
+        for key, value in recipe[section].items()
+    ]
+    words = [str(tiny_llama), str(tmp_path / "text.jsonl"), str(tmp_path / "run"), "device=cpu", *settings]
+    line = [sys.executable, str(PAGE.parent.parent / "examples" / "convert_and_chat.py"), *words]
+    done = subprocess.run(line, input="Who sat on the mat?\n", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    cache, training, *answers = done.stdout.splitlines()
+    assert cache == "KV cache: 768 -> 384 bytes a token" and training.startswith("trained on 1024 tokens, loss ")
+    assert [line for line in answers if line.startswith("[source] ")] and "[trained] " in done.stdout
+    assert (tmp_path / "run" / "uptrained" / "model.safetensors").exists()
+    refused = subprocess.run([*line[:4], str(tmp_path / "other"), "train.tokns=1"], capture_output=True, text=True)
+    assert refused.returncode == 1 and "tokns" in refused.stderr and "Traceback" not in refused.stderr
+
+
 def test_every_name_of_the_page_is_there_and_costs_nothing_before() -> None:
     names = set(re.findall(r"^\| `(\w+)\(", PAGE.read_text(), flags=re.MULTILINE))
     assert names and names <= set(cla_convert.__all__) == set(cla_convert._PLACES)

@@ -1,6 +1,7 @@
 """Every cla-convert line of the README runs, in its order, on a tiny model and small budgets."""
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -56,6 +57,11 @@ def test_make_targets_of_the_readme_exist():
     makefile = (README.parent / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"^ {4}make (\w+)", README.read_text(encoding="utf-8"), re.MULTILINE):
         assert f"\n{target}:" in makefile, target
+
+
+def test_the_picture_is_what_its_script_draws(capsys):
+    runpy.run_path(str(README.parent / "benchmarks" / "draw_sharing_map.py"), run_name="__main__")
+    assert capsys.readouterr().out == (README.parent / "docs" / "sharing-map.svg").read_text(encoding="utf-8")
 
 
 def test_links_of_the_documentation_lead_somewhere():

@@ -1,5 +1,6 @@
 """The recipe: numbers, overrides, origins, refusals."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -109,7 +110,15 @@ def test_missing_and_broken_files(tmp_path):
 
 @pytest.mark.parametrize("name", list_recipes())
 def test_every_shipped_recipe_is_valid(name):
-    assert load_recipe(find_recipe(name)).recipe.source.model
+    recipe = load_recipe(find_recipe(name)).recipe
+    assert bool(recipe.source.model) == (name != "default") and recipe.train.tokens  # the default is for any model
+    text = find_recipe(name).read_text(encoding="utf-8")
+    assert f"cla-convert run {name} " in text, "its head names it"
+
+
+def test_every_shipped_recipe_has_its_costs():
+    page = (Path(__file__).parents[2] / "docs" / "costs.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(\S+)`", page, re.MULTILINE)) == set(list_recipes()) - {"default", "demo"}
 
 
 def test_the_reference_page_is_the_schema():

@@ -147,7 +147,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("card")
 class TestFitting:
     def test_what_was_measured(self) -> None:
-        """135M, 32 sequences of 1024 a pass, not compiled: 30.7 GiB on an H200 (docs/uptraining.md)."""
+        """135M, 32 sequences of 1024 a pass, not compiled: 30.7 GiB on an H200 (docs/measurements.md)."""
         foreseen, rows = foresee(LLAMA_135M, sequence_length=1024, micro_batch_size=32, hidden_weight=0)
         assert foreseen.needs(rows).peak == pytest.approx(30.7 * 2**30, rel=0.05)
 
