@@ -4,7 +4,7 @@ import shlex
 import textwrap
 
 from ..run_folder import RunFolder
-from .formats import change, count, integer, number, plural, points, points_interval, smaller, stage, titled
+from .formats import change, integer, number, plural, points, points_interval, smaller, stage, titled
 from .run_folder import Json
 from .sections.verdict import HEADINGS
 
@@ -24,10 +24,7 @@ def last_lines(report: Json, folder: RunFolder) -> list[str]:
     """
     rows = [("Verdict", HEADINGS[report["status"]] + (f", {stage(report['compared'])}" if report["compared"] else ""))]
     rows += [("Accuracy", _accuracy(report)), ("Perplexity", _perplexity(report)), ("KL", _kl(report))]
-    rows += [
-        ("KV cache", _kv(report)),
-        ("Training", f"{count(report['train']['tokens'])} tokens" if report["train"] else ""),
-    ]
+    rows += [("KV cache", _kv(report))]
     trained = report["compared"] == "after" or report["train"]
     model = folder.training.model if trained else folder.converted
     rows += [("Model", str(model) if model.exists() else ""), ("Report", str(folder.pages["html"]))]
