@@ -45,7 +45,11 @@ def warn(message: str) -> None:
 
 
 def _tell(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    if bars := sys.modules.get("tqdm"):  # a bar may stand in the line: it makes room and comes back below
+        bars.tqdm.write(message, file=sys.stderr)
+        sys.stderr.flush()
+    else:
+        print(message, file=sys.stderr, flush=True)
 
 
 def data(text: str) -> None:
@@ -62,7 +66,10 @@ def data_json(value: dict[str, Any]) -> None:
 
 def fail(error: ClaError) -> None:
     """Print a user's error as what / why / how to fix (stderr)."""
-    _tell(f"error: {error.what}")
+    label = "error:"
+    if sys.stderr.isatty() and "NO_COLOR" not in os.environ:
+        label = f"\033[1;31m{label}\033[0m"
+    _tell(f"{label} {error.what}")
     if error.why:
         _tell(f"  why: {error.why}")
     if error.fix:

@@ -1,6 +1,6 @@
 """Reading a recipe: the file, `--set train.tokens=26M` on top, validation, and where every value came from."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,15 +75,41 @@ def load_recipe(path: str | Path | None, assignments: list[str] | None = None) -
     for name, value in parse_overrides(assignments or []).items():
         _assign(tree, name, value)
         origins |= dict.fromkeys(flatten(value, f"{name}.") if isinstance(value, dict) else [name], "--set")
-    return Resolved(validate(tree), origins)
+    lines = {} if path is None else {name: f"{path}:{line}: " for name, line in _lines(Path(path)).items()}
+    lines |= {name: "--set: " for name, origin in origins.items() if origin == "--set"}
+    return Resolved(validate(tree, lines), origins)
 
 
-def validate(tree: dict[str, Any]) -> Recipe:
-    """Validate a nested dict. Raises UsageError naming every bad key or value."""
+def validate(tree: dict[str, Any], places: Mapping[str, str] | None = None) -> Recipe:
+    """Validate a nested dict. Raises UsageError with a line for every bad key or value.
+
+    `places` says of dotted names where they stand, to be put in front.
+    """
     try:
         return Recipe.model_validate(without_removed(tree))
     except ValidationError as error:
-        raise UsageError("The recipe is not valid", why="; ".join(map(_explain, error.errors()))) from error
+        reasons = (_place(places or {}, one["loc"]) + _explain(one) for one in error.errors())
+        raise UsageError("The recipe is not valid", why="\n       ".join(reasons)) from error
+
+
+def _lines(path: Path) -> dict[str, int]:
+    """The line of every key in a recipe file, by its dotted name."""
+    found: dict[str, int] = {}
+
+    def walk(node: yaml.Node | None, prefix: str) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                found[f"{prefix}{key.value}"] = key.start_mark.line + 1
+                walk(value, f"{prefix}{key.value}.")
+
+    walk(yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader), "")
+    return found
+
+
+def _place(places: Mapping[str, str], loc: tuple[int | str, ...]) -> str:
+    """`mine.yaml:7: ` of the key at `loc`, or of the nearest section above it; nothing where nobody gave it."""
+    names = (".".join(map(str, loc[:end])) for end in range(len(loc), 0, -1))
+    return next((places[name] for name in names if name in places), "")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -131,8 +157,25 @@ def _assign(tree: dict[str, Any], name: str, value: Any) -> None:
 def _explain(error: Any) -> str:
     name = ".".join(str(part) for part in error["loc"])
     if error["type"] != "extra_forbidden":
-        return f"{name}: {error['msg'].removeprefix('Value error, ')} (got {repr(error['input'])[:200]})"
+        return f"{name}: {_wanted(error)} (got {repr(error['input'])[:200]})"
     return f"unknown key {name!r}.{did_you_mean(str(error['loc'][-1]), _fields_at(error['loc'][:-1]))}"
+
+
+_WANTED = {
+    "int": "must be a whole number", "float": "must be a number", "bool": "must be true or false",
+    "string": "must be text", "list": "must be a list", "dict": "must be a section: lines of `name: value`",
+    "model": "must be a section: lines of `name: value`", "missing": "is missing",
+}  # fmt: skip
+"""Kinds of errors of pydantic, by how their names begin."""
+
+
+def _wanted(error: Any) -> str:
+    """What a value must be, in words of our own."""
+    kind, value = error["type"].partition("_")[0], error["input"]
+    said = _WANTED.get(kind, error["msg"].removeprefix("Value error, ").replace("Input should be", "must be"))
+    if kind in ("model", "dict") and isinstance(value, str) and ":" in value:
+        return f"{said}; a space is missing after the colon"
+    return said
 
 
 def _fields_at(loc: tuple[int | str, ...]) -> list[str]:

@@ -3,11 +3,13 @@
 from collections.abc import Iterable
 from typing import Any
 
+from ..console import human_bytes
 from ..errors import ClaError, InputError
 from ..models.checkpoint import ELEMENT_SIZE, FLOATING, Checkpoint, TensorInfo
 from ..models.kinds import SLIDING
 from ..models.shape import AttentionShape, shape_of
 from ..models.source import open_headers
+from ..recipe import Convert
 from .pattern import PATTERNS
 from .sharing import sharing_map
 from .supported import check_convertible
@@ -59,9 +61,26 @@ def render(result: dict[str, Any]) -> str:
     ]
     if window := result["sliding_window"]:
         lines.append(f"            sliding layers keep only their window: {window} tokens, then they stop growing")
+    default = Convert.model_fields["sharing"].default
     for name, pattern in result["patterns"].items():
-        lines.append(f"  {name:<18}{_bytes(pattern)}, {pattern['kv_layers']} KV layers")
+        less = result["kv_bytes_per_token"] / pattern["kv_bytes_per_token"]
+        mark = "  (the default)" if name == default else ""
+        lines.append(f"  {name:<18}{_bytes(pattern)}, {pattern['kv_layers']} KV layers, {less:.2f}x smaller{mark}")
+    if chosen := result["patterns"].get(default):
+        before, after = (human_bytes(_SEQUENCES * _sequence_bytes(cache, window)) for cache in (result, chosen))
+        lines.append(f"at {_SEQUENCES} contexts of {_CONTEXT} tokens: {before} -> {after} of KV cache with {default}")
+    if result["supported"]:
+        lines.append(f"next        cla-convert convert {result['model']} OUT")
     return "\n".join(lines)
+
+
+_CONTEXT, _SEQUENCES = 8192, 32
+
+
+def _sequence_bytes(cache: dict[str, Any], window: int | None) -> int:
+    """Of a whole context: sliding layers stop growing at their window."""
+    early = min(window or _CONTEXT, _CONTEXT)
+    return early * cache["kv_bytes_per_token"] + (_CONTEXT - early) * cache["kv_bytes_per_token_beyond_window"]
 
 
 _ATTENTION_KEYS = (

@@ -1,9 +1,12 @@
 """Models on the Hugging Face hub: their headers, and their files. Imports no torch."""
 
 import json
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from ..errors import InputError
 from .checkpoint import Checkpoint, TensorInfo
@@ -43,10 +46,14 @@ def download(model: str, revision: str | None, *, allow_pickle: bool, to_convert
 
     with _explained(model):
         if to_convert:
-            config = Path(hf_hub_download(model, "config.json", revision=revision))
+            config = Path(hf_hub_download(model, "config.json", revision=revision, local_files_only=unreachable()))
             family_of(text_config(json.loads(config.read_text(encoding="utf-8"))))
         patterns = _FILES + (["*.bin"] if allow_pickle else [])
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_NEEDED))
+        folder = snapshot_download(
+            model, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_NEEDED,
+            local_files_only=unreachable(),
+        )  # fmt: skip
+        return Path(folder)
 
 
 def headers(model: str, revision: str | None) -> Checkpoint:
@@ -59,8 +66,9 @@ def headers(model: str, revision: str | None) -> Checkpoint:
     from huggingface_hub.errors import NotASafetensorsRepoError
 
     with _explained(model):
-        config = Path(hf_hub_download(model, "config.json", revision=revision))
-        if constants.HF_HUB_OFFLINE:
+        cached_only = constants.HF_HUB_OFFLINE or unreachable()
+        config = Path(hf_hub_download(model, "config.json", revision=revision, local_files_only=cached_only))
+        if cached_only:
             return Checkpoint.open(config.parent)
         try:
             found = get_safetensors_metadata(model, revision=revision)
@@ -76,6 +84,19 @@ def headers(model: str, revision: str | None) -> Checkpoint:
         for name, info in header.tensors.items()
     }
     return Checkpoint.of(config.parent, json.loads(config.read_text(encoding="utf-8")), tensors)
+
+
+def unreachable() -> bool:
+    """Whether the hub's name cannot even be found: then the cache is all there is, and nothing is tried five times."""
+    from huggingface_hub import constants
+
+    if getproxies():
+        return False
+    try:
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname or "", 443)
+    except OSError:
+        return True
+    return False
 
 
 @contextmanager
@@ -96,6 +117,12 @@ def _explained(model: str) -> Iterator[None]:
             f"{model!r} is gated", why="Its licence must be accepted on the hub.", fix="Accept it, then set HF_TOKEN."
         ) from error
     except (LocalEntryNotFoundError, HFValidationError, OSError, RepositoryNotFoundError, EntryNotFoundError) as error:
+        if unreachable():
+            raise InputError(
+                f"There is no model {model!r} on this machine",
+                why="It is no local folder and not in the hub's cache, and the hub cannot be reached.",
+                fix="Check the spelling and the network; or give a local folder or a .gguf file.",
+            ) from error
         missing = isinstance(error, RepositoryNotFoundError)
         raise InputError(
             f"The model {model!r} was not found" if missing else f"The model {model!r} could not be downloaded",

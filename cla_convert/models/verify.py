@@ -34,6 +34,13 @@ def verify_model(folder: Path) -> dict[str, Any]:
 
 def verify_models(folders: Sequence[Path]) -> list[dict[str, Any]]:
     """As `verify_model`, all in one process. Raises InputError for the first that fails."""
+    for folder in folders:
+        if (folder / "config.json").exists() and not load_json(folder / "config.json").get("kv_source_layers"):
+            raise InputError(
+                f"{folder} is not a converted model",
+                why="Its config.json has no kv_source_layers: no layer shares keys and values.",
+                fix="Give the folder that `cla-convert convert`, `uptrain` or `run` wrote.",
+            )
     found = _in_a_clean_process(SCRIPT, folders)
     results = [_judged(folder, result) for folder, result in zip(folders, found, strict=True)]
     for folder in folders:

@@ -158,3 +158,17 @@ def test_few_steps_are_warned_of(train, warning, capsys):
     check_steps(Train(**train))
     said = capsys.readouterr().err
     assert warning in said and bool(said) == bool(warning)
+
+
+def test_mistakes_are_told_with_file_and_line_in_words_of_our_own(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("source:\n  model: my\ntrain:\n  tokens: many\n  sequence_length: 3.5\n")
+    with pytest.raises(UsageError) as caught:
+        load_recipe(path, ["train.lr=3"])
+    first, second, third = caught.value.why.splitlines()
+    assert first.startswith(f"{path}:4: train.tokens: 'many' is not a number of tokens")
+    assert second.strip() == f"{path}:5: train.sequence_length: must be a whole number (got 3.5)"
+    assert third.strip().startswith("--set: unknown key 'train.lr'")
+    path.write_text("source:\n  model:my\n")
+    with pytest.raises(UsageError, match="mine.yaml:1: source: must be a section.*a space is missing after the colon"):
+        load_recipe(path)

@@ -78,3 +78,10 @@ def test_grouped_patterns_are_valid_for_any_shape(layers, k, keep_ends, period):
 def test_picture_shows_every_layer():
     text = picture(sharing_map("cla2-keep-ends", ["full"] * 8))
     assert text == "[0] [1 ← 2] [3 ← 4] [5 ← 6] [7]"
+
+
+def test_groups_larger_than_the_model_are_refused():
+    assert sharing_map("cla8", ["full"] * 8) == [0] * 8
+    for name in ("cla99", "cla9", "cla7-keep-ends"):
+        with pytest.raises(UsageError, match="more than there is to share"):
+            sharing_map(name, ["full"] * 8)

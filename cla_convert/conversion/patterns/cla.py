@@ -12,7 +12,15 @@ def grouped(k: int | None, kinds: LayerKinds, *, keep_ends: bool) -> list[int]:
         raise UsageError(f"cla{k} makes no sense", fix="Use cla2 or cla3.")
     sources = list(range(len(kinds)))
     middle = sources[1:-1] if keep_ends else sources
-    for layers in layers_by_kind(middle, kinds):
+    together = layers_by_kind(middle, kinds)
+    longest = max((len(layers) for layers in together), default=0)
+    if k > max(longest, 4):  # of tiny models cla4 is what it can be
+        raise UsageError(
+            f"cla{k} is more than there is to share",
+            why=f"The model has {longest} layers of a kind that a group could hold.",
+            fix=f"Use cla2 or cla3; cla{longest} would share one layer's keys and values with all of them.",
+        )
+    for layers in together:
         first = len(layers) % k
         starts = ([0] if first else []) + list(range(first, len(layers), k))
         for start, end in zip(starts, [*starts[1:], len(layers)], strict=True):
