@@ -32,7 +32,7 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_new_family_converts(source: Path, tmp_path: Path) -> None:
-    """With the identity map it is the source exactly; with cla2 it has half the cache and loads without this package."""
+    """With the identity map it is the source exactly; with cla2, half the cache, loadable without us."""
     checkpoint, ids = Checkpoint.open(source), torch.arange(2, 26)[None]
     for sharing in ("cla1", "cla2"):
         convert(make_plan(checkpoint, sharing=sharing, init="mean"), checkpoint, tmp_path / sharing)
