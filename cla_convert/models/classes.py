@@ -30,7 +30,7 @@ def register_configs() -> None:
 
 def cla_classes(family: Family) -> dict[str, Any]:
     """The CLA classes of a family: `Config`, `DecoderLayer`, `Model`, `ForCausalLM`, `ForSequenceClassification`."""
-    modeling = importlib.import_module(f"{__package__}.generated.{family.code_files[1].stem}")
+    modeling = importlib.import_module(f"{family.code_package}.{family.code_files[1].stem}")
     kinds = ("DecoderLayer", "Model", "ForCausalLM", "ForSequenceClassification")
     return {
         "Config": _config_class(family),
@@ -39,5 +39,5 @@ def cla_classes(family: Family) -> dict[str, Any]:
 
 
 def _config_class(family: Family) -> Any:
-    module = importlib.import_module(f"{__package__}.generated.{family.code_files[0].stem}")
+    module = importlib.import_module(f"{family.code_package}.{family.code_files[0].stem}")
     return getattr(module, family.class_name("Config"))

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+CODE_PACKAGE = f"{__package__}.generated"
 CODE_FOLDER = Path(__file__).parent / "generated"
 KV_MODULES = ("k_proj", "v_proj", "k_norm")
 """What owners have and consumers lack, by its name inside the attention."""
@@ -69,7 +70,7 @@ class Requirement(NamedTuple):
 class Family:
     """One row: the transformers family and what conversion must know of it.
 
-    The two code files `configuration_<cla_type>.py` and `modeling_<cla_type>.py` in `generated/` are made from the row
+    The two code files `configuration_<cla_type>.py` and `modeling_<cla_type>.py` in `code_folder` are made from the row
     and copied into every output. In the CLA model q, k and v are always separate, as `q_proj`, `k_proj` and `v_proj`.
     """
 
@@ -97,6 +98,10 @@ class Family:
     keys: Mapping[str, str] = field(default_factory=dict)
     """Usual key of a config.json -> this family's name for it."""
     requires: tuple[Requirement, ...] = ()
+    code_folder: Path = CODE_FOLDER
+    """Where its code files lie: the folder of `code_package`."""
+    code_package: str = CODE_PACKAGE
+    """What Python imports them from."""
     experts: bool = False
     """Whether its layers have experts (a mixture), which servers treat apart."""
 
@@ -108,7 +113,7 @@ class Family:
     @property
     def code_files(self) -> list[Path]:
         """The modelling code that ships in an output."""
-        return [CODE_FOLDER / f"configuration_{self.cla_type}.py", CODE_FOLDER / f"modeling_{self.cla_type}.py"]
+        return [self.code_folder / f"{kind}_{self.cla_type}.py" for kind in ("configuration", "modeling")]
 
     @property
     def attention_modules(self) -> tuple[str, ...]:

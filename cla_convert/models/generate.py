@@ -54,11 +54,16 @@ def _names(family: Family) -> dict[str, object]:
     }
 
 
+def write(family: Family) -> None:
+    """Write the two files of a family anew."""
+    for path, text in render(family).items():
+        path.write_text(text, encoding="utf-8")
+
+
 def main() -> None:
     """Write every file anew."""
     for family in FAMILIES.values():
-        for path, text in render(family).items():
-            path.write_text(text, encoding="utf-8")
+        write(family)
 
 
 if __name__ == "__main__":
