@@ -172,7 +172,7 @@ _WANTED = {
 def _wanted(error: Any) -> str:
     """What a value must be, in words of our own."""
     kind, value = error["type"].partition("_")[0], error["input"]
-    said = _WANTED.get(kind, error["msg"].removeprefix("Value error, ").replace("Input should be", "must be"))
+    said = _WANTED.get(kind) or str(error["msg"]).removeprefix("Value error, ").replace("Input should be", "must be")
     if kind in ("model", "dict") and isinstance(value, str) and ":" in value:
         return f"{said}; a space is missing after the colon"
     return said

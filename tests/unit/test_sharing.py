@@ -64,7 +64,7 @@ def test_refusals_name_the_layer(sharing, message):
     assert str(caught.value)
 
 
-@given(st.integers(1, 40), st.integers(1, 6), st.booleans(), st.integers(0, 5))
+@given(st.integers(1, 40), st.integers(1, 4), st.booleans(), st.integers(0, 5))
 def test_grouped_patterns_are_valid_for_any_shape(layers, k, keep_ends, period):
     kinds = ["full" if period and i % period == 0 else "sliding" for i in range(layers)]
     sources = sharing_map(f"cla{k}" + ("-keep-ends" if keep_ends else ""), kinds)
