@@ -123,7 +123,7 @@ def test_the_whole_pipeline_resumes_and_reports(tmp_path):
     assert held_out["before"] < held_out["after"] < held_out["converted"]
     assert report["verdict"]
     markdown = (tmp_path / "run" / "report.md").read_text()
-    assert "piqa" in markdown and done.stdout.startswith("verdict")
+    assert "piqa" in markdown and done.stdout.startswith("Verdict")
     assert cla("verify", tmp_path / "run" / "uptrained").returncode == 0
     card = (tmp_path / "run" / "uptrained" / "README.md").read_text()
     assert "apache-2.0" in card and "cross-layer-attention" in card
