@@ -56,6 +56,10 @@ def recipes_cp(
 
     from ..recipes import find_recipe
 
-    if to.exists() and not to.is_dir():
-        raise UsageError(f"{to} exists", fix="Give another name.")
-    data(str(shutil.copy(find_recipe(name), to)))
+    recipe = find_recipe(name)
+    out = to / recipe.name if to.is_dir() else to
+    if out.exists():
+        raise UsageError(f"{out} exists", fix="Give another name.")
+    if not out.parent.is_dir():
+        raise UsageError(f"There is no folder {out.parent}", fix="Make it first, or give another place.")
+    data(str(shutil.copy(recipe, out)))

@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from ..errors import InputError
+from ..errors import InputError, did_you_mean
 from .checkpoint import Checkpoint, TensorInfo
 from .families import family_of
 from .text_part import text_config
@@ -99,6 +99,11 @@ def unreachable() -> bool:
     return False
 
 
+def _near(model: str) -> str:
+    """` Did you mean 'x'?` for a folder here whose name is near that of a model that was not found."""
+    return did_you_mean(model, [entry.name for entry in Path.cwd().iterdir() if entry.is_dir()])
+
+
 @contextmanager
 def _explained(model: str) -> Iterator[None]:
     """Turn what the hub's client raises into an InputError that helps."""
@@ -119,13 +124,15 @@ def _explained(model: str) -> Iterator[None]:
     except (LocalEntryNotFoundError, HFValidationError, OSError, RepositoryNotFoundError, EntryNotFoundError) as error:
         if unreachable():
             raise InputError(
-                f"There is no model {model!r} on this machine",
+                f"There is no model {model!r} on this machine.{_near(model)}",
                 why="It is no local folder and not in the hub's cache, and the hub cannot be reached.",
                 fix="Check the spelling and the network; or give a local folder or a .gguf file.",
             ) from error
         missing = isinstance(error, RepositoryNotFoundError)
         raise InputError(
-            f"The model {model!r} was not found" if missing else f"The model {model!r} could not be downloaded",
+            f"The model {model!r} was not found.{_near(model)}"
+            if missing
+            else f"The model {model!r} could not be downloaded",
             why=f"It is no local folder, and the hub says: {str(error).strip().splitlines()[0]}",
             fix="Check the spelling (owner/name), HF_TOKEN for private models, the network and HF_HUB_OFFLINE; "
             "or give a local folder or a .gguf file.",

@@ -63,10 +63,6 @@ def _local(model: str) -> Path | None:
         names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         hint = did_you_mean(path.name, names)
         raise InputError(f"There is no model at {model!r}.{hint}", fix="Check the path, or give a hub id (owner/name).")
-    if "/" not in model:  # ids without an owner are few on the hub: a slip in the name of a folder here is likelier
-        folders = [entry.name for entry in Path.cwd().iterdir() if (entry / "config.json").is_file()]
-        if hint := did_you_mean(model, folders):
-            raise InputError(f"There is no model {model!r} here.{hint}", fix="Check the path, or give owner/name.")
     return None
 
 

@@ -172,3 +172,15 @@ def test_mistakes_are_told_with_file_and_line_in_words_of_our_own(tmp_path):
     path.write_text("source:\n  model:my\n")
     with pytest.raises(UsageError, match="mine.yaml:1: source: must be a section.*a space is missing after the colon"):
         load_recipe(path)
+
+
+def test_a_copied_recipe_replaces_nothing(tmp_path):
+    from cla_convert.cli.recipes import recipes_cp
+
+    (tmp_path / "demo.yaml").write_text("edited: true")
+    for place in (tmp_path, tmp_path / "demo.yaml"):
+        with pytest.raises(UsageError, match="demo.yaml exists"):
+            recipes_cp("demo", place)
+    assert (tmp_path / "demo.yaml").read_text() == "edited: true"
+    with pytest.raises(UsageError, match="There is no folder"):
+        recipes_cp("demo", tmp_path / "no" / "such.yaml")
