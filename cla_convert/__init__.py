@@ -6,7 +6,7 @@ The stages as Python functions, see docs/python-api.md; each is imported when it
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.2.0"
+from .version import __version__
 
 if TYPE_CHECKING:
     from .errors import ClaError
@@ -22,7 +22,17 @@ if TYPE_CHECKING:
     from .stages.uptrain import uptrain
 
 __all__ = [
-    "ClaError", "Recipe", "RunFolder", "check", "convert", "evaluate", "load_recipe", "plan", "run", "uptrain",
+    "ClaError",
+    "Recipe",
+    "RunFolder",
+    "__version__",
+    "check",
+    "convert",
+    "evaluate",
+    "load_recipe",
+    "plan",
+    "run",
+    "uptrain",
     "write_report",
 ]  # fmt: skip
 

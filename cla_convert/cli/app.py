@@ -87,7 +87,7 @@ def root(
     if world_size() > 1 and context.invoked_subcommand not in ("uptrain", "eval"):
         raise UsageError("Only uptrain and eval run under torchrun", fix="Start cla-convert without it.")
     if version:
-        from .. import __version__
+        from ..version import __version__
 
         data(f"cla-convert {__version__}")
         raise typer.Exit

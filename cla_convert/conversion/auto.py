@@ -11,11 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import __version__
 from ..console import progress, say
 from ..files import read_kept, write_json
 from ..models.checkpoint import Checkpoint
 from ..models.fingerprint import fingerprint
+from ..version import __version__
 from .search import likely_maps, owners_for
 from .sharing import groups_of, picture
 from .text import CalibrationText

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import __version__
 from ..console import progress
 from ..environment import peak_memory_bytes
 from ..errors import InputError
@@ -15,6 +14,7 @@ from ..models.export import cla_config, write_sidecars
 from ..models.fingerprint import fingerprint
 from ..models.tokenization import keep_tokenizer
 from ..models.writer import MANIFEST, ShardWriter, check_disk, check_output, publishing
+from ..version import __version__
 from .initialisation import INITIALISATIONS
 from .layer_patch import GroupFit, LayerPatch
 from .plan import Plan

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..console import say
-from .perplexity import evaluating
+from ..models.scoring import evaluating
 
 _CHUNK = 1 << 24
 """Training tokens searched at a time."""

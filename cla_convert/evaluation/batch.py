@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .. import console
+from ..console import say
 from ..errors import InputError
 from ..files import read_json, write_json
 from ..recipe import Evaluate
@@ -57,7 +57,7 @@ def settle(spec: Evaluate, model_dir: Path, out: Path, device: str, dtype: str) 
         size, found = ON_CPU, "default"
     else:
         size, found = _probe(model_dir, spec.max_length, device, dtype), "probed"
-        console.say(f"batch size {size}: the largest power of two that fits {spec.max_length} tokens")
+        say(f"batch size {size}: the largest power of two that fits {spec.max_length} tokens")
     record = {"requested": spec.batch_size, "batch_size": size, "found": found, "device": kind}
     write_json(EvaluationFolder(out).batch_size, record)
     return size

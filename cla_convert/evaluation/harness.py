@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .. import console
+from ..console import progress, warn
 from ..environment import pick_device
 from ..files import write_json
 from ..models.fingerprint import fingerprint
@@ -98,7 +98,7 @@ def check_tasks(spec: Evaluate, model_dir: Path | None = None, seed: int = 0) ->
         UsageError, InputError: as `evaluate`; passkey and needle are only checked with a `model_dir`.
     """
     if unused := sorted(spec.limits.keys() - set(spec.tasks)):
-        console.warn(f"eval.limits names tasks that are not evaluated: {', '.join(unused)}")
+        warn(f"eval.limits names tasks that are not evaluated: {', '.join(unused)}")
     with quiet():
         prepare(spec, seed, model_dir)
 
@@ -129,7 +129,7 @@ def _run(
     hidden = accelerator is not None and not accelerator.is_main_process
     with (
         closing(load_backend(model_dir, spec, common, accelerator)) as lm,
-        closing(console.progress(total, f"eval {label}".strip(), unit="tok", disable=hidden)) as bar,
+        closing(progress(total, f"eval {label}".strip(), unit="tok", disable=hidden)) as bar,
     ):
         for task in tasks:
             bar.set_postfix_str(task.name)
@@ -158,7 +158,7 @@ def _run_task(task: Prepared, lm: Any, bar: Any, seed: int) -> dict[str, Any]:
     if output is None:  # the results are with the first process
         return {}
     if truncated:
-        console.warn(f"{task.name}: {truncated} requests exceed {lm.context} tokens and lost their start")
+        warn(f"{task.name}: {truncated} requests exceed {lm.context} tokens and lost their start")
     values, stderr = scores(output["results"][task.name])
     return {
         "task": task.name, "scores": values, "stderr": stderr, "n": task.frozen["n"],

@@ -31,7 +31,7 @@ def imports(module: str) -> Iterator[str]:
         for alias in node.names:
             named = f"{base}.{alias.name}"
             found = named if named in MODULES else base
-            if found in MODULES and found not in (module, "cla_convert"):  # whose names are lazy, but for the version
+            if found in MODULES and found != module:
                 yield found
 
 
