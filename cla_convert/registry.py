@@ -1,4 +1,6 @@
-"""What can be added to: initialisations, losses, sharing patterns. Entries by name, each registered by its own file.
+"""What can be added to: initialisations, losses, sharing patterns, sections of the report.
+
+Entries have names, and each is registered by its own file.
 
 The entries of the package are the modules of one folder, imported when a name is first asked for; others are there
 once whoever wrote them has imported their module. Those modules import nothing heavy, because `--help` and a recipe

@@ -69,11 +69,6 @@ def interval(value: list[float] | None) -> str:
     return "" if value is None else f"[{signed(value[0])}, {signed(value[1])}]"
 
 
-def change_interval(value: list[float] | None) -> str:
-    """[0.391, 0.486] -> [+39.1%, +48.6%]."""
-    return "" if value is None else f"[{change(value[0])}, {change(value[1])}]"
-
-
 def change(value: float | None) -> str:
     """0.123 -> +12.3%; beyond a doubling as a factor: 15.9 -> x16.9."""
     if value is None:

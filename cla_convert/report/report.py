@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..files import plain, write_bytes, write_json
-from . import sections  # noqa: F401  (they register themselves)
 from .figures import to_png, to_svg
 from .render import render_html, render_markdown
 from .run_folder import Json, RunFiles, explained, read_run_folder

@@ -5,7 +5,7 @@ show of them, draws its pictures if it has any, and registers itself:
 
     register(Section("energy", place=75, title="Energy", collect=collect, show=show))
 
-The files in `sections/` are imported by themselves; one elsewhere counts once it is imported.
+The files in `sections/` are found by the registry; one elsewhere counts once it is imported.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +15,7 @@ from graphlib import TopologicalSorter
 from typing import TYPE_CHECKING
 
 from ..evaluation.verdict import Margins
+from ..registry import Registry
 from .comparisons import comparison_of, control_comparison
 from .content import Block
 from .run_folder import Json, RunFiles
@@ -85,27 +86,26 @@ class Section:
     needs: Sequence[str] = field(default=())
     """Names of sections that collect before it."""
 
+    @property
+    def summary(self) -> str:
+        """As every entry of a registry has one."""
+        return self.title
 
-_SECTIONS: dict[str, Section] = {}
 
-
-def register(section: Section) -> Section:
-    """Add a section to every report from now on. Raises ValueError if there is one of this name."""
-    if section.name in _SECTIONS:
-        raise ValueError(f"there is a section {section.name!r} already")
-    _SECTIONS[section.name] = section
-    return section
+SECTIONS: Registry[Section] = Registry("section", f"{__package__}.sections")
+register = SECTIONS.register
 
 
 def in_page_order() -> list[Section]:
     """All sections as they are shown."""
-    return sorted(_SECTIONS.values(), key=lambda section: section.place)
+    return sorted(SECTIONS, key=lambda section: section.place)
 
 
 def in_collection_order() -> list[Section]:
     """All sections, each after those it needs. Raises ValueError where one of those is missing."""
-    for section in _SECTIONS.values():
-        if missing := set(section.needs) - _SECTIONS.keys():
+    sections = {section.name: section for section in in_page_order()}
+    for section in sections.values():
+        if missing := set(section.needs) - sections.keys():
             raise ValueError(f"the section {section.name!r} needs {min(missing)!r}, which there is not")
-    graph = TopologicalSorter({section.name: section.needs for section in in_page_order()})
-    return [_SECTIONS[name] for name in graph.static_order()]
+    graph = TopologicalSorter({name: section.needs for name, section in sections.items()})
+    return [sections[name] for name in graph.static_order()]

@@ -1,7 +1,1 @@
-"""The sections of a report, one a file; importing this package registers them all."""
-
-from importlib import import_module
-from pkgutil import iter_modules
-
-for _module in iter_modules(__path__):
-    import_module(f"{__name__}.{_module.name}")
+"""The sections of a report, one a file: each registers itself (see `report/section.py`)."""
