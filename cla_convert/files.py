@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .errors import InputError
+from .errors import InputError, did_you_mean
 
 try:
     import fcntl
@@ -131,6 +131,14 @@ def stays_in(path: Path, folder: Path) -> bool:
     """Whether a file lies in `folder`, links followed; or where the hub's cache keeps the files of a snapshot."""
     target, root = path.resolve(), folder.resolve()
     return target.is_relative_to(root) or target.is_relative_to(root.parent.parent / "blobs")
+
+
+def did_you_mean_path(path: Path) -> str:
+    """` Did you mean 'x'?` for what lies where `path` should and has nearly its name; an empty string for nothing."""
+    try:
+        return did_you_mean(path.name, [entry.name for entry in path.parent.iterdir()])
+    except OSError:  # no such folder, or not to be read
+        return ""
 
 
 def plain(value: Any) -> Any:

@@ -8,7 +8,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from ..errors import InputError, did_you_mean
+from ..errors import InputError
+from ..files import did_you_mean_path
 from .checkpoint import Checkpoint, TensorInfo
 from .families import family_of
 from .text_part import text_config
@@ -45,13 +46,14 @@ def download(model: str, revision: str | None, *, allow_pickle: bool, to_convert
     from huggingface_hub import hf_hub_download, snapshot_download
 
     with _explained(model):
+        cached_only = offline()
         if to_convert:
-            config = Path(hf_hub_download(model, "config.json", revision=revision, local_files_only=unreachable()))
+            config = Path(hf_hub_download(model, "config.json", revision=revision, local_files_only=cached_only))
             family_of(text_config(json.loads(config.read_text(encoding="utf-8"))))
         patterns = _FILES + (["*.bin"] if allow_pickle else [])
         folder = snapshot_download(
             model, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_NEEDED,
-            local_files_only=unreachable(),
+            local_files_only=cached_only,
         )  # fmt: skip
         return Path(folder)
 
@@ -62,11 +64,11 @@ def headers(model: str, revision: str | None) -> Checkpoint:
     Raises:
         InputError: it is not there, cannot be fetched or has no safetensors.
     """
-    from huggingface_hub import constants, get_safetensors_metadata, hf_hub_download
+    from huggingface_hub import get_safetensors_metadata, hf_hub_download
     from huggingface_hub.errors import NotASafetensorsRepoError
 
     with _explained(model):
-        cached_only = constants.HF_HUB_OFFLINE or unreachable()
+        cached_only = offline()
         config = Path(hf_hub_download(model, "config.json", revision=revision, local_files_only=cached_only))
         if cached_only:
             return Checkpoint.open(config.parent)
@@ -86,10 +88,12 @@ def headers(model: str, revision: str | None) -> Checkpoint:
     return Checkpoint.of(config.parent, json.loads(config.read_text(encoding="utf-8")), tensors)
 
 
-def unreachable() -> bool:
-    """Whether the hub's name cannot even be found: then the cache is all there is, and nothing is tried five times."""
+def offline() -> bool:
+    """Whether the cache is all there is: asked for, or the hub's name cannot be found (trying takes long)."""
     from huggingface_hub import constants
 
+    if constants.HF_HUB_OFFLINE:
+        return True
     if getproxies():
         return False
     try:
@@ -97,11 +101,6 @@ def unreachable() -> bool:
     except OSError:
         return True
     return False
-
-
-def _near(model: str) -> str:
-    """` Did you mean 'x'?` for a folder here whose name is near that of a model that was not found."""
-    return did_you_mean(model, [entry.name for entry in Path.cwd().iterdir() if entry.is_dir()])
 
 
 @contextmanager
@@ -122,15 +121,15 @@ def _explained(model: str) -> Iterator[None]:
             f"{model!r} is gated", why="Its licence must be accepted on the hub.", fix="Accept it, then set HF_TOKEN."
         ) from error
     except (LocalEntryNotFoundError, HFValidationError, OSError, RepositoryNotFoundError, EntryNotFoundError) as error:
-        if unreachable():
+        if offline():
             raise InputError(
-                f"There is no model {model!r} on this machine.{_near(model)}",
+                f"There is no model {model!r} on this machine.{did_you_mean_path(Path(model))}",
                 why="It is no local folder and not in the hub's cache, and the hub cannot be reached.",
-                fix="Check the spelling and the network; or give a local folder or a .gguf file.",
+                fix="Check the spelling, the network and HF_HUB_OFFLINE; or give a local folder or a .gguf file.",
             ) from error
         missing = isinstance(error, RepositoryNotFoundError)
         raise InputError(
-            f"The model {model!r} was not found.{_near(model)}"
+            f"The model {model!r} was not found.{did_you_mean_path(Path(model))}"
             if missing
             else f"The model {model!r} could not be downloaded",
             why=f"It is no local folder, and the hub says: {str(error).strip().splitlines()[0]}",

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from ..console import say
 from ..environment import cache_folder
-from ..errors import InputError, did_you_mean
-from ..files import write_json
+from ..errors import InputError
+from ..files import did_you_mean_path, write_json
 from . import gguf_source, hub
 from .checkpoint import INDEX, Checkpoint, refuse_adapter
 from .pickles import pickled_files, read_pickles
@@ -60,8 +60,7 @@ def _local(model: str) -> Path | None:
     if path.exists():
         return path
     if model.startswith((".", "/", "~")) or model.endswith(".gguf") or not _HUB_ID.fullmatch(model):
-        names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        hint = did_you_mean(path.name, names)
+        hint = did_you_mean_path(path)
         raise InputError(f"There is no model at {model!r}.{hint}", fix="Check the path, or give a hub id (owner/name).")
     return None
 

@@ -148,3 +148,10 @@ def test_convert_fetches_the_whole_model_and_nothing_else(hub, tmp_path):
     assert seen["supported"] and not hub.sent and not hub.tokens
     missing = cla("inspect", "owner/other", env=offline)
     assert missing.returncode == 3 and "HF_HUB_OFFLINE" in missing.stderr
+    # Without a network what is cached still works, and nothing is tried again and again.
+    unreachable = online | {"HF_ENDPOINT": "http://no-such-host.invalid"}
+    assert cla("inspect", "owner/llama", "--revision", "v1", env=unreachable).returncode == 0
+    (tmp_path / "my-model").mkdir()
+    missing = cla("inspect", "my-modle", env=unreachable, cwd=tmp_path)
+    assert missing.returncode == 3 and "on this machine. Did you mean 'my-model'?" in missing.stderr
+    assert "cannot be reached" in missing.stderr and "etry" not in missing.stderr

@@ -89,7 +89,7 @@ def test_no_network_is_said(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(InputError) as caught:
         resolve_source("nobody/no-such-model")
-    assert "could not be downloaded" in str(caught.value)
+    assert "There is no model 'nobody/no-such-model' on this machine" in str(caught.value)
     assert "HF_HUB_OFFLINE" in str(caught.value)
 
 
