@@ -75,32 +75,46 @@ def load_recipe(path: str | Path | None, assignments: list[str] | None = None) -
     for name, value in parse_overrides(assignments or []).items():
         _assign(tree, name, value)
         origins |= dict.fromkeys(flatten(value, f"{name}.") if isinstance(value, dict) else [name], "--set")
-    lines = {} if path is None else {name: f"{path}:{line}: " for name, line in _lines(Path(path)).items()}
-    lines |= {name: "--set: " for name, origin in origins.items() if origin == "--set"}
-    return Resolved(validate(tree, lines), origins)
-
-
-def validate(tree: dict[str, Any], places: Mapping[str, str] | None = None) -> Recipe:
-    """Validate a nested dict. Raises UsageError with a line for every bad key or value.
-
-    `places` says of dotted names where they stand, to be put in front.
-    """
     try:
-        return Recipe.model_validate(without_removed(tree))
+        return Resolved(_validated(tree), origins)
     except ValidationError as error:
-        reasons = (_place(places or {}, one["loc"]) + _explain(one) for one in error.errors())
-        raise UsageError("The recipe is not valid", why="\n       ".join(reasons)) from error
+        places = {} if path is None else {name: f"{path}:{line}: " for name, line in _lines(Path(path)).items()}
+        places |= {name: "--set: " for name, origin in origins.items() if origin == "--set"}
+        raise _not_valid(error, places) from error
+
+
+def validate(tree: dict[str, Any]) -> Recipe:
+    """Validate a nested dict. Raises UsageError with a line for every bad key or value."""
+    try:
+        return _validated(tree)
+    except ValidationError as error:
+        raise _not_valid(error, {}) from error
+
+
+def _validated(tree: dict[str, Any]) -> Recipe:
+    return Recipe.model_validate(without_removed(tree))
+
+
+def _not_valid(error: ValidationError, places: Mapping[str, str]) -> UsageError:
+    """A line for every mistake, with its place in front where `places` has one for its dotted name."""
+    reasons = (_place(places, one["loc"]) + _explain(one) for one in error.errors())
+    return UsageError("The recipe is not valid", why="\n       ".join(reasons))
 
 
 def _lines(path: Path) -> dict[str, int]:
-    """The line of every key in a recipe file, by its dotted name."""
+    """The line of every key and list item in a recipe file, by its dotted name: `data.sources.0.path`."""
     found: dict[str, int] = {}
 
     def walk(node: yaml.Node | None, prefix: str) -> None:
         if isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                found[f"{prefix}{key.value}"] = key.start_mark.line + 1
-                walk(value, f"{prefix}{key.value}.")
+            parts = [(key.value, key, value) for key, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            parts = [(number, item, item) for number, item in enumerate(node.value)]
+        else:
+            return
+        for name, at, value in parts:
+            found[f"{prefix}{name}"] = at.start_mark.line + 1
+            walk(value, f"{prefix}{name}.")
 
     walk(yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader), "")
     return found
@@ -158,6 +172,8 @@ def _explain(error: Any) -> str:
     name = ".".join(str(part) for part in error["loc"])
     if error["type"] != "extra_forbidden":
         return f"{name}: {_wanted(error)} (got {repr(error['input'])[:200]})"
+    if ":" in str(error["loc"][-1]):
+        return f"unknown key {name!r}: a space is missing after the colon"
     return f"unknown key {name!r}.{did_you_mean(str(error['loc'][-1]), _fields_at(error['loc'][:-1]))}"
 
 

@@ -169,6 +169,13 @@ def test_mistakes_are_told_with_file_and_line_in_words_of_our_own(tmp_path):
     assert first.startswith(f"{path}:4: train.tokens: 'many' is not a number of tokens")
     assert second.strip() == f"{path}:5: train.sequence_length: must be a whole number (got 3.5)"
     assert third.strip().startswith("--set: unknown key 'train.lr'")
+    path.write_text(
+        "data:\n  held_out: 0.1\n  sources:\n    - path: a\n    - path: b\n      weight: much\n    - {path:my}\n"
+    )
+    with pytest.raises(UsageError) as caught:
+        load_recipe(path)
+    assert f"{path}:6: data.sources.1.weight: must be a number" in caught.value.why
+    assert f"{path}:7: unknown key 'data.sources.2.path:my': a space is missing after the colon" in caught.value.why
     path.write_text("source:\n  model:my\n")
     with pytest.raises(UsageError, match="mine.yaml:1: source: must be a section.*a space is missing after the colon"):
         load_recipe(path)
