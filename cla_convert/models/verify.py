@@ -11,7 +11,7 @@ from typing import Any
 
 from ..console import human_bytes
 from ..errors import InputError
-from ..files import load_json
+from ..files import load_json, read_json
 from .export import has_other_code
 from .kinds import SLIDING
 from .self_test import ROUNDING, check_interface
@@ -34,8 +34,9 @@ def verify_model(folder: Path) -> dict[str, Any]:
 
 def verify_models(folders: Sequence[Path]) -> list[dict[str, Any]]:
     """As `verify_model`, all in one process. Raises InputError for the first that fails."""
-    for folder in folders:
-        if (folder / "config.json").exists() and not load_json(folder / "config.json").get("kv_source_layers"):
+    configs = [read_json(folder / "config.json") or {} for folder in folders]
+    for folder, config in zip(folders, configs, strict=True):
+        if config and not config.get("kv_source_layers"):
             raise InputError(
                 f"{folder} is not a converted model",
                 why="Its config.json has no kv_source_layers: no layer shares keys and values.",
@@ -43,8 +44,7 @@ def verify_models(folders: Sequence[Path]) -> list[dict[str, Any]]:
             )
     found = _in_a_clean_process(SCRIPT, folders)
     results = [_judged(folder, result) for folder, result in zip(folders, found, strict=True)]
-    for folder in folders:
-        config = load_json(folder / "config.json")
+    for config in configs:
         check_interface(config.get("model_type", ""))  # beyond a window too, which here may be too large for that
     return results
 

@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..console import quiet, say
@@ -26,28 +27,34 @@ def uptrain(
     Raises:
         UsageError, InputError, TrainingError, Interrupted: as `training.loop.uptrain`.
     """
-    return _train(recipe, folder, folder.converted, folder.training, fresh, allow_changes)
+    return _train(_Training(recipe, folder, folder.converted, folder.training, fresh, allow_changes))
 
 
 def uptrain_control(recipe: Recipe, folder: RunFolder, *, allow_changes: Collection[str] = ()) -> TrainResult | None:
     """Train the source model likewise, where the recipe asks for it: what CLA cost is the difference."""
     if recipe.train.needs_control:
         say("control: the source model on the same tokens with the same loss")
-        return _train(recipe, folder, folder.source(recipe), folder.control, False, allow_changes)
+        return _train(_Training(recipe, folder, folder.source(recipe), folder.control, False, allow_changes))
     if recipe.train.control and recipe.train.tokens:
         say("control: distilling the source model from itself starts at its goal, so the control is the source")
     return None
 
 
-def _train(
-    recipe: Recipe,
-    folder: RunFolder,
-    student: Path,
-    training: TrainingFolder,
-    fresh: bool,
-    allow_changes: Collection[str],
-) -> TrainResult:
-    """Uptrain `student` into `training`, in several processes where the recipe asks for them."""
+@dataclass(frozen=True)
+class _Training:
+    """One model's uptraining: `student` into `training`."""
+
+    recipe: Recipe
+    folder: RunFolder
+    student: Path
+    training: TrainingFolder
+    fresh: bool
+    allow_changes: Collection[str]
+
+
+def _train(it: _Training) -> TrainResult:
+    """In several processes where the recipe asks for them, unless it is done already."""
+    recipe, folder, training = it.recipe, it.folder, it.training
     if training.model.exists() and (done := training.result.read()):
         say(f"found {training.model}")
         training.finish(keep=recipe.train.keep_checkpoints_after_success)  # in case the end of it was interrupted
@@ -55,7 +62,7 @@ def _train(
     if rank() == 0:
         training.result.path.unlink(missing_ok=True)  # of a model that was removed since
     if recipe.train.processes > 1 and world_size() == 1:
-        return _train_together(recipe, folder, student, training, fresh, allow_changes)
+        return _train_together(it)
     from ..training.loop import uptrain as train
     from ..training.parallel import team
 
@@ -63,15 +70,15 @@ def _train(
         with crew.leader_first():
             teacher = folder.teacher(recipe)
         result = train(
-            student,
+            it.student,
             teacher,
             training,
             recipe,
             crew,
             text=lambda: text(recipe, folder),
             resume_command=command_line(),
-            fresh=fresh,
-            allow_changes=allow_changes,
+            fresh=it.fresh,
+            allow_changes=it.allow_changes,
         )
     if crew.leads:
         if training is folder.training:  # of the control nothing is published
@@ -81,25 +88,18 @@ def _train(
     return result
 
 
-def _train_together(
-    recipe: Recipe,
-    folder: RunFolder,
-    student: Path,
-    training: TrainingFolder,
-    fresh: bool,
-    allow_changes: Collection[str],
-) -> TrainResult:
+def _train_together(it: _Training) -> TrainResult:
     """The same by the verb `uptrain`, in processes of their own."""
     from ..training.launch import launch
 
     with tempfile.TemporaryDirectory() as scratch:
         resolved = RunFolder(Path(scratch))
-        resolved.save_recipe(recipe)
-        options = [word for name in allow_changes for word in ("--allow-change", name)]
-        options += [*(["--no-resume"] if fresh else []), *(["-q"] if quiet() else [])]
-        line = ["uptrain", str(student), str(training.model), "--recipe", str(resolved.recipe), *options]
-        launch(line, recipe.train.processes, folder.path)
-    result = training.result.read()
+        resolved.save_recipe(it.recipe)
+        options = [word for name in it.allow_changes for word in ("--allow-change", name)]
+        options += [*(["--no-resume"] if it.fresh else []), *(["-q"] if quiet() else [])]
+        line = ["uptrain", str(it.student), str(it.training.model), "--recipe", str(resolved.recipe), *options]
+        launch(line, it.recipe.train.processes, it.folder.path)
+    result = it.training.result.read()
     assert result is not None, "uptrain ends with it"
     return result
 
