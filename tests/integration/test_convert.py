@@ -15,6 +15,7 @@ from cla_convert.models.checkpoint import Checkpoint, TensorInfo
 from cla_convert.models.export import export_model, load_model
 from cla_convert.models.writer import ShardWriter
 from tests.conftest import save_tiny_llama
+from tests.tiny import save_tiny
 
 
 def cla(*arguments, **options) -> subprocess.CompletedProcess:
@@ -201,6 +202,28 @@ def test_inspect(tiny_llama):
     assert result["kv_bytes_per_token"] == 6 * 2 * 2 * 8 * 4
     assert result["kv_source_layers"] == list(range(6))
     assert result["patterns"]["cla2"]["kv_bytes_per_token"] * 2 == result["kv_bytes_per_token"]
+    said = cla("inspect", tiny_llama).stdout.splitlines()
+    (default,) = [line for line in said if "(the default)" in line]
+    assert "cla2-keep-ends" in default and "1.50x smaller" in default
+    # 768 and 512 bytes per token, 8192 tokens, 32 contexts
+    assert "at 32 contexts of 8192 tokens: 192.0 MiB -> 128.0 MiB of KV cache with cla2-keep-ends" in said
+    assert said[-1] == f"next        cla-convert convert {tiny_llama} OUT"
+
+
+def test_inspect_counts_a_sliding_window_once(tmp_path):
+    """Two sliding layers of window 32 and a full one (gemma3): beyond the window only the full ones grow."""
+    source = save_tiny("gemma3", tmp_path / "gemma")
+    result = json.loads(cla("inspect", source, "--json").stdout)
+    early, late = result["kv_bytes_per_token"], result["kv_bytes_per_token_beyond_window"]
+    window = result["sliding_window"]
+    assert late < early and window < 8192
+    mib = 32 * (early * window + late * (8192 - window)) / 2**20
+    assert f"at 32 contexts of 8192 tokens: {mib:.1f} MiB -> " in cla("inspect", source).stdout
+
+
+def test_verify_says_that_a_source_is_none_of_ours(tiny_llama):
+    done = cla("verify", tiny_llama)
+    assert done.returncode == 3 and "is not a converted model" in done.stderr
 
 
 def test_multi_head_attention_is_converted_with_a_warning(tmp_path):
