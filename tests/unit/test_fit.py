@@ -94,7 +94,7 @@ def without(end: str) -> Callable[[Tensors], Tensors]:
         ),
         ("qwen3_moe", lambda t: t, {"num_local_experts": 3}, ["experts"]),
     ],
-    ids=str,
+    ids=lambda value: "weights" if callable(value) else str(value),
 )
 def test_missing_and_misshapen_tensors_are_refused_by_name(case, weights, settings, names, tmp_path):
     refused(change(save_tiny(case, tmp_path), weights, **settings), *names)
