@@ -13,6 +13,7 @@ hold: results.py.
 """
 
 import shutil
+from collections.abc import Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ POINTS = ("before", "converted", "after", "control")
 on the same tokens, where a control was asked for."""
 RECIPE = "recipe.yaml"
 """What is wanted, of a run; a model's folder holds a copy."""
+TEXTS = ("held_out", "agreement", "domains", "answers")
+"""What a point measures on text, the files that a recipe names apart."""
 PICTURES = ("loss", "sharing", "pareto", "bench")
 
 
@@ -97,8 +100,13 @@ class PointFolder:
         return {file.stem: file for file in sorted((self.path / "perplexity").glob("*.json"))}
 
     def measured(self, name: str) -> Path:
-        """A file of the point: results, kv_cache; held_out, agreement, domains, answers, perplexity/NAME."""
+        """A file of the point: results, kv_cache; of TEXTS; or perplexity/NAME."""
         return self.path / f"{name}.json"
+
+    def keep_texts(self, names: Collection[str]) -> None:
+        """Remove what was measured on text, but for `names`."""
+        measured = [*TEXTS, *(f"perplexity/{name}" for name in self.text_files)]
+        _remove(*(self.measured(name) for name in measured if name not in names))
 
     def task(self, name: str) -> Path:
         """Every document of a task."""
@@ -226,7 +234,8 @@ class RunFolder:
     @property
     def has_work(self) -> bool:
         """Whether there is anything that another recipe would have made otherwise."""
-        return self.converted.exists() or self.training.checkpoints.exists()
+        trained = (path for t in (self.training, self.control) for path in (t.model, t.checkpoints))
+        return self.converted.exists() or any(path.exists() for path in trained)
 
     @property
     def shown(self) -> list[Path]:

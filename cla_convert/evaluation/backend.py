@@ -37,7 +37,7 @@ def check_backend(spec: Evaluate, device: str) -> None:
         )
 
 
-def load_backend(model_dir: Path, spec: Evaluate, common: dict[str, Any], accelerator: Any) -> Any:
+def load_backend(model_dir: Path, spec: Evaluate, common: dict[str, Any], device: str, accelerator: Any) -> Any:
     """The loaded model as an lm-eval model with the extras of `metered.Metered`.
 
     Raises:
@@ -45,7 +45,7 @@ def load_backend(model_dir: Path, spec: Evaluate, common: dict[str, Any], accele
     """
     from . import model
 
-    settings = {key: common[key] for key in ("device", "dtype", "max_length")}
+    settings = {"device": device, "dtype": common["dtype"], "max_length": common["max_length"]}
     if spec.backend == "hf":
         with out_of_memory():
             return model.load(model_dir, **settings, batch_size=common["batch_size"], accelerator=accelerator)

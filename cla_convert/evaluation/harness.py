@@ -80,7 +80,7 @@ def evaluate(
         if accelerator:
             accelerator.wait_for_everyone()  # nobody writes before all have looked at what is there
         missing = [task for task in prepared if done[task.name] is None]
-        for name, result in _run(missing, model_dir, spec, common, label, accelerator):
+        for name, result in _run(missing, model_dir, spec, common, device, label, accelerator):
             if first:
                 done[name] = result = result | {"identity": identity[name]}
                 store(name, result, out_dir, cache_dir)
@@ -104,7 +104,9 @@ def check_tasks(spec: Evaluate, model_dir: Path | None = None, seed: int = 0) ->
 
 
 def common_settings(spec: Evaluate, dtype: str, device: str, seed: int, processes: int = 1) -> dict[str, Any]:
-    """What all tasks of a specification share. Versions belong to it: scores may move with them."""
+    """What all tasks of a specification share. Versions belong to it: scores may move with them; which of several
+    GPUs it was does not.
+    """
     packages = ["lm-eval", "torch", "transformers", "tokenizers", *(["vllm"] if spec.backend == "vllm" else [])]
     return {
         "backend": {spec.backend: spec.vllm if spec.backend == "vllm" else {}},
@@ -120,7 +122,13 @@ def common_settings(spec: Evaluate, dtype: str, device: str, seed: int, processe
 
 
 def _run(
-    tasks: list[Prepared], model_dir: Path, spec: Evaluate, common: dict[str, Any], label: str, accelerator: Any
+    tasks: list[Prepared],
+    model_dir: Path,
+    spec: Evaluate,
+    common: dict[str, Any],
+    device: str,
+    label: str,
+    accelerator: Any,
 ) -> Results:
     """Load the model once and yield (name, result) as each task finishes. Nothing to run: nothing is loaded."""
     if not tasks:
@@ -128,7 +136,7 @@ def _run(
     total = sum(task.characters for task in tasks) // CHARACTERS_PER_TOKEN
     hidden = accelerator is not None and not accelerator.is_main_process
     with (
-        closing(load_backend(model_dir, spec, common, accelerator)) as lm,
+        closing(load_backend(model_dir, spec, common, device, accelerator)) as lm,
         closing(progress(total, f"eval {label}".strip(), unit="tok", disable=hidden)) as bar,
     ):
         for task in tasks:

@@ -51,7 +51,7 @@ def row_windows(model: "PreTrainedModel", rows: torch.Tensor, *, batch_size: int
 
 def _batch_nats(body: Forward, head: Forward, ids: torch.Tensor, step: int) -> list[float]:
     """Summed nats of every row of a batch [B, T]; logits exist for `step` positions at a time, in float32."""
-    hidden = body(ids)[:, :-1].flatten(0, 1)  # [B * (T - 1), width]
+    hidden = body(ids[:, :-1]).flatten(0, 1)  # [B * (T - 1), width]
     targets = ids[:, 1:].flatten()
     losses = [nll(log_probabilities(head(states)), labels)
               for states, labels in zip(hidden.split(step), targets.split(step), strict=True)]  # fmt: skip

@@ -76,7 +76,9 @@ def _measure(name: str, model: Path, spec: Evaluate, bench: Bench, first: bool) 
         return result
     here = spec.model_copy(update={"backend": "hf"})  # texts are read with transformers, whatever scores the tasks
     common = common_settings(here, choose_dtype("auto", device), device, seed)
-    return result | {"texts": measure_texts(bench.texts, model, bench.out / name, common, result["model_fingerprint"])}
+    identity = result["model_fingerprint"]
+    measured = measure_texts(bench.texts, model, bench.out / name, common, identity, device=device)
+    return result | {"texts": measured}
 
 
 def shared_work(device: str) -> Any:

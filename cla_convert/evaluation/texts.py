@@ -27,6 +27,7 @@ from ..console import say
 from ..errors import InputError
 from ..files import read_json, write_json
 from ..models.export import load_model, load_tokenizer
+from ..models.fingerprint import fingerprint
 from ..recipe import TextFile
 from ..run_folder import PointFolder
 from .agreement import agreement
@@ -66,15 +67,20 @@ def check_texts(files: list[TextFile]) -> None:
         _read(text)
 
 
-def measure_texts(texts: Texts, model_dir: Path, point_dir: Path, common: Json, fingerprint: str) -> dict[str, Json]:
+def measure_texts(
+    texts: Texts, model_dir: Path, point_dir: Path, common: Json, identity: str, *, device: str
+) -> dict[str, Json]:
     """Measure what is missing in `point_dir`; return everything by file name without ending, without the windows.
+
+    What is there and was not asked for is removed: it would be compared and judged, whatever model it is of.
 
     Args:
         texts: what to measure.
         model_dir: the model of this point.
         point_dir: receives the files.
-        common: batch_size, device, dtype and whatever else fixes the measurement.
-        fingerprint: of the model.
+        common: batch_size, kind of device, dtype and whatever else fixes the measurement.
+        identity: the model's fingerprint.
+        device: where to measure.
 
     Raises:
         BatchTooLarge: out of memory.
@@ -84,27 +90,27 @@ def measure_texts(texts: Texts, model_dir: Path, point_dir: Path, common: Json, 
 
     @cache
     def load(folder: Path) -> Any:
-        return load_model(folder, dtype=common["dtype"], device=common["device"])
+        return load_model(folder, dtype=common["dtype"], device=device)
 
     def once(name: str, key: Any, measure: Callable[[], Json]) -> None:
         path = PointFolder(point_dir).measured(name)
-        identity = hashlib.sha256(json.dumps([fingerprint, common, key], sort_keys=True).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps([identity, common, key], sort_keys=True).encode()).hexdigest()
         found[name] = read_json(path) or {}
-        if found[name].get("identity") != identity:
+        if found[name].get("identity") != digest:
             say(f"measuring {name.replace('_', '-')}")
             with out_of_memory(), quiet():
-                found[name] = {**measure(), "identity": identity}
+                found[name] = {**measure(), "identity": digest}
             write_json(path, found[name], indent=None)
 
     if (rows := texts.held_out) is not None:
         once("held_out", _digest(rows), lambda: _scored(row_windows(load(model_dir), rows, batch_size=size)))
     shared, source = texts.agreement_rows, texts.source
     if shared is not None and source is not None and source != model_dir:
-        key = [_digest(shared), str(source)]
+        key = [_digest(shared), fingerprint(source)]
         once("agreement", key, lambda: agreement(load(model_dir), load(source), shared, batch_size=size))
     if texts.domains:
         other = None if source is None or source == model_dir else source
-        key = [{name: _digest(rows) for name, rows in texts.domains.items()}, str(source)]
+        key = [{name: _digest(rows) for name, rows in texts.domains.items()}, source and fingerprint(source)]
         once("domains", key, lambda: _domains(load(model_dir), load(other) if other else None, texts.domains, size))
     if texts.prompts:
         key = [texts.prompts, texts.answer_tokens]
@@ -115,6 +121,7 @@ def measure_texts(texts: Texts, model_dir: Path, point_dir: Path, common: Json, 
     for text in texts.files:
         key = [text.model_dump(), hashlib.sha256(_read(text).encode()).hexdigest()]
         once(f"perplexity/{text.name}", key, lambda text=text: text_perplexity(load(model_dir), model_dir, text, size))
+    PointFolder(point_dir).keep_texts(found)
     return {name: {k: v for k, v in one.items() if k not in ("windows", "identity")} for name, one in found.items()}
 
 

@@ -11,9 +11,10 @@ import torch
 
 from cla_convert.errors import InputError
 from cla_convert.evaluation import batch
+from cla_convert.evaluation.harness import common_settings, evaluate
 from cla_convert.evaluation.model import MeteredLM
 from cla_convert.evaluation.points import Bench, evaluate_points
-from cla_convert.evaluation.texts import Texts
+from cla_convert.evaluation.texts import Texts, measure_texts
 from cla_convert.recipe import Evaluate
 from tests.conftest import save_tiny_llama
 
@@ -28,6 +29,29 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def measure(models: dict[str, Path], out: Path, spec: Evaluate = SPEC, texts: Texts | None = None) -> dict:
     return evaluate_points(models, spec, Bench(out, "cpu", 0, texts or Texts()))
+
+
+def test_the_gpu_that_was_asked_for_is_used(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Tasks and texts go to cuda:1, not to the first; which one it was is no part of the specification."""
+    asked: list[str] = []
+
+    class Asked(Exception):
+        pass
+
+    def loads(model_dir: Path, *, device: str, **options: object) -> None:
+        asked.append(device)
+        raise Asked
+
+    monkeypatch.setattr("cla_convert.evaluation.harness.pick_device", lambda device: device)
+    monkeypatch.setattr("cla_convert.evaluation.model.load", loads)
+    with pytest.raises(Asked):
+        evaluate(models["before"], SPEC, tmp_path, device="cuda:1", dtype="float32", seed=0)
+    monkeypatch.setattr("cla_convert.evaluation.texts.load_model", loads)
+    common = common_settings(SPEC, "float32", "cuda:1", 0)
+    with pytest.raises(Asked):
+        texts = Texts(held_out=torch.zeros(1, 8, dtype=torch.long))
+        measure_texts(texts, models["before"], tmp_path, common, "model", device="cuda:1")
+    assert asked == ["cuda:1", "cuda:1"] and common == common_settings(SPEC, "float32", "cuda:0", 0)
 
 
 def full_device(monkeypatch: pytest.MonkeyPatch, limit: int, only: str = "") -> list[int]:

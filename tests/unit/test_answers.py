@@ -65,14 +65,15 @@ def test_what_was_trained_on_is_not_asked(capsys: pytest.CaptureFixture[str], mo
 
 def test_answers_are_kept_with_the_point(tiny_llama: Path, tmp_path: Path):
     texts = Texts(prompts=["Who?"], answer_tokens=3)
-    found = measure_texts(texts, tiny_llama, tmp_path, COMMON, "model")
+    found = measure_texts(texts, tiny_llama, tmp_path, COMMON, "model", device="cpu")
     kept = json.loads((tmp_path / "answers.json").read_text())
     assert kept["answers"] == found["answers"]["answers"] and len(kept["answers"]) == 1
     write_json(tmp_path / "answers.json", kept | {"answers": "as they were"})
-    assert measure_texts(texts, tiny_llama, tmp_path, COMMON, "model")["answers"]["answers"] == "as they were"
-    again = measure_texts(Texts(prompts=["Who?"], answer_tokens=4), tiny_llama, tmp_path, COMMON, "model")
+    kept = measure_texts(texts, tiny_llama, tmp_path, COMMON, "model", device="cpu")
+    assert kept["answers"]["answers"] == "as they were"
+    again = measure_texts(Texts(prompts=["Who?"], answer_tokens=4), tiny_llama, tmp_path, COMMON, "model", device="cpu")
     assert again["answers"]["answers"] != "as they were"
-    assert "answers" not in measure_texts(Texts(), tiny_llama, tmp_path / "off", COMMON, "model")
+    assert "answers" not in measure_texts(Texts(), tiny_llama, tmp_path / "off", COMMON, "model", device="cpu")
     assert not (tmp_path / "off").exists()
 
 

@@ -89,8 +89,8 @@ def test_domains_are_measured_at_every_point(tmp_path: Path):
     source, other = (save_tiny_llama(tmp_path / str(seed), seed=seed) for seed in (0, 1))
     rows = {"law": torch.randint(2, 258, (3, 20)), "code": torch.randint(2, 258, (2, 20))}
     texts = Texts(source=source, domains=rows)
-    before = measure_texts(texts, source, tmp_path / "before", COMMON, "source")["domains"]["domains"]
-    after = measure_texts(texts, other, tmp_path / "after", COMMON, "other")["domains"]["domains"]
+    before = measure_texts(texts, source, tmp_path / "before", COMMON, "source", device="cpu")["domains"]["domains"]
+    after = measure_texts(texts, other, tmp_path / "after", COMMON, "other", device="cpu")["domains"]["domains"]
     models = load_model(source), load_model(other)
     for name, ids in rows.items():
         assert before[name]["perplexity"] == pytest.approx(token_perplexity(models[0], ids)["perplexity"])

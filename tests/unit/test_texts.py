@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from cla_convert.evaluation.texts import Texts, check_texts, measure_texts, text
 from cla_convert.models.export import load_model, load_tokenizer
 from cla_convert.recipe import TextFile
 from tests.conftest import save_tiny_llama
+from tests.tiny import save_tiny
 
 COMMON = {"batch_size": 2, "device": "cpu", "dtype": "float32"}
 
@@ -95,19 +97,45 @@ def test_files_and_nothing_twice(models: list[Path], story: TextFile, tmp_path: 
     loads: list[Path] = []
     monkeypatch.setattr(module, "load_model", lambda folder, **o: (loads.append(folder), load_model(folder, **o))[1])
     texts = Texts([story], rows(), rows()[:2], source=models[0])
-    source = measure_texts(texts, models[0], tmp_path / "before", COMMON, "source")
+    source = measure_texts(texts, models[0], tmp_path / "before", COMMON, "source", device="cpu")
     assert set(source) == {"held_out", "perplexity/story"}  # the source agrees with itself: not measured
     assert loads == [models[0]]
-    first = measure_texts(texts, models[1], tmp_path / "after", COMMON, "other")
+    first = measure_texts(texts, models[1], tmp_path / "after", COMMON, "other", device="cpu")
     assert set(first) == {"held_out", "agreement", "perplexity/story"}
     assert loads == [models[0], models[1], models[0]]
     written = json.loads((tmp_path / "after" / "agreement.json").read_text())
     assert written["kl"] == first["agreement"]["kl"] and len(written["windows"]) == 2
-    assert measure_texts(texts, models[1], tmp_path / "after", COMMON, "other") == first
+    assert measure_texts(texts, models[1], tmp_path / "after", COMMON, "other", device="cpu") == first
     assert len(loads) == 3  # all found
-    single = measure_texts(texts, models[1], tmp_path / "after", COMMON | {"batch_size": 1}, "other")
+    single = measure_texts(texts, models[1], tmp_path / "after", COMMON | {"batch_size": 1}, "other", device="cpu")
     assert len(loads) == 5  # other settings: all anew
     Path(story.path).write_text("Another story.")
-    changed = measure_texts(texts, models[1], tmp_path / "after", COMMON | {"batch_size": 1}, "other")
+    changed = measure_texts(texts, models[1], tmp_path / "after", COMMON | {"batch_size": 1}, "other", device="cpu")
     assert len(loads) == 6 and changed["held_out"] == single["held_out"]
     assert changed["perplexity/story"]["bytes"] == 14
+
+
+def test_what_is_not_asked_for_any_more_is_not_judged_either(models: list[Path], story: TextFile, tmp_path: Path):
+    everything = Texts([story], rows(), rows()[:2], source=models[0], domains={"law": rows()[:1]})
+    measure_texts(everything, models[1], tmp_path, COMMON, "other", device="cpu")
+    assert {file.stem for file in tmp_path.rglob("*.json")} == {"held_out", "agreement", "domains", "story"}
+    measure_texts(Texts(held_out=rows()), models[1], tmp_path, COMMON, "other", device="cpu")
+    assert [file.stem for file in tmp_path.rglob("*.json")] == ["held_out"]
+
+
+def test_another_source_is_another_comparison(tmp_path: Path):
+    source, other = (save_tiny_llama(tmp_path / str(seed), seed=seed) for seed in (0, 1))
+    texts = Texts(agreement_rows=rows()[:2], domains={"law": rows()[:1]}, source=source)
+    measure_texts(texts, other, tmp_path / "after", COMMON, "other", device="cpu")
+    shutil.copyfile(other / "model.safetensors", source / "model.safetensors")
+    found = measure_texts(texts, other, tmp_path / "after", COMMON, "other", device="cpu")
+    assert found["agreement"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert found["domains"]["domains"]["law"]["kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_window_may_be_all_of_the_context(story: TextFile, tmp_path: Path):
+    folder = save_tiny("gpt_bigcode", tmp_path / "learned")
+    model = load_model(folder)
+    whole = story.model_copy(update={"window": model.config.n_positions})
+    Path(story.path).write_text("ab " * model.config.n_positions)
+    assert text_perplexity(model, folder, whole, batch_size=2)["tokens"] > model.config.n_positions

@@ -64,7 +64,7 @@ def test_the_model_that_is_scored_has_the_small_cache(tmp_path: Path):
     common = {"device": "cpu", "dtype": "float32", "max_length": 256, "seed": 0}
     blocks = []
     for folder in (source, tmp_path / "converted"):
-        model = load_backend(folder, SPEC.model_copy(update={"backend": "vllm"}), common, None)
+        model = load_backend(folder, SPEC.model_copy(update={"backend": "vllm"}), common, "cpu", None)
         blocks.append(model.model.llm_engine.vllm_config.cache_config.num_gpu_blocks)
         model.close()
     assert blocks[1] == pytest.approx(2 * blocks[0], abs=1)
