@@ -17,6 +17,7 @@ eval/comparison.json:
     problems        what could not be compared, in words
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from ..run_folder import PointFolder, RunFolder
 from . import retrieval
 from .paired import Comparison, compare, compare_likelihoods, macro_average
 from .statistics import holm, p_inferior
-from .verdict import Margins, judge
+from .verdict import JUDGED_UNITS, Margins, judge
 
 Json = dict[str, Any]
 
@@ -65,7 +66,7 @@ def compare_points(folder: Path, left: str, right: str, *, margins: Margins, see
         problems.append("The points were not measured alike: their evaluation specifications differ.")
     chosen = primary(comparisons)
     # Retrieval is judged by itself: how much it would weigh in a mean depends on the grid that was asked for.
-    averaged = [comparison for comparison in chosen if comparison.task not in retrieval.names()]
+    averaged = [c for c in chosen if c.kind == "binary" and c.task not in retrieval.names()]
     summary = macro_average(averaged, margin=margin, seed=seed)
     if summary is not None:
         summary["metrics"] = {c.task: c.metric for c in averaged if c.verdict}
@@ -88,13 +89,21 @@ def compare_points(folder: Path, left: str, right: str, *, margins: Margins, see
 
 
 def primary(comparisons: list[Comparison]) -> list[Comparison]:
-    """One metric a task: accuracy per character if it has it, else accuracy, else word perplexity, else its first."""
+    """One metric a task: accuracy per character if it has it, else accuracy, else word perplexity, else its first.
+
+    Metrics that can be held against a margin come before those that cannot.
+    """
     chosen: dict[str, Comparison] = {}
     for comparison in comparisons:
         current = chosen.get(comparison.task)
-        if current is None or _RANK.get(comparison.metric, 3) < _RANK.get(current.metric, 3):
+        if current is None or _preference(comparison) < _preference(current):
             chosen[comparison.task] = comparison
     return list(chosen.values())
+
+
+def _preference(comparison: Comparison) -> tuple[bool, int, bool]:
+    judged = bool(comparison.verdict) or comparison.metric in JUDGED_UNITS
+    return not judged, _RANK.get(comparison.metric, 3), comparison.kind != "binary"
 
 
 def _tasks(
@@ -118,7 +127,7 @@ def _tasks(
 def _table(comparisons: list[Comparison], chosen: list[Comparison], margin: float) -> dict[str, dict[str, Json]]:
     """All comparisons by task and metric, with Holm's correction over the tasks' primary metrics."""
     adjusted = dict(zip([c.task for c in chosen], holm([c.p_value for c in chosen]), strict=True))
-    judged = [c for c in chosen if c.verdict]
+    judged = [c for c in chosen if c.verdict and c.kind == "binary"]
     worse = [p_inferior(c.differences, margin) for c in judged]
     inferior = {c.task: pair for c, *pair in zip(judged, worse, holm(worse), strict=True)}
     table: dict[str, dict[str, Json]] = {}
@@ -150,12 +159,17 @@ def _texts(folder: Path, left: str, right: str, seed: int) -> tuple[dict[str, Js
         if not all(sides) or [tokens for _, tokens in sides[0]] != [tokens for _, tokens in sides[1]]:
             problems.append(f"{name}: its perplexity was not measured on the same windows at both points.")
             continue
-        pairs = np.array([[(-nats, tokens) for nats, tokens in side] for side in sides]).swapaxes(0, 1)
+        pairs = np.array([[(-_finite(nats), tokens) for nats, tokens in side] for side in sides]).swapaxes(0, 1)
         found = compare_likelihoods(name, "perplexity", pairs, seed=seed)
         table[name] = {key: value for key, value in found.as_dict().items() if key not in ("kind", "verdict")}
         table[name]["relative_ci95"] = found.relative_ci95  # None for a single window
         table[name]["tokens"] = int(pairs[:, 0, 1].sum())
     return table, problems
+
+
+def _finite(nats: float | None) -> float:
+    """The nats of a window; JSON's null stands for no number."""
+    return math.inf if nats is None else nats
 
 
 def _agreement(point: PointFolder) -> Json | None:

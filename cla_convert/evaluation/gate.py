@@ -35,7 +35,7 @@ def enforce(comparison: Json, mode: bool | str) -> None:
 
 def reason_in_words(reason: Json) -> str:
     """`held_out: perplexity is worse than the margin of 5%: +43.7%, 95% CI +39.0% to +48.6%`."""
-    if reason["code"] == "not_compared":
+    if reason["code"] in ("not_compared", "not_judged"):
         return reason["why"].rstrip(".")
     if reason["code"] == "not_measured":
         return "no accuracy was measured at both points"

@@ -54,7 +54,7 @@ class Comparison:
     """Documents that got worse (binary: right before, wrong after)."""
     gained: int
     verdict: str = ""
-    """See `statistics.verdict`; only for 0/1 metrics where 1 is good: the margin is in accuracy."""
+    """See `statistics.verdict`; only for metrics between 0 and 1 where 1 is good: the margin is in accuracy."""
     relative_ci95: Interval | None = None
     """Of perplexities: 95% interval of after / before - 1."""
     differences: Array = field(repr=False, default_factory=lambda: np.zeros(0))
@@ -120,10 +120,11 @@ def _compare_metric(task: str, metric: str, rows: list[Any], margin: float, seed
     binary = bool(np.isin(values, (0.0, 1.0)).all())
     lost, gained = int((differences < 0).sum()), int((differences > 0).sum())
     interval = paired_interval(differences, seed=seed) if binary else mean_interval(differences, seed=seed)
+    a_share = bool(((values >= 0) & (values <= 1)).all())
     return Comparison(
         task, metric, "binary" if binary else "number", len(values), float(before.mean()), float(after.mean()),
         float(differences.mean()), interval, mcnemar(lost, gained) if binary else sign_flip(differences, seed=seed),
-        lost, gained, verdict(interval, margin) if binary and interval else "", None, differences,
+        lost, gained, verdict(interval, margin) if a_share and interval else "", None, differences,
     )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from .section import Count, Section
 
@@ -94,3 +94,9 @@ class Evaluate(Section):
         if "held_out" in names or len(set(names)) < len(names):
             raise ValueError("every text needs a name of its own, and held_out is taken")
         return texts
+
+    @model_validator(mode="after")
+    def _texts_are_no_tasks(self) -> "Evaluate":
+        if taken := sorted({text.name for text in self.perplexity} & set(self.tasks)):
+            raise ValueError(f"perplexity and tasks both have a {taken[0]!r}: give the text another name")
+        return self

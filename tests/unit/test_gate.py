@@ -1,6 +1,7 @@
 """From the files of a run folder to the verdict, and from the verdict to the exit code."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -185,6 +186,55 @@ def test_a_perplexity_that_left_the_numbers_is_worse(tmp_path: Path, count: int)
     assert found["status"] == "margin_broken"
     with pytest.raises(QualityGate, match="not a finite number"):
         enforce(found, True)
+
+
+def test_what_json_says_null_of_is_worse(tmp_path: Path):
+    for name, nats in (("before", 3.0), ("after", math.nan)):
+        point(tmp_path, name, {"piqa": right(3000, 0.7)})
+        windows(tmp_path, name, "held_out.json", [nats] * 8)
+    assert "null" in (tmp_path / "eval" / "after" / "held_out.json").read_text()
+    agreement = {"kl": None, "top1": 0.0, "ci95": {"kl": [0.0, None], "top1": None}}
+    write_json(tmp_path / "eval" / "after" / "agreement.json", agreement)
+    with np.errstate(all="ignore"):
+        found = gate(tmp_path)
+    verdicts = {row["measure"]: row["verdict"] for row in found["judged"]}
+    assert verdicts["perplexity"] == verdicts["kl"] == "margin_broken"
+
+
+def shares(run: Path, name: str, metrics: dict[str, list[float]]) -> None:
+    """Beside piqa a task of several metrics."""
+    point(run, name, {"piqa": right(3000, 0.7)})
+    identity = {"task": "squad", "doc_hash": "d", "prompt_hash": "p", "target_hash": "t"}
+    count = len(next(iter(metrics.values())))
+    samples = [
+        identity | {"doc_id": i, "metrics": {metric: values[i] for metric, values in metrics.items()}}
+        for i in range(count)
+    ]
+    write_json(run / "eval" / name / "tasks" / "squad.json", {"task": "squad", "samples": samples})
+    results = {"tasks": {"piqa": {}, "squad": {}}, "specification_hash": "same"}
+    write_json(run / "eval" / name / "results.json", results)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_collapse_shows_whatever_the_metric(tmp_path: Path, exact: bool):
+    """f1 comes first, as some tasks give it; with exact_match beside it, or alone."""
+    for name, f1, share in (("before", 0.8, 0.75), ("after", 0.05, 0.0)):
+        spread = [f1 + 0.001 * (i % 7) for i in range(400)]
+        shares(tmp_path, name, {"f1": spread} | ({"exact_match": right(400, share)} if exact else {}))
+    found = gate(tmp_path)
+    assert found["status"] == "margin_broken" and not found["gate"]["passed"]
+    (row,) = [row for row in found["judged"] if row["scope"] == "squad"]
+    assert row["metric"] == ("exact_match" if exact else "f1")
+    assert found["mean_accuracy"]["tasks"] == (["piqa", "squad"] if exact else ["piqa"])
+
+
+def test_a_task_without_a_margin_leaves_the_verdict_open(tmp_path: Path):
+    for name in ("before", "after"):
+        shares(tmp_path, name, {"bleu": [20.0 + i % 5 for i in range(400)]})
+    found = gate(tmp_path)
+    assert (found["status"], found["gate"]["state"]) == ("inconclusive", "inconclusive")
+    with pytest.raises(QualityGate, match="squad: bleu has no margin"):
+        enforce(found, "strict")
 
 
 def test_texts_are_compared_window_by_window(tmp_path: Path):

@@ -61,6 +61,7 @@ def test_override_beats_recipe_beats_default(tmp_path):
         ("data.sources=[{generate: {start: separator, openings: a.txt}}]", "openings are for `start: prefix`"),
         ("train.tokens", "a.b=value"),
         ("convert.init=average", "'first'"),
+        ("eval.perplexity=[{name: wikitext, path: a.txt}]", "give the text another name"),
     ],
 )
 def test_refusals(override, message):
