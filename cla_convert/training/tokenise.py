@@ -11,6 +11,9 @@ from .sources import Document
 
 _FEW = 4096
 """Documents of which some are held out by hash, as good as surely."""
+_PATIENCE = 20
+"""Times the documents that fill the training side are read at most for the sake of held-out text: where many share a
+key, none may ever come."""
 
 
 @dataclass
@@ -101,10 +104,13 @@ class Splitter:
     def fill(
         self, batches: Iterator[list[Document]], train: Side, held_out: Side, bar: Any, *, patient: bool = True
     ) -> None:
-        """Read until both sides are full (not `patient`: until the training side is) or the batches end."""
+        """Read until both sides are full (not `patient`: until the training side is), the batches end, or so much was
+        read that no more held-out text is to be expected.
+        """
         # Validation on a single long book would say little: a document's beginning first, the rest only if it must be.
         cap = max(64, held_out.limit // 8)
         rests: list[np.ndarray] = []
+        seen = needed = 0
         for batch in batches:
             held = [self.split.holds_out(document.key) for document in batch]
             wanted = [
@@ -118,8 +124,11 @@ class Splitter:
                     rests.append(ids[cap : held_out.limit])
                     ids = ids[:cap]
                 bar.update(side.add(ids))
-            if train.full and (held_out.full or not patient):
-                break
+            seen += len(batch)
+            if train.full:
+                needed = needed or seen
+                if held_out.full or not patient or seen > max(_FEW, _PATIENCE * needed):
+                    break
         for rest in rests:
             bar.update(held_out.add(rest))
 

@@ -17,6 +17,7 @@ import pytest
 from cla_convert.errors import InputError
 from cla_convert.recipe import Data, Recipe, TextSource, Train
 from cla_convert.recipe_file import validate
+from cla_convert.training import tokenise
 from cla_convert.training.data import (
     Sequences,
     TokenStore,
@@ -79,6 +80,22 @@ def test_rows_of_one_work_stay_together(tmp_path: Path) -> None:
 
     assert works(store.train) and works(store.held_out)
     assert not works(store.train) & works(store.held_out)
+
+
+def test_few_works_are_held_out_without_reading_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where none of the works is held out by its hash, more rows of them would never change that."""
+    monkeypatch.setattr(tokenise, "_FEW", 256)
+    monkeypatch.setattr(tokenise, "_PATIENCE", 2)
+    path, seen = tmp_path / "works.jsonl", list[str]()
+    with path.open("w") as file:
+        for i in range(20_000):
+            file.write(json.dumps({"text": f"work {i % 2} part {i}", "work": f"w{i % 2}"}) + "\n")
+    source = TextSource(path=str(path), document_field="work")
+    original = tokenise.ByShare.holds_out
+    monkeypatch.setattr(tokenise.ByShare, "holds_out", lambda self, key: (seen.append(key), original(self, key))[1])
+    store = prepare(tmp_path, source, share=1e-6, tokens=1000, held_out_tokens=200)
+    assert store.train.size == 1000 and store.held_out.size == 200
+    assert len(seen) < 10_000
 
 
 def test_no_more_tokens_than_asked_for(tmp_path: Path, table: Path, capsys: pytest.CaptureFixture[str]) -> None:
