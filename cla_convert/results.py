@@ -117,6 +117,8 @@ class KvCache(Result):
 
     bytes_per_token: float
     measured_bytes: int
+    model_fingerprint: str = ""
+    """Of the model that was measured."""
 
 
 class Domains(Result):

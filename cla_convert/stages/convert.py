@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..console import say
+from ..errors import InputError
 from ..recipe import Recipe
 from ..results import ConvertResult
 from ..run_folder import RunFolder
@@ -34,6 +35,7 @@ def convert(
     from ..report.model_card import write_first_card
 
     if folder.converted.exists() and (done := folder.convert.read()):
+        _check_source(recipe, folder)
         say(f"found {folder.converted}")
         return done
     check_output(folder.converted, overwrite=overwrite)  # before the minutes that calibration may take
@@ -51,6 +53,20 @@ def convert(
     result["source"] |= recipe.source.model_dump(include={"model", "base_model", "revision"}) | checkpoint.origin
     write_first_card(folder.converted, result, source)
     return folder.convert.write(ConvertResult.model_validate(result))
+
+
+def _check_source(recipe: Recipe, folder: RunFolder) -> None:
+    """Refuse to go on with a model of another source: one that was changed in place, or moved on on the hub."""
+    from ..models.export import read_manifest
+    from ..models.fingerprint import fingerprint
+
+    known = read_manifest(folder.converted).get("source", {}).get("fingerprint")
+    if known and known != fingerprint(source := folder.source(recipe)):
+        raise InputError(
+            f"{folder.converted} was made from other weights than {recipe.source.model} has now",
+            why=f"{source} has changed since; results of the two would be compared with each other.",
+            fix="Name the old ones (source.model, source.revision), give another --out, or --overwrite to start anew.",
+        )
 
 
 def _lasting(model: str) -> str:

@@ -40,10 +40,13 @@ def evaluate(recipe: Recipe, folder: RunFolder) -> dict[str, PointResult]:
 def measure_cache(recipe: Recipe, folder: RunFolder, point: str, model: Path) -> KvCache:
     """The KV cache of a real `generate` at a point."""
     from ..evaluation.cache import measure_kv_cache
+    from ..models.fingerprint import fingerprint
 
-    stored = folder.evaluation.point(point).kv_cache
-    measured = stored.read()
-    return measured or stored.write(KvCache.model_validate(measure_kv_cache(model, device=pick_device(recipe.device))))
+    stored, now = folder.evaluation.point(point).kv_cache, fingerprint(model)
+    if (known := stored.read()) and known.model_fingerprint == now:
+        return known
+    found = measure_kv_cache(model, device=pick_device(recipe.device))
+    return stored.write(KvCache.model_validate(found | {"model_fingerprint": now}))
 
 
 def texts_of(recipe: Recipe, folder: RunFolder) -> "Texts":

@@ -92,6 +92,8 @@ def _train_together(it: _Training) -> TrainResult:
     """The same by the verb `uptrain`, in processes of their own."""
     from ..training.launch import launch
 
+    if it.folder.converts and not it.folder.begun:
+        it.folder.save_recipe(it.recipe)  # the verb must know the model for one of a run
     with tempfile.TemporaryDirectory() as scratch:
         resolved = RunFolder(Path(scratch))
         resolved.save_recipe(it.recipe)

@@ -12,6 +12,9 @@ from safetensors.torch import load_file
 
 import cla_convert
 from cla_convert import Recipe, RunFolder, convert, run, uptrain
+from cla_convert.errors import InputError
+from cla_convert.stages.evaluate import measure_cache
+from tests.conftest import save_tiny_llama
 
 PAGE = Path(cla_convert.__file__).parent.parent / "docs" / "python-api.md"
 
@@ -49,6 +52,26 @@ def test_the_example_runs(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.
     assert uptrain(found["recipe"], folder).to_json() == folder.training.result.read().to_json()  # type: ignore[union-attr]
     run(found["recipe"], "runs/mine")
     assert weights.stat().st_mtime_ns == made and load_file(weights)
+    # Measured again: the cache of another model. Refused: a model of other weights than the source has now.
+    cache = folder.evaluation.point("converted").kv_cache
+    assert cache.write(cache.read().model_copy(update={"model_fingerprint": "another", "bytes_per_token": 1.0}))
+    assert measure_cache(found["recipe"], folder, "converted", folder.converted).bytes_per_token == 512
+    changed = save_tiny_llama(tmp_path / "changed", seed=1)
+    moved = found["recipe"].model_copy(
+        update={"source": found["recipe"].source.model_copy(update={"model": str(changed)})}
+    )
+    with pytest.raises(InputError, match="made from other weights"):
+        convert(moved, RunFolder("runs/mine"))
+
+
+def test_several_processes_from_python(tiny_llama: Path, tmp_path: Path) -> None:
+    settings = tiny({"convert": {"sharing": "cla2", "init": "mean"}}, tiny_llama, tmp_path)
+    settings["train"] |= {"processes": 2}
+    recipe, folder = Recipe.model_validate(settings), RunFolder(tmp_path / "run")
+    convert(recipe, folder)
+    trained = uptrain(recipe, folder)
+    assert (trained.to_json()["processes"], trained.tokens) == (2, 1024)
+    assert folder.training.result.path.parent == tmp_path / "run" and folder.training.model.exists()
 
 
 def test_the_script_converts_trains_and_talks(tiny_llama: Path, tmp_path: Path) -> None:
@@ -72,7 +95,7 @@ def test_the_script_converts_trains_and_talks(tiny_llama: Path, tmp_path: Path) 
 
 def test_every_name_of_the_page_is_there_and_costs_nothing_before() -> None:
     names = set(re.findall(r"^\| `(\w+)\(", PAGE.read_text(), flags=re.MULTILINE))
-    assert names and names <= set(cla_convert.__all__) == set(cla_convert._PLACES)
+    assert names and names <= set(cla_convert.__all__) == {"__version__", *cla_convert._PLACES}
     heavy = "{'torch', 'transformers', 'lm_eval', 'matplotlib'} & set(sys.modules)"
     lines = f"import sys; from cla_convert import {', '.join(cla_convert.__all__)}; print({heavy})"
     done = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, check=True)

@@ -154,6 +154,17 @@ def test_a_damaged_recipe_is_an_error_and_no_other_margin(content: str, run_dir:
         check_same_recipe(RunFolder(run_dir), Recipe(), overwrite=False)
 
 
+def test_a_trained_model_alone_belongs_to_its_recipe_too(run_dir: Path):
+    """The converted model may be removed for the room it takes; what was trained from it is still of that recipe."""
+    folder = RunFolder(run_dir)
+    folder.save_recipe(Recipe())
+    folder.training.model.mkdir(exist_ok=True)
+    assert not folder.converted.exists()
+    other = Recipe.model_validate({"train": {"tokens": 5}})
+    with pytest.raises(UsageError, match="train.tokens"):
+        check_same_recipe(folder, other, overwrite=False)
+
+
 def test_an_environment_of_another_type_is_found_before_the_work(tmp_path: Path):
     write_json(tmp_path / "environment.json", {"stages": ["plan", 3]})
     folder = RunFolder(tmp_path)
