@@ -31,7 +31,8 @@ class Train(Section):
     owners and consumers."""
     learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """Peak learning rate. auto: 1e-3 for attention and a fifth of it for the rest at a width of 576, in proportion to
-    1/width for other models; with `loss: cross_entropy` the former for all (docs/uptraining.md)."""
+    1/width for other models and less for fewer than 100 steps; with `loss: cross_entropy` the former for all
+    (docs/uptraining.md)."""
     learning_rates: dict[Literal["shared", "attention", "other"], Annotated[float, Field(gt=0)]] = {}
     """Peak rates for parts of the model, in place of `learning_rate`. shared: attention of layers that share K/V;
     attention: of all layers (but those, if `shared` is given too); other: everything else."""

@@ -359,6 +359,12 @@ class TestDerived:
         found = derived(Train(loss="cross_entropy"), small, None)
         assert (found.learning_rate, found.learning_rates, found.hidden_weight) == (1e-3, {}, 0.0)
 
+    def test_few_steps_are_smaller_ones(self) -> None:
+        config = tiny_llama_config(hidden_size=576, num_attention_heads=8)
+        steps = {n: derived(Train(tokens=n * 1024, batch_tokens=1024), config, config) for n in (9, 100, 1000)}
+        assert [found.learning_rates["attention"] for found in steps.values()] == [3e-4, 1e-3, 1e-3]
+        assert [found.learning_rate for found in steps.values()] == [6e-5, 2e-4, 2e-4]
+
     def test_what_is_given_stays(self) -> None:
         config = tiny_llama_config()
         given = Train(learning_rate=3e-4, hidden_weight=1.0)
