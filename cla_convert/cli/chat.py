@@ -7,14 +7,19 @@ from typing import Annotated
 import typer
 
 from .app import Model, Quiet, app
+from .words import number, whole
 
 
 @app.command(epilog="Example: cla-convert chat trained/ --beside Qwen/Qwen3-0.6B")
 def chat(
     model: Model,
     beside: Annotated[str | None, typer.Option(metavar="MODEL", help="Another one that answers, too.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Longest answer.")] = 256,
-    temperature: Annotated[float, typer.Option(metavar="T", min=0, help="0 is greedy.")] = 0.0,
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="N", parser=whole("--max-new-tokens", 1, 256), help="Longest answer, in tokens.")
+    ] = 256,
+    temperature: Annotated[
+        float, typer.Option(metavar="T", parser=number("--temperature", 0, 0.7), help="0 is greedy.")
+    ] = 0.0,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.")] = None,
     device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda, ...; auto: the best there is.")] = "auto",
     quiet: Quiet = False,

@@ -25,6 +25,7 @@ from .app import (
     push,
     settings_of,
 )
+from .words import number
 
 
 @app.command(epilog="Example: cla-convert convert Qwen/Qwen3-0.6B out/ --sharing cla2-keep-ends")
@@ -38,7 +39,12 @@ def convert(
         ),
     ] = None,
     kv_budget: Annotated[
-        float | None, typer.Option(metavar="SHARE", help="With --sharing auto: share of the KV cache to keep (0.5).")
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            parser=number("--kv-budget", 0, 0.5),
+            help="With --sharing auto: share of the KV cache to keep (0.5).",
+        ),
     ] = None,
     init: Annotated[
         str | None, typer.Option(metavar="INIT", help=f"{', '.join(INITIALISATIONS.names())}; default: calibrated.")
@@ -64,6 +70,7 @@ def convert(
 
     The output loads with plain transformers and trust_remote_code=True.
     """
+    from ..models.writer import check_output
     from ..run_folder import RunFolder
     from ..stages.convert import convert as execute
     from ..stages.plan import plan_of
@@ -74,6 +81,8 @@ def convert(
         "convert.init": init, "convert.max_shard_size": max_shard_size, "source.allow_pickle": allow_pickle or None,
     }  # fmt: skip
     settings = settings_of(recipe, sets, options)
+    if not dry_run:
+        check_output(out, overwrite=overwrite)
     hub = destination(push_to_hub, private)
     with tempfile.TemporaryDirectory() as scratch:  # a single model keeps no records
         folder = RunFolder(Path(scratch), converted=out)

@@ -8,6 +8,7 @@ import typer
 
 from ..console import data, data_json
 from .app import AllowPickle, Json, Model, Quiet, Recipe, Revision, Sets, TaskData, app, settings_of
+from .words import names_of, whole
 
 
 @app.command("eval", epilog="Example: cla-convert eval trained/ --tasks piqa,wikitext --limit 100")
@@ -16,7 +17,10 @@ def evaluate(
     tasks: Annotated[
         str | None, typer.Option(metavar="A,B", help="Comma-separated task names; default: the offline pack.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(metavar="N", help="Documents per task: the first so many.")] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(metavar="N", parser=whole("--limit", 1, 100), help="Documents per task: the first so many."),
+    ] = None,
     task_data: TaskData = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for results (per task, resumable).")] = None,
     backend: Annotated[
@@ -43,7 +47,11 @@ def evaluate(
     from ..models.source import resolve_source
     from ..preflight import check_evaluation
 
-    options = {"eval.tasks": tasks.split(",") if tasks else None, "eval.limit": limit, "eval.task_data": task_data}
+    options = {
+        "eval.tasks": None if tasks is None else names_of(tasks),
+        "eval.limit": limit,
+        "eval.task_data": task_data,
+    }
     settings = settings_of(recipe, sets, options | {"eval.backend": backend})
     device = pick_device(settings.device)
     check_backend(settings.eval, device)

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..console import say
 from ..errors import ClaError, InputError, UsageError, did_you_mean
 from ..recipe import Evaluate
 from . import retrieval
 from .local_rows import local_splits, missing_columns
 from .retrieval.documents import retrieval_rows
+from .stock_tasks import declared, manager_for
 from .tasks import pack
 
 _LAYOUT = "Columns are those of the data set that the stock task reads from the hub (docs/evaluation.md)."
@@ -81,14 +81,8 @@ class Sources:
 
 
 def _manager(sources: Sources, names: list[str]) -> Any:
-    from lm_eval.tasks import TaskManager
-
-    stock = set(names) - sources.shipped - set(retrieval.names())
-    if stock:  # about 14 000 YAML files to parse
-        say("Reading the list of stock lm-eval tasks ...")
-    # Only the documented arguments; later paths win, so the pack replaces the stock tasks of the same name.
     folders = [str(pack.FOLDER), str(retrieval.FOLDER)] if sources.shipped else [str(retrieval.FOLDER)]
-    return TaskManager(include_path=[*folders], include_defaults=bool(stock))
+    return manager_for(set(names) - sources.shipped - set(retrieval.names()), folders)
 
 
 def _expand(manager: Any, name: str, spec: Evaluate) -> list[str]:
@@ -97,11 +91,13 @@ def _expand(manager: Any, name: str, spec: Evaluate) -> list[str]:
         return sorted(manager.task_index[name].tags)
     if name in manager.all_subtasks or name in manager.all_groups:
         return [name]
+    known = [*pack.names(), *retrieval.names()]
+    hint = did_you_mean(name, known) or did_you_mean(name, declared())  # the pack first: it needs no network
     where = "in lm-eval or in the offline pack" if spec.offline_pack else "in lm-eval"
     raise UsageError(
-        f"There is no evaluation task named {name!r}.{did_you_mean(name, pack.names() + manager.all_tasks)}",
+        f"There is no evaluation task named {name!r}.{hint}",
         why=f"No task, group or tag of that name exists {where}.",
-        fix=f"Offline: {', '.join(pack.names())}. With a network: any task that `lm_eval ls tasks` lists.",
+        fix=f"Offline: {', '.join(known)}. With a network: any task that `lm_eval ls tasks` lists.",
     )
 
 
