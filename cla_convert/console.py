@@ -103,7 +103,8 @@ def human_bytes(n: float) -> str:
 
 
 def human_count(n: float) -> str:
-    """`26_000_000` -> `26M`; three significant digits."""
+    """`26_000_000` -> `26M`; three significant digits, in the units of a recipe."""
+    n = float(f"{n:.3g}")  # first: 999,999 are 1M
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(n) >= size:
             return f"{n / size:.3g}{unit}"

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="cla-convert",
     help="Give a pretrained MQA/GQA model Cross-Layer Attention: a KV cache half the size, uptrained and proven.",
+    epilog="Begin with: cla-convert inspect MODEL; cla-convert recipes ls. A command's --help has an example.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -26,7 +27,11 @@ app = typer.Typer(
         "token_normalize_func": lambda token: token.replace("_", "-"),
     },
 )
-recipes_app = typer.Typer(help="List, show or copy the recipes that ship with the package.", no_args_is_help=True)
+recipes_app = typer.Typer(
+    help="List, show or copy the recipes that ship with the package.",
+    epilog="Example: cla-convert recipes cp smollm2-135m mine.yaml",
+    no_args_is_help=True,
+)
 app.add_typer(recipes_app, name="recipes")
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder or .gguf file.", show_default=False)]

@@ -8,7 +8,7 @@ import typer
 
 from ..console import data, data_json
 from ..environment import command_line
-from ..errors import UsageError
+from ..files import check_place
 from .app import Json, Quiet, app
 from .words import number, numbers_of, size_of, whole
 
@@ -58,18 +58,19 @@ def bench(
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):  # torch before 2.9 knows only the second
         os.environ.setdefault(name, "expandable_segments:True")
     from ..bench.bench import bench as measure
+    from ..bench.bench import check_order
     from ..bench.results import write_results
     from ..environment import pick_device
     from ..models.source import resolve_source
     from ..report.render import render_bench
 
     sizes, room = numbers_of(batch_sizes, "--batch-sizes"), size_of(memory, "--memory")
-    if out and out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file", fix="Give a folder for --out.")
+    if out:
+        check_place(out)
+    device = pick_device(device, "--device ")
     folders = [resolve_source(model) for model in (source, converted)]
-    result = measure(
-        *folders, device=pick_device(device), memory=room, batch_sizes=sizes, prompt=prompt, new=new, seconds=seconds
-    )
+    check_order(*folders, f"cla-convert bench {converted} {source}")
+    result = measure(*folders, device=device, memory=room, batch_sizes=sizes, prompt=prompt, new=new, seconds=seconds)
     result["command"] = command_line()
     if out:
         write_results(out, result)

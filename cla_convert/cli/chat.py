@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import UsageError
 from .app import Model, Quiet, app
 from .words import number, whole
 
@@ -28,18 +29,24 @@ def chat(
 
     Lines come from the terminal or a pipe. /reset begins a new conversation; Ctrl-D ends.
     """
-    from ..chat import Manner, Speaker, lines_of
+    from ..chat import Manner, Speaker, check_length, lines_of
     from ..chat import chat as converse
     from ..environment import choose_dtype, pick_device
     from ..models.source import resolve_source
 
-    device = pick_device(device)
+    device = pick_device(device, "--device ")
     manner = Manner(max_new_tokens, temperature, system)
-    folders = {Path(name).name or name: resolve_source(name) for name in (model, beside) if name}
-    if beside and len(folders) == 1:
-        folders = {model: resolve_source(model), beside: resolve_source(beside)}
+    folders = {name: resolve_source(name) for name in (model, beside) if name}
+    if beside and len({folder.resolve() for folder in folders.values()}) == 1:
+        raise UsageError(f"{model} would answer twice", "--beside names the same model.", "Name another one, or none.")
+    for name, folder in folders.items():
+        check_length(name, folder, max_new_tokens)
+    short = {Path(name).name or name for name in folders}
     speakers = [
-        Speaker.load(name, folder, device=device, dtype=choose_dtype("auto", device), manner=manner)
+        Speaker.load(
+            Path(name).name if len(short) == len(folders) else name, folder,
+            device=device, dtype=choose_dtype("auto", device), manner=manner,
+        )
         for name, folder in folders.items()
-    ]
+    ]  # fmt: skip
     converse(speakers, lines_of(sys.stdin))

@@ -12,7 +12,7 @@ from pathlib import Path
 from ..console import say
 from ..environment import cache_folder
 from ..errors import InputError
-from ..files import did_you_mean_path, write_json
+from ..files import did_you_mean_path, load_json, write_json
 from . import gguf_source, hub
 from .checkpoint import INDEX, Checkpoint, refuse_adapter
 from .pickles import pickled_files, read_pickles
@@ -88,6 +88,8 @@ def _with_safetensors(folder: Path, allow_pickle: bool) -> Path:
     if len(ggufs) == 1:
         return _from_gguf(ggufs[0])
     if not pickles:
+        if not ggufs:
+            load_json(folder / "config.json")  # where that is damaged or missing, it is the truer reason
         raise InputError(
             f"{folder} has no weights that can be read",
             why="It has no safetensors, " + (f"and {len(ggufs)} GGUF files." if ggufs else "GGUF or .bin file."),
