@@ -65,7 +65,7 @@ def bench(
     with progress(TURNS * len(set().union(*possible.values())), "speed", unit="turn") as bar:
 
         def on_turn(case: str) -> None:
-            bar.set_postfix_str(case)
+            bar.note(case)
             bar.update(1)
 
         speed = measure_speed(subjects, possible, budget, Work(prompt, new, seconds), on_turn)

@@ -91,7 +91,7 @@ def make_budget(wanted: int | None, device: str, weight_bytes: int, sequence: in
 
 def size_text(size: float) -> str:
     """A size as `--memory` takes it, not too small: two digits, rounded up. `320KB`, `1.1MB`, `20GB`."""
-    for unit, number in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+    for unit, number in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
         if size >= number or unit == "KB":
             scaled = size / number
             digits = max(0, 1 - math.floor(math.log10(scaled))) if scaled > 0 else 0

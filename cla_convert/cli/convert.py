@@ -70,6 +70,7 @@ def convert(
 
     The output loads with plain transformers and trust_remote_code=True.
     """
+    from ..models.source import local_path
     from ..models.writer import check_output
     from ..run_folder import RunFolder
     from ..stages.convert import convert as execute
@@ -82,6 +83,7 @@ def convert(
     }  # fmt: skip
     settings = settings_of(recipe, sets, options)
     if not dry_run:
+        local_path(model)
         check_output(out, overwrite=overwrite)
     hub = destination(push_to_hub, private)
     with tempfile.TemporaryDirectory() as scratch:  # a single model keeps no records

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from ..console import data, data_json
+from ..console import data, data_json, say
+from ..files import check_place
 from .app import AllowPickle, Json, Model, Quiet, Recipe, Revision, Sets, TaskData, app, settings_of
 from .words import names_of, whole
 
@@ -38,6 +39,7 @@ def evaluate(
     Without --tasks: the offline pack that ships with the package. With a network: any stock task by name. Also:
     passkey and needle (retrieval in long contexts), and perplexity of text files (eval.perplexity).
     """
+    say("reading tasks and model ...")  # lm-eval alone takes seconds
     from ..environment import pick_device
     from ..evaluation.backend import check_backend
     from ..evaluation.harness import check_tasks
@@ -54,6 +56,8 @@ def evaluate(
     }
     settings = settings_of(recipe, sets, options | {"eval.backend": backend})
     device = pick_device(settings.device)
+    if out:
+        check_place(out)
     check_backend(settings.eval, device)
     check_tasks(settings.eval)
     check_texts(settings.eval.perplexity)

@@ -46,7 +46,8 @@ def inspect_model(model: str, *, revision: str | None = None) -> dict[str, Any]:
 
 def render(result: dict[str, Any]) -> str:
     """The description for a person."""
-    what = f"{result['model']}: {result['model_type']}, {human_count(result['parameters'])} parameters in {result['dtype']}"
+    count = human_count(result["parameters"])
+    what = f"{result['model']}: {result['model_type']}, {count} parameters in {result['dtype']}"
     lines = [what, "supported   yes"] if result["supported"] else [f"supported: no. {result['reason']}", what]
     if result["num_layers"] is None:
         return "\n".join(lines)

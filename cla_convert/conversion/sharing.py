@@ -62,6 +62,12 @@ def groups_of(sources: Sequence[int]) -> list[list[int]]:
     return list(groups.values())
 
 
+def matched_groups(sources: Sequence[int]) -> int:
+    """How many groups calibrated pooling matches: from the first that shares on, all of them."""
+    first = next((group[0] for group in groups_of(sources) if len(group) > 1), len(sources))
+    return sum(owner >= first for owner in set(sources))
+
+
 def activation_bytes(sources: Sequence[int], tokens: int, hidden_size: int, itemsize: int = 4) -> int:
     """What calibrated pooling keeps of its text: streams, two per layer that the widest group reaches over."""
     span = max(group[-1] - group[0] + 1 for group in groups_of(sources))

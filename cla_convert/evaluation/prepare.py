@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..console import progress
 from ..errors import ClaError, InputError, UsageError, did_you_mean
 from ..recipe import Evaluate
 from . import retrieval
@@ -51,7 +52,13 @@ def prepare(spec: Evaluate, seed: int, model_dir: Path | None = None) -> list[Pr
     manager = _manager(sources, names)
     names = [name for requested in names for name in _expand(manager, requested, spec)]
     names = [name for name in dict.fromkeys(names) if model_dir or name not in retrieval.names()]
-    return [_prepare(manager, name, spec, seed, sources, model_dir) for name in names]
+    with progress(len(names), "preparing tasks", unit="task", leave=False) as bar:
+        prepared: list[Prepared] = []
+        for name in names:
+            bar.note(name)
+            prepared.append(_prepare(manager, name, spec, seed, sources, model_dir))
+            bar.update()
+        return prepared
 
 
 @dataclass(frozen=True)

@@ -17,15 +17,18 @@ def manager_for(names: set[str], own: list[str]) -> Any:
     if not names:
         return TaskManager(include_path=own, include_defaults=False)
     say(f"looking for {', '.join(sorted(names))} among the stock tasks of lm-eval ...")
-    texts = _texts()
-    named = {name: _naming(name, texts) for name in names}
-    folders = sorted({str(folder) for found in named.values() for folder in found})
-    if not all(named.values()):  # nobody knows one of them: it is refused, with what is known
-        return TaskManager(include_path=own, include_defaults=False)
-    # Only the documented arguments; later paths win, so what is our own replaces the stock tasks of the same name.
-    manager = TaskManager(include_path=[*folders, *own], include_defaults=False)
-    if all(_whole(manager, name) for name in names):
-        return manager
+    wanted, lacking = set[str](), set(names)
+    while new := lacking - wanted:  # a group may consist of tasks in other folders
+        wanted |= new
+        folders = {name: _naming(name) for name in wanted}
+        if not all(folders.values()):  # nobody knows one of them
+            return TaskManager(include_path=own, include_defaults=False)
+        # Only the documented arguments; later paths win: what is our own replaces the stock tasks of the same name.
+        paths = sorted({str(folder) for found in folders.values() for folder in found})
+        manager = TaskManager(include_path=[*paths, *own], include_defaults=False)
+        lacking = {part for name in names for part in _lacking(manager, name)}
+        if not lacking:
+            return manager
     say("reading the list of all stock tasks of lm-eval, about half a minute ...")
     return TaskManager(include_path=own, include_defaults=True)
 
@@ -43,27 +46,20 @@ def _texts() -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in sorted(Path(lm_eval.tasks.__file__).parent.rglob("*.yaml"))}
 
 
-def _naming(name: str, texts: dict[Path, bytes]) -> set[Path]:
+def _naming(name: str) -> set[Path]:
     """Folders of lm-eval's, of the first level, in which a file has `name` as a word."""
     import lm_eval.tasks
 
-    root, word = (
-        Path(lm_eval.tasks.__file__).parent,
-        re.compile(rb"(?<![\w.-])" + re.escape(name.encode()) + rb"(?![\w.-])"),
-    )
-    found = {
-        path.relative_to(root).parts for path, text in texts.items() if name.encode() in text and word.search(text)
-    }
+    root, word = Path(lm_eval.tasks.__file__).parent, name.encode()
+    exactly = re.compile(rb"(?<![\w.-])" + re.escape(word) + rb"(?![\w.-])")
+    found = {path.relative_to(root).parts for path, text in _texts().items() if word in text and exactly.search(text)}
     return {root / parts[0] for parts in found if len(parts) > 1}
 
 
-def _whole(manager: Any, name: str) -> bool:
-    """Whether a task is known and, of a group, all that it consists of."""
+def _lacking(manager: Any, name: str) -> set[str]:
+    """What is not known of a task or, of a group, of all that it consists of."""
     if name not in manager.task_index:
-        return False
-    entry = manager.task_index[name]
-    parts = (entry.cfg or {}).get("task") if name in manager.all_groups else None
-    if not isinstance(parts, list):
-        return True
-    inner = [part.get("task", part.get("group")) if isinstance(part, dict) else part for part in parts]
-    return all(isinstance(part, str) and _whole(manager, part) for part in inner)
+        return {name}
+    parts = (manager.task_index[name].cfg or {}).get("task") if name in manager.all_groups else None
+    inner = [part.get("task", part.get("group")) if isinstance(part, dict) else part for part in parts or []]
+    return {one for part in inner if isinstance(part, str) and part != name for one in _lacking(manager, part)}

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..console import human_bytes
+from ..console import human_bytes, say
 from ..errors import InputError
 from ..files import did_you_mean_path, load_json
 from .export import has_other_code
@@ -99,6 +99,7 @@ def _in_a_clean_process(script: Path, folders: Sequence[Path]) -> list[dict[str,
     """What a script of ours prints for each folder. Raises InputError for the first that does not load."""
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONSTARTUP")}
     environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
+    say(f"loading {' and '.join(str(folder) for folder in folders)} in a clean process, without cla-convert ...")
     with tempfile.TemporaryDirectory() as elsewhere:
         environment["HF_MODULES_CACHE"] = elsewhere  # never reuse code that an earlier load had cached
         done = subprocess.run(

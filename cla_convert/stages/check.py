@@ -1,5 +1,6 @@
 """Before stage 1: find out in seconds what would otherwise fail after hours. Nothing is made here."""
 
+from ..console import say
 from ..environment import pick_device
 from ..preflight import check_evaluation, check_lengths
 from ..recipe import Recipe
@@ -22,6 +23,7 @@ def check(recipe: Recipe, folder: RunFolder) -> None:
     from ..training.data import check_data
     from ..training.schedule import check_steps
 
+    say("checking model, tasks, text and disk before the work begins ...")
     source, device = folder.source(recipe), pick_device(recipe.device)
     config = Checkpoint.open(source).config
     check_interface(config.get("model_type", ""))
