@@ -113,7 +113,10 @@ class TerminalBar(Bar):
         self._bar.set_postfix_str(text, refresh=False)
 
     def _show(self) -> None:
-        self._bar.update(self.n - self._bar.n)
+        if self.n > self._bar.n:
+            self._bar.update(self.n - self._bar.n)
+        else:
+            self._bar.refresh()  # the clock goes on, and the note may be another
 
     def _end(self) -> None:
         self._bar.close()

@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..bars import tick
 from ..effort import Effort
 from .attention_weights import AttentionWeights, has_biases, with_norms
 from .blocks import Block, Factory
@@ -27,6 +28,7 @@ class Pooler:
 
     def pool(self, group: Sequence[int], student: Tensor) -> tuple[dict[int, dict[str, Tensor]], GroupFit]:
         """New attention weights per layer (a consumer has no k and v), by their name inside the layer."""
+        tick("matching", 0, f"{_named(group)}: closed form")
         self._teacher.upto(group[-1])
         ready, closed, error = self._closed_form(group, student)
         decided, mismatch = self.reconstruct(ready, group, student)

@@ -74,7 +74,7 @@ def activation_bytes(sources: Sequence[int], tokens: int, hidden_size: int, item
     return (2 * span + 5) * tokens * hidden_size * itemsize
 
 
-def picture(sources: Sequence[int], width: int = 100) -> str:
+def picture(sources: Sequence[int], width: int = 68) -> str:
     """The map as text, one bracket per group, the owner first: `[0] [1 ← 2] [3 ← 4] [5]`."""
     lines = [""]
     for owner, *consumers in groups_of(sources):

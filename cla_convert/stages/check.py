@@ -13,6 +13,7 @@ def check(recipe: Recipe, folder: RunFolder) -> None:
     Raises:
         UsageError, InputError: for the first thing that will not do.
     """
+    say("checking model, tasks, text and disk before the work begins ...")  # lm-eval alone takes seconds to import
     from ..evaluation.backend import check_backend
     from ..evaluation.harness import check_tasks
     from ..evaluation.texts import check_texts
@@ -23,7 +24,6 @@ def check(recipe: Recipe, folder: RunFolder) -> None:
     from ..training.data import check_data
     from ..training.schedule import check_steps
 
-    say("checking model, tasks, text and disk before the work begins ...")
     source, device = folder.source(recipe), pick_device(recipe.device)
     config = Checkpoint.open(source).config
     check_interface(config.get("model_type", ""))
