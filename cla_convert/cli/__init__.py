@@ -32,7 +32,7 @@ def main() -> None:
     try:
         if not leads:
             mute()
-        sys.exit(app(standalone_mode=False))
+        sys.exit(app(prog_name="cla-convert", standalone_mode=False))
     except CLICK_ERROR as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # nothing was asked for: the help, and not as an error
             data(error.format_message())

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ..console import data, data_json, say
+from ..errors import UsageError
 from ..files import check_place
 from .app import AllowPickle, Json, Model, Quiet, Recipe, Revision, Sets, TaskData, app, settings_of
 from .words import names_of, whole
@@ -39,15 +40,8 @@ def evaluate(
     Without --tasks: the offline pack that ships with the package. With a network: any stock task by name. Also:
     passkey and needle (retrieval in long contexts), and perplexity of text files (eval.perplexity).
     """
-    say("reading tasks and model ...")  # lm-eval alone takes seconds
     from ..environment import pick_device
-    from ..evaluation.backend import check_backend
-    from ..evaluation.harness import check_tasks
-    from ..evaluation.points import Bench, evaluate_points, shared_work
-    from ..evaluation.results import render
-    from ..evaluation.texts import Texts, check_texts
-    from ..models.source import resolve_source
-    from ..preflight import check_evaluation
+    from ..models.source import local_path, resolve_source
 
     options = {
         "eval.tasks": None if tasks is None else names_of(tasks),
@@ -58,6 +52,17 @@ def evaluate(
     device = pick_device(settings.device)
     if out:
         check_place(out)
+    if not settings.eval.tasks:
+        raise UsageError("No tasks to evaluate", fix="Name some with --tasks, or leave it out for the offline pack.")
+    local_path(model)
+    say("reading tasks and model ...")  # lm-eval alone takes seconds to import
+    from ..evaluation.backend import check_backend
+    from ..evaluation.harness import check_tasks
+    from ..evaluation.points import Bench, evaluate_points, shared_work
+    from ..evaluation.results import render
+    from ..evaluation.texts import Texts, check_texts
+    from ..preflight import check_evaluation
+
     check_backend(settings.eval, device)
     check_tasks(settings.eval)
     check_texts(settings.eval.perplexity)

@@ -47,7 +47,7 @@ def uptrain(
     from ..models.verify import check_shares
     from ..run_folder import RunFolder
     from ..stages.uptrain import uptrain as execute
-    from ..training.schedule import check_steps
+    from ..training.schedule import budget_of, check_steps
 
     resolved = load(recipe, sets, {"train.tokens": tokens})
     if not launched():  # a control is the source model itself
@@ -56,8 +56,9 @@ def uptrain(
     _refuse_taken(folder.training)
     if not resolved.recipe.train.tokens:
         raise UsageError("No token budget", fix="Give --tokens, for example --tokens 26M.")
-    check_steps(resolved.recipe.train)
+    budget_of(resolved.recipe.train)
     settings = _with_source(resolved.recipe, model, teacher)
+    check_steps(settings.train)
     hub = destination(push_to_hub, private) if leads else None
     if not launched():  # who launched this has said it
         say(resolved.table())

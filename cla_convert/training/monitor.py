@@ -27,18 +27,14 @@ class Monitor:
         self._perplexity: float | None = None
         self._recent: deque[tuple[int, float]] = deque(maxlen=_RECENT)
         self._tokens, self._said = tokens, -_LINE_EVERY
-        self._bar = (
-            progress(budget.tokens, "uptraining", unit="tok", counts="tokens", initial=tokens)
-            if sys.stderr.isatty()
-            else None
-        )
+        self._bar = progress(budget.tokens, "uptraining", unit="tok", counts="tokens", initial=tokens)
+        self._lines = not sys.stderr.isatty()
 
     def __enter__(self) -> "Monitor":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
         for tracker in self._trackers:
             tracker.close()
         self._metrics.close()
@@ -50,10 +46,9 @@ class Monitor:
         self._recent.append((done, done / row["tokens_per_second"]))
         text = describe(row, self._perplexity)
         perplexity = "" if self._perplexity is None else f", ppl {self._perplexity:.4g}"
-        if self._bar is not None:
-            self._bar.note(f"loss {row['loss']:.4g}{perplexity}")
-            self._bar.move(row["tokens"])
-        elif row["step"] == self._budget.steps or time.monotonic() - self._said >= _LINE_EVERY:
+        self._bar.note(f"loss {row['loss']:.4g}{perplexity}")
+        self._bar.move(row["tokens"])
+        if self._lines and (row["step"] == self._budget.steps or time.monotonic() - self._said >= _LINE_EVERY):
             self._said = time.monotonic()
             say(f"step {row['step']}/{self._budget.steps}, {self._progress()}, {text}")
 
