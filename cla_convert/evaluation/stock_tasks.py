@@ -1,6 +1,7 @@
 """Stock lm-eval tasks by name, without parsing all of its 14 000 YAML files: those of the folders that name them do."""
 
 import re
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,19 +11,19 @@ from ..console import say
 _DECLARED = re.compile(rb"^[\"']?(?:task|group|tag)[\"']?:[ \t]*[\"']?([\w.-]+)", re.MULTILINE)
 
 
-def manager_for(names: set[str], own: list[str]) -> Any:
+def manager_for(names: set[str], own: Sequence[str | Path]) -> Any:
     """lm-eval's TaskManager, which knows what is in the folders `own` and those of `names` that are stock tasks."""
     from lm_eval.tasks import TaskManager
 
     if not names:
-        return TaskManager(include_path=own, include_defaults=False)
+        return TaskManager(include_path=[*own], include_defaults=False)
     say(f"looking for {', '.join(sorted(names))} among the stock tasks of lm-eval ...")
     wanted, lacking = set[str](), set(names)
     while new := lacking - wanted:  # a group may consist of tasks in other folders
         wanted |= new
         folders = {name: _naming(name) for name in wanted}
         if not all(folders.values()):  # nobody knows one of them
-            return TaskManager(include_path=own, include_defaults=False)
+            return TaskManager(include_path=[*own], include_defaults=False)
         # Only the documented arguments; later paths win: what is our own replaces the stock tasks of the same name.
         paths = sorted({str(folder) for found in folders.values() for folder in found})
         manager = TaskManager(include_path=[*paths, *own], include_defaults=False)
@@ -30,7 +31,7 @@ def manager_for(names: set[str], own: list[str]) -> Any:
         if not lacking:
             return manager
     say("reading the list of all stock tasks of lm-eval, about half a minute ...")
-    return TaskManager(include_path=own, include_defaults=True)
+    return TaskManager(include_path=[*own], include_defaults=True)
 
 
 def declared() -> list[str]:

@@ -118,9 +118,9 @@ def measure_texts(texts: Texts, model_dir: Path, point_dir: Path, common: Json, 
         )  # fmt: skip
     for text in texts.files:
         key = [text.model_dump(), hashlib.sha256(_read(text).encode()).hexdigest()]
-        rows = max(1, len(_read(text)) // (CHARACTERS_PER_TOKEN * text.window))
+        count = max(1, len(_read(text)) // (CHARACTERS_PER_TOKEN * text.window))
         once(
-            f"perplexity/{text.name}", key, rows,
+            f"perplexity/{text.name}", key, count,
             lambda text=text: text_perplexity(load(model_dir), model_dir, text, size),
         )  # fmt: skip
     return {name: {k: v for k, v in one.items() if k not in ("windows", "identity")} for name, one in found.items()}

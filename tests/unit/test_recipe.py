@@ -111,7 +111,7 @@ def test_missing_and_broken_files(tmp_path):
 @pytest.mark.parametrize(
     ("text", "line", "why"),
     [
-        ("train:\n  tokens: 1k\n  tokens: 2k\n", 3, "`tokens` was given in line 2 already"),
+        ("train:\n  clip: 1\n  clip: 2\n", 3, "`clip` was given in line 2 already"),
         ("seed: 1\ndata:\n  sources:\n    - {path: a, path: b}\n", 4, "`path` was given in line 4 already"),
         ("source:\n  model: my\n seed: 3\n", 3, "another column"),
         ("source:\n\tmodel: my\n", 2, "indented with a tab"),
@@ -126,7 +126,7 @@ def test_missing_and_broken_files(tmp_path):
         ("source:\n  model: \u0007\n", 2, "control character"),
         ("seed: 1\n---\nseed: 2\n", 2, "begins a second recipe"),
         ("? [a]\n: b\n", 1, "A name is a list"),
-        ("source:\n  model\nseed: 1\n", 2, "`name: value`"),
+        ("seed: 1\nmodel\ndevice: cpu\n", 2, "`name: value`"),
         ("seed: %s\n" % ("1" * 5000), None, "number cannot be read"),
         ("[" * 10_000, None, "too deep"),
     ],
