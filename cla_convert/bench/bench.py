@@ -49,6 +49,7 @@ def bench(
     Raises:
         InputError: the models are not comparable, or the memory does not suffice for the weights.
     """
+    say(f"loading {source} and {converted} ...")
     dtype = choose_dtype("auto", device)
     subjects = [_load(name, folder, dtype, device) for name, folder in (("source", source), ("converted", converted))]
     _check_comparable(subjects, prompt, new)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ..console import say
 from ..errors import UsageError
 from .app import Model, Quiet, app
 from .words import number, whole
@@ -41,6 +42,7 @@ def chat(
         raise UsageError(f"{model} would answer twice", "--beside names the same model.", "Name another one, or none.")
     for name, folder in folders.items():
         check_length(name, folder, max_new_tokens)
+    say(f"loading {' and '.join(folders)} ...")
     short = {Path(name).name or name for name in folders}
     speakers = [
         Speaker.load(

@@ -64,6 +64,8 @@ def uptrain(
         say(resolved.table())
     with folder.alone() if leads else nullcontext():  # under torchrun every process is here
         result = execute(settings, folder, fresh=not resume, allow_changes=allow_changes or ()).to_json()
+    if leads and not launched():
+        say(f"next        cla-convert eval {out}\n            cla-convert chat {out} --beside {settings.source.model}")
     try:
         result |= push(hub, out)
     finally:
