@@ -8,7 +8,7 @@ from ..environment import command_line, rank, world_size
 from ..errors import ClaError, ExitCode, InputError, Interrupted
 from ..refusals import is_refusal, refusal
 from .app import app
-from .words import CLICK_ERROR, explained
+from .words import CLICK_ERROR, explained, help_of
 
 from . import inspect, convert, verify, chat, uptrain, run, eval, bench, report, recipes  # isort: skip  (as in --help)
 
@@ -34,8 +34,8 @@ def main() -> None:
             mute()
         sys.exit(app(prog_name="cla-convert", standalone_mode=False))
     except CLICK_ERROR as error:
-        if type(error).__name__ == "NoArgsIsHelpError":  # nothing was asked for: the help, and not as an error
-            data(error.format_message())
+        if text := help_of(error):
+            data(text)
             sys.exit(ExitCode.USAGE)
         mistake = explained(error)
         if alone or _speaks():

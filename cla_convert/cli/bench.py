@@ -69,7 +69,7 @@ def bench(
         check_place(out)
     device = pick_device(device, "--device ")
     folders = [resolve_source(model) for model in (source, converted)]
-    check_order(*folders, f"cla-convert bench {converted} {source}")
+    check_order(folders[0], folders[1], f"cla-convert bench {converted} {source}")
     result = measure(*folders, device=device, memory=room, batch_sizes=sizes, prompt=prompt, new=new, seconds=seconds)
     result["command"] = command_line()
     if out:

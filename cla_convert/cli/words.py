@@ -1,13 +1,13 @@
 """The words of a command line as values, and what is wrong with them in words of our own."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import typer
 
 from ..errors import UsageError
 
-CLICK_ERROR = typer.BadParameter.__mro__[2]
+CLICK_ERROR = cast(type[Exception], typer.BadParameter.__mro__[2])
 """click's ClickException, of the click that this typer uses: releases differ in whether they bring their own."""
 
 
@@ -71,6 +71,11 @@ def numbers_of(text: str, option: str) -> list[int]:
 def names_of(text: str) -> list[str]:
     """`a, b,` -> [a, b]."""
     return [name for word in text.split(",") if (name := word.strip())]
+
+
+def help_of(error: Any) -> str:
+    """The help, where click raises it because nothing was asked for; an empty string for a mistake."""
+    return error.format_message() if type(error).__name__ == "NoArgsIsHelpError" else ""
 
 
 def explained(error: Any) -> UsageError:

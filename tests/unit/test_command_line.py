@@ -97,7 +97,7 @@ THEIRS = re.compile(r"Input should|value_error|Invalid value|unable to parse|val
         ("bench source converted --new 1", 2, "--new: '1' is not a whole number of 2 or more"),
         ("bench source converted --seconds x", 2, "--seconds: 'x' is not a number"),
         ("bench source converted --memory much", 2, "--memory: 'much' is not a size"),
-        ("bench source converted --memory 1KB", 3, "The weights alone take 2"),
+        ("-q bench source converted --memory 1KB", 3, "The weights alone take 2"),
         ("convert source out --kv-budget x", 2, "--kv-budget: 'x' is not a number"),
         ("convert source out --kv-budget 2 --sharing auto", 2, "--kv-budget: must be 1 or less (got 2.0)"),
         ("convert source out --dtype float17", 2, "--dtype: must be 'auto', 'float32', 'bfloat16' or 'float16'"),
