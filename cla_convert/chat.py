@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from .console import say
+from .errors import UsageError
+from .files import load_json
 from .models.export import load_model, load_tokenizer
+from .models.shape import positions_of
 
 RESET = "/reset"
 
@@ -78,6 +81,17 @@ class Speaker:
             if not longest or len(self.turns) == 1 or ids["input_ids"].shape[1] + self.manner.max_new_tokens <= longest:
                 return ids
             del self.turns[:2]  # a question and its answer
+
+
+def check_length(name: str, folder: Path, tokens: int) -> None:
+    """Raise UsageError if an answer may be longer than all that the model in `folder` was built for."""
+    longest = positions_of(load_json(folder / "config.json"))
+    if longest and tokens >= longest:
+        raise UsageError(
+            f"--max-new-tokens {tokens} leaves no room for a question",
+            why=f"{name} was built for {longest} tokens, question and answer together.",
+            fix=f"Give {longest // 2} or less.",
+        )
 
 
 def chat(speakers: list[Speaker], lines: Iterable[str]) -> None:

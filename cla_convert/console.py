@@ -2,10 +2,15 @@
 
 import json
 import os
+import re
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
+from . import bars
+from .amounts import human_bytes as human_bytes
+from .amounts import human_count as human_count
 from .errors import ClaError
 
 
@@ -45,11 +50,29 @@ def warn(message: str) -> None:
 
 
 def _tell(message: str) -> None:
-    if bars := sys.modules.get("tqdm"):  # a bar may stand in the line: it makes room and comes back below
-        bars.tqdm.write(message, file=sys.stderr)
-        sys.stderr.flush()
-    else:
-        print(message, file=sys.stderr, flush=True)
+    bars.write("\n".join(map(_wrapped, message.split("\n"))) if sys.stderr.isatty() else message)
+
+
+_LABEL = re.compile(r"\s*(?:[\w-]+:\s|[\w-]+\s{2,})?")
+"""What the lines below a long one stand behind: blanks, `why: `, `sharing     `."""
+
+
+def _wrapped(line: str) -> str:
+    """A line for a terminal, broken between words; a command stays whole, to be copied."""
+    width = _columns()
+    if len(line) <= width or "cla-convert " in line:
+        return line
+    found = _LABEL.match(line)
+    indent = " " * min(found.end() if found else 0, 16)
+    return textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+def _columns() -> int:
+    """Of the terminal."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80
 
 
 def data(text: str) -> None:
@@ -66,10 +89,8 @@ def data_json(value: dict[str, Any]) -> None:
 
 def fail(error: ClaError) -> None:
     """Print a user's error as what / why / how to fix (stderr)."""
-    label = "error:"
-    if sys.stderr.isatty() and "NO_COLOR" not in os.environ:
-        label = f"\033[1;31m{label}\033[0m"
-    _tell(f"{label} {error.what}")
+    red, plain = ("\033[1;31m", "\033[0m") if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ("", "")
+    _tell(f"{red}error:{plain} {error.what}")
     if error.why:
         _tell(f"  why: {error.why}")
     if error.fix:
@@ -81,30 +102,23 @@ def debug() -> bool:
     return os.environ.get("CLA_DEBUG", "") not in ("", "0")
 
 
-def progress(total: int, desc: str, unit: str = "it", initial: int = 0, **options: Any) -> Any:
-    """Return a tqdm bar on stderr with rate and ETA; in a log file it refreshes every 10 s only."""
-    from tqdm import tqdm
+def progress(
+    total: float, desc: str, unit: str = "it", *, counts: str = "", initial: float = 0, leave: bool = True,
+    hidden: bool = False,
+) -> bars.Bar:  # fmt: skip
+    """How far work is: a bar on a terminal, a line every ten seconds elsewhere, nothing with `-q`.
 
-    interval = 0.2 if sys.stderr.isatty() else 10.0
-    options.setdefault("disable", _quiet)
-    return tqdm(
-        total=total, desc=desc, unit=unit, initial=initial, mininterval=interval, maxinterval=max(interval, 10.0),
-        dynamic_ncols=True, unit_scale=total >= 10_000, file=sys.stderr, **options,
-    )  # fmt: skip
-
-
-def human_bytes(n: float) -> str:
-    """`23040` -> `22.5 KiB`."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if abs(n) < 1024 or unit == "TiB":
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1024
-    raise AssertionError
-
-
-def human_count(n: float) -> str:
-    """`26_000_000` -> `26M`; three significant digits."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(n) >= size:
-            return f"{n / size:.3g}{unit}"
-    return f"{n:.3g}"
+    Args:
+        total: of what there is to do.
+        desc: what is done.
+        unit: of what is counted.
+        counts: kind of `bars.tick` that moves it.
+        initial: what is done already.
+        leave: whether a terminal keeps the line once the work is done.
+        hidden: show nothing.
+    """
+    if hidden or _quiet:
+        return bars.Hidden(total, desc, unit=unit, counts=counts, initial=initial)
+    if sys.stderr.isatty():
+        return bars.TerminalBar(total, desc, unit=unit, counts=counts, initial=initial, leave=leave)
+    return bars.Bar(total, desc, unit=unit, counts=counts, initial=initial)

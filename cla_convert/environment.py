@@ -2,12 +2,13 @@
 
 import os
 import platform
+import re
 import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
-from .errors import UsageError
+from .errors import UsageError, did_you_mean
 
 PACKAGES = ["cla-convert", "torch", "transformers", "safetensors", "lm-eval", "datasets", "tokenizers", "numpy", "gguf"]
 
@@ -17,18 +18,54 @@ def cache_folder() -> Path:
     return Path(os.environ.get("CLA_CONVERT_CACHE", Path.home() / ".cache" / "cla-convert"))
 
 
-def pick_device(wanted: str = "auto") -> str:
-    """`auto` -> cuda, mps or cpu, whichever is there first. Raises UsageError for a device that is not."""
+def pick_device(wanted: str = "auto", given_by: str = "--set device=") -> str:
+    """`auto` -> cuda, mps or cpu, whichever is there first. Raises UsageError for a device that is not.
+
+    `given_by` is what the command line says before the name of a device.
+    """
     import torch
 
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
+        if wanted.startswith("meta"):  # torch's device without memory
+            raise RuntimeError(wanted)
         torch.empty(0, device=wanted)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UsageError(f"The device {wanted!r} cannot be used", why=reason, fix="Use --set device=cpu.") from error
+        what, why = _no_device(wanted)
+        raise UsageError(what, why, f"Use {given_by}cpu, or {given_by}auto for the best there is.") from error
     return wanted
+
+
+_DEVICES = re.compile(r"(cpu|cuda|mps)(:\d+)?")
+_OTHER_NAMES = {"gpu": "cuda", "nvidia": "cuda", "metal": "mps", "mac": "mps"}
+
+
+def _no_device(wanted: str) -> tuple[str, str]:
+    """What and why, for a device that torch cannot use."""
+    import torch
+
+    name, colon, number = wanted.lower().partition(":")
+    if not _DEVICES.fullmatch(wanted):
+        meant = _OTHER_NAMES.get(name)
+        hint = f" Did you mean {meant + colon + number!r}?" if meant else did_you_mean(wanted, ["cpu", "cuda", "mps"])
+        return (
+            f"There is no device {wanted!r}.{hint}",
+            "There are cpu, cuda, cuda:1 (the second GPU) and so on, and mps.",
+        )
+    if name == "mps":
+        return "The device 'mps' is not there", "It takes a Mac with a GPU of Apple's, and a torch built for it."
+    if name == "cpu":
+        return f"There is no device {wanted!r}", "There is one CPU, without a number: cpu."
+    if not torch.backends.cuda.is_built():
+        return f"The device {wanted!r} cannot be used", "The installed torch is built for CPUs only (cla-convert env)."
+    count = torch.cuda.device_count()
+    if not count:
+        return f"The device {wanted!r} cannot be used", "torch finds no GPU here; nvidia-smi says what the driver sees."
+    return (
+        f"There is no device {wanted!r}",
+        f"torch finds {count}: cuda:0{f' to cuda:{count - 1}' if count > 1 else ''}.",
+    )
 
 
 def choose_dtype(dtype: str, device: str) -> str:

@@ -1,5 +1,6 @@
 """Small JSON files, written whole or not at all; a folder to oneself."""
 
+import errno
 import json
 import math
 import os
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .errors import InputError, did_you_mean
+from .refusals import refusal
 
 try:
     import fcntl
@@ -120,7 +122,12 @@ def load_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise InputError(f"{path} cannot be read", refusal(error).why, "Restore or remove it.") from error
+    except json.JSONDecodeError as error:
+        why = f"From line {error.lineno}, column {error.colno} on it is not valid JSON."
+        raise InputError(f"{path} cannot be read", why, "Restore or remove it.") from error
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read", why=f"{error}.", fix="Restore or remove it.") from error
     if not isinstance(value, dict):
         raise InputError(f"{path} does not hold a JSON object", fix="Restore or remove it.")
@@ -133,10 +140,21 @@ def stays_in(path: Path, folder: Path) -> bool:
     return target.is_relative_to(root) or target.is_relative_to(root.parent.parent / "blobs")
 
 
+def check_place(folder: Path) -> None:
+    """Raise InputError if `folder` can be neither written to nor made: a file is in the way, or permissions are."""
+    for one in (folder, *folder.absolute().parents):
+        if one.is_dir():
+            if not os.access(one, os.W_OK | os.X_OK):
+                raise refusal(PermissionError(errno.EACCES, "", str(one)))
+            return
+        if os.path.lexists(one):
+            raise InputError(f"{one} is a file", "A folder is needed there.", "Give another place.")
+
+
 def did_you_mean_path(path: Path) -> str:
     """` Did you mean 'x'?` for what lies where `path` should and has nearly its name; an empty string for nothing."""
     try:
-        return did_you_mean(path.name, [entry.name for entry in path.parent.iterdir()])
+        return did_you_mean(path.name, [entry.name for entry in path.parent.iterdir() if entry.name != path.name])
     except OSError:  # no such folder, or not to be read
         return ""
 

@@ -11,9 +11,11 @@ from typing import Any
 
 from ..console import human_bytes, progress, say
 from ..environment import choose_dtype, hardware, versions
-from ..errors import InputError
+from ..errors import InputError, UsageError
 from ..evaluation.cache import kv_cache_of
+from ..files import load_json
 from ..models.export import load_model
+from ..models.shape import shape_of
 from .memory import MemoryBudget, capacity, make_budget
 from .speed import TURNS, Case, Work, cut, measure_speed, row
 from .subject import Subject
@@ -47,10 +49,12 @@ def bench(
     Raises:
         InputError: the models are not comparable, or the memory does not suffice for the weights.
     """
+    say(f"loading {source} and {converted} ...")
     dtype = choose_dtype("auto", device)
     subjects = [_load(name, folder, dtype, device) for name, folder in (("source", source), ("converted", converted))]
     _check_comparable(subjects, prompt, new)
-    budget = make_budget(memory, device, max(subject.weight_bytes for subject in subjects))
+    sequence = shape_of(load_json(source / "config.json")).kv_bytes_per_token(4) * (prompt + new)
+    budget = make_budget(memory, device, max(subject.weight_bytes for subject in subjects), sequence)
     say(f"{human_bytes(budget.bytes)} for each model on {device} in {dtype}, {budget.meaning}")
     weights = sum(subject.weight_bytes for subject in subjects)
     models = {}
@@ -62,7 +66,7 @@ def bench(
     with progress(TURNS * len(set().union(*possible.values())), "speed", unit="turn") as bar:
 
         def on_turn(case: str) -> None:
-            bar.set_postfix_str(case)
+            bar.note(case)
             bar.update(1)
 
         speed = measure_speed(subjects, possible, budget, Work(prompt, new, seconds), on_turn)
@@ -83,6 +87,29 @@ def bench(
         "models": models,
         "speed": speed,
     }
+
+
+def check_order(source: Path, converted: Path, turned: str) -> None:
+    """Raise UsageError unless the second model shares keys and values, and more of them than the first.
+
+    `turned` is the command line with the two models the other way round.
+    """
+    ours, theirs = (shape_of(load_json(folder / "config.json")) for folder in (converted, source))
+    owners, owners_before = len(set(ours.kv_source_layers)), len(set(theirs.kv_source_layers))
+    if ours.num_layers != theirs.num_layers or owners < owners_before:
+        return
+    if owners > owners_before:
+        raise UsageError(
+            "SOURCE and CONVERTED stand the wrong way round",
+            why=f"{source} caches keys and values in {owners_before} layers, {converted} in {owners}.",
+            fix=turned,
+        )
+    if owners == ours.num_layers:
+        raise UsageError(
+            f"{converted} is not a converted model",
+            why="No layer of it shares keys and values, so there is nothing to compare.",
+            fix="Give the source model, then what `cla-convert convert`, `uptrain` or `run` made of it.",
+        )
 
 
 def _load(name: str, folder: Path, dtype: str, device: str) -> Subject:

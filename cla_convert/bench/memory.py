@@ -1,5 +1,6 @@
 """What fits into a given memory: the largest batch and the longest context, by allocating and searching."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,11 +63,12 @@ class MemoryBudget:
             torch.cuda.set_per_process_memory_fraction(1.0, index)
 
 
-def make_budget(wanted: int | None, device: str, weight_bytes: int) -> MemoryBudget:
+def make_budget(wanted: int | None, device: str, weight_bytes: int, sequence: int) -> MemoryBudget:
     """The budget that was asked for; None: all free memory of a GPU, or the weights and 1 GiB on a CPU.
 
     Args:
         weight_bytes: of the larger model; both are loaded already.
+        sequence: bytes that the cache of one sequence takes at most, for advice.
 
     Raises:
         InputError: there is not so much memory, or not even the weights fit.
@@ -75,16 +77,26 @@ def make_budget(wanted: int | None, device: str, weight_bytes: int) -> MemoryBud
     budget = wanted or (available if device.startswith("cuda") else weight_bytes + CPU_CACHE)
     if budget > available:
         raise InputError(
-            f"A budget of {budget / 1e9:.2f} GB is more than the {available / 1e9:.2f} GB that {device} can give",
+            f"A budget of {size_text(budget)} is more than the {size_text(available)} that {device} can give",
             why="" if device.startswith("cuda") else "Half of what is free may be used: the search allocates beyond.",
             fix="Give a smaller --memory, or free some.",
         )
     if budget <= weight_bytes:
         raise InputError(
-            f"The weights alone take {weight_bytes / 1e9:.2f} GB of the {budget / 1e9:.2f} GB",
-            fix=f"Give --memory of {(weight_bytes + CPU_CACHE) / 1e9:.1f}GB or more.",
+            f"The weights alone take {size_text(weight_bytes)}, more than the {size_text(budget)} for all",
+            fix=f"Give more, for example --memory {size_text(weight_bytes + max(weight_bytes // 4, 8 * sequence))}.",
         )
     return MemoryBudget(budget, device)
+
+
+def size_text(size: float) -> str:
+    """A size as `--memory` takes it, not too small: two digits, rounded up. `320KB`, `1.1MB`, `20GB`."""
+    for unit, number in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if size >= number or unit == "KB":
+            scaled = size / number
+            digits = max(0, 1 - math.floor(math.log10(scaled))) if scaled > 0 else 0
+            return f"{math.ceil(scaled * 10**digits) / 10**digits:g}{unit}"
+    raise AssertionError
 
 
 def fits(subject: Subject, budget: MemoryBudget, batch: int, length: int) -> bool:

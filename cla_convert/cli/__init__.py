@@ -1,25 +1,20 @@
 """The command line. Each verb parses, calls one stage and prints its result; heavy imports happen inside the verbs."""
 
-import errno
 import signal
 import sys
 
-from ..console import debug, fail, mute, unmute
+from ..console import data, debug, fail, mute, unmute
 from ..environment import command_line, rank, world_size
 from ..errors import ClaError, ExitCode, InputError, Interrupted
+from ..refusals import is_refusal, refusal
 from .app import app
+from .words import CLICK_ERROR, explained, help_of
 
 from . import inspect, convert, verify, chat, uptrain, run, eval, bench, report, recipes  # isort: skip  (as in --help)
 
 __all__ = [
     "app", "bench", "chat", "convert", "eval", "inspect", "main", "recipes", "report", "run", "uptrain", "verify"
 ]  # fmt: skip
-
-
-_OF_PATHS = (
-    errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EROFS, errno.ENOSPC, errno.ENAMETOOLONG
-)  # fmt: skip
-"""What a path given by the user may lead to, as opposed to a bug."""
 
 
 _OF_CONVERSION = (
@@ -37,11 +32,19 @@ def main() -> None:
     try:
         if not leads:
             mute()
-        app()
+        sys.exit(app(prog_name="cla-convert", standalone_mode=False))
+    except CLICK_ERROR as error:
+        if text := help_of(error):
+            data(text)
+            sys.exit(ExitCode.USAGE)
+        mistake = explained(error)
+        if alone or _speaks():
+            fail(mistake)
+        sys.exit(mistake.exit_code)
     except (ClaError, OSError) as error:
-        if debug() or not (isinstance(error, ClaError) or error.errno in _OF_PATHS):
+        if debug() or not (isinstance(error, ClaError) or is_refusal(error)):
             raise
-        error = error if isinstance(error, ClaError) else InputError(f"A path cannot be used: {error}")
+        error = error if isinstance(error, ClaError) else refusal(error)
         if alone or _speaks():
             fail(error)
         sys.exit(error.exit_code)

@@ -1,6 +1,5 @@
 """The Typer application, and the options that several verbs have."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="cla-convert",
     help="Give a pretrained MQA/GQA model Cross-Layer Attention: a KV cache half the size, uptrained and proven.",
+    epilog="Begin with: cla-convert inspect MODEL; cla-convert recipes ls. A command's --help has an example.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -27,7 +27,11 @@ app = typer.Typer(
         "token_normalize_func": lambda token: token.replace("_", "-"),
     },
 )
-recipes_app = typer.Typer(help="List, show or copy the recipes that ship with the package.", no_args_is_help=True)
+recipes_app = typer.Typer(
+    help="List, show or copy the recipes that ship with the package.",
+    epilog="Example: cla-convert recipes cp smollm2-135m mine.yaml",
+    no_args_is_help=True,
+)
 app.add_typer(recipes_app, name="recipes")
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder or .gguf file.", show_default=False)]
@@ -98,8 +102,8 @@ def load(recipe: str | None, sets: list[str] | None, options: dict[str, Any]) ->
     from ..recipe_file import load_recipe
     from ..recipes import find_recipe
 
-    given = [f"{name}={json.dumps(value)}" for name, value in options.items() if value is not None]
-    return load_recipe(find_recipe(recipe) if recipe else None, [*(sets or []), *given])
+    given = {name: value for name, value in options.items() if value is not None}
+    return load_recipe(find_recipe(recipe) if recipe else None, sets, given)
 
 
 def settings_of(recipe: str | None, sets: list[str] | None, options: dict[str, Any]) -> "Schema":
@@ -149,26 +153,3 @@ def enforce_gate(folder: "RunFolder", mode: bool | str) -> None:
     with explained(folder.path):
         comparison = write_comparison(folder.path, margins=Margins.of(settings.eval), seed=settings.seed)
     enforce(comparison, mode)
-
-
-def size_of(text: str | None, option: str) -> int | None:
-    """`8GB` -> 8_000_000_000. Raises UsageError."""
-    from ..recipe import parse_size
-
-    try:
-        size = parse_size(text)
-    except ValueError as error:
-        raise UsageError(f"{option}: {error}") from error
-    if size == 0:
-        raise UsageError(f"{option}: {text!r} is nothing", fix=f"For example {option} 8GB")
-    return size
-
-
-def numbers_of(text: str, option: str) -> list[int]:
-    """`1,2,4` -> [1, 2, 4]. Raises UsageError for anything but positive whole numbers."""
-    words = [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() and int(word) for word in words):
-        raise UsageError(
-            f"{option}: {text!r} is not a list of positive whole numbers", fix=f"For example {option} 1,2,4"
-        )
-    return [int(word) for word in words]

@@ -25,6 +25,7 @@ from .app import (
     push,
     settings_of,
 )
+from .words import number
 
 
 @app.command(epilog="Example: cla-convert convert Qwen/Qwen3-0.6B out/ --sharing cla2-keep-ends")
@@ -38,7 +39,12 @@ def convert(
         ),
     ] = None,
     kv_budget: Annotated[
-        float | None, typer.Option(metavar="SHARE", help="With --sharing auto: share of the KV cache to keep (0.5).")
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            parser=number("--kv-budget", 0, 0.5),
+            help="With --sharing auto: share of the KV cache to keep (0.5).",
+        ),
     ] = None,
     init: Annotated[
         str | None, typer.Option(metavar="INIT", help=f"{', '.join(INITIALISATIONS.names())}; default: calibrated.")
@@ -64,9 +70,8 @@ def convert(
 
     The output loads with plain transformers and trust_remote_code=True.
     """
-    from ..run_folder import RunFolder
-    from ..stages.convert import convert as execute
-    from ..stages.plan import plan_of
+    from ..models.source import local_path
+    from ..models.writer import check_output
 
     options = {
         "source.model": model, "source.revision": revision, "source.dtype": dtype, "convert.sharing": sharing,
@@ -74,6 +79,14 @@ def convert(
         "convert.init": init, "convert.max_shard_size": max_shard_size, "source.allow_pickle": allow_pickle or None,
     }  # fmt: skip
     settings = settings_of(recipe, sets, options)
+    if not dry_run:
+        local_path(model)
+        check_output(out, overwrite=overwrite)
+    say(f"reading {model} ...")
+    from ..run_folder import RunFolder
+    from ..stages.convert import convert as execute
+    from ..stages.plan import plan_of
+
     hub = destination(push_to_hub, private)
     with tempfile.TemporaryDirectory() as scratch:  # a single model keeps no records
         folder = RunFolder(Path(scratch), converted=out)
@@ -83,7 +96,8 @@ def convert(
             return
         say(plan.render())
         result = execute(settings, folder, overwrite=overwrite, the_plan=plan).to_json()
-    say(f"done in {result['seconds']:.1f} s. It has lost quality until it is uptrained: cla-convert uptrain --help")
+    say(f"done in {result['seconds']:.1f} s. It has lost quality until it is uptrained, on text as broad as its use:")
+    say(f"next        cla-convert uptrain {out} trained/ --tokens 26M --set 'data.sources=[{{path: my-corpus/}}]'")
     try:
         result |= push(hub, out)
     finally:

@@ -6,8 +6,11 @@ from typing import Annotated
 
 import typer
 
-from ..console import data, data_json
+from ..console import data, data_json, say
+from ..errors import UsageError
+from ..files import check_place
 from .app import AllowPickle, Json, Model, Quiet, Recipe, Revision, Sets, TaskData, app, settings_of
+from .words import names_of, whole
 
 
 @app.command("eval", epilog="Example: cla-convert eval trained/ --tasks piqa,wikitext --limit 100")
@@ -16,7 +19,10 @@ def evaluate(
     tasks: Annotated[
         str | None, typer.Option(metavar="A,B", help="Comma-separated task names; default: the offline pack.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(metavar="N", help="Documents per task: the first so many.")] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(metavar="N", parser=whole("--limit", 1, 100), help="Documents per task: the first so many."),
+    ] = None,
     task_data: TaskData = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for results (per task, resumable).")] = None,
     backend: Annotated[
@@ -35,17 +41,28 @@ def evaluate(
     passkey and needle (retrieval in long contexts), and perplexity of text files (eval.perplexity).
     """
     from ..environment import pick_device
+    from ..models.source import local_path, resolve_source
+
+    options = {
+        "eval.tasks": None if tasks is None else names_of(tasks),
+        "eval.limit": limit,
+        "eval.task_data": task_data,
+    }
+    settings = settings_of(recipe, sets, options | {"eval.backend": backend})
+    device = pick_device(settings.device)
+    if out:
+        check_place(out)
+    if not settings.eval.tasks:
+        raise UsageError("No tasks to evaluate", fix="Name some with --tasks, or leave it out for the offline pack.")
+    local_path(model)
+    say("reading tasks and model ...")  # lm-eval alone takes seconds to import
     from ..evaluation.backend import check_backend
     from ..evaluation.harness import check_tasks
     from ..evaluation.points import Bench, evaluate_points, shared_work
     from ..evaluation.results import render
     from ..evaluation.texts import Texts, check_texts
-    from ..models.source import resolve_source
     from ..preflight import check_evaluation
 
-    options = {"eval.tasks": tasks.split(",") if tasks else None, "eval.limit": limit, "eval.task_data": task_data}
-    settings = settings_of(recipe, sets, options | {"eval.backend": backend})
-    device = pick_device(settings.device)
     check_backend(settings.eval, device)
     check_tasks(settings.eval)
     check_texts(settings.eval.perplexity)

@@ -9,8 +9,10 @@ from ..console import data, data_json
 from ..errors import UsageError
 from .app import Json, Quiet, app, recipes_app
 
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of a shipped recipe.", show_default=False)]
 
-@app.command()
+
+@app.command(epilog="Example: cla-convert env --json > env.json")
 def env(as_json: Json = False, quiet: Quiet = False) -> None:
     """Print versions and hardware, for bug reports."""
     from ..environment import hardware, versions
@@ -22,7 +24,7 @@ def env(as_json: Json = False, quiet: Quiet = False) -> None:
         data("\n".join(f"{name:<14}{value}" for part in result.values() for name, value in part.items()))
 
 
-@recipes_app.command("ls")
+@recipes_app.command("ls", epilog="Example: cla-convert recipes ls")
 def recipes_ls() -> None:
     """List the shipped recipes."""
     from ..recipes import list_recipes
@@ -30,15 +32,15 @@ def recipes_ls() -> None:
     data("\n".join(f"{name:<16}{title}" for name, title in list_recipes().items()))
 
 
-@recipes_app.command("show")
-def recipes_show(name: Annotated[str, typer.Argument(help="Name of a shipped recipe.", show_default=False)]) -> None:
+@recipes_app.command("show", epilog="Example: cla-convert recipes show demo")
+def recipes_show(name: Name) -> None:
     """Print a shipped recipe."""
     from ..recipes import find_recipe
 
     data(find_recipe(name).read_text(encoding="utf-8").rstrip())
 
 
-@recipes_app.command("reference")
+@recipes_app.command("reference", epilog="Example: cla-convert recipes reference > recipe.md")
 def recipes_reference() -> None:
     """Print every setting of a recipe, as Markdown."""
     from ..recipes import reference
@@ -46,10 +48,12 @@ def recipes_reference() -> None:
     data(reference().rstrip())
 
 
-@recipes_app.command("cp")
+@recipes_app.command("cp", epilog="Example: cla-convert recipes cp smollm2-135m mine.yaml")
 def recipes_cp(
-    name: Annotated[str, typer.Argument(help="Name of a shipped recipe.", show_default=False)],
-    to: Annotated[Path, typer.Argument(help="File or folder.", show_default=False)] = Path(),
+    name: Name,
+    to: Annotated[
+        Path, typer.Argument(metavar="FILE", help="File or folder; default: this folder.", show_default=False)
+    ] = Path(),
 ) -> None:
     """Copy a shipped recipe, to edit it."""
     import shutil

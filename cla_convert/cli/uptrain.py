@@ -9,6 +9,7 @@ import typer
 from ..console import data, data_json, say, warn
 from ..environment import launched, rank
 from ..errors import ClaError, InputError, UsageError
+from ..files import check_place, read_json
 from .app import AllowChanges, Json, Private, PushToHub, Quiet, Recipe, Sets, app, destination, load, push
 
 if TYPE_CHECKING:
@@ -43,30 +44,37 @@ def uptrain(
 
     Interrupted? The same command line resumes. Several GPUs? --set train.processes=N, or torchrun.
     """
+    from ..models.verify import check_shares
     from ..run_folder import RunFolder
     from ..stages.uptrain import uptrain as execute
-    from ..training.schedule import check_steps
+    from ..training.schedule import budget_of, check_steps
 
     resolved = load(recipe, sets, {"train.tokens": tokens})
+    if not launched():  # a control is the source model itself
+        check_shares(model)
+    folder, leads = RunFolder.of_uptraining(model, out), rank() == 0
+    _refuse_taken(folder.training)
     if not resolved.recipe.train.tokens:
         raise UsageError("No token budget", fix="Give --tokens, for example --tokens 26M.")
+    budget_of(resolved.recipe.train)
     settings = _with_source(resolved.recipe, model, teacher)
-    folder, leads = RunFolder.of_uptraining(model, out), rank() == 0
-    _refuse_finished(folder.training)
     check_steps(settings.train)
     hub = destination(push_to_hub, private) if leads else None
     if not launched():  # who launched this has said it
         say(resolved.table())
     with folder.alone() if leads else nullcontext():  # under torchrun every process is here
         result = execute(settings, folder, fresh=not resume, allow_changes=allow_changes or ()).to_json()
+    if leads and not launched():
+        say(f"next        cla-convert eval {out}\n            cla-convert chat {out} --beside {settings.source.model}")
     try:
         result |= push(hub, out)
     finally:
         data_json(result) if as_json else data(str(out))
 
 
-def _refuse_finished(training: "TrainingFolder") -> None:
-    """Raise InputError if there is a model that no interrupted run is of."""
+def _refuse_taken(training: "TrainingFolder") -> None:
+    """Raise InputError if there can be no folder, or there is a model that no interrupted run is of."""
+    check_place(training.model)
     finished = training.result.path.exists() or not training.checkpoints.exists()
     if training.model.exists() and finished:  # else it was interrupted at the very end
         raise InputError(
@@ -88,7 +96,6 @@ def _with_source(settings: "Schema", model: Path, teacher: str | None) -> "Schem
 
 def _recorded(model: Path) -> dict[str, str | None] | None:
     """The source model that the converted one's manifest names, if it is there and the same still."""
-    from ..files import read_json
     from ..models.fingerprint import fingerprint
     from ..models.source import resolve_source
     from ..models.writer import MANIFEST

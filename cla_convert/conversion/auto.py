@@ -16,8 +16,8 @@ from ..files import read_kept, write_json
 from ..models.checkpoint import Checkpoint
 from ..models.fingerprint import fingerprint
 from ..version import __version__
-from .search import likely_maps, owners_for
-from .sharing import groups_of, picture
+from .search import candidate_groups, likely_maps, owners_for
+from .sharing import groups_of, matched_groups, picture
 from .text import CalibrationText
 
 if TYPE_CHECKING:
@@ -81,17 +81,18 @@ def choose(
         InputError: the budget cannot be met, the family is not supported, or the text is too short.
     """
     from .candidates import measure_maps
-    from .sensitivity import measure_sensitivity
+    from .sensitivity import Search, measure_sensitivity
 
     owners = owners_for(kv_budget, len(kinds))
+    largest = Search.default(calibration.device).largest
     sensitivity = _measured(
-        "measuring what each group costs", partial(measure_sensitivity, kinds=kinds), checkpoint, calibration, cache,
-        [list(kinds)], len(kinds),
+        "measuring groups", partial(measure_sensitivity, kinds=kinds), checkpoint, calibration, cache,
+        [list(kinds)], len(candidate_groups(kinds, largest)),
     )  # fmt: skip
     maps = likely_maps({entry.layers: entry.kl for entry in sensitivity}, kinds, owners)
     candidates = _measured(
-        "measuring the likeliest maps", partial(measure_maps, maps=maps), checkpoint, calibration, cache,
-        [maps], len(kinds) * len(maps),
+        "measuring maps", partial(measure_maps, maps=maps), checkpoint, calibration, cache,
+        [maps], sum(map(matched_groups, maps)),
     )  # fmt: skip
     return Choice(kv_budget, sorted(candidates, key=lambda found: found.kl), sensitivity)
 
@@ -103,7 +104,7 @@ def _measured(
     calibration: CalibrationText,
     cache: Path,
     subject: list[Any],
-    layers: int,
+    groups: int,
 ) -> "list[Sensitivity]":
     """The result of `measure`, from `cache` if the same was measured before."""
     from .sensitivity import Search, Sensitivity
@@ -122,10 +123,10 @@ def _measured(
         say(f"{what}: done before, {file}")
         return [Sensitivity(tuple(entry.pop("layers")), **entry) for entry in found["damage"]]
     cache.mkdir(parents=True, exist_ok=True)
-    with progress(layers, what, unit="layer") as bar:
+    with progress(groups * search.effort.steps, what, unit="step", counts="matching"):
         found = measure(
             checkpoint, checkpoint.config, tokens=calibration.tokens, search=search, device=calibration.device,
-            seed=calibration.seed, on_progress=lambda done, _: bar.update(done - bar.n), spill=cache,
+            seed=calibration.seed, spill=cache,
         )  # fmt: skip
     write_json(file, {"damage": [asdict(entry) for entry in found]})
     return found

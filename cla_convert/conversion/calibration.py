@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..bars import tick
 from ..effort import Effort
 from ..errors import InputError
 from .blocks import Block, Factory, SharedKV
@@ -121,6 +122,7 @@ class Walk:
     def _pass(self, layer: int) -> dict[str, Tensor]:
         """Move the student's stream past a layer, refitting its W_O on the way; returns the patch's tensors."""
         assert self._student is not None
+        tick("matching", 0, f"layer {layer}: output")
         decided = self._decided.pop(layer)
         block = self._factory.build(layer, self._factory.read_layer(layer) | decided, self._groups[self._map[layer]])
         output = block.family.output_weight

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..bars import Bar, tick
 from ..console import progress
 from ..environment import peak_memory_bytes
 from ..errors import InputError
@@ -61,8 +62,11 @@ def convert(
         )
         write_sidecars(checkpoint, plan.family, staging)
         tokenizer = keep_tokenizer(checkpoint.folder, staging)  # before the weights: it may refuse
-        patches = INITIALISATIONS.named(plan.init).patches(checkpoint, plan.kv_source_layers, calibration, staging)
-        fits = _write(plan, checkpoint, patches, staging, max_shard_size)
+        init = INITIALISATIONS.named(plan.init)
+        patches = init.patches(checkpoint, plan.kv_source_layers, calibration, staging)
+        steps = init.steps(plan.kv_source_layers, calibration)
+        with progress(steps, "matching", unit="step", counts="matching") if steps else _tensors(plan):
+            fits = _write(plan, checkpoint, patches, staging, max_shard_size)
         write_json(staging / MANIFEST, manifest(plan, checkpoint, calibration, named or {}) | {"tokenizer": tokenizer})
     return plan.to_json() | {
         "output": str(out),
@@ -93,36 +97,39 @@ def manifest(
     }
 
 
+def _tensors(plan: Plan) -> Bar:
+    return progress(len(plan.tensors), "converting", unit="tensor", counts="tensors")
+
+
 def _write(
     plan: Plan, checkpoint: Checkpoint, patches: Iterator[LayerPatch], out: Path, max_shard_size: int
 ) -> list[GroupFit]:
-    """Write the output's tensors, in the plan's order, under a progress bar; returns what calibration found."""
+    """Write the output's tensors, in the plan's order; returns what calibration found."""
     import torch
 
     written = plan.written(checkpoint)
     writer = ShardWriter(out, written, max_shard_size)
     fits: list[GroupFit] = []
     layer, patch, fitted = None, None, dict[str, torch.Tensor]()
-    with progress(len(plan.tensors), "converting", unit="tensor") as bar:
-        for tensor in plan.tensors:
-            if tensor.layer != layer:
-                layer, patch, fitted = tensor.layer, None, {}  # the last layer goes before the next needs the room
-                patch = next(patches, None)
-                fitted = patch.tensors if patch else {}
-                fits.extend([patch.fit] if patch and patch.fit else [])
-            bar.update()
-            if tensor.action == "drop":
-                continue
-            info, wanted = checkpoint.tensors[tensor.name], written[tensor.name].dtype
-            dtype = getattr(torch, FLOATING[wanted])
-            if tensor.name in fitted:
-                writer.add(tensor.name, fitted[tensor.name].to(dtype))
-            elif tensor.action == "pool":
-                writer.add(tensor.name, _pooled(tensor, checkpoint, plan.init).to(dtype))
-            elif info.dtype == wanted:  # untouched bytes need no torch
-                writer.copy(tensor.name, checkpoint.folder / info.file, info.start)
-            else:
-                writer.add(tensor.name, checkpoint.read(tensor.name).to(dtype))
+    for tensor in plan.tensors:
+        if tensor.layer != layer:
+            layer, patch, fitted = tensor.layer, None, {}  # the last layer goes before the next needs the room
+            patch = next(patches, None)
+            fitted = patch.tensors if patch else {}
+            fits.extend([patch.fit] if patch and patch.fit else [])
+        tick("tensors")
+        if tensor.action == "drop":
+            continue
+        info, wanted = checkpoint.tensors[tensor.name], written[tensor.name].dtype
+        dtype = getattr(torch, FLOATING[wanted])
+        if tensor.name in fitted:
+            writer.add(tensor.name, fitted[tensor.name].to(dtype))
+        elif tensor.action == "pool":
+            writer.add(tensor.name, _pooled(tensor, checkpoint, plan.init).to(dtype))
+        elif info.dtype == wanted:  # untouched bytes need no torch
+            writer.copy(tensor.name, checkpoint.folder / info.file, info.start)
+        else:
+            writer.add(tensor.name, checkpoint.read(tensor.name).to(dtype))
     writer.finish()
     return fits
 

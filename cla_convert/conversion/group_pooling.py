@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..bars import tick
 from ..effort import Effort
 from .attention_weights import AttentionWeights, has_biases, with_norms
 from .blocks import Block, Factory
@@ -27,6 +28,7 @@ class Pooler:
 
     def pool(self, group: Sequence[int], student: Tensor) -> tuple[dict[int, dict[str, Tensor]], GroupFit]:
         """New attention weights per layer (a consumer has no k and v), by their name inside the layer."""
+        tick("matching", 0, f"{_named(group)}: closed form")
         self._teacher.upto(group[-1])
         ready, closed, error = self._closed_form(group, student)
         decided, mismatch = self.reconstruct(ready, group, student)
@@ -63,7 +65,7 @@ class Pooler:
         inputs = [student, *(self._teacher.inputs[layer] for layer in group[1:])]
         targets = [self._teacher.residuals[layer] for layer in group]
         members = [Member(*parts) for parts in zip(blocks, inputs, targets, strict=True)]
-        mismatch = reconstruct_group(members, self._effort, seed=self._seed + group[0])
+        mismatch = reconstruct_group(members, self._effort, seed=self._seed + group[0], name=_named(group))
         trained = [{name: p.data for name, p in block.trainable().items()} for block in blocks]
         return dict(zip(group, trained, strict=True)), mismatch
 
@@ -92,6 +94,11 @@ class Pooler:
             for block, stream in zip([blocks[0], *blocks], streams, strict=True)
         ]
         return _append_one(own, with_bias), [_append_one(member, with_bias) for member in members]
+
+
+def _named(group: Sequence[int]) -> str:
+    """For a progress bar."""
+    return f"layers {group[0]}-{group[-1]}" if len(group) > 1 else f"layer {group[0]}"
 
 
 def _append_one(x: Tensor, with_bias: bool) -> Tensor:

@@ -41,6 +41,10 @@ class Initialisation(ABC):
     ) -> int:
         """Memory that it needs beside the program and the text's activations, for the plan."""
 
+    def steps(self, sources: list[int], text: CalibrationText | None) -> int:
+        """Steps that `patches` takes, for a bar that counts them: each is told by `bars.tick("matching")`. 0: none."""
+        return 0
+
     def patches(
         self, checkpoint: Checkpoint, sources: list[int], text: CalibrationText | None, spill: Path
     ) -> Iterator[LayerPatch]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from ..console import human_bytes
+from ..console import human_bytes, human_count
 from ..errors import ClaError, InputError
 from ..models.checkpoint import ELEMENT_SIZE, FLOATING, Checkpoint, TensorInfo
 from ..models.kinds import SLIDING
@@ -46,9 +46,8 @@ def inspect_model(model: str, *, revision: str | None = None) -> dict[str, Any]:
 
 def render(result: dict[str, Any]) -> str:
     """The description for a person."""
-    what = (
-        f"{result['model']}: {result['model_type']}, {result['parameters'] / 1e6:.0f}M parameters in {result['dtype']}"
-    )
+    count = human_count(result["parameters"])
+    what = f"{result['model']}: {result['model_type']}, {count} parameters in {result['dtype']}"
     lines = [what, "supported   yes"] if result["supported"] else [f"supported: no. {result['reason']}", what]
     if result["num_layers"] is None:
         return "\n".join(lines)

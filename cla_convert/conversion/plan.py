@@ -94,7 +94,7 @@ class Plan:
             f"source      {self.source} ({self.shape.model_type}, {self.shape.num_layers} layers, "
             f"{self.shape.num_attention_heads} query / {self.shape.num_key_value_heads} KV heads)",
             f"sharing     {self.sharing}: {owners} of {self.shape.num_layers} layers own their K/V, init {self.init}",
-            *(f"            {line}" for line in picture(self.kv_source_layers, 90).splitlines()),
+            *(f"            {line}" for line in picture(self.kv_source_layers).splitlines()),
             *(self.choice.render().splitlines() if self.choice else []),
             f"tensors     {self.count('keep')} kept, {self._changed()}, {self.count('drop')} dropped",
             f"parameters  {human_count(self.parameters['before'])} -> {human_count(self.parameters['after'])}",

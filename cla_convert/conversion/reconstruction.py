@@ -13,6 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ..bars import tick
 from ..effort import Effort
 from .blocks import Block, SharedKV
 
@@ -38,8 +39,10 @@ class Member:
     """The teacher's residual stream after this layer's attention."""
 
 
-def reconstruct_group(members: Sequence[Member], effort: Effort, *, seed: int) -> float:
+def reconstruct_group(members: Sequence[Member], effort: Effort, *, seed: int, name: str = "") -> float:
     """Train the members' attention in place; returns the mean `mismatch` afterwards, on up to 8 rows.
+
+    `name` is what a progress bar calls the group.
 
     Loss: the sum of the members' `mismatch`. Optimiser: Muon (Jordan et al. 2024), whose orthogonalised steps reach the
     same loss in several times fewer steps than Adam's here; the step of a matrix is relative to its root mean square,
@@ -52,6 +55,7 @@ def reconstruct_group(members: Sequence[Member], effort: Effort, *, seed: int) -
     descent = _Descent(members, record=effort.steps >= _WORTH_RECORDING)
     for step, chosen in enumerate(_row_order(rows, per_step, effort.steps, seed)):
         descent.step(chosen, peak * _schedule(step, effort.steps))
+        tick("matching", note=name)
     del descent  # the memory of a recorded step
     with torch.no_grad():
         probe = torch.arange(min(rows, 8)).split(per_step)

@@ -62,13 +62,19 @@ def groups_of(sources: Sequence[int]) -> list[list[int]]:
     return list(groups.values())
 
 
+def matched_groups(sources: Sequence[int]) -> int:
+    """How many groups calibrated pooling matches: from the first that shares on, all of them."""
+    first = next((group[0] for group in groups_of(sources) if len(group) > 1), len(sources))
+    return sum(owner >= first for owner in set(sources))
+
+
 def activation_bytes(sources: Sequence[int], tokens: int, hidden_size: int, itemsize: int = 4) -> int:
     """What calibrated pooling keeps of its text: streams, two per layer that the widest group reaches over."""
     span = max(group[-1] - group[0] + 1 for group in groups_of(sources))
     return (2 * span + 5) * tokens * hidden_size * itemsize
 
 
-def picture(sources: Sequence[int], width: int = 100) -> str:
+def picture(sources: Sequence[int], width: int = 68) -> str:
     """The map as text, one bracket per group, the owner first: `[0] [1 ← 2] [3 ← 4] [5]`."""
     lines = [""]
     for owner, *consumers in groups_of(sources):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ..bars import tick
 from ..files import plain
 from ..models.scoring import (
     Forward,
@@ -55,6 +56,7 @@ def agreement(
                 [divergence, agreeing, rows.shape[1]] for divergence, agreeing in zip(divergences, same, strict=True)
             ]
             likelihoods += [(row, rows.shape[1] - 1) for row in nats]
+            tick("rows", len(batch))
     per_token = np.array(windows)[:, :2] / rows.shape[1]
     return {
         "kl": float(per_token[:, 0].mean()),

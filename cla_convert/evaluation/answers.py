@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..bars import tick
 from ..console import say
 from ..models.scoring import evaluating
 
@@ -36,6 +37,7 @@ def answers(model: Any, tokenizer: Any, prompts: Sequence[str], new_tokens: int)
     positions = getattr(model.config, "max_position_embeddings", None)
     with evaluating(model):
         for prompt in prompts:
+            tick("rows")
             ids = _asked(tokenizer, prompt).to(model.device)
             room = min(new_tokens, positions - ids.shape[1]) if positions else new_tokens
             if room < 1:

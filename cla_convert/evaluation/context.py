@@ -2,6 +2,9 @@
 
 from typing import Any
 
+CHARACTERS_PER_TOKEN = 4
+"""Only for progress bars, which count tokens before a tokenizer has."""
+
 
 def fed_tokens(config: Any, max_length: int) -> int:
     """The longest context in tokens that a model is fed: `max_length`, or what it was built for if that is less."""

@@ -26,6 +26,12 @@ def enforce(comparison: Json, mode: bool | str) -> None:
     gate = comparison["gate"]
     if not mode or gate["state"] == "passed":
         return
+    if comparison["compared"] is None:
+        raise QualityGate(
+            "The quality gate has nothing to judge: the models have not been evaluated",
+            why="It needs the results of the source and of the converted model (eval/before, eval/after).",
+            fix="Let `cla-convert run` with the same recipe and --out finish: it goes on where it stopped.",
+        )
     reasons = "; ".join(reason_in_words(reason) for reason in gate["reasons"])
     if gate["state"] == "inconclusive" and mode != "strict":
         warn(f"the quality gate is inconclusive: {reasons}")

@@ -22,15 +22,13 @@ from ..recipe import Evaluate
 from ..run_folder import PointFolder
 from .backend import load_backend
 from .batch import out_of_memory
+from .context import CHARACTERS_PER_TOKEN
 from .prepare import Prepared, prepare, reset
 from .quiet import quiet
 from .results import digest, finished, store, summary
 from .samples import compact, grid, scores
 
 Results = Iterator[tuple[str, dict[str, Any]]]
-
-CHARACTERS_PER_TOKEN = 4
-"""Only for the progress bar, which counts tokens before a tokenizer is loaded."""
 
 
 def evaluate(
@@ -137,10 +135,10 @@ def _run(
     hidden = accelerator is not None and not accelerator.is_main_process
     with (
         closing(load_backend(model_dir, spec, common, device, accelerator)) as lm,
-        closing(progress(total, f"eval {label}".strip(), unit="tok", disable=hidden)) as bar,
+        progress(total, f"eval {label}".strip(), unit="tok", hidden=hidden) as bar,
     ):
         for task in tasks:
-            bar.set_postfix_str(task.name)
+            bar.note(task.name)
             with out_of_memory():
                 result = _run_task(task, lm, bar, common["seed"])
             yield task.name, result
@@ -157,11 +155,11 @@ def _run_task(task: Prepared, lm: Any, bar: Any, seed: int) -> dict[str, Any]:
     torch.manual_seed(seed)
     reset(task, seed)
     share, start, lm.truncated = task.characters // CHARACTERS_PER_TOKEN, bar.n, 0
-    lm.on_tokens = lambda tokens: bar.update(min(tokens, start + share - bar.n))
+    lm.on_tokens = lambda tokens: bar.move(min(bar.n + tokens, start + share))
     began = time.monotonic()
     # lm_eval.evaluate, not simple_evaluate: the latter adds `git describe` and seconds of environment listing a task.
     output: Any = lm_eval.evaluate(lm, task.tasks, limit=task.frozen["limit"], bootstrap_iters=1000, log_samples=True)
-    bar.update(start + share - bar.n)
+    bar.move(start + share)
     truncated = lm.truncated_everywhere()
     if output is None:  # the results are with the first process
         return {}

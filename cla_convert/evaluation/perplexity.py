@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..bars import tick
 from ..models.scoring import Forward, evaluating, log_probabilities, nll, output_head, positions_at_a_time, split_model
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def row_windows(model: "PreTrainedModel", rows: torch.Tensor, *, batch_size: int
         step = positions_at_a_time(output_head(model).weight.shape[0])
         for batch in rows.split(batch_size):
             nats += _batch_nats(body, head, batch.to(model.device), step)
+            tick("rows", len(batch))
     return [(row, rows.shape[1] - 1) for row in nats]
 
 

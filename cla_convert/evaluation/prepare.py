@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..console import say
+from ..console import progress
 from ..errors import ClaError, InputError, UsageError, did_you_mean
 from ..recipe import Evaluate
 from . import retrieval
 from .local_rows import local_splits, missing_columns
 from .retrieval.documents import retrieval_rows
+from .stock_tasks import declared, manager_for
 from .tasks import pack
 
 _LAYOUT = "Columns are those of the data set that the stock task reads from the hub (docs/evaluation.md)."
@@ -51,7 +52,13 @@ def prepare(spec: Evaluate, seed: int, model_dir: Path | None = None) -> list[Pr
     manager = _manager(sources, names)
     names = [name for requested in names for name in _expand(manager, requested, spec)]
     names = [name for name in dict.fromkeys(names) if model_dir or name not in retrieval.names()]
-    return [_prepare(manager, name, spec, seed, sources, model_dir) for name in names]
+    with progress(len(names), "preparing tasks", unit="task", leave=False) as bar:
+        prepared: list[Prepared] = []
+        for name in names:
+            bar.note(name)
+            prepared.append(_prepare(manager, name, spec, seed, sources, model_dir))
+            bar.update()
+        return prepared
 
 
 @dataclass(frozen=True)
@@ -81,14 +88,8 @@ class Sources:
 
 
 def _manager(sources: Sources, names: list[str]) -> Any:
-    from lm_eval.tasks import TaskManager
-
-    stock = set(names) - sources.shipped - set(retrieval.names())
-    if stock:  # about 14 000 YAML files to parse
-        say("Reading the list of stock lm-eval tasks ...")
-    # Only the documented arguments; later paths win, so the pack replaces the stock tasks of the same name.
     folders = [str(pack.FOLDER), str(retrieval.FOLDER)] if sources.shipped else [str(retrieval.FOLDER)]
-    return TaskManager(include_path=[*folders], include_defaults=bool(stock))
+    return manager_for(set(names) - sources.shipped - set(retrieval.names()), folders)
 
 
 def _expand(manager: Any, name: str, spec: Evaluate) -> list[str]:
@@ -97,11 +98,13 @@ def _expand(manager: Any, name: str, spec: Evaluate) -> list[str]:
         return sorted(manager.task_index[name].tags)
     if name in manager.all_subtasks or name in manager.all_groups:
         return [name]
+    known = [*pack.names(), *retrieval.names()]
+    hint = did_you_mean(name, known) or did_you_mean(name, declared())  # the pack first: it needs no network
     where = "in lm-eval or in the offline pack" if spec.offline_pack else "in lm-eval"
     raise UsageError(
-        f"There is no evaluation task named {name!r}.{did_you_mean(name, pack.names() + manager.all_tasks)}",
+        f"There is no evaluation task named {name!r}.{hint}",
         why=f"No task, group or tag of that name exists {where}.",
-        fix=f"Offline: {', '.join(pack.names())}. With a network: any task that `lm_eval ls tasks` lists.",
+        fix=f"Offline: {', '.join(known)}. With a network: any task that `lm_eval ls tasks` lists.",
     )
 
 

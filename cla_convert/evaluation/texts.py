@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..console import say
+from ..console import progress
 from ..errors import InputError
 from ..files import read_json, write_json
 from ..models.export import load_model, load_tokenizer
@@ -33,7 +33,7 @@ from ..run_folder import PointFolder
 from .agreement import agreement
 from .answers import answers
 from .batch import out_of_memory
-from .context import fed_tokens
+from .context import CHARACTERS_PER_TOKEN, fed_tokens
 from .perplexity import row_windows, totals
 from .quiet import quiet
 
@@ -92,35 +92,43 @@ def measure_texts(
     def load(folder: Path) -> Any:
         return load_model(folder, dtype=common["dtype"], device=device)
 
-    def once(name: str, key: Any, measure: Callable[[], Json]) -> None:
+    def once(name: str, key: Any, rows: int, measure: Callable[[], Json]) -> None:
         path = PointFolder(point_dir).measured(name)
         digest = hashlib.sha256(json.dumps([identity, common, key], sort_keys=True).encode()).hexdigest()
         found[name] = read_json(path) or {}
         if found[name].get("identity") != digest:
-            say(f"measuring {name.replace('_', '-')}")
-            with out_of_memory(), quiet():
+            what = f"{point_dir.name}: {name.replace('_', '-')}"
+            with out_of_memory(), quiet(), progress(rows, what, unit="row", counts="rows"):
                 found[name] = {**measure(), "identity": digest}
             write_json(path, found[name], indent=None)
 
     if (rows := texts.held_out) is not None:
-        once("held_out", _digest(rows), lambda: _scored(row_windows(load(model_dir), rows, batch_size=size)))
+        once("held_out", _digest(rows), len(rows), lambda: _scored(row_windows(load(model_dir), rows, batch_size=size)))
     shared, source = texts.agreement_rows, texts.source
     if shared is not None and source is not None and source != model_dir:
         key = [_digest(shared), fingerprint(source)]
-        once("agreement", key, lambda: agreement(load(model_dir), load(source), shared, batch_size=size))
+        once("agreement", key, len(shared), lambda: agreement(load(model_dir), load(source), shared, batch_size=size))
     if texts.domains:
         other = None if source is None or source == model_dir else source
         key = [{name: _digest(rows) for name, rows in texts.domains.items()}, source and fingerprint(source)]
-        once("domains", key, lambda: _domains(load(model_dir), load(other) if other else None, texts.domains, size))
+        count = sum(map(len, texts.domains.values()))
+        once(
+            "domains", key, count,
+            lambda: _domains(load(model_dir), load(other) if other else None, texts.domains, size),
+        )  # fmt: skip
     if texts.prompts:
         key = [texts.prompts, texts.answer_tokens]
         once(
-            "answers", key,
+            "answers", key, len(texts.prompts),
             lambda: answers(load(model_dir), load_tokenizer(model_dir), texts.prompts, texts.answer_tokens),
         )  # fmt: skip
     for text in texts.files:
         key = [text.model_dump(), hashlib.sha256(_read(text).encode()).hexdigest()]
-        once(f"perplexity/{text.name}", key, lambda text=text: text_perplexity(load(model_dir), model_dir, text, size))
+        count = max(1, len(_read(text)) // (CHARACTERS_PER_TOKEN * text.window))
+        once(
+            f"perplexity/{text.name}", key, count,
+            lambda text=text: text_perplexity(load(model_dir), model_dir, text, size),
+        )  # fmt: skip
     PointFolder(point_dir).keep_texts(found)
     return {name: {k: v for k, v in one.items() if k not in ("windows", "identity")} for name, one in found.items()}
 

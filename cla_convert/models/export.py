@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..console import say
+from ..console import human_bytes, say
 from ..errors import ClaError, InputError, first_line
 from ..files import read_json, write_bytes, write_json
 from .checkpoint import FLOATING, Checkpoint
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SHARD_SIZE = 5_000_000_000
+_LARGE = 1_000_000_000
+"""Bytes of a model that take long enough to load for a word about it."""
 IMPLEMENTATIONS = ("_attn_implementation", "attn_implementation", "_attn_implementation_internal")
 """Keys of a config.json that name code which need not be installed here. transformers writes none of them."""
 
@@ -47,6 +49,8 @@ def load_model(folder: Path, *, dtype: "torch.dtype | str" = "auto", device: str
     if converted_family(checkpoint.config):
         check_interface(checkpoint.config["model_type"])
     register()
+    if (size := sum(info.nbytes for info in checkpoint.tensors.values())) > _LARGE:
+        say(f"loading {folder.name}, {human_bytes(size)}")
     logging.disable_progress_bar()
     with loading(f"The model in {folder} cannot be loaded", "Check that config.json belongs to the weights."):
         config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)

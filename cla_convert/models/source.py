@@ -12,7 +12,7 @@ from pathlib import Path
 from ..console import say
 from ..environment import cache_folder
 from ..errors import InputError
-from ..files import did_you_mean_path, write_json
+from ..files import did_you_mean_path, load_json, write_json
 from . import gguf_source, hub
 from .checkpoint import INDEX, Checkpoint, refuse_adapter
 from .pickles import pickled_files, read_pickles
@@ -34,7 +34,7 @@ def resolve_source(
     Raises:
         InputError: there is no such model, it cannot be reached, or its weights are pickled and `allow_pickle` is off.
     """
-    path = _local(model)
+    path = local_path(model)
     if path is None:
         path = hub.download(model, revision, allow_pickle=allow_pickle, to_convert=to_convert)
     return _from_gguf(path) if path.is_file() else _text_only(_with_safetensors(path, allow_pickle))
@@ -42,7 +42,7 @@ def resolve_source(
 
 def open_headers(model: str, *, revision: str | None = None) -> Checkpoint:
     """As much of a model as describes it; of a model on the hub, the weights stay there. Raises InputError."""
-    path = _local(model)
+    path = local_path(model)
     if path is None:
         return text_part(hub.headers(model, revision))
     if path.is_file():
@@ -50,7 +50,7 @@ def open_headers(model: str, *, revision: str | None = None) -> Checkpoint:
     return text_part(Checkpoint.open(_with_safetensors(path, allow_pickle=False)))
 
 
-def _local(model: str) -> Path | None:
+def local_path(model: str) -> Path | None:
     """The folder or .gguf file that `model` names; None for a hub id. Raises InputError."""
     if not model:
         raise InputError("No model was given", fix="Name a hub id, a local folder or a .gguf file (source.model).")
@@ -88,9 +88,13 @@ def _with_safetensors(folder: Path, allow_pickle: bool) -> Path:
     if len(ggufs) == 1:
         return _from_gguf(ggufs[0])
     if not pickles:
+        if not ggufs and (folder / "config.json").exists():
+            load_json(folder / "config.json")  # where that is damaged, it is the truer reason
         raise InputError(
             f"{folder} has no weights that can be read",
-            why="It has no safetensors, " + (f"and {len(ggufs)} GGUF files." if ggufs else "GGUF or .bin file."),
+            why=("" if (folder / "config.json").exists() else "It has no config.json. ")
+            + "It has no safetensors, "
+            + (f"and {len(ggufs)} GGUF files." if ggufs else "GGUF or .bin file."),
             fix="Name one of the .gguf files."
             if ggufs
             else "Give a model folder in Hugging Face format; pickled weights of a hub model need --allow-pickle.",

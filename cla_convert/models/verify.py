@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..console import human_bytes
+from ..console import human_bytes, say
 from ..errors import InputError
-from ..files import load_json, read_json
+from ..files import did_you_mean_path, load_json
 from .export import has_other_code
 from .kinds import SLIDING
 from .self_test import ROUNDING, check_interface
@@ -34,19 +34,30 @@ def verify_model(folder: Path) -> dict[str, Any]:
 
 def verify_models(folders: Sequence[Path]) -> list[dict[str, Any]]:
     """As `verify_model`, all in one process. Raises InputError for the first that fails."""
-    configs = [read_json(folder / "config.json") or {} for folder in folders]
-    for folder, config in zip(folders, configs, strict=True):
-        if config and not config.get("kv_source_layers"):
-            raise InputError(
-                f"{folder} is not a converted model",
-                why="Its config.json has no kv_source_layers: no layer shares keys and values.",
-                fix="Give the folder that `cla-convert convert`, `uptrain` or `run` wrote.",
-            )
+    configs = [check_shares(folder) for folder in folders]
     found = _in_a_clean_process(SCRIPT, folders)
     results = [_judged(folder, result) for folder, result in zip(folders, found, strict=True)]
     for config in configs:
         check_interface(config.get("model_type", ""))  # beyond a window too, which here may be too large for that
     return results
+
+
+def check_shares(folder: Path) -> dict[str, Any]:
+    """The config of a converted model. Raises InputError if the folder is not there or holds none."""
+    fix = "Give the folder that `cla-convert convert`, `uptrain` or `run` wrote."
+    if not folder.is_dir():
+        what = f"{folder} is a file" if folder.exists() else f"There is no folder {folder}.{did_you_mean_path(folder)}"
+        raise InputError(what, fix=fix)
+    if not (folder / "config.json").exists():
+        raise InputError(f"{folder} is not a model folder", why="It has no config.json.", fix=fix)
+    config = load_json(folder / "config.json")
+    if not config.get("kv_source_layers"):
+        raise InputError(
+            f"{folder} is not a converted model",
+            why="Its config.json has no kv_source_layers: no layer shares keys and values.",
+            fix=fix,
+        )
+    return config
 
 
 def measure_cache(folder: Path, source: Path | None = None) -> dict[str, Any]:
@@ -86,11 +97,9 @@ def measure_cache(folder: Path, source: Path | None = None) -> dict[str, Any]:
 
 def _in_a_clean_process(script: Path, folders: Sequence[Path]) -> list[dict[str, Any]]:
     """What a script of ours prints for each folder. Raises InputError for the first that does not load."""
-    for folder in folders:
-        if not (folder / "config.json").exists():
-            raise InputError(f"{folder} is not a model folder", why="It has no config.json.")
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONSTARTUP")}
     environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
+    say(f"loading {' and '.join(str(folder) for folder in folders)} in a clean process, without cla-convert ...")
     with tempfile.TemporaryDirectory() as elsewhere:
         environment["HF_MODULES_CACHE"] = elsewhere  # never reuse code that an earlier load had cached
         done = subprocess.run(

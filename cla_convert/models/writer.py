@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from ..files import sync, write_json
+from ..files import check_place, sync, write_json
 from .checkpoint import ELEMENT_SIZE, INDEX, TORCH_NAMES, TensorInfo, bytes_of
 
 if TYPE_CHECKING:
@@ -174,14 +174,15 @@ def publishing(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def check_output(out: Path, *, overwrite: bool) -> None:
-    """Refuse an output folder that must not be replaced. Raises InputError."""
-    if out.is_file():
-        raise InputError(f"{out} is a file", fix="Give a folder for the output.")
+    """Refuse an output folder that cannot be made or must not be replaced. Raises InputError."""
+    check_place(out)
     if not out.exists() or not any(out.iterdir()):
         return
+    ours = (out / MANIFEST).exists()
     if not overwrite:
-        raise InputError(f"{out} is not empty", fix="Give another folder, or --overwrite to replace it.")
-    if not (out / MANIFEST).exists():
+        instead = ", or --overwrite to replace it" if ours else ""
+        raise InputError(f"{out} is not empty", fix=f"Give another folder{instead}.")
+    if not ours:
         raise InputError(
             f"{out} will not be replaced",
             why=f"It has no {MANIFEST}, so it was not written by cla-convert.",

@@ -62,12 +62,15 @@ class RunFiles:
 def read_run_folder(path: Path) -> RunFiles:
     """Read a run folder. Raises InputError if it is none or a file in it is damaged, UsageError for its recipe."""
     run = RunFolder(path)
-    known = (run.recipe, run.convert.path, run.plan.path, run.evaluation.path)
-    if not path.is_dir() or not any(file.exists() for file in known):
+    results = (run.plan.path, run.convert.path, run.training.result.path, run.training.metrics, run.bench)
+    if not any(file.exists() for file in (*results, run.evaluation.path)):
+        begun = run.recipe.exists()
         raise InputError(
-            f"{str(path)!r} is not a run folder",
-            why="It has none of recipe.yaml, plan.json, convert.json and eval/.",
-            fix="Give the folder that was passed as --out to `cla-convert run`.",
+            f"{path} holds nothing to report yet" if begun else f"{path} is not a run folder",
+            why=f"It has {'recipe.yaml, but ' if begun else ''}none of plan.json, convert.json, train.json and eval/.",
+            fix=f"`cla-convert run {run.recipe} --out {path}` makes them."
+            if begun
+            else "Give the folder that was passed as --out to `cla-convert run`.",
         )
     _refuse_links(run)
     return RunFiles(

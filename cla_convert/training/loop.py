@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..console import human_count, say
+from ..console import human_count, progress, say
 from ..environment import forget_peak_memory
 from ..errors import Interrupted
 from ..evaluation.perplexity import token_perplexity
@@ -186,7 +186,9 @@ class Loop:
             return
         with trainer.computing():  # every process does it all: the sequences are few, and the result is one
             size = min(8, trainer.micro_batch)
-            score = trainer.team.run(token_perplexity, trainer.student, trainer.validation, batch_size=size)
+            rows = trainer.validation
+            with progress(len(rows), "validating", unit="row", counts="rows", leave=False):
+                score = trainer.team.run(token_perplexity, trainer.student, rows, batch_size=size)
         perplexity = score["perplexity"]
         if last and not math.isfinite(perplexity):
             raise ruined(position, "The validation perplexity is not finite", self.checkpoints)

@@ -6,7 +6,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from ..console import human_bytes, human_count, progress, say
+from ..amounts import clock, human_bytes, human_count
+from ..console import progress, say
 from .metrics import Metrics
 from .schedule import Budget
 from .trackers import Tracker
@@ -26,14 +27,14 @@ class Monitor:
         self._perplexity: float | None = None
         self._recent: deque[tuple[int, float]] = deque(maxlen=_RECENT)
         self._tokens, self._said = tokens, -_LINE_EVERY
-        self._bar = progress(budget.tokens, "uptraining", unit="tok", initial=tokens) if sys.stderr.isatty() else None
+        self._bar = progress(budget.tokens, "uptraining", unit="tok", counts="tokens", initial=tokens)
+        self._lines = not sys.stderr.isatty()
 
     def __enter__(self) -> "Monitor":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
         for tracker in self._trackers:
             tracker.close()
         self._metrics.close()
@@ -44,10 +45,10 @@ class Monitor:
         done, self._tokens = row["tokens"] - self._tokens, row["tokens"]
         self._recent.append((done, done / row["tokens_per_second"]))
         text = describe(row, self._perplexity)
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"step {row['step']}, {text}", refresh=False)
-            self._bar.update(done)
-        elif row["step"] == self._budget.steps or time.monotonic() - self._said >= _LINE_EVERY:
+        perplexity = "" if self._perplexity is None else f", ppl {self._perplexity:.4g}"
+        self._bar.note(f"loss {row['loss']:.4g}{perplexity}")
+        self._bar.move(row["tokens"])
+        if self._lines and (row["step"] == self._budget.steps or time.monotonic() - self._said >= _LINE_EVERY):
             self._said = time.monotonic()
             say(f"step {row['step']}/{self._budget.steps}, {self._progress()}, {text}")
 
@@ -85,10 +86,3 @@ def describe(row: dict[str, Any], perplexity: float | None) -> str:
 
 
 _TERMS = {"kl": "KL", "cross_entropy": "CE", "hidden": "hidden"}
-
-
-def clock(seconds: float) -> str:
-    """`3723` -> `1:02:03`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

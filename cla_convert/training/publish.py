@@ -20,6 +20,7 @@ def publish(trainer: Trainer, student_dir: Path, out: Path, result: TrainResult,
     _tell(result.validation)
     if trainer.team.leads:
         manifest = {"uptraining": result.to_json() | identity}
+        say(f"writing the model to {out}")
         export_model(state, student_dir, out, manifest=manifest, overwrite=True)
 
 

@@ -127,7 +127,7 @@ def sampled(
                 if (ids := ids[: int(min(limit - done, ids.size))]).size:
                     done += ids.size
                     batch.append(Document(ids, f"{folder.name}/{number}/{index}"))
-            bar.update(done - bar.n)
+            bar.move(done)
             yield batch
             number += 1
 

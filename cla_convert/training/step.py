@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..bars import tick
 from ..environment import peak_memory_bytes
 from .divergence import not_finite
 from .optimizer import peak_rate
@@ -92,6 +93,7 @@ def gradients(trainer: Trainer, first: int, end: int) -> torch.Tensor:
         batch = _batch(trainer, part or range(first, first + 1))
         loss, record = trainer.team.run(trainer.objective, trainer.student, *batch, denominator, done)
         (loss * bool(part)).backward()
+        tick("tokens", len(part) * trainer.budget.length * trainer.team.size)
         shares.append(record * bool(part))
     return trainer.team.gather(torch.stack(shares))
 

@@ -27,7 +27,7 @@ from .objective import Objective, check_head
 from .optimizer import freeze_all_but, make_optimizer
 from .parallel import Team
 from .precision import Precision, cast_frozen, choose_precision
-from .schedule import Budget
+from .schedule import Budget, budget_of
 from .teacher import check_teacher, load_teacher
 from .trackers import check_trackers
 
@@ -86,7 +86,7 @@ def set_up(
 
     The data are what `text` gives, or else what the recipe names; or `data`, and then nothing is checked.
     """
-    budget = _budget(recipe.train)
+    budget = budget_of(recipe.train)
     check_interface(Checkpoint.open(student_dir).config.get("model_type", ""))
     check_trackers(recipe.train.log_to)
     if data is None:
@@ -147,16 +147,6 @@ def run_identity(student_dir: Path, teacher_dir: Path, recipe: Recipe, trainer: 
         "teacher": fingerprint(teacher_dir) if recipe.train.needs_teacher else None,
         "device": trainer.precision.device_type,
     }
-
-
-def _budget(settings: Train) -> Budget:
-    budget = Budget.of(settings)
-    if not budget.sequences:
-        raise InputError(
-            f"The budget of {settings.tokens} tokens is smaller than one sequence of {settings.sequence_length}",
-            fix="Raise train.tokens or lower train.sequence_length.",
-        )
-    return budget
 
 
 def _sequences(data: TokenStore, settings: Train, seed: int) -> Sequences:

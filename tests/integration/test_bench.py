@@ -12,7 +12,7 @@ from cla_convert.bench.bench import bench
 from cla_convert.bench.memory import MemoryBudget, capacity, fits, largest
 from cla_convert.bench.speed import Work
 from cla_convert.bench.subject import Subject, cache_bytes, decode, filled_cache, prefill, token_ids
-from cla_convert.cli.app import numbers_of, size_of
+from cla_convert.cli.words import numbers_of, size_of
 from cla_convert.errors import InputError, UsageError
 from cla_convert.evaluation.cache import kv_cache_of
 from cla_convert.models.export import load_model

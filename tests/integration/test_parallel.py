@@ -136,8 +136,8 @@ def test_an_error_of_the_first_process_ends_all(work: Path, tmp_path: Path) -> N
     assert log.read_text().count("is smaller than one sequence") == 1 and "Traceback" not in log.read_text()
     # Before they are connected: each finds out by itself, and one speaks.
     started = time.monotonic()
-    assert finish(*start_team(["uptrain", tmp_path / "nothing", tmp_path / "out"], log)) == [2, 2]
-    assert time.monotonic() - started < 30 and log.read_text().count("No token budget") == 1
+    assert finish(*start_team(["uptrain", tmp_path / "nothing", tmp_path / "out"], log)) == [3, 3]
+    assert time.monotonic() - started < 30 and log.read_text().count("There is no folder") == 1
 
 
 def test_an_error_of_another_process_is_told(work: Path, tmp_path: Path) -> None:

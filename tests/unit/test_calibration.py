@@ -8,15 +8,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cla_convert.console import progress
 from cla_convert.conversion import reconstruction
 from cla_convert.conversion.blocks import Factory
 from cla_convert.conversion.calibration import calibrated_pooling
+from cla_convert.conversion.initialisation import INITIALISATIONS
 from cla_convert.conversion.layer_patch import LayerPatch
 from cla_convert.conversion.pieces import Pieces
 from cla_convert.conversion.reconstruction import orthogonalise
 from cla_convert.conversion.sharing import sharing_map
 from cla_convert.conversion.source_streams import SourceStreams
 from cla_convert.conversion.streams import Store, place_for
+from cla_convert.conversion.text import CalibrationText
 from cla_convert.effort import Effort
 from cla_convert.errors import InputError
 from cla_convert.models.checkpoint import Checkpoint
@@ -273,6 +276,18 @@ def test_progress_is_reported_layer_by_layer(tokens: Tensor, saved) -> None:
     seen: list[tuple[int, int]] = []
     patches_of(saved(source_model("llama")), [0, 0, 2, 2, 4, 4], tokens, on_progress=lambda *done: seen.append(done))
     assert seen == [(i + 1, 6) for i in range(6)]
+
+
+def test_a_bar_of_matching_steps_ends_with_the_last_of_them_and_names_the_groups(tokens: Tensor, saved) -> None:
+    source, sources = saved(source_model("llama")), [0, 1, 1, 3, 3, 5]
+    text, init = CalibrationText(tokens, "", steps=3), INITIALISATIONS.named("calibrated")
+    steps, notes = init.steps(sources, text), []
+    with progress(2 * steps, "matching", counts="matching", hidden=True) as bar:
+        bar.note = notes.append
+        list(init.patches(source, sources, text, source.folder))
+        assert bar.n == steps == 3 * 3  # the first layer is as it was
+    assert {"layers 1-2: closed form", "layers 1-2", "layer 2: output", "layer 5"} <= set(notes)
+    assert init.steps(list(range(6)), text) == 0 and INITIALISATIONS.named("mean").steps(sources, text) == 0
 
 
 def test_bfloat16_products_stay_close(tokens: Tensor, saved) -> None:

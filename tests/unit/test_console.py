@@ -2,10 +2,11 @@
 
 import io
 import sys
+from contextlib import suppress
 
 import pytest
 
-from cla_convert import console
+from cla_convert import bars, console
 from cla_convert.errors import InputError
 
 
@@ -29,11 +30,84 @@ def test_errors_are_red_on_a_terminal_only(
     assert said.endswith("error: It broke\n  why: Because.\n  fix: Mend it.\n") != red
 
 
+def said() -> str:
+    return sys.stderr.getvalue()  # type: ignore[attr-defined]
+
+
 def test_a_message_makes_the_bar_move_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setattr(sys, "stderr", Terminal())
     with console.progress(10, "working") as bar:
         bar.update(3)
-        bar.refresh()
         console.warn("mind the gap")
-    said = sys.stderr.getvalue()  # type: ignore[attr-defined]
-    assert "working" in said and "\rwarning: mind the gap\n" in said
+    assert "working" in said() and "\rwarning: mind the gap\n" in said()
+
+
+def test_a_bar_ends_whole_unless_the_work_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for failed in (False, True):
+        monkeypatch.setattr(sys, "stderr", Terminal())
+        with suppress(KeyError), console.progress(7, "working") as bar:
+            bar.update(3)
+            if failed:
+                raise KeyError
+        assert ("100%" in said()) != failed
+
+
+def test_steps_move_the_innermost_bar_that_counts_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with console.progress(9, "outer", counts="rows") as outer, console.progress(9, "inner", counts="steps") as inner:
+        bars.tick("rows", 2)
+        bars.tick("steps", 3)
+        bars.tick("others")
+        assert (outer.n, inner.n) == (2, 3)
+        with console.progress(9, "innermost", counts="rows") as innermost:
+            bars.tick("rows", 20)
+            assert (outer.n, innermost.n) == (2, 9), "never more than there is"
+    bars.tick("rows")  # nobody counts them any more
+    assert said() == "", "short work is no news in a log file"
+
+
+def test_a_log_file_gets_lines_at_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(bars.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(bars, "_last_line", 100.0)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with console.progress(60, "matching", unit="step", counts="matching"):
+        for number in range(60):
+            now[0] += 1
+            bars.tick("matching", note=f"layer {number}")
+    assert said().splitlines() == [
+        "matching: 17%, 10 of 60 steps, 0:50 left, layer 9",
+        "matching: 33%, 20 of 60 steps, 0:40 left, layer 19",
+        "matching: 50%, 30 of 60 steps, 0:30 left, layer 29",
+        "matching: 67%, 40 of 60 steps, 0:20 left, layer 39",
+        "matching: 83%, 50 of 60 steps, 0:10 left, layer 49",
+        "matching: 100%, 60 of 60 steps in 1:00",
+    ]
+
+
+def test_quiet_shows_no_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr(console, "_quiet", True)
+    with console.progress(3, "working") as bar:
+        bar.update()
+    assert said() == ""
+
+
+def test_a_terminal_gets_lines_broken_between_words_and_commands_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = f"Resume with: cla-convert run {'x' * 90} --out y"
+    text = f"sharing     {'word ' * 20}\n  why: {'reason ' * 20}\n{command}"
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    console.say(text)
+    first, second, why, more, whole = [line.rstrip() for line in said().splitlines()]
+    assert max(map(len, (first, second, why, more))) <= 80 and whole == command
+    assert second.startswith(f"{' ' * 12}word") and more.startswith(f"{' ' * 7}reason")
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    console.say(text)
+    assert said() == f"{text}\n", "a log file gets it as it is"
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(999, "999"), (64_032, "64k"), (999_999, "1M"), (135e6, "135M"), (8.03e9, "8.03B"), (0, "0")]
+)
+def test_counts_have_the_unit_that_fits(number: float, text: str) -> None:
+    assert console.human_count(number) == text

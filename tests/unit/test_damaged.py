@@ -144,7 +144,7 @@ def test_a_report_names_the_damaged_file(name: str, run_dir: Path):
     assert not (run_dir / "report.md").exists()
 
 
-@pytest.mark.parametrize("content", ["eval: {margin: 0.5", "- 1", "", "a: 2024-99-99", "? [a]\n: b"])
+@pytest.mark.parametrize("content", ["eval: {margin: 0.5", "- 1", "", "a: *nothing", "? [a]\n: b"])
 def test_a_damaged_recipe_is_an_error_and_no_other_margin(content: str, run_dir: Path):
     (run_dir / "recipe.yaml").write_text(content)
     with pytest.raises(ClaError, match=r"recipe\.yaml|recipe is not valid"):

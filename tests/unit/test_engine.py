@@ -16,6 +16,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from cla_convert import bars
+from cla_convert.amounts import clock
 from cla_convert.errors import InputError
 from cla_convert.models.generated.configuration_cla_llama import ClaLlamaConfig
 from cla_convert.models.generated.modeling_cla_llama import ClaLlamaForCausalLM
@@ -29,7 +31,7 @@ from cla_convert.training.divergence import PATIENCE, steps_above
 from cla_convert.training.flops import forward_flops, peak_flops, training_flops
 from cla_convert.training.loss import LogitRule
 from cla_convert.training.metrics import Metrics
-from cla_convert.training.monitor import Monitor, clock, describe
+from cla_convert.training.monitor import Monitor, describe
 from cla_convert.training.objective import check_head, chunk_size
 from cla_convert.training.optimizer import freeze_all_but, make_optimizer, parts_of
 from cla_convert.training.precision import Precision, choose_precision
@@ -335,7 +337,16 @@ class TestMonitor:
             monitor.validation({"step": 0, "tokens": 0, "validation_perplexity": 30.0})
             monitor.step(ROW)
         shown = capsys.readouterr().err
-        assert "step 1, loss 0.5000" in shown and "validation ppl 30" in shown and "50%" in shown
+        assert "loss 0.5, ppl 30" in shown and "50%" in shown
+
+    def test_the_bar_moves_with_every_micro_batch_and_never_beyond_the_step(self, tmp_path, monkeypatch) -> None:
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+        with Monitor(Budget(4, 2, 64), 0, Metrics(tmp_path / "metrics.jsonl"), []) as monitor:
+            for done in (64, 128):
+                bars.tick("tokens", 64)
+                assert monitor._bar.n == done
+            monitor.step(ROW | {"tokens": 128})
+            assert monitor._bar.n == 128
 
     def test_what_is_not_finite_is_null_in_the_file(self, tmp_path) -> None:
         metrics = Metrics(tmp_path / "metrics.jsonl")

@@ -7,7 +7,7 @@ import pytest
 
 from cla_convert.errors import UsageError
 from cla_convert.recipe import FREE, NAMED, PLACES, Train, on_resume, parse_count, parse_size
-from cla_convert.recipe_file import load_recipe, validate
+from cla_convert.recipe_file import load_recipe, read_yaml, validate
 from cla_convert.recipes import find_recipe, list_recipes, reference
 from cla_convert.training.schedule import check_steps
 
@@ -107,6 +107,57 @@ def test_missing_and_broken_files(tmp_path):
         load_recipe(tmp_path / "bad.yaml")
     with pytest.raises(UsageError, match="Did you mean 'demo'"):
         find_recipe("dmo")
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "why"),
+    [
+        ("train:\n  clip: 1\n  clip: 2\n", 3, "`clip` was given in line 2 already"),
+        ("seed: 1\ndata:\n  sources:\n    - {path: a, path: b}\n", 4, "`path` was given in line 4 already"),
+        ("source:\n  model: my\n seed: 3\n", 3, "another column"),
+        ("source:\n\tmodel: my\n", 2, "indented with a tab"),
+        ("source: {model: my\ntrain: {}\n", 1, "`{` that opens here is not closed"),
+        ("seed: 1\ndata: {sources: [a\n", 2, "`[` that opens here is not closed"),
+        ("seed: 1\ndata: [\n", 3, "a bracket is not closed"),
+        ('source:\n  model: "my\n', 2, "quotation mark that opens here"),
+        ("source:\n  model: my: own\n", 2, "A second `: `"),
+        ("source:\n  model: *my\n", 2, "begins with `*`"),
+        ("source:\n  model: !my own\n", 2, "begins with `!`"),
+        ("source:\n  model: @my\n", 2, "a mark that YAML keeps"),
+        ("source:\n  model: \u0007\n", 2, "control character"),
+        ("seed: 1\n---\nseed: 2\n", 2, "begins a second recipe"),
+        ("? [a]\n: b\n", 1, "A name is a list"),
+        ("seed: 1\nmodel\ndevice: cpu\n", 2, "`name: value`"),
+        ("seed: %s\n" % ("1" * 5000), None, "number cannot be read"),
+        ("[" * 10_000, None, "too deep"),
+    ],
+)  # fmt: skip
+def test_broken_yaml_is_told_by_its_line_in_words_of_our_own(tmp_path, text, line, why):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError) as caught:
+        load_recipe(path)
+    assert caught.value.why.startswith(f"{path}:{line}: " if line else "") and why in caught.value.why
+    assert "mine.yaml' is not valid YAML" in caught.value.what and caught.value.fix
+    assert not re.search(r"expected|scanning|parsing|token|mapping|<|unicode", caught.value.why + caught.value.fix)
+
+
+def test_a_name_twice_in_set_is_no_value_either():
+    with pytest.raises(UsageError, match="`tokens` was given in line 1 already"):
+        load_recipe(None, ["train={tokens: 1k, tokens: 2k}"])
+
+
+def test_merged_sections_and_what_looks_like_a_date_are_read(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("train: &it {seed: 1}\nsource: {revision: 2024-13-45}\ndata: {<<: *it, seed: 2}\n")
+    tree = read_yaml(path)
+    assert tree["data"] == {"seed": 2} and tree["source"] == {"revision": "2024-13-45"}
+
+
+def test_what_an_option_gave_is_told_by_the_option(tmp_path):
+    resolved = load_recipe(None, ["train.tokens=1M"], {"train.tokens": "26M", "source.model": "my"})
+    assert resolved.recipe.train.tokens == 26_000_000
+    assert resolved.origins == {"train.tokens": "--tokens", "source.model": "MODEL"}
 
 
 @pytest.mark.parametrize("name", list_recipes())

@@ -16,6 +16,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from cla_convert.errors import InputError, UsageError
 from cla_convert.evaluation.prepare import prepare
 from cla_convert.evaluation.quiet import quiet
+from cla_convert.evaluation.stock_tasks import manager_for
 from cla_convert.evaluation.tasks import pack
 from cla_convert.recipe import Evaluate
 
@@ -50,6 +51,24 @@ def requests(task: ConfigurableTask) -> list[tuple]:
     task.set_config(key="num_fewshot", value=0)
     task.build_all_requests(rank=0, world_size=1)
     return [(instance.doc_id, instance.request_type, instance.args) for instance in task.instances]
+
+
+def test_stock_tasks_are_found_without_reading_all_of_them(capsys: pytest.CaptureFixture[str]):
+    """As lm-eval knows them: a task, and tags."""
+    names = {"arc_challenge", "ai2_arc", "truthfulqa"}
+    found = manager_for(names, [])
+    assert "the list of all stock tasks" not in capsys.readouterr().err
+    folder = Path(lm_eval.tasks.__file__).parent
+    theirs = TaskManager(include_path=[str(folder / name) for name in ("arc", "truthfulqa")], include_defaults=False)
+    for name in names:
+        assert str(found.task_index[name].cfg) == str(theirs.task_index[name].cfg)
+        assert found.task_index[name].tags == theirs.task_index[name].tags
+
+
+@pytest.mark.parametrize(("wrong", "meant"), [("pika", "piqa"), ("need1e", "needle"), ("mmlu_anatmy", "mmlu_anatomy")])
+def test_of_tasks_with_a_like_name_those_of_the_pack_are_suggested_first(wrong: str, meant: str):
+    with pytest.raises(UsageError, match=f"named '{wrong}'. Did you mean '{meant}'"):
+        prepare(Evaluate(tasks=[wrong]), 0)
 
 
 def test_every_stock_name_is_shipped():

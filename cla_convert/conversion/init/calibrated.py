@@ -10,7 +10,7 @@ from ...models.checkpoint import Checkpoint
 from ...models.families import Family
 from ..initialisation import INITIALISATIONS, Initialisation
 from ..layer_patch import LayerPatch
-from ..sharing import groups_of
+from ..sharing import groups_of, matched_groups
 from ..tensor_plan import TensorPlan
 from ..text import CalibrationText
 
@@ -50,13 +50,19 @@ class Calibrated(Initialisation):
         from ..calibration import calibrated_pooling
 
         assert text is not None, "init: calibrated needs calibration text"
-        effort = Effort.for_text(text.tokens.numel(), text.device)
-        if text.steps is not None:
-            effort = replace(effort, steps=text.steps)
         return calibrated_pooling(
-            checkpoint, checkpoint.config, sources, text.tokens, device=text.device, seed=text.seed, effort=effort,
-            spill=spill,
+            checkpoint, checkpoint.config, sources, text.tokens, device=text.device, seed=text.seed,
+            effort=_effort(text), spill=spill,
         )  # fmt: skip
+
+    def steps(self, sources: list[int], text: CalibrationText | None) -> int:
+        """Those of block reconstruction, of every group from the first that shares on."""
+        return _effort(text).steps * matched_groups(sources) if text else 0
+
+
+def _effort(text: CalibrationText) -> Effort:
+    effort = Effort.for_text(text.tokens.numel(), text.device)
+    return effort if text.steps is None else replace(effort, steps=text.steps)
 
 
 INITIALISATIONS.register(Calibrated())

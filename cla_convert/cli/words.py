@@ -1,0 +1,105 @@
+"""The words of a command line as values, and what is wrong with them in words of our own."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import typer
+
+from ..errors import UsageError
+
+CLICK_ERROR = cast(type[Exception], typer.BadParameter.__mro__[2])
+"""click's ClickException, of the click that this typer uses: releases differ in whether they bring their own."""
+
+
+def whole(option: str, least: int, example: int) -> Callable[[Any], int]:
+    """A parser of whole numbers from `least` on. It raises UsageError."""
+
+    def parse(text: Any) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = None
+        if number is None or number < least:
+            raise UsageError(
+                f"{option}: {text!r} is not a whole number of {least} or more", fix=f"For example {option} {example}"
+            )
+        return number
+
+    return parse
+
+
+def number(option: str, least: float, example: float) -> Callable[[Any], float]:
+    """A parser of numbers from `least` on. It raises UsageError."""
+
+    def parse(text: Any) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = None
+        if value is None or not least <= value < float("inf"):
+            raise UsageError(
+                f"{option}: {text!r} is not a number of {least:g} or more", fix=f"For example {option} {example:g}"
+            )
+        return value
+
+    return parse
+
+
+def size_of(text: str | None, option: str) -> int | None:
+    """`8GB` -> 8_000_000_000. Raises UsageError."""
+    from ..recipe import parse_size
+
+    try:
+        size = parse_size(text)
+    except ValueError as error:
+        raise UsageError(f"{option}: {error}", fix=f"For example {option} 8GB") from error
+    if size == 0:
+        raise UsageError(f"{option}: {text!r} is nothing", fix=f"For example {option} 8GB")
+    return size
+
+
+def numbers_of(text: str, option: str) -> list[int]:
+    """`1,2,4` -> [1, 2, 4]. Raises UsageError for anything but positive whole numbers."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and int(word) for word in words):
+        raise UsageError(
+            f"{option}: {text!r} is not a list of positive whole numbers", fix=f"For example {option} 1,2,4"
+        )
+    return [int(word) for word in words]
+
+
+def names_of(text: str) -> list[str]:
+    """`a, b,` -> [a, b]."""
+    return [name for word in text.split(",") if (name := word.strip())]
+
+
+def help_of(error: Any) -> str:
+    """The help, where click raises it because nothing was asked for; an empty string for a mistake."""
+    return error.format_message() if type(error).__name__ == "NoArgsIsHelpError" else ""
+
+
+def explained(error: Any) -> UsageError:
+    """What click says of a command line (no such option, a missing argument), with the verb's own example."""
+    context = error.ctx
+    path = context.command_path if context else "cla-convert"
+    example = (context.command.epilog or "") if context else ""
+    see = f"{path} --help says what it takes."
+    return UsageError(_plain(error), fix=f"{see} {example}".strip())
+
+
+def _plain(error: Any) -> str:
+    """click's message with its rare words replaced, and without the full stop."""
+    said = error.format_message().strip().removesuffix(".")
+    for theirs, ours in _RARE.items():
+        said = said.replace(theirs, ours)
+    return said
+
+
+_RARE = {
+    "Got unexpected extra argument(s) (": "More arguments than there are places for (",
+    "Got unexpected extra argument (": "More arguments than there are places for (",
+    "Got unexpected extra arguments (": "More arguments than there are places for (",
+    "requires an argument": "needs a value",
+    "(Possible options: ": "(did you mean ",
+}
+"""Words of click's, of this release and of others."""

@@ -1,0 +1,66 @@
+"""Stock lm-eval tasks by name, without parsing all of its 14 000 YAML files: those of the folders that name them do."""
+
+import re
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ..console import say
+
+_DECLARED = re.compile(rb"^[\"']?(?:task|group|tag)[\"']?:[ \t]*[\"']?([\w.-]+)", re.MULTILINE)
+
+
+def manager_for(names: set[str], own: Sequence[str | Path]) -> Any:
+    """lm-eval's TaskManager, which knows what is in the folders `own` and those of `names` that are stock tasks."""
+    from lm_eval.tasks import TaskManager
+
+    if not names:
+        return TaskManager(include_path=[*own], include_defaults=False)
+    say(f"looking for {', '.join(sorted(names))} among the stock tasks of lm-eval ...")
+    wanted, lacking = set[str](), set(names)
+    while new := lacking - wanted:  # a group may consist of tasks in other folders
+        wanted |= new
+        folders = {name: _naming(name) for name in wanted}
+        if not all(folders.values()):  # nobody knows one of them
+            return TaskManager(include_path=[*own], include_defaults=False)
+        # Only the documented arguments; later paths win: what is our own replaces the stock tasks of the same name.
+        paths = sorted({str(folder) for found in folders.values() for folder in found})
+        manager = TaskManager(include_path=[*paths, *own], include_defaults=False)
+        lacking = {part for name in names for part in _lacking(manager, name)}
+        if not lacking:
+            return manager
+    say("reading the list of all stock tasks of lm-eval, about half a minute ...")
+    return TaskManager(include_path=[*own], include_defaults=True)
+
+
+def declared() -> list[str]:
+    """Names of stock tasks, groups and tags that stand in plain sight, for did-you-mean."""
+    return sorted({name.decode() for text in _texts().values() for name in _DECLARED.findall(text)})
+
+
+@cache
+def _texts() -> dict[Path, bytes]:
+    """lm-eval's YAML files and what is in them."""
+    import lm_eval.tasks
+
+    return {path: path.read_bytes() for path in sorted(Path(lm_eval.tasks.__file__).parent.rglob("*.yaml"))}
+
+
+def _naming(name: str) -> set[Path]:
+    """Folders of lm-eval's, of the first level, in which a file has `name` as a word."""
+    import lm_eval.tasks
+
+    root, word = Path(lm_eval.tasks.__file__).parent, name.encode()
+    exactly = re.compile(rb"(?<![\w.-])" + re.escape(word) + rb"(?![\w.-])")
+    found = {path.relative_to(root).parts for path, text in _texts().items() if word in text and exactly.search(text)}
+    return {root / parts[0] for parts in found if len(parts) > 1}
+
+
+def _lacking(manager: Any, name: str) -> set[str]:
+    """What is not known of a task or, of a group, of all that it consists of."""
+    if name not in manager.task_index:
+        return {name}
+    parts = (manager.task_index[name].cfg or {}).get("task") if name in manager.all_groups else None
+    inner = [part.get("task", part.get("group")) if isinstance(part, dict) else part for part in parts or []]
+    return {one for part in inner if isinstance(part, str) and part != name for one in _lacking(manager, part)}
