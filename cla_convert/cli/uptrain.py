@@ -77,8 +77,11 @@ def _refuse_taken(training: "TrainingFolder") -> None:
     check_place(training.model)
     finished = training.result.path.exists() or not training.checkpoints.exists()
     if training.model.exists() and finished:  # else it was interrupted at the very end
+        # By name: the folder they lie in may be a run's, which holds MODEL too.
+        made = [path for path in (training.model, training.result.path, training.checkpoints) if path.exists()]
         raise InputError(
-            f"{training.model} exists", fix=f"Give another folder, or remove it and {training.path} to train again."
+            f"{training.model} exists",
+            fix=f"Give another folder, or remove {' and '.join(map(str, made))} to train again.",
         )
 
 

@@ -9,7 +9,7 @@ from ..models.checkpoint import ELEMENT_SIZE, FLOATING, Checkpoint, TensorInfo
 from ..models.export import cla_config
 from ..models.families import KV_MODULES, Family
 from ..models.fit import check_converted
-from ..models.shape import AttentionShape
+from ..models.shape import AttentionShape, long_cache
 from .auto import Choice
 from .initialisation import INITIALISATIONS, Initialisation
 from .sharing import activation_bytes, groups_of, picture, sharing_map
@@ -47,6 +47,8 @@ class Plan:
     warnings: list[str]
     choice: Choice | None = None
     """What `sharing: auto` measured."""
+    long_cache: dict[str, int] | None = None
+    """Of models with sliding windows, see models/shape.py."""
 
     @property
     def groups(self) -> list[list[int]]:
@@ -68,6 +70,12 @@ class Plan:
         fitted = self.count("fit")
         return f"{fitted} fitted to calibration text" if fitted else f"{self.count('pool')} pooled"
 
+    def _long(self) -> str:
+        if not (long := self.long_cache):
+            return ""
+        sizes = f"{human_bytes(long['before'])} -> {human_bytes(long['after'])}"
+        return f"; of {long['tokens']} tokens: {sizes} ({long['before'] / long['after']:.2f}x smaller)"
+
     def to_json(self) -> dict[str, Any]:
         """The keys that `convert --json` and plan.json carry."""
         return {
@@ -77,6 +85,7 @@ class Plan:
             "kv_source_layers": self.kv_source_layers,
             "groups": [{"layers": group} for group in self.groups],
             "kv_bytes_per_token": self.kv_bytes_per_token,
+            **({"kv_bytes_of_long_context": self.long_cache} if self.long_cache else {}),
             "parameters": self.parameters,
             "dtype": self.dtype,
             "tensors": {action: self.count(action) for action in ("keep", "pool", "fit", "drop")},
@@ -99,7 +108,7 @@ class Plan:
             f"tensors     {self.count('keep')} kept, {self._changed()}, {self.count('drop')} dropped",
             f"parameters  {human_count(self.parameters['before'])} -> {human_count(self.parameters['after'])}",
             f"KV cache    {before} -> {after} bytes per token in {self.dtype} ({before / after:.2f}x smaller)",
-            *([f"            sliding layers keep their last {window} tokens at most"] if window else []),
+            *([f"            sliding layers keep their last {window} tokens at most{self._long()}"] if window else []),
             f"needs       {human_bytes(self.output_bytes)} of disk, about {human_bytes(self.memory_bytes)} of memory",
         ]
         return "\n".join(lines + [f"warning     {warning}" for warning in self.warnings])
@@ -152,6 +161,7 @@ def make_plan(
         memory_bytes=_PROGRAM + working + streams,
         warnings=_warnings(checkpoint, shape, sources, unused),
         choice=choice,
+        long_cache=long_cache(checkpoint.config, size, sources),
     )
     check_converted(family, cla_config(checkpoint.config, family, sources, out_dtype), plan.written(checkpoint))
     return plan

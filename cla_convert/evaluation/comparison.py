@@ -28,6 +28,7 @@ from ..files import read_json, write_json
 from ..run_folder import PointFolder, RunFolder
 from . import retrieval
 from .paired import Comparison, compare, compare_likelihoods, macro_average
+from .stale import stale_points, told
 from .statistics import holm, p_inferior
 from .verdict import JUDGED_UNITS, Margins, judge
 
@@ -73,6 +74,7 @@ def compare_points(folder: Path, left: str, right: str, *, margins: Margins, see
     tasks = _table(comparisons, chosen, margin)
     texts, one_sided = _texts(folder, left, right, seed) if point else ({}, [])
     problems += one_sided
+    problems += [told(name) for name in stale_points(RunFolder(folder.parent)) if name in (left, right)]
     agreement = _agreement(PointFolder(folder / right)) if point and left == "before" else None
     return {
         "compared": point,

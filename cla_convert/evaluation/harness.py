@@ -95,10 +95,10 @@ def check_tasks(spec: Evaluate, model_dir: Path | None = None, seed: int = 0) ->
     Raises:
         UsageError, InputError: as `evaluate`; passkey and needle are only checked with a `model_dir`.
     """
-    if unused := sorted(spec.limits.keys() - set(spec.tasks)):
-        warn(f"eval.limits names tasks that are not evaluated: {', '.join(unused)}")
     with quiet():
-        prepare(spec, seed, model_dir)
+        found = prepare(spec, seed, model_dir)
+    if unused := sorted(spec.limits.keys() - set(spec.tasks) - {task.name for task in found}):
+        warn(f"eval.limits names tasks that are not evaluated by themselves: {', '.join(unused)}")
 
 
 def common_settings(spec: Evaluate, dtype: str, device: str, seed: int, processes: int = 1) -> dict[str, Any]:

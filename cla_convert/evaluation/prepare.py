@@ -50,13 +50,14 @@ def prepare(spec: Evaluate, seed: int, model_dir: Path | None = None) -> list[Pr
         raise UsageError("No tasks to evaluate", fix=f"The offline pack has {', '.join(pack.names())}")
     sources = Sources.of(spec)
     manager = _manager(sources, names)
-    names = [name for requested in names for name in _expand(manager, requested, spec)]
-    names = [name for name in dict.fromkeys(names) if model_dir or name not in retrieval.names()]
+    asked = [(name, requested) for requested in names for name in _expand(manager, requested, spec)]
+    limits = {name: _limit(name, requested, spec) for name, requested in reversed(asked)}
+    names = [name for name in dict.fromkeys(name for name, _ in asked) if model_dir or name not in retrieval.names()]
     with progress(len(names), "preparing tasks", unit="task", leave=False) as bar:
         prepared: list[Prepared] = []
         for name in names:
             bar.note(name)
-            prepared.append(_prepare(manager, name, spec, seed, sources, model_dir))
+            prepared.append(_prepare(manager, name, limits[name], spec, seed, sources, model_dir))
             bar.update()
         return prepared
 
@@ -108,9 +109,22 @@ def _expand(manager: Any, name: str, spec: Evaluate) -> list[str]:
     )
 
 
-def _prepare(manager: Any, name: str, spec: Evaluate, seed: int, sources: Sources, model_dir: Path | None) -> Prepared:
+def _limit(name: str, requested: str, spec: Evaluate) -> int | None:
+    """Documents of a task: its own limit, or that of the tag that it was asked for with, or the one for all."""
     # The grid of a generated task is its own limit: half a heat map helps nobody.
-    limit = spec.limits.get(name, None if name in retrieval.names() else spec.limit)
+    default = None if name in retrieval.names() else spec.limit
+    return spec.limits.get(name, spec.limits.get(requested, default))
+
+
+def _prepare(
+    manager: Any,
+    name: str,
+    limit: int | None,
+    spec: Evaluate,
+    seed: int,
+    sources: Sources,
+    model_dir: Path | None,
+) -> Prepared:
     try:
         tasks = _load(manager, name, _rows(name, spec, seed, sources, model_dir))
         for task in tasks["tasks"].values():

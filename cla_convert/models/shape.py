@@ -1,6 +1,6 @@
 """What a config.json says about a model's attention. Imports no torch."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,12 @@ class AttentionShape:
         owners = len(set(self.kv_source_layers)) if owners is None else owners
         return 2 * owners * self.num_key_value_heads * self.head_dim * element_size
 
+    def kv_bytes(self, element_size: int, tokens: int, sources: Iterable[int]) -> int:
+        """Bytes of the cache of a context under a map: sliding layers keep their window."""
+        window = self.sliding_window or tokens
+        kept = [min(tokens, window) if self.kinds[owner].startswith(SLIDING) else tokens for owner in set(sources)]
+        return self.kv_bytes_per_token(element_size, 1) * sum(kept)
+
 
 def shape_of(config: Mapping[str, Any]) -> AttentionShape:
     """Read the attention shape from a config.json, of a source or a CLA model. Raises InputError if a size is missing.
@@ -79,6 +85,24 @@ def shape_of(config: Mapping[str, Any]) -> AttentionShape:
             "config.json does not describe a decoder-only transformer",
             why=f"A size is missing or does not fit: {error}"[:500],
         ) from error
+
+
+LONG = 32_768
+"""Tokens of a long context."""
+
+
+def long_cache(config: Mapping[str, Any], element_size: int, sources: Iterable[int]) -> dict[str, int] | None:
+    """The cache of a long context, where windows make it another than the bytes of its first tokens say.
+
+    Returns:
+        window: of the sliding layers; tokens: of the context, at most the positions that the model knows; before and
+        after: bytes of a cache for every layer, and under the map. None without sliding layers that ever are full.
+    """
+    shape, tokens = shape_of(config), min(LONG, positions_of(config) or LONG)
+    if shape.sliding_window is None or shape.sliding_window >= tokens:
+        return None
+    before, after = (shape.kv_bytes(element_size, tokens, one) for one in (range(shape.num_layers), sources))
+    return {"window": shape.sliding_window, "tokens": tokens, "before": before, "after": after}
 
 
 def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:

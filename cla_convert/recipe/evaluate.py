@@ -48,7 +48,8 @@ class Evaluate(Section):
     """Tokens of held-out text for KL divergence from the source model and top-1 agreement with it. 0: not measured."""
     domain_tokens: Count | Literal["auto"] = "auto"
     """Tokens of each of seven kinds of text shipped with the package (encyclopaedia, web, news, law, science, dialogue,
-    code) on which perplexity and KL from the source model are measured. auto: all, 5k to 7k; on a CPU 512. 0: none."""
+    code) on which perplexity and KL from the source model are measured. auto: all, 5k to 7k; on a CPU 512. 0: none.
+    Whole rows of 512 tokens are taken, or one row of fewer."""
     retrieval: Retrieval = Retrieval()
     """Context lengths and depths of the tasks `passkey` and `needle`."""
     limit: int | None = Field(default=None, ge=1)
@@ -86,6 +87,13 @@ class Evaluate(Section):
     writes is 10% more perplexing to the converted model."""
     gate: bool | Literal["strict"] = False
     """Exit with code 4 when a loss beyond a margin is shown (strict: unless the opposite is shown)."""
+
+    @field_validator("domain_tokens")
+    @classmethod
+    def _a_row_has_something_to_predict(cls, tokens: int | str) -> int | str:
+        if tokens == 1:
+            raise ValueError("of a single token nothing is predicted; 0 measures none")
+        return tokens
 
     @field_validator("perplexity")
     @classmethod

@@ -6,6 +6,7 @@ import textwrap
 from ..run_folder import RunFolder
 from .formats import change, integer, number, plural, points, points_interval, smaller, stage, titled
 from .run_folder import Json
+from .sections.kv import how_long
 from .sections.verdict import HEADINGS
 
 WIDTH = 80
@@ -60,7 +61,7 @@ def _kv(report: Json) -> str:
     if not kv["ratio"]:
         return ""
     sizes = f"{integer(kv['bytes_per_token_before'])} -> {integer(kv['bytes_per_token_after'])} bytes per token"
-    return f"{sizes} ({smaller(kv['ratio'])})"
+    return f"{sizes} ({smaller(kv['ratio'])}{how_long(kv)})"
 
 
 def _verdict(report: Json, scope: str, measure: str) -> str:

@@ -9,13 +9,13 @@ import yaml
 from ..environment import command_line
 from ..files import read_json, stays_in, write_bytes
 from ..models.checkpoint import ELEMENT_SIZE, FLOATING
-from ..models.shape import shape_of
+from ..models.shape import long_cache, shape_of
 from ..models.writer import MANIFEST
 from ..run_folder import RECIPE
 from .formats import changed, count, groups_text, integer, model_name, number, percent, quoted, titled, to_yaml, unit_of
 from .model_index import eval_results
 from .run_folder import Json
-from .sections.kv import ratio
+from .sections.kv import how_long, ratio, with_ratio
 from .sections.next_step import next_of_model
 from .text import cell_in_markdown, fenced, guarded
 
@@ -102,6 +102,7 @@ def write_first_card(folder: Path, result: Json, source: Path) -> Path:
         source: folder of the source model.
     """
     kv = {f"bytes_per_token_{when}": size for when, size in result["kv_bytes_per_token"].items()}
+    kv["long_context"] = with_ratio(result.get("kv_bytes_of_long_context"))
     report = {"converted": result, "source": result["source"], "kv": kv, "command": command_line()}
     return write_model_card(folder, report, source_card(source))
 
@@ -132,6 +133,7 @@ def described(folder: Path, train: Json | None = None) -> Json:
         "kv": {
             "bytes_per_token_before": shape.kv_bytes_per_token(size, shape.num_layers),
             "bytes_per_token_after": shape.kv_bytes_per_token(size),
+            "long_context": with_ratio(long_cache(config, size, shape.kv_source_layers)),
         },
         "train": train,
     }
@@ -195,6 +197,7 @@ def _template() -> "jinja2.Template":
         finalize=lambda value: value if isinstance(value, _Fenced) else guarded(value),
     )  # fmt: skip
     filters: Json = {"count": count, "integer": integer, "changed": changed, "model_name": model_name, "ratio": ratio}
+    filters["how_long"] = how_long
     filters |= {"fenced": lambda text: _Fenced(fenced(text)), "quoted": lambda text: _Fenced(quoted(text))}
     env.filters |= filters | {"groups": groups_text}
     return env.get_template("model_card.md.j2")

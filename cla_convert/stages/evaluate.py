@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..console import warn
 from ..environment import cache_folder, pick_device
 from ..recipe import Recipe
 from ..results import Domains, KvCache, PointResult
@@ -63,6 +64,11 @@ def texts_of(recipe: Recipe, folder: RunFolder) -> "Texts":
     longest = Checkpoint.open(source).positions
     rows = torch.from_numpy(held_out_rows(store, recipe.train))[:, :longest]
     shared = settings.agreement_tokens
+    if shared > rows.numel():
+        warn(
+            f"eval.agreement_tokens is {shared}, but of held-out text there are {rows.numel()} tokens, which KL and "
+            "agreement are measured on (train.validation_tokens, data.held_out)"
+        )
     part = rows[: max(1, shared // rows.shape[1])] if shared else None
     prompts = unseen(settings.prompts, load_tokenizer(source), store.train) if settings.prompts else []
     domains = _domains(recipe, folder, store)

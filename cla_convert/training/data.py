@@ -33,7 +33,7 @@ __all__ = ["Sequences", "TokenStore", "calibration_rows", "held_out_rows", "prep
 _WIDER, _VARIED = 16, 1_000_000
 """A little calibration text is taken from so many times as much, up to a million tokens: a few rows each of many
 documents say more than all of a few. Sampled text is too dear for that."""
-_FORMAT = 7  # raise it when the same settings would give other tokens
+_FORMAT = 8  # raise it when the same settings would give other tokens
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from ..console import human_count, progress, say, warn
 from ..errors import InputError
 from ..recipe import TextSource
 from .sampling import SourceModel, about_samples, sampled
-from .sources import Document, documents, in_batches, name_of
+from .sources import SUFFIXES, Document, documents, in_batches, name_of, passed_over
 from .tokenise import ByShare, BySmallest, Side, Splitter, token_dtype
 
 
@@ -121,11 +121,19 @@ class Mixture:
         return sampled(self.model, self.tokenizer, source.generate, self.seed, wanted)
 
     def _about(self, source: TextSource) -> dict[str, Any]:
-        """What is known of a source beyond its name and weight."""
+        """What is known of a source beyond its name and weight; says which files of it are not read."""
         if source.generate is None:
-            return {"revision": source.revision}
+            return {"revision": source.revision, "passed_over": _passed_over(source)}
         assert self.model is not None
         return {"sampled": about_samples(self.model, self.tokenizer, source.generate, self.seed)}
+
+
+def _passed_over(source: TextSource) -> dict[str, int]:
+    """How many files of the source are not read, by ending; says so: a corpus read in part looks like a whole one."""
+    if unread := passed_over(source):
+        said = ", ".join(f"{count} {ending or 'without an ending'}" for ending, count in unread.items())
+        warn(f"{name_of(source)}: files that are not read: {said}. Supported: {', '.join(SUFFIXES)}")
+    return unread
 
 
 def shares(total: int, weights: list[float]) -> list[int]:

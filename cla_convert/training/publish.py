@@ -36,6 +36,8 @@ def result_of(
         "mfu": trainer.utilisation(position.tokens / position.seconds),
         "compiled": trainer.compiled,
         "objective": trainer.settings.loss,
+        "learning_rate": trainer.settings.learning_rate,  # what `auto` came to, as of the parts
+        "learning_rates": trainer.settings.learning_rates,
         "loss": position.loss,
         "first_loss": position.first_loss,
         "validation": [row for row in rows if "validation_perplexity" in row],

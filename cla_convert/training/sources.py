@@ -4,6 +4,7 @@ import glob
 import gzip
 import json
 import random
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,11 +109,25 @@ def local_files(source: TextSource) -> list[Path]:
                 f"Cannot read text from {str(path)!r}", "The kind of a file is told by its ending.", _SUPPORTED
             )
         return [path]
-    found = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))  # noqa: PTH207  (absolute too)
-    files = sorted(file for file in found if file.is_file() and file.name.endswith(SUFFIXES))
+    files = sorted(file for file in _all_files(path) if file.name.endswith(SUFFIXES))
     if not files:
         raise InputError(f"No text files at {source.path!r}", _why_nothing(path), _SUPPORTED)
     return files
+
+
+def passed_over(source: TextSource) -> dict[str, int]:
+    """How many files of a source's folder or glob are not read, by their endings; hidden ones do not count."""
+    if source.path is None:
+        return {}
+    path = Path(source.path).expanduser()
+    unread = (file for file in _all_files(path) if not file.name.startswith(".") and not file.name.endswith(SUFFIXES))
+    return dict(Counter(file.suffix for file in unread).most_common())
+
+
+def _all_files(path: Path) -> Iterator[Path]:
+    """The files in a folder at any depth, or those that a glob matches."""
+    found = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))  # noqa: PTH207  (absolute too)
+    return (file for file in found if file.is_file())
 
 
 _SUPPORTED = f"Supported: {', '.join(SUFFIXES)}; a file, a folder or a glob such as 'corpus/*.parquet'."
@@ -209,7 +224,8 @@ def _document(row: Any, source: TextSource, where: str) -> Iterator[Document]:
         )
     if text and not text.isspace():
         text = replaced(text, f"text of {name_of(source)}")
-        yield Document(text, str(row[source.document_field]) if source.document_field else text)
+        work = row[source.document_field] if source.document_field else None
+        yield Document(text, text if work is None else str(work))  # a row of no work is one by itself
 
 
 def _require(wanted: list[str], present: list[str], where: str) -> None:

@@ -242,7 +242,11 @@ def test_checkpoints_go_once_the_result_stands_unless_kept(work: Path, tmp_path:
     line = uptrain(work, out, steps=2, keep_checkpoints_after_success=True)
     run(line, log)
     assert checkpoints(out) == [2]
-    assert f"{out} exists" in run(line, log, code=3)
+    refused = run(line, log, code=3)
+    assert f"{out} exists" in refused
+    # What is to be removed is named, and never the folder that it lies in: a run's holds the converted model too.
+    made = [out, state(out) / "train.json", state(out) / "checkpoints"]
+    assert f"remove {' and '.join(map(str, made))} to train again" in " ".join(refused.split())
     # Killed between publishing and recording: the same line ends it, without training again.
     (state(out) / "train.json").unlink()
     assert "resuming from" in run(line, log) and len(rows(out)) == 4

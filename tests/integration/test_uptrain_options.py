@@ -141,7 +141,8 @@ def test_what_is_not_trained_stays_byte_for_byte(
 
 def test_each_part_is_trained_at_its_own_rate(work: Path, tiny_llama: Path, tmp_path: Path) -> None:
     settings = recipe(work, steps=1, learning_rates={"attention": 1e-2, "other": 1e-5}, warmup=0.0)
-    uptrain(work, tiny_llama, tmp_path, settings)
+    said = uptrain(work, tiny_llama, tmp_path, settings)
+    assert (said["learning_rate"], said["learning_rates"]) == (3e-3, {"attention": 1e-2, "other": 1e-5})
     before, after = load_file(work / "converted" / "model.safetensors"), weights(tmp_path)
     for name, tensor in after.items():
         if "_proj" in name:  # Adam's first step has the size of the learning rate, whatever the gradient's

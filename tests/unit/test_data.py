@@ -98,6 +98,27 @@ def test_few_works_are_held_out_without_reading_everything(tmp_path: Path, monke
     assert len(seen) < 15_000
 
 
+def test_a_row_of_no_work_is_a_document_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "works.jsonl"
+    rows = [{"text": f"part {i}", "work": "one" if i < 10 else None} for i in range(300)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    store = prepare(tmp_path, TextSource(path=str(path), document_field="work"))
+    share = len(texts(store.held_out)) / len(rows)
+    assert 0.1 < share < 0.3  # all rows of a work named None would fall on one side
+
+
+def test_files_of_a_folder_that_are_not_read_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus = tmp_path / "corpus"
+    for name in ("a.txt", "b.txt", "deep/c.csv", "d.csv", "e.jsonl.zst", "LICENCE", ".DS_Store"):
+        (corpus / name).parent.mkdir(parents=True, exist_ok=True)
+        (corpus / name).write_text(f"Text of {name}")
+    store = prepare(tmp_path, TextSource(path=str(corpus)))
+    assert store.info["sources"][0]["passed_over"] == {".csv": 2, ".zst": 1, "": 1}
+    assert "corpus: files that are not read: 2 .csv, 1 .zst, 1 without an ending. Supported" in capsys.readouterr().err
+    prepare(tmp_path, TextSource(path=str(corpus / "*.txt")))
+    assert "not read" not in capsys.readouterr().err  # nobody asked for more
+
+
 def test_no_more_tokens_than_asked_for(tmp_path: Path, table: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = prepare(tmp_path, TextSource(path=str(table)), tokens=1000, held_out_tokens=300)
     assert store.train.size == 1000 and store.held_out.size == 300

@@ -15,6 +15,7 @@ from cla_convert.evaluation.domains.pack import NAMES, WINDOW, documents, domain
 from cla_convert.evaluation.perplexity import token_perplexity
 from cla_convert.evaluation.texts import Texts, measure_texts
 from cla_convert.models.export import load_model
+from cla_convert.recipe import Evaluate
 from cla_convert.report.report import build_report
 from cla_convert.report.sections.domains import domain_advice
 from tests.conftest import byte_tokenizer, save_tiny_llama
@@ -45,6 +46,10 @@ def test_rows_hold_the_texts_and_a_cpu_reads_one_of_each():
     assert all((cpu[name][0, 1:] == whole[name][0, 1:]).all() for name in NAMES)
     assert domain_rows(tokenizer, 0, "cuda") == {}
     assert domain_rows(tokenizer, 1300, "cpu", positions=128)["web"].shape == (10, 128)
+    few = domain_rows(tokenizer, 100, "cuda", first=0)  # fewer than a row: a shorter one, and not none
+    assert all(rows.shape == (1, 100) and (rows == cpu[name][:, :100]).all() for name, rows in few.items()) and few
+    with pytest.raises(ValueError, match="nothing is predicted"):
+        Evaluate(domain_tokens=1)
 
 
 def words(seed: int, size: int, low: int, high: int) -> np.ndarray:

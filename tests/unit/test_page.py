@@ -210,6 +210,12 @@ def test_several_runs_lie_on_one_plot(run_dir: Path, tmp_path: Path):
     assert [row["kv_bytes_per_token"] for row in rows.values()] == [768.0, 384.0, 256.0, 384.0]
     assert [row["accuracy"] for row in rows.values()] == [0.6, 0.58, 0.58, None]
     assert not rows["different"]["comparable"]
+    assert [row["held_out"] for row in rows.values()] == [30.0, 32.0, None, None]
+    for folder, identity in ((run_dir, "a"), (smaller, "a"), (different, "b")):  # of the text, among others
+        path = folder / "eval" / "before" / "held_out.json"
+        write_json(path, json.loads(path.read_text()) | {"identity": identity})
+    report = build_report(run_dir, [smaller, different])
+    assert [row["held_out"] for row in report["runs"]] == [30.0, 32.0, 32.0, None]
     shown = Page((run_dir / "report.html").read_text())
     assert "measured differently" in shown.text and "Against other runs" in shown.text
     assert (run_dir / "pareto.png").read_bytes().startswith(b"\x89PNG")

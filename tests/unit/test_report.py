@@ -1,5 +1,6 @@
 """The report from a run folder of written files: right numbers, nothing invented, safe text, no heavy imports."""
 
+import html
 import importlib
 import json
 import math
@@ -11,8 +12,15 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cla_convert.conversion.plan import make_plan
 from cla_convert.errors import InputError
+from cla_convert.evaluation.comparison import write_comparison
+from cla_convert.evaluation.verdict import Margins
 from cla_convert.files import write_json
+from cla_convert.models.checkpoint import Checkpoint
+from cla_convert.models.fingerprint import fingerprint
+from cla_convert.models.shape import long_cache
+from cla_convert.recipe_file import load_recipe
 from cla_convert.report import section
 from cla_convert.report.bench_tables import at_equal_memory, speed_table
 from cla_convert.report.formats import groups_text, p_value
@@ -20,6 +28,7 @@ from cla_convert.report.last_lines import last_lines
 from cla_convert.report.model_card import front_matter, write_model_card
 from cla_convert.report.report import build_report
 from cla_convert.run_folder import RunFolder
+from tests.tiny import save_tiny, tiny_config
 from tests.unit.run_files import add_everything, bench_result, write_point, write_run
 
 CARD = "---\nlicense: apache-2.0\nlanguage: [en]\ntags: [chat]\nbase_model: somebody/else\n---\n# A model\n"
@@ -97,7 +106,8 @@ def test_an_undecided_mean_is_inconclusive_and_never_passed(run_dir: Path):
          "cla-convert run RUN/recipe.yaml --out RUN-kv75 --set convert.sharing=auto --set convert.kv_budget=0.75 --set "
          "convert.init=calibrated"),
         ("lower_rate", "The validation perplexity rose from 50 to 60: train with a lower learning rate.",
-         "cla-convert run RUN/recipe.yaml --out RUN-slower --set train.learning_rate=3e-4"),
+         "cla-convert run RUN/recipe.yaml --out RUN-slower --set train.learning_rate=9.3e-06 --set "
+         "'train.learning_rates={attention: 4.7e-05}'"),
         ("finish", "The run is not finished", "cla-convert run RUN/recipe.yaml --out RUN"),
     ],
 )  # fmt: skip
@@ -105,6 +115,7 @@ def test_one_next_step_by_the_state_of_the_run(run_dir: Path, state: str, words:
     values = {"another_map": [50.0, 33.1, 33.0], "lower_rate": [50.0, 55.0, 60.0]}.get(state, [50.0, 40.0, 33.0])
     rows = [{"step": i, "tokens": i, "validation_perplexity": value} for i, value in enumerate(values)]
     train = json.loads((run_dir / "train.json").read_text()) | {"validation": rows}
+    train |= {"learning_rate": 2.8e-5, "learning_rates": {"attention": 1.4e-4}}  # auto, at a width of 4096
     tokens = 5_000_000 if state in ("another_map", "lower_rate") else train["tokens"]
     write_json(run_dir / "train.json", train | {"tokens": tokens})
     if state in ("more_rows", "bench", "smaller_cache"):
@@ -117,10 +128,130 @@ def test_one_next_step_by_the_state_of_the_run(run_dir: Path, state: str, words:
     assert found["state"] == state and words in found["text"]
     assert found["command"] == command.replace("RUN", str(run_dir))
     for text in ((run_dir / "report.md").read_text(), (run_dir / "report.html").read_text()):
-        assert text.count("Next:") == 1 and found["command"] in text
+        assert text.count("Next:") == 1 and found["command"] in html.unescape(text)
     screen = last_lines(json.loads((run_dir / "report.json").read_text()), RunFolder(Path("runs/mine")))
     assert sum(line.startswith("Next ") for line in screen) == 1
     assert " ".join(line.strip().removesuffix(" \\") for line in screen).endswith(found["command"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "train", "sets"),
+    [
+        ({}, {"learning_rate": 3e-4, "learning_rates": {}}, ["train.learning_rate=0.0001"]),
+        ({"parameters": "attention"}, {"learning_rate": 2e-4, "learning_rates": {"attention": 9e-4}},
+         ["train.learning_rates={attention: 0.0003}"]),
+        ({"parameters": "shared"}, {"learning_rate": 2e-4, "learning_rates": {"shared": 3e-5, "other": 1.0}},
+         ["train.learning_rates={shared: 1e-05}"]),
+        ({"learning_rate": 0.003}, {}, ["train.learning_rate=0.001"]),  # of a run that did not record it
+        ({"learning_rate": "auto"}, {}, None),
+    ],
+)  # fmt: skip
+def test_lower_rates_are_lower_than_those_that_were_used(run_dir: Path, settings: dict, train: dict, sets: list | None):
+    recipe = yaml.safe_load((run_dir / "recipe.yaml").read_text())
+    recipe["train"] |= settings
+    (run_dir / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    rows = [{"step": i, "tokens": i, "validation_perplexity": value} for i, value in enumerate((50.0, 60.0))]
+    known = json.loads((run_dir / "train.json").read_text()) | {"tokens": 5_000_000, "validation": rows}
+    write_json(run_dir / "train.json", known | train)
+    found = build_report(run_dir)["next"]
+    assert found["state"] == "lower_rate"
+    if sets is None:
+        assert found["command"] is None and "not recorded" in found["text"]
+        return
+    words = shlex.split(found["command"])
+    assert [words[i + 1] for i, word in enumerate(words) if word == "--set"] == sets
+    load_recipe(None, sets)  # as the command line reads them
+
+
+def test_more_rows_names_only_what_changes_something(run_dir: Path):
+    """Held-out text is cut when the run begins; what is measured on it all has no more in this run."""
+    set_eval(run_dir, perplexity_margin=0.5, margin=0.5, agreement_tokens=1024, kl_margin=0.1)
+    write_json(
+        run_dir / "eval" / "after" / "agreement.json",
+        {"kl": 0.1, "top1": 0.9, "ci95": {"kl": [0.05, 0.15]}, "tokens": 9},
+    )
+
+    def next_of(**train: int) -> tuple[str, list[str]]:
+        recipe = yaml.safe_load((run_dir / "recipe.yaml").read_text())
+        recipe["train"] |= train
+        (run_dir / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        report = build_report(run_dir)
+        assert report["next"]["state"] == "more_rows", report["judged"]
+        words = shlex.split(report["next"]["command"] or "")
+        return report["next"]["text"], words[4:]
+
+    # 64 rows of 65 tokens were asked for, and are there.
+    run = str(run_dir)
+    assert next_of(validation_tokens=4160, sequence_length=65) == (
+        "Evaluate on more text for the KL to tell.", [run, "--set", "eval.agreement_tokens=4160"]
+    )  # fmt: skip
+    set_eval(run_dir, agreement_tokens=4160)
+    text, words = next_of()
+    assert "takes a new run with more held-out text (train.validation_tokens)" in text
+    assert words == [f"{run}-longer", "--set", "train.validation_tokens=33280"]
+    assert next_of(validation_tokens=9000) == (
+        "What this run can measure was measured; to tell takes a new run with more held-out text (there is no more in "
+        "the data: more documents, or data.held_out).", []
+    )  # fmt: skip
+
+
+def test_limits_are_lifted_where_they_cut_something(run_dir: Path):
+    set_eval(run_dir, perplexity_margin=0.5, limit=100)
+
+    def sets(**task: object) -> list[str]:
+        for point in ("before", "after"):
+            path = run_dir / "eval" / point / "results.json"
+            result = json.loads(path.read_text())
+            result["specification"]["tasks"]["piqa"] |= task
+            write_json(path, result)
+        command = build_report(run_dir)["next"]["command"]
+        return [word for word in shlex.split(command or "") if word.startswith("eval.")]
+
+    assert sets(limit=100) == ["eval.limit=null"]
+    assert sets(limit=300) == ["eval.offline_pack=false"]  # of a limit that cuts nothing
+    assert sets(limit=300, source="lm-eval") == []  # the whole set was measured
+    assert "to tell takes more tasks (eval.tasks)" in build_report(run_dir)["next"]["text"]
+
+
+def test_what_was_measured_on_another_model_is_said(run_dir: Path):
+    model = run_dir / "uptrained"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"first")
+    for point in ("before", "after"):
+        path = run_dir / "eval" / point / "results.json"
+        write_json(path, json.loads(path.read_text()) | {"model_fingerprint": fingerprint(model)})
+    set_eval(run_dir, perplexity_margin=0.5, margin=0.5)
+    write_comparison(run_dir, margins=Margins(0.5, 0.5, 0.1), seed=3)
+    report = build_report(run_dir)
+    assert report["stale"] == [] and report["gate"]["passed"]
+    (model / "model.safetensors").write_bytes(b"trained again")
+    report = build_report(run_dir)
+    assert report["stale"] == ["after"] and report["gate"]["state"] == "failed"
+    assert report["verdict"].startswith("MEASURED ON ANOTHER MODEL") and "made anew" in " ".join(report["caveats"])
+    assert report["next"]["state"] == "finish" and report["next"]["command"].endswith(f"--out {run_dir}")
+    assert "MEASURED ON ANOTHER MODEL" in (run_dir / "report.md").read_text()
+
+
+def test_a_windowed_model_says_at_which_context_its_cache_is_smaller(run_dir: Path, tmp_path: Path):
+    sources = [0, 0, 2, 3, 3, 5]  # layers 2 and 5 see everything, the others 8 tokens
+    checkpoint = Checkpoint.open(save_tiny("gemma3", tmp_path / "gemma"))
+    long = make_plan(checkpoint, sharing=sources, init="mean").to_json()["kv_bytes_of_long_context"]
+    before, after = 128 * (4 * 8 + 2 * 512), 128 * (2 * 8 + 2 * 512)
+    assert long == {"window": 8, "tokens": 512, "before": before, "after": after}
+    convert = json.loads((run_dir / "convert.json").read_text())
+    write_json(run_dir / "convert.json", convert | {"kv_bytes_of_long_context": long})
+    report = build_report(run_dir)
+    assert report["kv"]["long_context"]["ratio"] == pytest.approx(before / after)
+    words = "up to 8 tokens, the window of its sliding layers; 1.02x smaller at 512"
+    write_model_card(tmp_path, report)
+    for text in (
+        (run_dir / "report.md").read_text(),
+        (tmp_path / "README.md").read_text(),
+        " ".join("\n".join(last_lines(report, RunFolder(run_dir))).split()),
+    ):
+        assert words in text
+    assert "bytes at 512 tokens, computed (sliding layers keep 8)" in (run_dir / "report.md").read_text()
+    assert long_cache(tiny_config("llama").to_dict(), 4, sources) is None
 
 
 def test_the_command_of_a_next_step_can_be_given_to_a_shell(tmp_path: Path):

@@ -14,6 +14,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from cla_convert.errors import InputError, UsageError
+from cla_convert.evaluation.harness import check_tasks
 from cla_convert.evaluation.prepare import prepare
 from cla_convert.evaluation.quiet import quiet
 from cla_convert.evaluation.stock_tasks import manager_for
@@ -132,6 +133,33 @@ def test_preparing_freezes_what_is_measured_and_respects_the_limit():
 def test_a_task_may_have_its_own_limit():
     found = prepare(Evaluate(tasks=["piqa", "wikitext"], limit=6, limits={"wikitext": 2}), seed=0)
     assert {task.name: task.frozen["n"] for task in found} == {"piqa": 6, "wikitext": 2}
+
+
+@pytest.fixture
+def tagged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A tag and a group over rows of the pack, beside the stock tasks."""
+    for name in ("red", "blue", "inner"):
+        tag = "tag: colours\n" if name != "inner" else ""
+        (tmp_path / f"{name}.yaml").write_text(f"include: {pack.FOLDER / 'piqa.yaml'}\ntask: {name}\n{tag}")
+    (tmp_path / "outer.yaml").write_text("group: outer\ntask: [inner]\n")
+    original = TaskManager.__init__
+
+    def init(self, include_path=None, include_defaults=True):
+        original(self, include_path=[str(tmp_path), *(include_path or [])], include_defaults=False)
+
+    monkeypatch.setattr(TaskManager, "__init__", init)
+
+
+@pytest.mark.usefixtures("tagged")
+def test_the_limit_of_a_tag_is_that_of_its_tasks(capsys: pytest.CaptureFixture[str]):
+    spec = Evaluate(tasks=["colours", "piqa", "outer"], limit=6, limits={"colours": 3, "red": 2, "outer": 4})
+    assert {task.name: task.frozen["n"] for task in prepare(spec, seed=0)} == {
+        "blue": 3, "red": 2, "piqa": 6, "outer": 4,
+    }  # fmt: skip
+    check_tasks(spec)
+    assert "eval.limits" not in capsys.readouterr().err
+    check_tasks(spec.model_copy(update={"limits": {"inner": 2, "green": 1}}))  # a group has one limit
+    assert "not evaluated by themselves: green, inner" in capsys.readouterr().err
 
 
 def test_few_shot_examples_depend_on_the_seed_only():

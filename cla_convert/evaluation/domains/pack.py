@@ -25,7 +25,7 @@ def domain_rows(
     first: int | None = None,
     positions: int | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Rows of token ids [n, WINDOW] of each domain, shorter where the model knows fewer positions.
+    """Rows of token ids [n, WINDOW] of each domain, shorter where the model knows fewer positions or less is asked for.
 
     Args:
         tokenizer: the source model's.
@@ -34,10 +34,10 @@ def domain_rows(
         first: what every row begins with in place of its own first token: BOS where the tokenizer puts one in front.
         positions: that the model knows at most.
     """
-    length = min(WINDOW, positions or WINDOW)
     limit = (ON_CPU if device == "cpu" else None) if tokens == "auto" else tokens
-    if limit is not None and limit < length:
+    if limit == 0:
         return {}
+    length = min(WINDOW, positions or WINDOW, limit or WINDOW)
     return {name: _rows(name, tokenizer, length, first)[: limit and limit // length] for name in NAMES}
 
 

@@ -73,6 +73,10 @@ def _training_caveats(run: RunFiles) -> list[str]:
             "fall below the source's. Only a source model trained on the same tokens (train.control: true) separates "
             "the two."
         )
+    for source in (run.train.get("data") or {}).get("sources", []):
+        if unread := source.get("passed_over"):
+            kinds = ", ".join(f"{n} {ending or 'without an ending'}" for ending, n in unread.items())
+            found.append(f"Of the text in {source['name']} these files were not read: {kinds}.")
     tokens = run.train.get("tokens")
     if tokens and tokens < 10_000_000:
         found.append(f"{count(tokens)} training tokens show that the path works; recovery takes far more.")

@@ -11,7 +11,11 @@ from ..text import code
 
 
 def collect(material: Material, report: Json) -> Json:
-    """kv {bytes_per_token_before, bytes_per_token_after, ratio, measured_..., ...}."""
+    """kv {bytes_per_token_before, bytes_per_token_after, ratio, measured_..., ...}.
+
+    long_context {window, tokens, before, after, ratio}: of a model with sliding windows, whose `ratio` holds for
+    contexts within the window; else None.
+    """
     run = material.run
     computed: Any = run.convert.get("kv_bytes_per_token") or {}
     before = run.kv_cache.get("before", {})
@@ -38,12 +42,25 @@ def collect(material: Material, report: Json) -> Json:
             ("measured_bytes_ratio", "measured_bytes"),
         )
     }  # fmt: skip
-    return {"kv": kv | ratios}
+    return {"kv": kv | ratios | {"long_context": with_ratio(run.convert.get("kv_bytes_of_long_context"))}}
 
 
 def ratio(before: float | None, after: float | None) -> float | None:
     """How many times smaller; None unless both are known."""
     return before / after if before and after else None
+
+
+def with_ratio(long: Json | None) -> Json | None:
+    """The cache of a long context (models/shape.py), and how many times smaller it is."""
+    return {**long, "ratio": ratio(long["before"], long["after"])} if long else None
+
+
+def how_long(kv: Json) -> str:
+    """What stands behind `1.83x smaller`: ` up to 512 tokens, the window; 1.25x smaller at 32,768`."""
+    if not (long := kv.get("long_context")):
+        return ""
+    window = f" up to {integer(long['window'])} tokens, the window of its sliding layers"
+    return f"{window}; {smaller(long['ratio'])} at {integer(long['tokens'])}"
 
 
 def show(report: Json) -> Sequence[Block]:
@@ -59,6 +76,7 @@ def show(report: Json) -> Sequence[Block]:
         row("bytes per token, computed", "bytes_per_token", "ratio"),
         row("bytes per token, measured", "measured_bytes_per_token", "measured_ratio"),
         row(f"live bytes at {kv['measured_tokens'] or '-'} tokens", "measured_bytes", "measured_bytes_ratio"),
+        *_long(kv["long_context"]),
         row("layers that cache", "cached_layers"),
         Row(["number format", kv["dtype_before"] or "-", kv["dtype_after"] or "-", ""]),
     ]
@@ -70,6 +88,13 @@ def show(report: Json) -> Sequence[Block]:
         ", at two lengths.",
     ]
     return [Table(columns, rows), Paragraph(measured, "note")]
+
+
+def _long(long: Json | None) -> list[Row]:
+    if not long:
+        return []
+    name = f"bytes at {integer(long['tokens'])} tokens, computed (sliding layers keep {integer(long['window'])})"
+    return [Row([name, integer(long["before"]), integer(long["after"]), smaller(long["ratio"])])]
 
 
 register(Section("kv", place=50, title="KV cache", collect=collect, show=show))

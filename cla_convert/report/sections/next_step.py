@@ -38,6 +38,8 @@ def choose(report: Json, run: RunFiles) -> Json:
         if report["compared"]:
             text = "Nothing that has a margin was measured: name tasks in eval.tasks, and evaluate again."
         return _step(run, "finish", text)
+    if report["compared"] in report["stale"]:
+        return _step(run, "finish", "The model is not the one that was measured: the same command measures it anew.")
     if status == "within_margin":
         return _more_saved(report, run)
     if status == "inconclusive":
@@ -73,11 +75,28 @@ def _lower_rate(report: Json, run: RunFiles, found: Json) -> Json:
         trained = count(report["train"]["tokens"])
         text = f"Train on more tokens: in {trained} the validation perplexity {rose}, too few to settle."
         return _trained_on(run, "more_tokens", text, _RECOVERS)
-    settings = run.recipe.get("train") or {}
-    rate = settings.get("learning_rate")
-    lower = f"{rate / 3:.2g}" if isinstance(rate, float) else "3e-4"
     text = f"The validation perplexity {rose}: train with a lower learning rate."
-    return _step(run, "lower_rate", text, "slower", f"train.learning_rate={lower}")
+    if not (sets := _third_of_rates(report["train"], run.recipe.get("train") or {})):
+        text = f"The validation perplexity {rose}: train with a lower train.learning_rate; what it was is not recorded."
+        return {"state": "lower_rate", "text": text, "command": None}
+    return _step(run, "lower_rate", text, "slower", *sets)
+
+
+_TRAINED = {"all": ("shared", "attention", "other"), "attention": ("shared", "attention"), "shared": ("shared",)}
+"""What is trained (train.parameters) -> its parts (training/optimizer.py)."""
+
+
+def _third_of_rates(train: Json, settings: Json) -> list[str]:
+    """A third of the peak rates that were used, of those that anything was trained at; empty where none is known."""
+    used, rates = train.get("learning_rate", settings.get("learning_rate")), train.get("learning_rates")
+    rates = (settings.get("learning_rates") or {}) if rates is None else rates
+    if not isinstance(used, float):
+        return []
+    trained = _TRAINED.get(settings.get("parameters", "all"), ())
+    names = {part if part in rates or part != "shared" else "attention" for part in trained}
+    parts = ", ".join(f"{name}: {rate / 3:.2g}" for name, rate in rates.items() if name in names)
+    sets = [f"train.learning_rate={used / 3:.2g}"] if not names <= rates.keys() else []
+    return [*sets, f"train.learning_rates={{{parts}}}"] if parts else sets
 
 
 def _another_map(report: Json, run: RunFiles, found: Json) -> Json:
@@ -108,25 +127,80 @@ def _more_saved(report: Json, run: RunFiles) -> Json:
 
 
 def _more_rows(report: Json, run: RunFiles) -> Json:
-    """More of what the undecided measures are measured on; all of it can be added to the same run."""
+    """More of what the undecided measures are measured on: in the same run, or what a new one would need."""
     undecided = [row for row in report["judged"] if row["verdict"] == "inconclusive"]
-    settings, sets, parts = run.recipe.get("eval") or {}, [], []
-    if any(row["measure"] == "kl" for row in undecided):
-        sets.append(f"eval.agreement_tokens={8 * int(settings.get('agreement_tokens') or 8192)}")
-        parts.append("more text for the KL")
-    if any(row["measure"] == "perplexity" for row in undecided):
-        parts.append("longer texts (eval.perplexity, and all pages of wikitext)")
-        sets += ["eval.limits={}"] if settings.get("limits") else []
-    if mean := next((row for row in undecided if row["measure"] == "accuracy"), None):
-        parts.insert(0, "more rows" + _rows_needed(mean, report["mean_accuracy"]))
-        if settings.get("limit") or settings.get("limits"):
-            sets += ["eval.limit=null", *([] if "eval.limits={}" in sets else ["eval.limits={}"])]
-        elif settings.get("offline_pack", True) and not settings.get("task_data"):
-            sets.append("eval.offline_pack=false")
-    text = f"Evaluate on {', '.join(parts) or 'more'} to tell."
     if not undecided:
-        text = "Something could not be compared (see the caveats): evaluate again."
-    return _step(run, "more_rows", text, "", *sets)
+        return _step(run, "more_rows", "Something could not be compared (see the caveats): evaluate again.")
+    found = [_more_of(row, report, run) for row in undecided]
+    sets = list(dict.fromkeys(one for _, sets in found for one in sets))
+    if sets:
+        words = dict.fromkeys(words for words, sets in found if sets)
+        return _step(run, "more_rows", f"Evaluate on {', '.join(words)} to tell.", "", *sets)
+    wanted = ", ".join(dict.fromkeys(words for words, _ in found))
+    text = f"What this run can measure was measured; to tell takes {wanted}."
+    if all(row["scope"] == "held_out" for row in undecided) and (asked := _asked(run)) <= _held_out_tokens(run):
+        return _step(run, "more_rows", text, "longer", f"train.validation_tokens={8 * asked}")
+    return {"state": "more_rows", "text": text, "command": None}
+
+
+def _more_of(row: Json, report: Json, run: RunFiles) -> tuple[str, list[str]]:
+    """More of what a measure is measured on, in words, and the settings that bring it; none where none would."""
+    settings = run.recipe.get("eval") or {}
+    if row["measure"] == "accuracy":
+        mean = report["mean_accuracy"]
+        if sets := _unlimited(run, mean["tasks"]) or _full_sets(run, mean["tasks"]):
+            return "more rows" + _rows_needed(row, mean), sets
+        return "more tasks (eval.tasks)", []
+    if row["measure"] == "kl":
+        now, most = int(settings.get("agreement_tokens") or 8192), _held_out_tokens(run)
+        if now < most:
+            return "more text for the KL", [f"eval.agreement_tokens={min(8 * now, most)}"]
+    if row["scope"] == "held_out":
+        short = _asked(run) > _held_out_tokens(run)
+        how = "there is no more in the data: more documents, or data.held_out" if short else "train.validation_tokens"
+        return f"a new run with more held-out text ({how})", []
+    if row["scope"] in report["tasks"]:
+        sets = _unlimited(run, [row["scope"]]) or _full_sets(run, [row["scope"]])
+        return f"all of {row['scope']}" if sets else f"text files beside {row['scope']} (eval.perplexity)", sets
+    return f"a longer text than {row['scope']} (eval.perplexity)", []
+
+
+def _held_out_tokens(run: RunFiles) -> int:
+    """Held-out text of the run, in tokens: what was asked for, or what there was."""
+    scored = run.held_out.get("before", {})
+    there = (scored.get("tokens") or _asked(run)) + len(scored.get("windows") or [])  # the first of a row is not scored
+    return min(_asked(run), there)
+
+
+def _asked(run: RunFiles) -> int:
+    """Held-out text that was asked for, in whole rows."""
+    train = run.recipe.get("train") or {}
+    tokens, row = int(train.get("validation_tokens") or 32_768), int(train.get("sequence_length") or 1024)
+    return max(1, tokens // row) * row
+
+
+def _unlimited(run: RunFiles, tasks: Sequence[str]) -> list[str]:
+    """Settings that lift the limits under which tasks were measured, where these cut something."""
+    settings, specification = run.recipe.get("eval") or {}, _specification(run, tasks)
+    cut = [one for one in specification if one.get("limit") and one["n"] >= one["limit"] and not _whole_pack(one)]
+    if not cut:
+        return []
+    return [f"eval.{name}={none}" for name, none in (("limit", "null"), ("limits", "{}")) if settings.get(name)]
+
+
+def _full_sets(run: RunFiles, tasks: Sequence[str]) -> list[str]:
+    """The setting that replaces the samples of the offline pack; its wikitext is whole."""
+    sampled = [one for one in _specification(run, tasks) if one.get("source") == "offline pack"]
+    return ["eval.offline_pack=false"] if sampled and tasks != ["wikitext"] else []
+
+
+def _specification(run: RunFiles, tasks: Sequence[str]) -> list[Json]:
+    known = run.results.get("before", {}).get("specification", {}).get("tasks", {})
+    return [known[task] for task in tasks if task in known]
+
+
+def _whole_pack(task: Json) -> bool:
+    return task.get("source") == "offline pack" and task["n"] >= _PACK
 
 
 def _rows_needed(row: Json, mean: Json) -> str:

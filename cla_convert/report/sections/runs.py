@@ -20,7 +20,7 @@ def collect(material: Material, report: Json) -> Json:
     Rows of label, point, sharing, init, tokens, kv_bytes_per_token, accuracy, ci95, held_out and comparable. Accuracy
     is over the tasks of the first run, and None where a run was measured under another specification (comparable:
     false) or not at all. ci95 is the source's accuracy plus the interval of the paired difference from it, within 0
-    to 1.
+    to 1. held_out is None where the run's held-out text is not that of the first run.
     """
     if not material.others:
         return {"runs": []}
@@ -35,6 +35,8 @@ def _row(material: Material, run: RunFiles, label: str, point: str | None, summa
     hashes = [one.results.get("before", {}).get("specification_hash") for one in (run, material.run)]
     comparable = None not in hashes and hashes[0] == hashes[1]
     converted = point != "before"
+    texts = [one.held_out.get("before", {}).get("identity") for one in (run, material.run)]
+    same_text = run is material.run or (texts[0] is not None and texts[0] == texts[1])
     return {
         "label": label,
         "point": point,
@@ -44,7 +46,7 @@ def _row(material: Material, run: RunFiles, label: str, point: str | None, summa
         "kv_bytes_per_token": run.kv_cache.get(point or "", {}).get("bytes_per_token") or computed,
         "accuracy": mean_at(run, summary, point) if point and comparable else None,
         "ci95": _interval(material, run, summary) if converted and comparable else None,
-        "held_out": run.held_out.get(point or "", {}).get("perplexity"),
+        "held_out": run.held_out.get(point or "", {}).get("perplexity") if same_text else None,
         "comparable": comparable,
     }
 

@@ -6,6 +6,7 @@ from ..content import Block, Tile, Tiles
 from ..formats import change, count, duration, integer, number, percent, points, points_interval, times, titled
 from ..run_folder import Json
 from ..section import Section, register
+from .kv import how_long
 from .verdict import TONES
 
 
@@ -15,7 +16,7 @@ def show(report: Json) -> Sequence[Block]:
     tiles = []
     if (kv := report["kv"])["ratio"]:
         sizes = f"{integer(kv['bytes_per_token_before'])} \u2192 {integer(kv['bytes_per_token_after'])} bytes per token"
-        tiles.append(Tile("KV cache", times(kv["ratio"]), f"smaller: {sizes}"))
+        tiles.append(Tile("KV cache", times(kv["ratio"]), f"smaller{how_long(kv)}: {sizes}"))
     if mean := report["mean_accuracy"]:
         more = f"{percent(mean['before'])}% \u2192 {percent(mean['after'])}%, 95% CI {points_interval(mean['ci95'])}"
         tiles.append(Tile("Accuracy, points", points(mean["delta"]), more, tones.get(("mean", "accuracy"), "")))

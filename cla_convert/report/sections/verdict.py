@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from ...evaluation.gate import amount, reason_in_words
+from ...evaluation.stale import stale_points
 from ...evaluation.verdict import NOT_MEASURED
 from ..content import Block, Bullets, Paragraph
 from ..formats import change, number, plural, stage, titled
@@ -18,16 +19,20 @@ HEADINGS = {
 }
 TONES = {"within_margin": "good", "margin_broken": "bad", "inconclusive": "unsure", "not_measured": "unsure"}
 _WORDS = {"within_margin": "within", "margin_broken": "worse", "inconclusive": "cannot tell"}
+_OTHER_MODEL = "MEASURED ON ANOTHER MODEL than the one that is there now."
 WORST_FIRST = ("margin_broken", "inconclusive", "within_margin")
 
 
 def collect(material: Material, report: Json) -> Json:
-    """verdict (a sentence or two to quote), status, judged, gate, margins."""
+    """verdict (a sentence or two to quote), status, judged, gate, margins; stale: points measured on other models."""
     found = material.comparison
     judged = [row | {"text": _measure(row, report)} for row in found["judged"]]
     gate = found["gate"]
+    stale = stale_points(material.run.files)
+    said = sentence(found["status"], judged, found["compared"])
     return {
-        "verdict": sentence(found["status"], judged, found["compared"]),
+        "verdict": f"{_OTHER_MODEL} {said}" if found["compared"] in stale else said,
+        "stale": stale,
         "status": found["status"],
         "compared": found["compared"],
         "judged": judged,
@@ -86,6 +91,8 @@ def show(report: Json) -> Sequence[Block]:
     items: list[Text] = [[tag(_WORDS[row["verdict"]], TONES[row["verdict"]]), " ", row["text"]] for row in rows]
     heading = HEADINGS[report["status"]] + (f", {stage(report['compared'])}" if report["compared"] else "")
     blocks: list[Block] = [Paragraph(strong(heading))]
+    if report["compared"] in report["stale"]:
+        blocks.append(Paragraph(f"{_OTHER_MODEL} Evaluate it again."))
     if items:
         blocks.append(Bullets(items, "judged"))
     else:
