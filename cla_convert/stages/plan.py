@@ -58,6 +58,7 @@ def plan_of(recipe: Recipe, folder: RunFolder) -> "Plan":
         checkpoint,
         sharing=choice.kv_source_layers if choice else recipe.convert.sharing,
         init=recipe.convert.init,
+        kv_heads=recipe.convert.kv_heads,
         dtype=recipe.source.dtype,
         calibration_tokens=calibration_tokens(recipe, checkpoint.folder, pick_device(recipe.device)),
         choice=choice,
@@ -80,13 +81,12 @@ def _choice(recipe: Recipe, folder: RunFolder, checkpoint: "Checkpoint") -> "Cho
 def _check_memory(recipe: Recipe, folder: RunFolder, the_plan: "Plan") -> None:
     """Say what training will need. Raises InputError, with what does fit, if the device has less."""
     from ..models.checkpoint import Checkpoint
-    from ..models.export import cla_config
     from ..training.micro_batch import forecast
 
     if not recipe.train.tokens:
         return
     source, teacher = (Checkpoint.open(find(recipe)).config for find in (folder.source, folder.teacher))
-    students = {folder.training.model: cla_config(source, the_plan.family, the_plan.kv_source_layers, the_plan.dtype)}
+    students = {folder.training.model: the_plan.config(source)}
     students |= {folder.control.model: source} if recipe.train.needs_control else {}
     for model, student in students.items():
         if not model.exists():  # else it was trained, perhaps on another machine

@@ -8,6 +8,7 @@ from pathlib import Path
 from ...effort import Effort
 from ...models.checkpoint import Checkpoint
 from ...models.families import Family
+from ...models.shape import shape_of
 from ..initialisation import INITIALISATIONS, Initialisation
 from ..layer_patch import LayerPatch
 from ..sharing import groups_of
@@ -38,14 +39,15 @@ class Calibrated(Initialisation):
             if place := family.place(name):
                 layers[place.layer] += info.numel
                 attention[place.layer] += info.numel * bool(place.module)
-        groups = (sum(attention[layer] for layer in group) for group in groups_of(sources) if len(group) > 1)
+        alone = any(tensor.heads > 1 for tensor in tensors)  # a layer alone is pooled, too
+        groups = (sum(attention[layer] for layer in group) for group in groups_of(sources) if len(group) > 1 or alone)
         return max(6 * max(layers.values()), 36 * max(groups, default=0))
 
     def patches(
-        self, checkpoint: Checkpoint, sources: list[int], text: CalibrationText | None, spill: Path
+        self, checkpoint: Checkpoint, sources: list[int], kv_heads: int, text: CalibrationText | None, spill: Path
     ) -> Iterator[LayerPatch]:
-        """One for every layer; none where no layer shares."""
-        if len(set(sources)) == len(sources):
+        """One for every layer; none where no layer and no head shares."""
+        if len(set(sources)) == len(sources) and kv_heads == shape_of(checkpoint.config).num_key_value_heads:
             return iter(())
         from ..calibration import calibrated_pooling
 
@@ -55,7 +57,7 @@ class Calibrated(Initialisation):
             effort = replace(effort, steps=text.steps)
         return calibrated_pooling(
             checkpoint, checkpoint.config, sources, text.tokens, device=text.device, seed=text.seed, effort=effort,
-            spill=spill,
+            spill=spill, kv_heads=kv_heads,
         )  # fmt: skip
 
 
