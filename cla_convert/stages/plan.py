@@ -15,9 +15,6 @@ if TYPE_CHECKING:
     from ..conversion.plan import Plan
     from ..models.checkpoint import Checkpoint
 
-DEFAULT_BUDGET = 0.5
-"""Of `sharing: auto`."""
-
 
 def plan(recipe: Recipe, folder: RunFolder) -> PlanResult:
     """Plan the conversion, and say what training will need.
@@ -70,12 +67,14 @@ def _choice(recipe: Recipe, folder: RunFolder, checkpoint: "Checkpoint") -> "Cho
     if recipe.convert.sharing != "auto":
         return None
     from ..conversion.auto import choose
-    from ..models.shape import shape_of
+    from ..conversion.kv_heads import check_kv_heads
+    from ..conversion.supported import check_convertible
 
+    family, shape, _ = check_convertible(checkpoint)
+    heads = check_kv_heads(recipe.convert.kv_heads, family, shape)
     looks_at = calibration(recipe, folder)
     assert looks_at is not None, "the recipe's schema wants `init: calibrated` here"
-    budget = DEFAULT_BUDGET if recipe.convert.kv_budget is None else recipe.convert.kv_budget
-    return choose(checkpoint, shape_of(checkpoint.config).kinds, budget, looks_at, cache_folder() / "damage")
+    return choose(checkpoint, shape, heads, recipe.convert.kv_budget, looks_at, cache_folder() / "damage")
 
 
 def _check_memory(recipe: Recipe, folder: RunFolder, the_plan: "Plan") -> None:

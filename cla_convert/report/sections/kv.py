@@ -14,6 +14,7 @@ def collect(material: Material, report: Json) -> Json:
     """kv {bytes_per_token_before, bytes_per_token_after, ratio, measured_..., ...}."""
     run = material.run
     computed: Any = run.convert.get("kv_bytes_per_token") or {}
+    heads: Any = run.convert.get("kv_heads") or {}
     before = run.kv_cache.get("before", {})
     after = run.kv_cache.get("after") or run.kv_cache.get("converted") or {}
     kv = {
@@ -25,6 +26,8 @@ def collect(material: Material, report: Json) -> Json:
         "measured_bytes_per_token_after": after.get("bytes_per_token"),
         "layer_bytes_per_token_after": after.get("layer_bytes_per_token"),
         "measured_tokens": after.get("tokens") or before.get("tokens"),
+        "heads_before": heads.get("before"),
+        "heads_after": heads.get("after"),
         "cached_layers_before": before.get("cached_layers"),
         "cached_layers_after": after.get("cached_layers"),
         "dtype_before": before.get("dtype"),
@@ -60,6 +63,7 @@ def show(report: Json) -> Sequence[Block]:
         row("bytes per token, measured", "measured_bytes_per_token", "measured_ratio"),
         row(f"live bytes at {kv['measured_tokens'] or '-'} tokens", "measured_bytes", "measured_bytes_ratio"),
         row("layers that cache", "cached_layers"),
+        *([row("KV heads of a layer", "heads")] if kv["heads_before"] != kv["heads_after"] else []),
         Row(["number format", kv["dtype_before"] or "-", kv["dtype_after"] or "-", ""]),
     ]
     measured = [
