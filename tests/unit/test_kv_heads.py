@@ -11,11 +11,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cla_convert.conversion.auto import choose
+from cla_convert.conversion.candidates import measure_maps
 from cla_convert.conversion.convert import convert
 from cla_convert.conversion.head_matching import group_heads, match_heads
 from cla_convert.conversion.kv_heads import check_kv_heads
 from cla_convert.conversion.plan import make_plan
+from cla_convert.conversion.search import candidate_groups, choose_map
+from cla_convert.conversion.sensitivity import Search, measure_sensitivity
 from cla_convert.conversion.text import CalibrationText
+from cla_convert.effort import Effort
 from cla_convert.errors import InputError, UsageError
 from cla_convert.evaluation.cache import measure_kv_cache
 from cla_convert.models.checkpoint import Checkpoint
@@ -246,3 +251,33 @@ def test_no_swap_of_two_heads_would_keep_more() -> None:
         swapped = [list(group) for group in groups]
         swapped[a][i], swapped[b][j] = groups[b][j], groups[a][i]
         assert kept(swapped) <= kept(groups) + 1e-9
+
+
+def test_a_map_is_measured_with_the_heads_it_will_have(tmp_path: Path) -> None:
+    """Layers that pool their heads cost something alone: here nothing but for layer 3, whose heads differ."""
+    model = source_model("llama", num_key_value_heads=4)
+    attention = model.model.layers[3].self_attn
+    kept = {name: tensor.clone() for name, tensor in attention.state_dict().items()}
+    plant_heads(model, GROUPS)
+    attention.load_state_dict(kept)
+    source = save(model, tmp_path / "source")
+    search = Search(largest=2, probe_rows=3, effort=Effort(0, 64), fit_tokens=9 * 32)
+    table = measure_sensitivity(source, source.config, ["full"] * 6, TOKENS, search=search, kv_heads=2)
+    assert [entry.layers for entry in table] == candidate_groups(["full"] * 6, 2, 1)
+    costs = {entry.layers: entry.kl for entry in table}
+    alone = [costs[layer,] for layer in range(6)]
+    assert max(alone[:3] + alone[4:]) < 1e-4 * alone[3]
+    assert choose_map({(0,): 5.0, (1,): 5.0, (0, 1): 1.0}, ["full"] * 2, 2) == [0, 0]
+    (whole,) = measure_maps(source, source.config, [[*range(6)]], TOKENS, search=search, kv_heads=2)
+    assert whole.kl == pytest.approx(alone[3], rel=0.5)  # the walk refits what is behind it, too
+
+
+@pytest.mark.parametrize(("budget", "owners"), [(0.5, 6), (0.25, 3), (None, 3)])
+def test_the_budget_counts_heads_too(budget: float | None, owners: int, tmp_path: Path, cache: Path) -> None:
+    source = save(source_model("llama", num_key_value_heads=4), tmp_path / "source")
+    shape, text = shape_of(source.config), CalibrationText(TOKENS, "random", "cpu", 0)
+    choice = choose(source, shape, 2, budget, text, cache / "heads")
+    plan = make_plan(source, sharing=choice.kv_source_layers, init="calibrated", kv_heads=2, choice=choice)
+    assert len(plan.groups) <= owners
+    assert plan.kv_bytes_per_token["after"] <= (budget or 0.25) * plan.kv_bytes_per_token["before"]
+    assert "sensitivity" in plan.render()
