@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,6 +37,7 @@ from tests.unit.test_calibration import divergence, logits, plant
 TOKENS = torch.randint(2, 258, (16, 32), generator=torch.Generator().manual_seed(1))
 GROUPS = [[0, 2], [1, 3]]
 """Heads that are planted as equal: no neighbours, so that they have to be found."""
+Sharing = str | list[int] | list[list[int]]
 ROUNDING = {"llama": 1e-5, "llama-biases": 1e-5, "qwen3": 1e-5, "phi3-partial": 1e-5, "smollm3": 1e-5, "mixtral": 1e-5,
             "olmo2": 1e-3}  # fmt: skip
 """Of the largest logit. OLMo 2: behind a norm the refit of W_O leaves out its epsilon."""
@@ -70,7 +72,7 @@ def plant_heads(model: PreTrainedModel, groups: list[list[int]]) -> None:
                     values[head] = torch.randn(dim, dim, generator=generator) @ values[first]
 
 
-def even_gains(attention: torch.nn.Module, dim: int) -> bool:
+def even_gains(attention: Any, dim: int) -> bool:
     """Give both channels of a rotary pair, and all heads, the same gain; whether there are norms."""
     norms = [module for name, module in attention.named_children() if name.endswith("_norm")]
     for norm in norms:
@@ -79,7 +81,7 @@ def even_gains(attention: torch.nn.Module, dim: int) -> bool:
     return bool(norms)
 
 
-def keys_and_values(attention: torch.nn.Module, dim: int) -> list[tuple[Tensor, Tensor]]:
+def keys_and_values(attention: Any, dim: int) -> list[tuple[Tensor, Tensor]]:
     """Views [heads, dim, inputs] of both, of weights and of biases, of a fused projection too."""
     if fused := getattr(attention, "qkv_proj", None):
         rows = attention.config.num_key_value_heads * dim
@@ -98,8 +100,16 @@ def save(model: PreTrainedModel, folder: Path) -> Checkpoint:
     return Checkpoint.open(folder)
 
 
-def converted(source: Checkpoint, out: Path, steps: int = 0, **options) -> Path:
-    plan = make_plan(source, **{"sharing": "cla1", "init": "calibrated"} | options)
+def converted(
+    source: Checkpoint,
+    out: Path,
+    steps: int = 0,
+    *,
+    kv_heads: int | None,
+    sharing: Sharing = "cla1",
+    init: str = "calibrated",
+) -> Path:
+    plan = make_plan(source, sharing=sharing, init=init, kv_heads=kv_heads)
     convert(plan, source, out, calibration=CalibrationText(TOKENS, "random", "cpu", 0, steps))
     return out
 
@@ -137,10 +147,8 @@ def test_steps_stay_near_what_is_exact(tmp_path: Path) -> None:
     model = source_model("llama", num_key_value_heads=4)
     plant_heads(model, GROUPS)
     source = save(model, tmp_path / "source")
-    fitted, mean = (
-        load_model(converted(source, tmp_path / name, kv_heads=2, **options))
-        for name, options in (("fitted", {"steps": 20}), ("mean", {"init": "mean"}))
-    )
+    fitted = load_model(converted(source, tmp_path / "fitted", 20, kv_heads=2))
+    mean = load_model(converted(source, tmp_path / "mean", init="mean", kv_heads=2))
     assert divergence(model, fitted, TOKENS) < 1e-3 * divergence(model, mean, TOKENS)
 
 
