@@ -174,12 +174,15 @@ def test_mean_is_over_neighbours_and_layers_and_first_is_the_first_of_them(tmp_p
         assert json.loads((out.folder / "cla_manifest.json").read_text())["kv_heads"]["groups"]["1"] == [[0, 1], [2, 3]]
 
 
-@pytest.mark.parametrize("sharing", ["cla1", "cla2"])
-@pytest.mark.parametrize("init", ["mean", "calibrated"])
-def test_as_many_heads_as_before_change_no_byte(init: str, sharing: str, tmp_path: Path) -> None:
-    source = save(source_model("llama"), tmp_path / "source")
+@pytest.mark.parametrize(
+    ("case", "has", "init", "sharing"),
+    [("llama", 2, "calibrated", "cla2"), ("llama", 2, "mean", "cla1"), ("gpt_bigcode", 1, "calibrated", "cla1")],
+)
+def test_as_many_heads_as_before_change_no_byte(case: str, has: int, init: str, sharing: str, tmp_path: Path) -> None:
+    """Nor is the number added to a config.json that leaves it out."""
+    source = save(source_model(case), tmp_path / "source")
     plain, named = (
-        converted(source, tmp_path / str(heads), 1, init=init, sharing=sharing, kv_heads=heads) for heads in (None, 2)
+        converted(source, tmp_path / str(heads), 1, init=init, sharing=sharing, kv_heads=heads) for heads in (None, has)
     )
     assert [file.name for file in sorted(plain.iterdir())] == [file.name for file in sorted(named.iterdir())]
     assert all(file.read_bytes() == (named / file.name).read_bytes() for file in plain.iterdir())
