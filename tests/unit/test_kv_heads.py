@@ -184,6 +184,8 @@ def test_as_many_heads_as_before_change_no_byte(case: str, has: int, init: str, 
     plain, named = (
         converted(source, tmp_path / str(heads), 1, init=init, sharing=sharing, kv_heads=heads) for heads in (None, has)
     )
+    number = FAMILIES[case].key("num_key_value_heads")
+    assert (number in Checkpoint.open(plain).config) == (number in source.config)
     assert [file.name for file in sorted(plain.iterdir())] == [file.name for file in sorted(named.iterdir())]
     assert all(file.read_bytes() == (named / file.name).read_bytes() for file in plain.iterdir())
 
