@@ -203,6 +203,8 @@ def test_inspect(tiny_llama):
     assert result["kv_source_layers"] == list(range(6))
     assert result["patterns"]["cla2"]["kv_bytes_per_token"] * 2 == result["kv_bytes_per_token"]
     said = cla("inspect", tiny_llama).stdout.splitlines()
+    assert result["kv_head_counts"] == [1]
+    assert "  --kv-heads        1: 2x smaller, with any of these patterns or alone (cla1)" in said
     (default,) = [line for line in said if "(the default)" in line]
     assert "cla2-keep-ends" in default and "1.50x smaller" in default
     # 768 and 512 bytes per token, 8192 tokens, 32 contexts
