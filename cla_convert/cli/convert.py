@@ -46,6 +46,9 @@ def convert(
             help="With --sharing auto: share of the KV cache to keep (0.5).",
         ),
     ] = None,
+    kv_heads: Annotated[
+        int | None, typer.Option(metavar="N", help="Pool the KV heads of a layer into N (GQA); default: as they are.")
+    ] = None,
     init: Annotated[
         str | None, typer.Option(metavar="INIT", help=f"{', '.join(INITIALISATIONS.names())}; default: calibrated.")
     ] = None,
@@ -75,7 +78,7 @@ def convert(
 
     options = {
         "source.model": model, "source.revision": revision, "source.dtype": dtype, "convert.sharing": sharing,
-        "convert.kv_budget": kv_budget,
+        "convert.kv_budget": kv_budget, "convert.kv_heads": kv_heads,
         "convert.init": init, "convert.max_shard_size": max_shard_size, "source.allow_pickle": allow_pickle or None,
     }  # fmt: skip
     settings = settings_of(recipe, sets, options)

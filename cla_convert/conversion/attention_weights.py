@@ -54,8 +54,9 @@ class AttentionWeights:
             x: [n, p], inputs.
             seen: of each norm that the layer keeps, `q` and, of an owner, `k`: what it should see, see `split`.
         """
+        width = lambda name: min(len(self.norms[name].gain), len(getattr(wanted, name)))  # noqa: E731 - of all heads
         splits = {
-            name: split(getattr(wanted, name), x, squares, len(self.norms[name].gain), shape.head_dim, shape.rotary_dim)
+            name: split(getattr(wanted, name), x, squares, width(name), shape.head_dim, shape.rotary_dim)
             for name, squares in seen.items()
         }
         maps = {name: weight for name, (weight, _, _) in splits.items()}
@@ -88,12 +89,13 @@ def with_norms(
 ) -> tuple[list[AttentionWeights], float]:
     """A group's weights and norms from the stand-ins that it wants, and how far lengths are off on average, in nats.
 
-    Norms should see what they saw in the source; that of the shared keys what the members' norms saw on average.
+    Norms should see what they saw in the source; that of the shared keys what those of the heads that became one saw on
+    average.
 
     Args:
         sources: the members, owner first.
         wanted: their new stand-ins.
-        permutations: per member, which of its KV heads sits on each shared head.
+        permutations: per member, its KV heads in the order of the shared ones that they sit on.
         seconds: second moments of their inputs in the source.
         own: [n, p], inputs that the owner will have.
         inputs: [n, p] each, inputs that the members have in the source, of the same tokens.
@@ -103,7 +105,8 @@ def with_norms(
         {name: _reordered(square, order) for name, square in source.seen(second, x).items()}
         for source, second, x, order in zip(sources, seconds, inputs, permutations, strict=True)
     ]
-    seen[0]["k"] = torch.stack([member.pop("k") for member in seen]).mean(0)
+    keys = torch.stack([member.pop("k") for member in seen]).mean(0)
+    seen[0]["k"] = keys.unflatten(1, (len(wanted[0].k) // shape.head_dim, -1, shape.head_dim)).mean(2).flatten(1)
     pairs = [
         source.with_linear(projections, shape, x, squares)
         for source, projections, x, squares in zip(sources, wanted, [own, *inputs[1:]], seen, strict=True)

@@ -5,7 +5,7 @@ First what each group costs alone, once for all budgets; then the maps that look
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from ..console import progress, say
 from ..files import read_kept, write_json
 from ..models.checkpoint import Checkpoint
 from ..models.fingerprint import fingerprint
+from ..models.shape import AttentionShape
 from ..version import __version__
 from .search import candidate_groups, likely_maps, owners_for
 from .sharing import groups_of, matched_groups, picture
@@ -22,6 +23,9 @@ from .text import CalibrationText
 
 if TYPE_CHECKING:
     from .sensitivity import Sensitivity
+
+DEFAULT_BUDGET = 0.5
+"""Share of the KV cache to keep where nothing else is asked for."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +75,16 @@ class Choice:
 
 
 def choose(
-    checkpoint: Checkpoint, kinds: Sequence[str], kv_budget: float, calibration: CalibrationText, cache: Path
+    checkpoint: Checkpoint,
+    shape: AttentionShape,
+    kv_heads: int,
+    kv_budget: float | None,
+    calibration: CalibrationText,
+    cache: Path,
 ) -> Choice:
     """Choose the map that costs least within `kv_budget`, a share of the source's KV cache.
+
+    Fewer KV heads meet a part of it. Default: half of what they leave.
 
     Measurements are kept in the folder `cache`, under a hash of all that they depend on.
 
@@ -83,18 +94,21 @@ def choose(
     from .candidates import measure_maps
     from .sensitivity import Search, measure_sensitivity
 
-    owners = owners_for(kv_budget, len(kinds))
+    kinds, left = shape.kinds, kv_heads / shape.num_key_value_heads
+    budget = DEFAULT_BUDGET * left if kv_budget is None else kv_budget
+    owners = owners_for(min(1.0, budget / left), len(kinds))
+    heads = [] if left == 1 else [kv_heads]
     largest = Search.default(calibration.device).largest
     sensitivity = _measured(
-        "measuring groups", partial(measure_sensitivity, kinds=kinds), checkpoint, calibration, cache,
-        [list(kinds)], len(candidate_groups(kinds, largest)),
+        "measuring groups", partial(measure_sensitivity, kinds=kinds, kv_heads=kv_heads), checkpoint, calibration,
+        cache, [list(kinds), *heads], len(candidate_groups(kinds, largest, 1 if left < 1 else 2)),
     )  # fmt: skip
     maps = likely_maps({entry.layers: entry.kl for entry in sensitivity}, kinds, owners)
     candidates = _measured(
-        "measuring maps", partial(measure_maps, maps=maps), checkpoint, calibration, cache,
-        [maps], sum(map(matched_groups, maps)),
+        "measuring maps", partial(measure_maps, maps=maps, kv_heads=kv_heads), checkpoint, calibration, cache,
+        [maps, *heads], sum(matched_groups(one, every=left < 1) for one in maps),
     )  # fmt: skip
-    return Choice(kv_budget, sorted(candidates, key=lambda found: found.kl), sensitivity)
+    return Choice(budget, sorted(candidates, key=lambda found: found.kl), sensitivity)
 
 
 def _measured(

@@ -31,7 +31,13 @@ class Factory:
     """Builds the layers of one model on one device."""
 
     def __init__(
-        self, source: Source, config: dict[str, Any], tokens: Tensor, device: str, dtype: torch.dtype | None = None
+        self,
+        source: Source,
+        config: dict[str, Any],
+        tokens: Tensor,
+        device: str,
+        dtype: torch.dtype | None = None,
+        kv_heads: int | None = None,
     ) -> None:
         """Read the config. Raises InputError for a family that is not supported, or stored in other pieces.
 
@@ -41,6 +47,7 @@ class Factory:
             tokens: every row that will be looked at, int64 [rows, T].
             device: where layers live and run.
             dtype: of matrix products; weights and residual streams stay float32. Default: `matmul_dtype`.
+            kv_heads: what layers of the converted model have. Default: as many as the source's.
         """
         self.device, self.dtype = torch.device(device), dtype or matmul_dtype(device)
         self.batch = _GPU_BATCH if self.device.type == "cuda" else _CPU_BATCH
@@ -50,6 +57,7 @@ class Factory:
         self._pieces = Pieces(self.family.cla_type)
         self._check_names()
         self._attention = shape_of(config)
+        self.kv_heads = kv_heads or self._attention.num_key_value_heads
         self._calls = [_for_layers(call, self.dtype) for call in self.skeleton.calls]
 
     def _check_names(self) -> None:
@@ -64,12 +72,17 @@ class Factory:
                 fix="Use --init mean and uptrain for longer.",
             )
 
+    @property
+    def pools_heads(self) -> bool:
+        """Whether the converted model has fewer KV heads: then layers that share with no other are pooled, too."""
+        return self.kv_heads < self._attention.num_key_value_heads
+
     def load(self, stream: Tensor) -> Tensor:
         """A part of a residual stream as layers take it: on the device, float32."""
         return stream.to(self.device, torch.float32)
 
     def head_shape(self, layer: int) -> HeadShape:
-        """Sizes of a layer's attention."""
+        """Sizes of a layer's attention in the source."""
         positions = self._calls[layer].get("position_embeddings")
         turned = 0 if positions is None or self._attention.kinds[layer].endswith(NOPE) else positions[0].shape[-1]
         heads, kv_heads = self._attention.num_attention_heads, self._attention.num_key_value_heads
@@ -89,10 +102,12 @@ class Factory:
     ) -> "Block":
         """A runnable layer from `read_layer`'s weights (without the mlp: only its attention runs).
 
-        In a `group` (owner first) the layer is its owner or a consumer. Vectors stay float32 and so do, if they are to
-        be trained, the matrices.
+        In a `group` (owner first; perhaps of one) the layer is one of the converted model's, its owner or a consumer;
+        without one, the source's. Vectors stay float32 and so do, if they are to be trained, the matrices.
         """
         config = copy.copy(self.config)
+        if group and self.pools_heads:
+            setattr(config, self.family.key("num_key_value_heads"), self.kv_heads)
         config.kv_source_layers = [group[0] if i in group else i for i in range(config.num_hidden_layers)]
         with torch.device("meta"):
             layer = self.skeleton.layer_class(config, index)

@@ -42,6 +42,7 @@ def calibrated_pooling(
     effort: Effort | None = None,
     dtype: torch.dtype | None = None,
     spill: Path | None = None,
+    kv_heads: int | None = None,
 ) -> Iterator[LayerPatch]:
     """Yield one patch per layer, in order: the shared K/V of owners and the re-based Q and O of everybody.
 
@@ -56,6 +57,7 @@ def calibrated_pooling(
         effort: steps of block reconstruction; with 0 the closed form stays. Default: `Effort.for_text`.
         dtype: of matrix products; default bfloat16 where the hardware has it. Linear algebra is float64 in any case.
         spill: folder for activations that memory has no room for.
+        kv_heads: what every layer will have, a divisor of the source's number; default: as many.
 
     Raises:
         InputError: the family is not supported, q, k and v do not agree on having biases, there are no tokens, or the
@@ -64,7 +66,7 @@ def calibrated_pooling(
     if tokens.dim() != 2 or not tokens.numel():
         raise InputError("Calibration needs tokens", why=f"Got a tensor of shape {tuple(tokens.shape)}.")
     effort = effort or Effort.for_text(tokens.numel(), device)
-    factory = Factory(source, config, tokens, device, dtype)
+    factory = Factory(source, config, tokens, device, dtype, kv_heads)
     walk = Walk(factory, kv_source_layers, tokens, effort, seed, spill)
     for layer in range(len(kv_source_layers)):
         with torch.no_grad(), _deterministic():
@@ -104,7 +106,7 @@ class Walk:
         owner = self._map[layer]
         group = self._groups[owner]
         fit = None
-        if owner == layer and len(group) > 1:
+        if owner == layer and (len(group) > 1 or self._factory.pools_heads):
             if self._student is None:
                 self._student = self._store.empty(*self._teacher.inputs[owner].shape)
                 self._student.copy_(self._teacher.inputs[owner])

@@ -31,6 +31,7 @@ def measure_maps(
     dtype: torch.dtype | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     spill: Path | None = None,
+    kv_heads: int | None = None,
 ) -> list[Sensitivity]:
     """Pool the model by every map, on the first rows of `tokens`; measure it on the last ones.
 
@@ -45,10 +46,11 @@ def measure_maps(
         dtype: of matrix products; default by device.
         on_progress: called with (layers done, layers in all), counted over all maps.
         spill: folder for activations that memory has no room for.
+        kv_heads: what every layer will have; default: as many as the source's.
     """
     search = search or Search.default(device)
     fit, probe = search.split(tokens)
-    factory = Factory(source, config, probe, device, dtype)
+    factory = Factory(source, config, probe, device, dtype, kv_heads)
     layers, done = factory.config.num_hidden_layers, 0
 
     def counted(patches: Iterable[LayerPatch]) -> Iterable[LayerPatch]:
@@ -60,19 +62,27 @@ def measure_maps(
                 on_progress(done, layers * len(maps))
 
     with torch.no_grad():
-        clean = _end(factory, probe, range(layers), (LayerPatch(layer, {}) for layer in range(layers)))
+        clean = _source_end(factory, probe, layers)
         ends = {}
         for sources in map(list, maps):
             patches = calibrated_pooling(
                 source, config, sources, fit, device=device, seed=seed, effort=search.effort, dtype=factory.dtype,
-                spill=spill,
+                spill=spill, kv_heads=kv_heads,
             )  # fmt: skip
             ends[tuple(sources)] = _end(factory, probe, sources, counted(patches))
         return divergence(factory, probe, clean, ends)
 
 
+def _source_end(factory: Factory, probe: Tensor, layers: int) -> Tensor:
+    """The residual stream [rows, T, hidden] of the probe rows behind the last layer of the source."""
+    stream = factory.skeleton.embed(probe)
+    for layer in range(layers):
+        stream = through(factory.build(layer, factory.read_layer(layer)), stream, {})
+    return stream
+
+
 def _end(factory: Factory, probe: Tensor, sources: Sequence[int], patches: Iterable[LayerPatch]) -> Tensor:
-    """The residual stream [rows, T, hidden] of the probe rows behind the last layer of the patched model."""
+    """The same of the patched model."""
     groups = {group[0]: group for group in groups_of(sources)}
     stream, shared = factory.skeleton.embed(probe), SharedKV()
     for patch in patches:

@@ -11,12 +11,13 @@ from ..environment import peak_memory_bytes
 from ..errors import InputError
 from ..files import write_json
 from ..models.checkpoint import FLOATING, Checkpoint
-from ..models.export import cla_config, write_sidecars
+from ..models.export import write_sidecars
 from ..models.fingerprint import fingerprint
 from ..models.tokenization import keep_tokenizer
 from ..models.writer import MANIFEST, ShardWriter, check_disk, check_output, publishing
 from ..version import __version__
 from .initialisation import INITIALISATIONS
+from .kv_heads import adjacent, adjacent_groups, grouped
 from .layer_patch import GroupFit, LayerPatch
 from .plan import Plan
 from .sharing import activation_bytes
@@ -57,17 +58,16 @@ def convert(
     check_output(out, overwrite=overwrite)
     check_disk(out.parent, plan.output_bytes + _spilled(plan, calibration))
     with publishing(out, overwrite=overwrite) as staging:
-        write_json(
-            staging / "config.json", cla_config(checkpoint.config, plan.family, plan.kv_source_layers, plan.dtype)
-        )
+        write_json(staging / "config.json", plan.config(checkpoint.config))
         write_sidecars(checkpoint, plan.family, staging)
         tokenizer = keep_tokenizer(checkpoint.folder, staging)  # before the weights: it may refuse
-        init = INITIALISATIONS.named(plan.init)
-        patches = init.patches(checkpoint, plan.kv_source_layers, calibration, staging)
-        steps = init.steps(plan.kv_source_layers, calibration)
+        init, fewer = INITIALISATIONS.named(plan.init), plan.heads_each > 1
+        patches = init.patches(checkpoint, plan.kv_source_layers, plan.kv_heads, calibration, staging)
+        steps = init.steps(plan.kv_source_layers, calibration, every=fewer)
         with progress(steps, "matching", unit="step", counts="matching") if steps else _tensors(plan):
             fits = _write(plan, checkpoint, patches, staging, max_shard_size)
-        write_json(staging / MANIFEST, manifest(plan, checkpoint, calibration, named or {}) | {"tokenizer": tokenizer})
+        made = manifest(plan, checkpoint, calibration, named or {}) | _head_groups(plan, fits)
+        write_json(staging / MANIFEST, made | {"tokenizer": tokenizer})
     return plan.to_json() | {
         "output": str(out),
         "groups": _groups(plan, fits),
@@ -125,7 +125,7 @@ def _write(
         if tensor.name in fitted:
             writer.add(tensor.name, fitted[tensor.name].to(dtype))
         elif tensor.action == "pool":
-            writer.add(tensor.name, _pooled(tensor, checkpoint, plan.init).to(dtype))
+            writer.add(tensor.name, _pooled(tensor, checkpoint, plan).to(dtype))
         elif info.dtype == wanted:  # untouched bytes need no torch
             writer.copy(tensor.name, checkpoint.folder / info.file, info.start)
         else:
@@ -145,15 +145,27 @@ def _spilled(plan: Plan, calibration: CalibrationText | None) -> int:
     return 0 if place_for(calibration.device, needed) else needed
 
 
-def _pooled(tensor: TensorPlan, checkpoint: Checkpoint, init: str) -> "Tensor":
-    """A tensor pooled over its group."""
+def _pooled(tensor: TensorPlan, checkpoint: Checkpoint, plan: Plan) -> "Tensor":
+    """A tensor pooled over its group, and over adjacent heads."""
     members = [checkpoint.read(name) for name in tensor.members]
     if len({member.shape for member in members}) > 1:
         raise InputError(
             f"The tensors pooled into {tensor.name} differ in shape",
             why=", ".join(f"{name}: {tuple(m.shape)}" for name, m in zip(tensor.members, members, strict=True)),
         )
-    return INITIALISATIONS.named(init).pool(members)
+    if tensor.heads > 1:
+        members = [part for member in members for part in adjacent(member, plan.kv_heads, tensor.heads)]
+    return INITIALISATIONS.named(plan.init).pool(members)
+
+
+def _head_groups(plan: Plan, fits: list[GroupFit]) -> dict[str, Any]:
+    """For the manifest: which KV heads of every layer became one; nothing where each stays itself."""
+    if plan.heads_each == 1:
+        return {}
+    groups = dict.fromkeys(range(plan.shape.num_layers), adjacent_groups(plan.kv_heads, plan.heads_each))
+    for fit in fits:
+        groups |= {layer: grouped(order, plan.heads_each) for layer, order in fit.head_permutation.items()}
+    return {"kv_heads": {"before": plan.shape.num_key_value_heads, "after": plan.kv_heads, "groups": groups}}
 
 
 def _groups(plan: Plan, fits: list[GroupFit]) -> list[dict[str, Any]]:

@@ -5,15 +5,19 @@ Every projection of this file acts on x, or on [x; 1] in families with biases (t
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from .head_matching import match_heads
 from .keys import RotaryFit, fit_rotary, fold_queries, mix_rotary, rotary_gram
 from .refit import ridge_towards
 from .values import BasisFit, fit_basis, fold_free_queries, fold_outputs, square_roots
+
+_PAIRS = 256
+"""Pairs of heads compared at a time: of multi-head attention there are a thousand, of 256 channels together."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class ClosedForm:
 
     members: list[Projections]
     permutations: list[tuple[int, ...]]
-    """Per member: which of its KV heads sits on each shared head."""
+    """Per member: its KV heads in the order of the shared heads that they sit on, as many on each."""
     captured_k: float
     captured_v: float
 
@@ -95,22 +99,25 @@ def fit_group(
     members: Sequence[Projections],
     moments: Moments,
     *,
+    kv_heads: int | None = None,
     strength: float = 1e-3,
     mean_weight: float = 0.1,
 ) -> ClosedForm:
     """Pool one group (owner first): regress on the owner's input, match heads, fit shared heads, fold the rest.
 
-    A group of one comes back as it is.
+    A group of one comes back as it is, unless its heads are pooled.
 
     Args:
         shape: sizes, the same for all members.
         members: the teacher's projections.
         moments: of the inputs.
+        kv_heads: shared heads, a divisor of the members'. Default: as many.
         strength: ridge of the regression onto the owner's input.
         mean_weight: share of the mean's outer product kept when directions are chosen. Mostly centred, because a
             constant key shifts all logits of a query alike and softmax does not see it.
     """
-    if len(members) == 1:
+    shared = kv_heads or shape.kv_heads
+    if len(members) == 1 and shared == shape.kv_heads:
         return ClosedForm(list(members), [tuple(range(shape.kv_heads))], 1.0, 1.0)
     fitted = [
         [ridge_towards(weight, moments.owner, cross @ weight.T, strength) for weight in (member.k, member.v)]
@@ -119,8 +126,9 @@ def fit_group(
     keys, values = (torch.cat(parts).cpu() for parts in zip(*fitted, strict=True))
     spread = (moments.owner - (1 - mean_weight) * moments.owner_mean.outer(moments.owner_mean)).cpu()
     second = _second_moments(shape, members, moments, keys, values, spread)
-    permutations = [_match(second, index) for index in range(len(members))]
-    return _assemble(second, [member.to(torch.device("cpu")) for member in members], keys, values, permutations)
+    permutations = match_heads(partial(_pair_scores, second), len(members), shape.kv_heads, shared)
+    on_cpu = [member.to(torch.device("cpu")) for member in members]
+    return _assemble(second, on_cpu, keys, values, permutations, shape.kv_heads // shared)
 
 
 def _second_moments(
@@ -164,16 +172,6 @@ def _stacked(gram: Tensor, index: Tensor) -> Tensor:
     return blocks.flatten(3).flatten(1, 2)
 
 
-def _match(second: _Second, member: int) -> tuple[int, ...]:
-    """Which KV head of `member` sits on each of the owner's: the assignment (Hungarian) that captures most."""
-    count = second.shape.kv_heads
-    if member == 0 or count == 1:
-        return tuple(range(count))
-    pairs = torch.cartesian_prod(torch.arange(count), torch.arange(count) + member * count)
-    score = _pair_scores(second, pairs).view(count, count).numpy()
-    return tuple(int(column) for column in linear_sum_assignment(score, maximize=True)[1])
-
-
 def _pair_scores(second: _Second, pairs: Tensor) -> Tensor:
     """Captured share of K plus that of V, [P], if two heads (indices [P, 2]) shared one."""
     rotary = second.shape.rotary_dim
@@ -188,7 +186,8 @@ def _pair_scores(second: _Second, pairs: Tensor) -> Tensor:
 def _basis_power(gram: Tensor, roots: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
     """Energy that a shared head of D channels keeps of two, and their energy, [P] each, from blocks [m, m, D, D]."""
     width = gram.shape[-1]
-    power = torch.linalg.eigvalsh(_stacked(roots[:, None] @ gram @ roots[None], pairs))
+    weighted = roots[:, None] @ gram @ roots[None]
+    power = torch.cat([torch.linalg.eigvalsh(_stacked(weighted, part)) for part in pairs.split(_PAIRS)])
     return power[:, width:].sum(-1), power.sum(-1)
 
 
@@ -198,23 +197,29 @@ def _captured(fit: tuple[RotaryFit, BasisFit | None]) -> tuple[float, float]:
 
 
 def _assemble(
-    second: _Second, members: list[Projections], keys: Tensor, values: Tensor, permutations: list[tuple[int, ...]]
+    second: _Second,
+    members: list[Projections],
+    keys: Tensor,
+    values: Tensor,
+    permutations: list[tuple[int, ...]],
+    each: int,
 ) -> ClosedForm:
-    """Fit every shared head with the matched heads and write the new projections."""
+    """Fit every shared head with the matched heads, `each` of a member, and write the new projections."""
     shape = second.shape
     results = [replace(m, q=torch.empty_like(m.q), o=torch.empty_like(m.o)) for m in members]
     shared_k, shared_v = [], []
     k_energy, v_energy = np.zeros(2), np.zeros(2)
     key_heads, value_heads = (w.view(-1, shape.head_dim, w.shape[1]) for w in (keys, values))
-    for head in range(shape.kv_heads):
-        index = [b * shape.kv_heads + order[head] for b, order in enumerate(permutations)]
+    for first in range(0, shape.kv_heads, each):
+        places = [(b, place) for b in range(len(members)) for place in range(first, first + each)]
+        index = [b * shape.kv_heads + permutations[b][place] for b, place in places]
         key_fit, value_fit = _fit_keys(second, index), _fit_values(second, index)
         shared_k.append(_shared_key(shape, key_heads[index], key_fit))
         shared_v.append(value_fit.basis.T @ value_heads[index].flatten(0, 1))
         k_energy += _captured(key_fit)
         v_energy += value_fit.captured, value_fit.total
-        for b, order in enumerate(permutations):
-            _fold(shape, members[b], results[b], order[head], head, b, key_fit, value_fit)
+        for i, (b, place) in enumerate(places):
+            _fold(shape, members[b], results[b], permutations[b][place], place, i, key_fit, value_fit)
     results[0] = replace(results[0], k=torch.cat(shared_k), v=torch.cat(shared_v))
     return ClosedForm(results, permutations, float(k_energy[0] / k_energy[1]), float(v_energy[0] / v_energy[1]))
 
@@ -232,21 +237,24 @@ def _fold(
     old: Projections,
     new: Projections,
     old_head: int,
-    new_head: int,
-    b: int,
+    place: int,
+    i: int,
     key_fit: tuple[RotaryFit, BasisFit | None],
     value_fit: BasisFit,
 ) -> None:
-    """Write member b's query heads of KV head `old_head`, re-based, to the places of shared head `new_head`."""
+    """Write a member's query heads of KV head `old_head`, the i-th of the fits, re-based, to their new `place`.
+
+    Places are counted in KV heads of the source: those of a shared head follow each other, as attention expects it.
+    """
     turning, free = key_fit
     for r in range(shape.repeat):
-        source, target = (_channels(shape, head * shape.repeat + r) for head in (old_head, new_head))
+        source, target = (_channels(shape, head * shape.repeat + r) for head in (old_head, place))
         rows = old.q[source]
-        parts = [fold_queries(rows[: shape.rotary_dim], turning.scale[:, b])]
+        parts = [fold_queries(rows[: shape.rotary_dim], turning.scale[:, i])]
         if free is not None:
-            parts.append(fold_free_queries(rows[shape.rotary_dim :], free.maps[b]))
+            parts.append(fold_free_queries(rows[shape.rotary_dim :], free.maps[i]))
         new.q[target] = torch.cat(parts)
-        new.o[:, target] = fold_outputs(old.o[:, source], value_fit.maps[b])
+        new.o[:, target] = fold_outputs(old.o[:, source], value_fit.maps[i])
 
 
 def _channels(shape: HeadShape, query_head: int) -> slice:

@@ -45,7 +45,7 @@ class Pooler:
         moments = self._moments(blocks, group, with_bias, student)
         linear = [source.linear(second) for source, second in zip(sources, moments.member, strict=True)]
         shape = self._factory.head_shape(group[0])
-        closed = fit_group(shape, linear, moments)
+        closed = fit_group(shape, linear, moments, kv_heads=self._factory.kv_heads)
         new, error = [AttentionWeights(wanted.to(moments.owner.device), {}) for wanted in closed.members], None
         if sources[0].norms:
             wanted = [weights.projections for weights in new]

@@ -41,25 +41,32 @@ class Initialisation(ABC):
     ) -> int:
         """Memory that it needs beside the program and the text's activations, for the plan."""
 
-    def steps(self, sources: list[int], text: CalibrationText | None) -> int:
-        """Steps that `patches` takes, for a bar that counts them: each is told by `bars.tick("matching")`. 0: none."""
+    def steps(self, sources: list[int], text: CalibrationText | None, *, every: bool = False) -> int:
+        """Steps that `patches` takes, for a bar that counts them: each is told by `bars.tick("matching")`. 0: none.
+
+        `every`: layers that share nothing change too, for they get fewer heads.
+        """
         return 0
 
     def patches(
-        self, checkpoint: Checkpoint, sources: list[int], text: CalibrationText | None, spill: Path
+        self, checkpoint: Checkpoint, sources: list[int], kv_heads: int, text: CalibrationText | None, spill: Path
     ) -> Iterator[LayerPatch]:
         """One patch per layer, in order; what they bring is written instead of what the plan says. Most bring none.
 
         Args:
             checkpoint: the source model.
             sources: the sharing map.
+            kv_heads: what every layer of the converted model has.
             text: given where `needs_text`.
             spill: folder for what memory has no room for.
         """
         return iter(())
 
     def pool(self, members: "Sequence[Tensor]") -> "Tensor":
-        """The owner's tensor, from those of its group (the owner's first), for what no patch brings."""
+        """The owner's tensor, from those of its group (the owner's first), for what no patch brings.
+
+        Where heads are pooled, a member is one head of each that become one: several members for every layer.
+        """
         raise NotImplementedError(f"init: {self.name} pools no tensors")
 
 
@@ -73,7 +80,7 @@ class Pooling(Initialisation):
     name: str
     summary: str
     function: "Callable[[Sequence[Tensor]], Tensor]"
-    """Of the group's tensors, the owner's first; the result has their shape and dtype."""
+    """Of the group's members, the owner's first; the result has their shape and dtype."""
 
     def working_bytes(
         self, checkpoint: Checkpoint, family: Family, sources: list[int], tensors: list[TensorPlan]

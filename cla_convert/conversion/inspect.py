@@ -10,6 +10,7 @@ from ..models.kinds import SLIDING
 from ..models.shape import AttentionShape, shape_of
 from ..models.source import open_headers
 from ..recipe import Convert
+from .kv_heads import possible_heads
 from .pattern import PATTERNS
 from .sharing import sharing_map
 from .supported import check_convertible
@@ -41,7 +42,7 @@ def inspect_model(model: str, *, revision: str | None = None) -> dict[str, Any]:
     except InputError:
         if reason is None:
             raise
-        return description | dict.fromkeys(_ATTENTION_KEYS) | {"layer_kinds": {}, "patterns": {}}
+        return description | dict.fromkeys(_ATTENTION_KEYS) | {"layer_kinds": {}, "kv_head_counts": [], "patterns": {}}
 
 
 def render(result: dict[str, Any]) -> str:
@@ -65,6 +66,9 @@ def render(result: dict[str, Any]) -> str:
         less = result["kv_bytes_per_token"] / pattern["kv_bytes_per_token"]
         mark = "  (the default)" if name == default else ""
         lines.append(f"  {name:<18}{_bytes(pattern)}, {pattern['kv_layers']} KV layers, {less:.2f}x smaller{mark}")
+    if fewer := result["kv_head_counts"]:
+        counts = ", ".join(f"{count}: {result['num_key_value_heads'] // count}x" for count in reversed(fewer))
+        lines.append(f"  --kv-heads        {counts} smaller, with any of these patterns or alone (cla1)")
     if chosen := result["patterns"].get(default):
         before, after = (human_bytes(_SEQUENCES * _sequence_bytes(cache, window)) for cache in (result, chosen))
         lines.append(f"at {_SEQUENCES} contexts of {_CONTEXT} tokens: {before} -> {after} of KV cache with {default}")
@@ -84,7 +88,7 @@ def _sequence_bytes(cache: dict[str, Any], window: int | None) -> int:
 
 _ATTENTION_KEYS = (
     "num_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "layer_kinds", "sliding_window",
-    "kv_bytes_per_token", "kv_bytes_per_token_beyond_window", "kv_source_layers", "patterns",
+    "kv_bytes_per_token", "kv_bytes_per_token_beyond_window", "kv_source_layers", "kv_head_counts", "patterns",
 )  # fmt: skip
 
 
@@ -99,6 +103,7 @@ def _attention(shape: AttentionShape, size: int, supported: bool) -> dict[str, A
         "sliding_window": shape.sliding_window,
         **_cache(shape, shape.kv_source_layers, size),
         "kv_source_layers": list(shape.kv_source_layers),
+        "kv_head_counts": possible_heads(shape) if supported else [],
         "patterns": _patterns(shape, size) if supported else {},
     }
 

@@ -1,5 +1,6 @@
 """What a conversion will do, from headers only: `--dry-run` prints it, `convert` executes the same object."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from ..models.fit import check_converted
 from ..models.shape import AttentionShape, long_cache
 from .auto import Choice
 from .initialisation import INITIALISATIONS, Initialisation
+from .kv_heads import check_kv_heads
 from .sharing import activation_bytes, groups_of, picture, sharing_map
 from .supported import check_convertible
 from .tensor_plan import TensorPlan
@@ -31,6 +33,9 @@ class Plan:
     source: Path
     family: Family
     shape: AttentionShape
+    """The source's."""
+    kv_heads: int
+    """Of every layer of the converted model."""
     sharing: str
     init: str
     kv_source_layers: list[int]
@@ -55,9 +60,19 @@ class Plan:
         """Sharing groups, the owner first."""
         return groups_of(self.kv_source_layers)
 
+    @property
+    def heads_each(self) -> int:
+        """KV heads of a layer of the source that become one."""
+        return self.shape.num_key_value_heads // self.kv_heads
+
+    def config(self, source: Mapping[str, Any]) -> dict[str, Any]:
+        """config.json of the converted model, from the source's."""
+        heads = self.kv_heads if self.heads_each > 1 else None
+        return cla_config(source, self.family, self.kv_source_layers, self.dtype, heads)
+
     def written(self, checkpoint: Checkpoint) -> dict[str, TensorInfo]:
         """Names, dtypes and shapes of the output's tensors, in order."""
-        infos = {tensor.name: checkpoint.tensors[tensor.name] for tensor in self.tensors if tensor.action != "drop"}
+        infos = {t.name: _written(t, checkpoint.tensors[t.name]) for t in self.tensors if t.action != "drop"}
         if not self.cast:
             return infos
         return {name: replace(info, dtype=_DTYPES[self.dtype]) for name, info in infos.items()}
@@ -83,6 +98,7 @@ class Plan:
             "sharing": self.sharing,
             "init": self.init,
             "kv_source_layers": self.kv_source_layers,
+            "kv_heads": {"before": self.shape.num_key_value_heads, "after": self.kv_heads},
             "groups": [{"layers": group} for group in self.groups],
             "kv_bytes_per_token": self.kv_bytes_per_token,
             **({"kv_bytes_of_long_context": self.long_cache} if self.long_cache else {}),
@@ -104,6 +120,7 @@ class Plan:
             f"{self.shape.num_attention_heads} query / {self.shape.num_key_value_heads} KV heads)",
             f"sharing     {self.sharing}: {owners} of {self.shape.num_layers} layers own their K/V, init {self.init}",
             *(f"            {line}" for line in picture(self.kv_source_layers).splitlines()),
+            *([f"heads       {self.heads_each} KV heads of a layer become one"] if self.heads_each > 1 else []),
             *(self.choice.render().splitlines() if self.choice else []),
             f"tensors     {self.count('keep')} kept, {self._changed()}, {self.count('drop')} dropped",
             f"parameters  {human_count(self.parameters['before'])} -> {human_count(self.parameters['after'])}",
@@ -119,6 +136,7 @@ def make_plan(
     *,
     sharing: str | list[int] | list[list[int]],
     init: str,
+    kv_heads: int | None = None,
     dtype: str = "auto",
     calibration_tokens: int = 0,
     choice: Choice | None = None,
@@ -127,18 +145,19 @@ def make_plan(
 
     Raises:
         InputError: the model cannot be converted (`check_convertible`).
-        UsageError: the sharing is unknown or impossible for this model.
+        UsageError: the sharing, or the number of KV heads, is unknown or impossible for this model.
     """
     family, shape, unused = check_convertible(checkpoint)
     sources = sharing_map(sharing, shape.kinds)
+    kv_heads = check_kv_heads(kv_heads, family, shape)
+    after, each = replace(shape, num_key_value_heads=kv_heads), shape.num_key_value_heads // kv_heads
     start = INITIALISATIONS.named(init)
-    tensors = _fitted(_plan_tensors(checkpoint, family, sources, unused), family, sources, start)
+    first = 0 if each > 1 else min((source for i, source in enumerate(sources) if source != i), default=len(sources))
+    tensors = _fitted(_plan_tensors(checkpoint, family, shape, each, sources, unused), family, first, start)
     source_dtype = checkpoint.tensors[family.tensor(0, "k_proj")].dtype
     out_dtype = FLOATING[source_dtype] if dtype == "auto" else dtype
     size = ELEMENT_SIZE[_DTYPES[out_dtype]]
-    numel = {name: info.numel for name, info in checkpoint.tensors.items() if name not in unused}
-    written = [tensor.name for tensor in tensors if tensor.action != "drop"]
-    stored = {name: ELEMENT_SIZE[checkpoint.tensors[name].dtype] for name in written}
+    written = {t.name: _written(t, checkpoint.tensors[t.name]) for t in tensors if t.action != "drop"}
     sidecars = sum(file.stat().st_size for file in checkpoint.sidecars)
     working = start.working_bytes(checkpoint, family, sources, tensors)
     streams = activation_bytes(sources, calibration_tokens if start.needs_text else 0, shape.hidden_size)
@@ -146,6 +165,7 @@ def make_plan(
         source=checkpoint.folder,
         family=family,
         shape=shape,
+        kv_heads=kv_heads,
         sharing=_sharing_name(sharing, choice),
         init=init,
         kv_source_layers=sources,
@@ -154,16 +174,19 @@ def make_plan(
         cast=dtype != "auto",
         kv_bytes_per_token={
             "before": shape.kv_bytes_per_token(size),
-            "after": shape.kv_bytes_per_token(size, len(set(sources))),
+            "after": after.kv_bytes_per_token(size, len(set(sources))),
         },
-        parameters={"before": sum(numel.values()), "after": sum(numel[name] for name in written)},
-        output_bytes=sum(numel[n] * (stored[n] if dtype == "auto" else size) for n in written) + sidecars + 1_000_000,
+        parameters={
+            "before": sum(info.numel for name, info in checkpoint.tensors.items() if name not in unused),
+            "after": sum(info.numel for info in written.values()),
+        },
+        output_bytes=sum(i.nbytes if dtype == "auto" else i.numel * size for i in written.values()) + sidecars + 10**6,
         memory_bytes=_PROGRAM + working + streams,
-        warnings=_warnings(checkpoint, shape, sources, unused),
+        warnings=_warnings(checkpoint, shape, each, sources, unused),
         choice=choice,
-        long_cache=long_cache(checkpoint.config, size, sources),
+        long_cache=long_cache(checkpoint.config, size, sources, (shape.num_key_value_heads, after.num_key_value_heads)),
     )
-    check_converted(family, cla_config(checkpoint.config, family, sources, out_dtype), plan.written(checkpoint))
+    check_converted(family, plan.config(checkpoint.config), plan.written(checkpoint))
     return plan
 
 
@@ -173,29 +196,42 @@ def _sharing_name(sharing: str | list[int] | list[list[int]], choice: Choice | N
     return sharing if isinstance(sharing, str) else "by hand"
 
 
-def _plan_tensors(checkpoint: Checkpoint, family: Family, sources: list[int], unused: set[str]) -> list[TensorPlan]:
-    """One entry per tensor of the source: first those outside the layers, then layer by layer."""
+def _plan_tensors(
+    checkpoint: Checkpoint, family: Family, shape: AttentionShape, each: int, sources: list[int], unused: set[str]
+) -> list[TensorPlan]:
+    """One entry per tensor of the source: first those outside the layers, then layer by layer.
+
+    `each` KV heads become one, in what has rows for each head: the gain of a norm may have one for all.
+    """
+    rows = shape.projection_rows["k_proj"]
     groups = {group[0]: group for group in groups_of(sources)}
     tensors = []
     for name in checkpoint.tensors:
         place = family.place(name)
         layer = place.layer if place else None
+        heads = each if checkpoint.tensors[name].shape[:1] == (rows,) else 1
         if name.endswith(_COMPUTED) or name in unused:
             tensors.append(TensorPlan(name, layer, "drop"))
-        elif place is None or place.module not in KV_MODULES or len(groups.get(sources[place.layer], [])) == 1:
+        elif place is None or place.module not in KV_MODULES:
             tensors.append(TensorPlan(name, layer, "keep"))
         elif sources[place.layer] != place.layer:
             tensors.append(TensorPlan(name, layer, "drop"))
+        elif len(groups[place.layer]) == heads == 1:
+            tensors.append(TensorPlan(name, layer, "keep"))
         else:
             members = tuple(family.tensor(member, place.module, place.part) for member in groups[place.layer])
-            tensors.append(TensorPlan(name, layer, "pool", members))
+            tensors.append(TensorPlan(name, layer, "pool", members, heads))
     return sorted(tensors, key=lambda tensor: -1 if tensor.layer is None else tensor.layer)
 
 
-def _fitted(tensors: list[TensorPlan], family: Family, sources: list[int], init: Initialisation) -> list[TensorPlan]:
-    """The same with what the initialisation fits, in every layer from the first shared one on."""
+def _written(tensor: TensorPlan, stored: TensorInfo) -> TensorInfo:
+    """A tensor as it will be, in the dtype that it has."""
+    return stored if tensor.heads == 1 else replace(stored, shape=(stored.shape[0] // tensor.heads, *stored.shape[1:]))
+
+
+def _fitted(tensors: list[TensorPlan], family: Family, first: int, init: Initialisation) -> list[TensorPlan]:
+    """The same with what the initialisation fits, in every layer from the first pooled one on."""
     modules = init.fitted(family)
-    first = min((source for layer, source in enumerate(sources) if source != layer), default=len(sources))
 
     def refit(tensor: TensorPlan) -> TensorPlan:
         place = family.place(tensor.name)
@@ -205,7 +241,9 @@ def _fitted(tensors: list[TensorPlan], family: Family, sources: list[int], init:
     return [refit(tensor) for tensor in tensors]
 
 
-def _warnings(checkpoint: Checkpoint, shape: AttentionShape, sources: list[int], unused: set[str]) -> list[str]:
+def _warnings(
+    checkpoint: Checkpoint, shape: AttentionShape, each: int, sources: list[int], unused: set[str]
+) -> list[str]:
     warnings = []
     if unused:
         names = ", ".join(sorted(unused)[:3]) + (", ..." if len(unused) > 3 else "")
@@ -219,12 +257,12 @@ def _warnings(checkpoint: Checkpoint, shape: AttentionShape, sources: list[int],
         warnings.append(
             f"the model brings code of its own (auto_map), which is not run: it is read as a plain {shape.model_type}"
         )
-    if shape.is_mha:
+    if shape.is_mha and each == 1:
         warnings.append(
-            "the model is multi-head attention: grouping its heads (GQA) saves more for less, so do that first"
+            "the model is multi-head attention: grouping its heads as well (GQA, --kv-heads N) saves more for less"
         )
     if len(sources) > 1 and sources.count(0) > 1:
         warnings.append("layer 0 shares its K/V; that costs far more than any other layer (cla2-keep-ends spares it)")
-    if len(set(sources)) == len(sources):
+    if len(set(sources)) == len(sources) and each == 1:
         warnings.append("no layer shares: the KV cache stays as it is")
     return warnings

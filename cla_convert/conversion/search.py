@@ -22,13 +22,13 @@ def owners_for(kv_budget: float, num_layers: int) -> int:
     return max(1, math.floor(kv_budget * num_layers + 1e-9))
 
 
-def candidate_groups(kinds: Sequence[str], largest: int) -> list[Group]:
-    """All groups of 2 to `largest` layers that are neighbours within their attention kind."""
+def candidate_groups(kinds: Sequence[str], largest: int, smallest: int = 2) -> list[Group]:
+    """All groups of `smallest` to `largest` layers that are neighbours within their attention kind."""
     sequences = _by_kind(kinds)
     return sorted(
         tuple(sequence[start : start + size])
         for sequence in sequences
-        for size in range(2, largest + 1)
+        for size in range(smallest, largest + 1)
         for start in range(len(sequence) - size + 1)
     )
 
@@ -59,7 +59,8 @@ def choose_map(costs: Mapping[Group, float], kinds: Sequence[str], owners: int) 
     grow, and a budget met by sharing sliding layers alone would save next to nothing at long contexts.
 
     Raises:
-        InputError: no partition into the groups in `costs` (and single layers, which cost nothing) has so few owners.
+        InputError: no partition into the groups in `costs` (and single layers, which cost nothing unless it says
+            otherwise) has so few owners.
     """
     if found := _cheapest(costs, kinds, owners):
         return found
@@ -113,7 +114,7 @@ def _partitions(sequence: Sequence[int], costs: Mapping[Group, float]) -> Plans:
         options: Plans = {}
         for start in range(max(0, end - longest), end):
             group = tuple(sequence[start:end])
-            extra = 0.0 if len(group) == 1 else costs.get(group)
+            extra = costs.get(group, 0.0 if len(group) == 1 else None)
             if extra is None:
                 continue
             for count, (cost, groups) in best[start].items():

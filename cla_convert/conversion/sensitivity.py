@@ -78,8 +78,11 @@ def measure_sensitivity(
     seed: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
     spill: Path | None = None,
+    kv_heads: int | None = None,
 ) -> list[Sensitivity]:
     """Pool every candidate group alone, on the first rows of `tokens`; measure it on the last ones.
+
+    Where heads are pooled, single layers are candidates, too: they cost something then.
 
     Args:
         source: lazily read checkpoint.
@@ -91,14 +94,15 @@ def measure_sensitivity(
         seed: of the order of rows.
         on_progress: called with (layers done, layers in all).
         spill: folder for activations that memory has no room for.
+        kv_heads: what pooled layers will have; default: as many as the source's.
 
     Raises:
         InputError: the family is not supported, there is too little text, or the disk of `spill` is full.
     """
     search = search or Search.default(device)
     fit, probe = search.split(tokens)
-    factory = Factory(source, config, tokens, device)
-    groups = candidate_groups(kinds, search.largest)
+    factory = Factory(source, config, tokens, device, kv_heads=kv_heads)
+    groups = candidate_groups(kinds, search.largest, 1 if factory.pools_heads else 2)
     streams = 10 * fit.numel() + len(groups) * probe.numel()
     store = Store.choose(device, streams * factory.config.hidden_size * 4, spill)
     with torch.no_grad():

@@ -62,8 +62,10 @@ def groups_of(sources: Sequence[int]) -> list[list[int]]:
     return list(groups.values())
 
 
-def matched_groups(sources: Sequence[int]) -> int:
-    """How many groups calibrated pooling matches: from the first that shares on, all of them."""
+def matched_groups(sources: Sequence[int], *, every: bool = False) -> int:
+    """How many groups calibrated pooling matches: from the first that shares on, or `every` one (of fewer heads)."""
+    if every:
+        return len(set(sources))
     first = next((group[0] for group in groups_of(sources) if len(group) > 1), len(sources))
     return sum(owner >= first for owner in set(sources))
 

@@ -13,3 +13,5 @@ class TensorPlan:
     """keep, pool (with `members`), fit (on calibration text) or drop."""
     members: tuple[str, ...] = ()
     """Tensors to pool, the owner's first."""
+    heads: int = 1
+    """Heads of each tensor that become one."""

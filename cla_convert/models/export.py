@@ -104,13 +104,16 @@ def _say_once(note: str) -> None:
     say(note)
 
 
-def cla_config(source: Mapping[str, Any], family: Family, kv_source_layers: list[int], dtype: str) -> dict[str, Any]:
-    """config.json of the converted model: the source's, with the CLA classes and the sharing map."""
+def cla_config(
+    source: Mapping[str, Any], family: Family, kv_source_layers: list[int], dtype: str, kv_heads: int | None = None
+) -> dict[str, Any]:
+    """config.json of the converted model: the source's, with the CLA classes, the sharing map and other KV heads."""
     dropped = {"_name_or_path", "quantization_config", "torch_dtype", "auto_map", *IMPLEMENTATIONS}
     return {
         **{key: value for key, value in source.items() if key not in dropped},
         "architectures": [family.class_name("ForCausalLM")],
         "auto_map": family.auto_map(),
+        **({family.key("num_key_value_heads"): kv_heads} if kv_heads else {}),
         "dtype": dtype,
         "kv_source_layers": list(kv_source_layers),
         "model_type": family.cla_type,

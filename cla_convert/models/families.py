@@ -134,6 +134,10 @@ class Family:
             "AutoModelForSequenceClassification": f"{modeling}.{self.class_name('ForSequenceClassification')}",
         }
 
+    def key(self, usual: str) -> str:
+        """This family's name for a usual key of a config.json."""
+        return self.keys.get(usual, usual)
+
     @property
     def output_weight(self) -> str:
         """Name of W_O inside a layer."""

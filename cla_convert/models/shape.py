@@ -1,7 +1,7 @@
 """What a config.json says about a model's attention. Imports no torch."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import InputError
@@ -91,8 +91,12 @@ LONG = 32_768
 """Tokens of a long context."""
 
 
-def long_cache(config: Mapping[str, Any], element_size: int, sources: Iterable[int]) -> dict[str, int] | None:
+def long_cache(
+    config: Mapping[str, Any], element_size: int, sources: Iterable[int], heads: tuple[int, int]
+) -> dict[str, int] | None:
     """The cache of a long context, where windows make it another than the bytes of its first tokens say.
+
+    `heads`: KV heads before and after.
 
     Returns:
         window: of the sliding layers; tokens: of the context, at most the positions that the model knows; before and
@@ -101,7 +105,11 @@ def long_cache(config: Mapping[str, Any], element_size: int, sources: Iterable[i
     shape, tokens = shape_of(config), min(LONG, positions_of(config) or LONG)
     if shape.sliding_window is None or shape.sliding_window >= tokens:
         return None
-    before, after = (shape.kv_bytes(element_size, tokens, one) for one in (range(shape.num_layers), sources))
+    maps = (range(shape.num_layers), sources)
+    before, after = (
+        replace(shape, num_key_value_heads=count).kv_bytes(element_size, tokens, one)
+        for count, one in zip(heads, maps, strict=True)
+    )
     return {"window": shape.sliding_window, "tokens": tokens, "before": before, "after": after}
 
 

@@ -31,7 +31,11 @@ class Convert(Section):
     """Pattern (docs/sharing.md), a list of groups [[0],[1,2],...], a list of owners, one per layer (kv_source_layers),
     or auto: the map that costs least under `kv_budget`, by measurements on calibration text."""
     kv_budget: float | None = Field(default=None, gt=0, le=1)
-    """Share of the source's KV cache that `sharing: auto` may keep; 0.5 if not given."""
+    """Share of the source's KV cache that `sharing: auto` may keep, by fewer layers and fewer heads (`kv_heads`)
+    together; half of what the heads leave if not given."""
+    kv_heads: int | None = Field(default=None, ge=1)
+    """KV heads of every layer; a divisor of the source's, whose heads are pooled in the same step in which layers share
+    (GQA; 1: MQA). With `sharing: cla1` nothing else is done. None: as many as the source has."""
     init: Annotated[str, OneOf(INITIALISATIONS)] = "calibrated"
     """What the shared projections start from."""
     calibration: Calibration = Calibration()

@@ -1,6 +1,7 @@
 """README.md of a converted model: metadata for the Hugging Face hub, how to load it, its numbers and its limits."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from .formats import changed, count, groups_text, integer, model_name, number, p
 from .model_index import eval_results
 from .run_folder import Json
 from .sections.kv import how_long, ratio, with_ratio
+from .sections.model import fewer_heads
 from .sections.next_step import next_of_model
 from .text import cell_in_markdown, fenced, guarded
 
@@ -34,6 +36,8 @@ _OTHER = {
 """What stands in place of the verdict on the card of a model that the verdict is not about."""
 TEMPLATES = Path(__file__).parent / "templates"
 _LONGEST_CARD = 1 << 22
+_MADE = ("kv_source_layers", "kv_heads", "sharing", "init")
+"""What of a manifest says how the model was made."""
 CARRIED = ("license", "license_name", "license_link", "language", "extra_gated_prompt")
 """Metadata of the source's card that also holds for a derived model."""
 
@@ -67,13 +71,15 @@ def write_model_card(folder: Path, report: Json, source_card: str | None = None,
 
 
 def card_name(report: Json, folder: Path) -> str:
-    """What the model is called: its source and its map, `SmolLM2-135M-Instruct-cla2-keep-ends`."""
-    source, sharing = report.get("source") or {}, (report.get("converted") or {}).get("sharing")
+    """What the model is called: its source, its map and fewer KV heads, `SmolLM2-135M-Instruct-cla2-keep-ends-kv1`."""
+    source, converted = report.get("source") or {}, report.get("converted") or {}
+    sharing, heads = converted.get("sharing"), converted.get("kv_heads") or {}
     base = source.get("base_model") or (source.get("model") and model_name(source))
     if not base:
         return folder.name
     pattern = re.sub(r"[^\w.-]+", "-", sharing).strip("-") if isinstance(sharing, str) else "cla"
-    return f"{str(base).rstrip('/').rsplit('/', 1)[-1]}-{pattern or 'cla'}"
+    fewer = f"-kv{heads['after']}" if heads and heads["after"] != heads["before"] else ""
+    return f"{str(base).rstrip('/').rsplit('/', 1)[-1]}-{pattern or 'cla'}{fewer}"
 
 
 def _measured(report: Json, point: str) -> list[list[str]]:
@@ -124,16 +130,20 @@ def described(folder: Path, train: Json | None = None) -> Json:
     """What the files of an output folder say, as a report for `write_model_card`: the map, its bytes, the source."""
     config, manifest = read_json(folder / "config.json") or {}, read_json(folder / MANIFEST) or {}
     shape = shape_of(config)
+    heads = (manifest.get("kv_heads") or {}).get("before", shape.num_key_value_heads)
+    source_shape = replace(shape, num_key_value_heads=heads)
     size = {name: ELEMENT_SIZE[code] for code, name in FLOATING.items()}.get(str(config.get("dtype")), 4)
     source, base = manifest.get("source") or {}, front_matter(source_card(folder)).get("base_model")
     model = base or source.get("model") or source.get("file") or source.get("folder")
     return {
         "source": {**source, "model": model},
-        "converted": {key: manifest[key] for key in ("kv_source_layers", "sharing", "init") if key in manifest},
+        "converted": {key: manifest[key] for key in _MADE if key in manifest},
         "kv": {
-            "bytes_per_token_before": shape.kv_bytes_per_token(size, shape.num_layers),
+            "bytes_per_token_before": source_shape.kv_bytes_per_token(size, shape.num_layers),
             "bytes_per_token_after": shape.kv_bytes_per_token(size),
-            "long_context": with_ratio(long_cache(config, size, shape.kv_source_layers)),
+            "long_context": with_ratio(
+                long_cache(config, size, shape.kv_source_layers, (heads, shape.num_key_value_heads))
+            ),
         },
         "train": train,
     }
@@ -198,7 +208,11 @@ def _template() -> "jinja2.Template":
     )  # fmt: skip
     filters: Json = {"count": count, "integer": integer, "changed": changed, "model_name": model_name, "ratio": ratio}
     filters["how_long"] = how_long
-    filters |= {"fenced": lambda text: _Fenced(fenced(text)), "quoted": lambda text: _Fenced(quoted(text))}
+    filters |= {
+        "fewer_heads": fewer_heads,
+        "fenced": lambda text: _Fenced(fenced(text)),
+        "quoted": lambda text: _Fenced(quoted(text)),
+    }
     env.filters |= filters | {"groups": groups_text}
     return env.get_template("model_card.md.j2")
 

@@ -15,9 +15,6 @@ if TYPE_CHECKING:
     from ..conversion.plan import Plan
     from ..models.checkpoint import Checkpoint
 
-DEFAULT_BUDGET = 0.5
-"""Of `sharing: auto`."""
-
 
 def plan(recipe: Recipe, folder: RunFolder) -> PlanResult:
     """Plan the conversion, and say what training will need.
@@ -58,6 +55,7 @@ def plan_of(recipe: Recipe, folder: RunFolder) -> "Plan":
         checkpoint,
         sharing=choice.kv_source_layers if choice else recipe.convert.sharing,
         init=recipe.convert.init,
+        kv_heads=recipe.convert.kv_heads,
         dtype=recipe.source.dtype,
         calibration_tokens=calibration_tokens(recipe, checkpoint.folder, pick_device(recipe.device)),
         choice=choice,
@@ -69,24 +67,25 @@ def _choice(recipe: Recipe, folder: RunFolder, checkpoint: "Checkpoint") -> "Cho
     if recipe.convert.sharing != "auto":
         return None
     from ..conversion.auto import choose
-    from ..models.shape import shape_of
+    from ..conversion.kv_heads import check_kv_heads
+    from ..conversion.supported import check_convertible
 
+    family, shape, _ = check_convertible(checkpoint)
+    heads = check_kv_heads(recipe.convert.kv_heads, family, shape)
     looks_at = calibration(recipe, folder)
     assert looks_at is not None, "the recipe's schema wants `init: calibrated` here"
-    budget = DEFAULT_BUDGET if recipe.convert.kv_budget is None else recipe.convert.kv_budget
-    return choose(checkpoint, shape_of(checkpoint.config).kinds, budget, looks_at, cache_folder() / "damage")
+    return choose(checkpoint, shape, heads, recipe.convert.kv_budget, looks_at, cache_folder() / "damage")
 
 
 def _check_memory(recipe: Recipe, folder: RunFolder, the_plan: "Plan") -> None:
     """Say what training will need. Raises InputError, with what does fit, if the device has less."""
     from ..models.checkpoint import Checkpoint
-    from ..models.export import cla_config
     from ..training.micro_batch import forecast
 
     if not recipe.train.tokens:
         return
     source, teacher = (Checkpoint.open(find(recipe)).config for find in (folder.source, folder.teacher))
-    students = {folder.training.model: cla_config(source, the_plan.family, the_plan.kv_source_layers, the_plan.dtype)}
+    students = {folder.training.model: the_plan.config(source)}
     students |= {folder.control.model: source} if recipe.train.needs_control else {}
     for model, student in students.items():
         if not model.exists():  # else it was trained, perhaps on another machine

@@ -23,7 +23,7 @@ class Zeros(Initialisation):
         return 0
 
     def patches(
-        self, checkpoint: Checkpoint, sources: list[int], text: CalibrationText | None, spill: Path
+        self, checkpoint: Checkpoint, sources: list[int], kv_heads: int, text: CalibrationText | None, spill: Path
     ) -> Iterator[LayerPatch]:
         for layer in range(len(sources)):
             name = family_of(checkpoint.config).tensor(layer, "v_proj")

@@ -203,6 +203,8 @@ def test_inspect(tiny_llama):
     assert result["kv_source_layers"] == list(range(6))
     assert result["patterns"]["cla2"]["kv_bytes_per_token"] * 2 == result["kv_bytes_per_token"]
     said = cla("inspect", tiny_llama).stdout.splitlines()
+    assert result["kv_head_counts"] == [1]
+    assert "  --kv-heads        1: 2x smaller, with any of these patterns or alone (cla1)" in said
     (default,) = [line for line in said if "(the default)" in line]
     assert "cla2-keep-ends" in default and "1.50x smaller" in default
     # 768 and 512 bytes per token, 8192 tokens, 32 contexts
@@ -231,6 +233,10 @@ def test_multi_head_attention_is_converted_with_a_warning(tmp_path):
     done = cla("convert", source, tmp_path / "out", "--init", "mean")
     assert done.returncode == 0
     assert "multi-head attention" in done.stderr and "GQA" in done.stderr
+    grouped = cla("convert", source, tmp_path / "grouped", "--init", "mean", "--kv-heads", "2", "--sharing", "cla2")
+    assert "(4.00x smaller)" in grouped.stderr and "multi-head attention" not in grouped.stderr
+    card = (tmp_path / "grouped" / "README.md").read_text()
+    assert "# mha-cla2-kv2\n" in card and "with 2 KV heads a layer instead of 4" in card and "4.00x smaller" in card
 
 
 def test_stored_rotary_frequencies_are_dropped_and_quantised_weights_refused(tmp_path):
@@ -283,6 +289,8 @@ def test_code_of_the_source_is_never_run_and_never_asked_about(tmp_path):
         (["convert", "{model}", "{out}", "--sharing", "[0,2,2,3,4,5]"], 2, "Layer 1 cannot read layer 2"),
         (["convert", "{model}", "{out}", "--sharing", "cla2-keepends"], 2, "Did you mean"),
         (["convert", "{model}", "{out}", "--init", "average"], 2, "'first'"),
+        (["convert", "{model}", "{out}", "--kv-heads", "3"], 2, "2 KV heads cannot become 3"),
+        (["convert", "{model}", "{out}", "--kv-heads", "0"], 2, "kv_heads"),
         (["convert", "{model}", "{model}"], 3, "not empty"),
         (["convert", "{model}", "{model}", "--overwrite"], 3, "not written by cla-convert"),
         (["convert", "{model}"], 2, "Missing argument"),

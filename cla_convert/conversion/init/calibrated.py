@@ -8,6 +8,7 @@ from pathlib import Path
 from ...effort import Effort
 from ...models.checkpoint import Checkpoint
 from ...models.families import Family
+from ...models.shape import shape_of
 from ..initialisation import INITIALISATIONS, Initialisation
 from ..layer_patch import LayerPatch
 from ..sharing import groups_of, matched_groups
@@ -38,26 +39,27 @@ class Calibrated(Initialisation):
             if place := family.place(name):
                 layers[place.layer] += info.numel
                 attention[place.layer] += info.numel * bool(place.module)
-        groups = (sum(attention[layer] for layer in group) for group in groups_of(sources) if len(group) > 1)
+        alone = any(tensor.heads > 1 for tensor in tensors)  # a layer alone is pooled, too
+        groups = (sum(attention[layer] for layer in group) for group in groups_of(sources) if len(group) > 1 or alone)
         return max(6 * max(layers.values()), 36 * max(groups, default=0))
 
     def patches(
-        self, checkpoint: Checkpoint, sources: list[int], text: CalibrationText | None, spill: Path
+        self, checkpoint: Checkpoint, sources: list[int], kv_heads: int, text: CalibrationText | None, spill: Path
     ) -> Iterator[LayerPatch]:
-        """One for every layer; none where no layer shares."""
-        if len(set(sources)) == len(sources):
+        """One for every layer; none where no layer and no head shares."""
+        if len(set(sources)) == len(sources) and kv_heads == shape_of(checkpoint.config).num_key_value_heads:
             return iter(())
         from ..calibration import calibrated_pooling
 
         assert text is not None, "init: calibrated needs calibration text"
         return calibrated_pooling(
             checkpoint, checkpoint.config, sources, text.tokens, device=text.device, seed=text.seed,
-            effort=_effort(text), spill=spill,
+            effort=_effort(text), spill=spill, kv_heads=kv_heads,
         )  # fmt: skip
 
-    def steps(self, sources: list[int], text: CalibrationText | None) -> int:
+    def steps(self, sources: list[int], text: CalibrationText | None, *, every: bool = False) -> int:
         """Those of block reconstruction, of every group from the first that shares on."""
-        return _effort(text).steps * matched_groups(sources) if text else 0
+        return _effort(text).steps * matched_groups(sources, every=every) if text else 0
 
 
 def _effort(text: CalibrationText) -> Effort:

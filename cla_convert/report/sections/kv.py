@@ -18,6 +18,7 @@ def collect(material: Material, report: Json) -> Json:
     """
     run = material.run
     computed: Any = run.convert.get("kv_bytes_per_token") or {}
+    heads: Any = run.convert.get("kv_heads") or {}
     before = run.kv_cache.get("before", {})
     after = run.kv_cache.get("after") or run.kv_cache.get("converted") or {}
     kv = {
@@ -29,6 +30,8 @@ def collect(material: Material, report: Json) -> Json:
         "measured_bytes_per_token_after": after.get("bytes_per_token"),
         "layer_bytes_per_token_after": after.get("layer_bytes_per_token"),
         "measured_tokens": after.get("tokens") or before.get("tokens"),
+        "heads_before": heads.get("before"),
+        "heads_after": heads.get("after"),
         "cached_layers_before": before.get("cached_layers"),
         "cached_layers_after": after.get("cached_layers"),
         "dtype_before": before.get("dtype"),
@@ -78,6 +81,7 @@ def show(report: Json) -> Sequence[Block]:
         row(f"live bytes at {kv['measured_tokens'] or '-'} tokens", "measured_bytes", "measured_bytes_ratio"),
         *_long(kv["long_context"]),
         row("layers that cache", "cached_layers"),
+        *([row("KV heads of a layer", "heads")] if kv["heads_before"] != kv["heads_after"] else []),
         Row(["number format", kv["dtype_before"] or "-", kv["dtype_after"] or "-", ""]),
     ]
     measured = [

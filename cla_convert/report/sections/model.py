@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 
 from ..content import Block, Paragraph
-from ..formats import count, model_name
+from ..formats import count, model_name, plural
 from ..run_folder import POINTS, Json
 from ..section import Material, Section, register
 from ..text import code
 
-_KEPT = ("output", "sharing", "init", "kv_source_layers", "parameters", "seconds", "peak_rss_bytes", "groups")
+_KEPT = (
+    "output", "sharing", "init", "kv_source_layers", "kv_heads", "parameters", "seconds", "peak_rss_bytes", "groups"
+)  # fmt: skip
 
 
 def collect(material: Material, report: Json) -> Json:
@@ -33,12 +35,20 @@ def show(report: Json) -> Sequence[Block]:
         Paragraph(
             [
                 f"{converted['owners']} of {converted['layers']} layers cache keys and values (",
-                code(converted.get("sharing") or "by hand"), "), initialised by ",
+                code(converted.get("sharing") or "by hand"), f"){fewer_heads(converted)}, initialised by ",
                 code(converted.get("init") or "?"), f"{trained}.",
             ],
             "note",
         )
     ]  # fmt: skip
+
+
+def fewer_heads(converted: Json) -> str:
+    """That a layer has fewer KV heads than in the source, as the end of a sentence; nothing if it has not."""
+    heads = converted.get("kv_heads") or {}
+    if not heads or heads["before"] == heads["after"]:
+        return ""
+    return f", with {plural(heads['after'], 'KV head')} a layer instead of {heads['before']}"
 
 
 register(Section("model", place=0, collect=collect, show=show, style=lambda report: "bare"))

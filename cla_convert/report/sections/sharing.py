@@ -58,7 +58,7 @@ def show(report: Json) -> Sequence[Block]:
         rows = [
             Row([_names(group), number(group["damage"], 3), percent(group["captured_k"]), percent(group["captured_v"])])
             for group in groups
-            if len(group["layers"]) > 1
+            if len(group["layers"]) > 1 or group["damage"] is not None
         ]
         kept = "Kept: the share of the keys' (values') weighted energy that one projection captures, in closed form."
         blocks.append(Details("Every shared group", [Table(columns, rows), Paragraph(kept, "note")]))
@@ -66,14 +66,15 @@ def show(report: Json) -> Sequence[Block]:
 
 
 def _names(group: Json) -> str:
+    if len(group["layers"]) == 1:  # whose heads were pooled
+        return str(group["owner"])
     return f"{group['owner']} \u2190 {', '.join(str(layer) for layer in group['layers'] if layer != group['owner'])}"
 
 
 def group_title(group: Json) -> str:
     """What a group of the sharing map says under the mouse."""
-    if len(group["layers"]) == 1:
-        return f"layer {group['owner']} shares with no other"
-    text = f"layer {group['owner']} owns, {', '.join(str(i) for i in group['layers'] if i != group['owner'])} read"
+    readers = [str(layer) for layer in group["layers"] if layer != group["owner"]]
+    text = f"layer {group['owner']} " + (f"owns, {', '.join(readers)} read" if readers else "shares with no other")
     if group["damage"] is not None:
         text += f"; damage {group['damage']:.3g}"
     if group["captured_k"] is not None:
