@@ -7,7 +7,7 @@ from typing import Any
 from ..console import human_bytes, human_count
 from ..models.checkpoint import ELEMENT_SIZE, FLOATING, Checkpoint, TensorInfo
 from ..models.export import cla_config
-from ..models.families import KV_MODULES, Family
+from ..models.families import Family
 from ..models.fit import check_converted
 from ..models.shape import AttentionShape
 from .auto import Choice
@@ -172,7 +172,7 @@ def _plan_tensors(checkpoint: Checkpoint, family: Family, sources: list[int], un
         layer = place.layer if place else None
         if name.endswith(_COMPUTED) or name in unused:
             tensors.append(TensorPlan(name, layer, "drop"))
-        elif place is None or place.module not in KV_MODULES or len(groups.get(sources[place.layer], [])) == 1:
+        elif place is None or place.module not in family.kv_modules or len(groups.get(sources[place.layer], [])) == 1:
             tensors.append(TensorPlan(name, layer, "keep"))
         elif sources[place.layer] != place.layer:
             tensors.append(TensorPlan(name, layer, "drop"))

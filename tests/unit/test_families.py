@@ -32,11 +32,25 @@ CONFIGS = [
     {"model_type": "phi3", "sliding_window": 2047},
     {"model_type": "mixtral", "sliding_window": 4096},
     {"model_type": "qwen3_moe", "use_sliding_window": True},
+    {"model_type": "qwen2_moe", "use_sliding_window": True, "max_window_layers": 21},
+    {"model_type": "ministral", "layer_types": ["full_attention", "sliding_attention"] * 15},
+    {"model_type": "ministral3", "sliding_window": 4096},
+    {"model_type": "olmo3", "layer_types": ["full_attention", "sliding_attention"] * 15},
+    {"model_type": "cohere2", "sliding_window_pattern": 5},
+    {"model_type": "exaone4", "sliding_window_pattern": 5, "sliding_window": 128},
+    {"model_type": "exaone4", "sliding_window": None, "layer_types": ["full_attention"] * 30},
     {"model_type": "starcoder2", "sliding_window": 4096},
     {"model_type": "smollm3", "no_rope_layer_interval": 5},
     {"model_type": "smollm3", "no_rope_layers": [0, 1] * 15, "use_sliding_window": True, "sliding_window": 64},
 ]
 """config.json as older and newer versions of transformers wrote them: what is left out is left to the defaults."""
+
+
+def rotating_layers(config) -> list[bool]:
+    """Which layers have RoPE, as transformers' attention decides it."""
+    if config.model_type == "cohere2" or (config.model_type == "exaone4" and config.sliding_window is not None):
+        return [kind == SLIDING for kind in config.layer_types]
+    return [bool(rope) for rope in getattr(config, "no_rope_layers", [True] * config.num_hidden_layers)]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
@@ -48,11 +62,9 @@ def test_shape_and_kinds_are_those_of_transformers(config):
     layer_types, cache_arguments = get_layer_types_and_kwargs(theirs)
     head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
     assert (shape.num_layers, shape.num_attention_heads, shape.hidden_size) == (30, 8, 256)
-    assert (shape.num_key_value_heads, shape.head_dim) == (theirs.num_key_value_heads, head_dim)
+    assert (shape.num_key_value_heads, shape.head_dim) == (theirs.num_key_value_heads or 8, head_dim)
     assert [kind.removesuffix(NOPE) for kind in shape.kinds] == layer_types
-    assert [not kind.endswith(NOPE) for kind in shape.kinds] == [
-        bool(rope) for rope in getattr(theirs, "no_rope_layers", [True] * 30)
-    ]
+    assert [not kind.endswith(NOPE) for kind in shape.kinds] == rotating_layers(theirs)
     for kind, arguments in zip(shape.kinds, cache_arguments, strict=True):
         assert arguments.get("sliding_window") == (shape.sliding_window if kind.startswith(SLIDING) else None)
 
