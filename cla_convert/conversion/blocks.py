@@ -72,6 +72,7 @@ class Factory:
         """Sizes of a layer's attention."""
         positions = self._calls[layer].get("position_embeddings")
         turned = 0 if positions is None or self._attention.kinds[layer].endswith(NOPE) else positions[0].shape[-1]
+        turned *= 2 if self.family.half_tables else 1
         heads, kv_heads = self._attention.num_attention_heads, self._attention.num_key_value_heads
         return HeadShape(heads, kv_heads, self._attention.head_dim, turned)
 

@@ -86,6 +86,8 @@ class Family:
     """Whether each query head has a logit that no key belongs to (`sinks`)."""
     adjacent_pairs: bool = False
     """Whether RoPE turns neighbouring channels (0 and 1, 2 and 3, ...) together; else those of two halves."""
+    half_tables: bool = False
+    """Whether the tables of RoPE hold one number for both channels of a pair; else each of them twice."""
     parallel: bool = False
     """Whether the MLP reads what the attention reads, and both are added at once."""
     mlp: str = "mlp"

@@ -186,6 +186,7 @@ ROWS = [
             "GPT-OSS", arguments=(FROM_ATTENTION, "s_aux=self.sinks"), layer_types=True, experts=True,
             stored_apart=False,
         ),
-        kinds.alternating, {"num_key_value_heads": 8, "head_dim": 64, "sliding_window": 128}, sinks=True,
+        kinds.alternating, {"num_key_value_heads": 8, "head_dim": 64, "sliding_window": 128},
+        sinks=True, half_tables=True,
     ),
 ]  # fmt: skip

@@ -234,9 +234,13 @@ def test_a_config_that_transformers_does_not_accept_is_refused(settings, reason,
 
 
 def test_mistral_with_kinds_of_layers_is_ministral(tmp_path):
+    """As transformers loads it: some layers see all of the text (40 tokens), others 8."""
     folder = save_tiny("mistral-window", tmp_path / "m")
-    refused(change(folder, layer_types=["full_attention", "sliding_attention"] * 3), "Ministral")
-    same(change(folder, layer_types=None), tmp_path / "out")
+    sliding = logits(folder)
+    same(change(folder, layer_types=["full_attention", "sliding_attention"] * 3), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "cla_ministral"
+    assert not torch.allclose(logits(folder), sliding)
+    same(change(folder, layer_types=None), tmp_path / "none")
 
 
 def test_an_attention_that_is_not_here_falls_back(tmp_path, capsys):
