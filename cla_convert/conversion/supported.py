@@ -53,14 +53,24 @@ def check_convertible(checkpoint: Checkpoint) -> Convertible:
 
         check(checkpoint.folder / ggufs[0])
         return Convertible(family, shape, set())
-    _check_layers(checkpoint, family, shape)
-    return Convertible(family, shape, _unused(checkpoint, family))
+    ahead = _predicting_ahead(checkpoint, family, shape)
+    _check_layers(checkpoint, family, shape, ahead)
+    return Convertible(family, shape, ahead | _unused(checkpoint, family, ahead))
 
 
-def _unused(checkpoint: Checkpoint, family: Family) -> set[str]:
+def _predicting_ahead(checkpoint: Checkpoint, family: Family, shape: AttentionShape) -> set[str]:
+    """Tensors of layers behind the last that guess tokens further ahead (GLM-4 MoE): transformers leaves them out."""
+    count = checkpoint.config.get("num_nextn_predict_layers")
+    ahead = range(shape.num_layers, shape.num_layers + (count if isinstance(count, int) else 0))
+    places = {name: family.place(name) for name in checkpoint.tensors}
+    return {name for name, place in places.items() if place and place.layer in ahead}
+
+
+def _unused(checkpoint: Checkpoint, family: Family, ahead: set[str]) -> set[str]:
     from ..models.fit import unused_tensors
 
-    unused = unused_tensors(checkpoint.config, checkpoint.whole or checkpoint.tensors)
+    stored = checkpoint.whole or checkpoint.tensors
+    unused = unused_tensors(checkpoint.config, {name: info for name, info in stored.items() if name not in ahead})
     places = {name: place for name in unused if (place := family.place(name)) and place.module == family.fused}
     for name, place in places.items():  # shown to all others as three
         unused |= {family.tensor(place.layer, module, place.part) for module in ("q_proj", "k_proj", "v_proj")}
@@ -68,7 +78,7 @@ def _unused(checkpoint: Checkpoint, family: Family) -> set[str]:
     return unused
 
 
-def _check_layers(checkpoint: Checkpoint, family: Family, shape: AttentionShape) -> None:
+def _check_layers(checkpoint: Checkpoint, family: Family, shape: AttentionShape, ahead: set[str]) -> None:
     """Every layer has the q, k and v that config.json describes, so that any two can be pooled; there are no others."""
     for layer in range(shape.num_layers):
         for module, rows in shape.projection_rows.items():
@@ -85,7 +95,7 @@ def _check_layers(checkpoint: Checkpoint, family: Family, shape: AttentionShape)
                     f"{family.tensor(layer, module)} has {found} rows where config.json promises {rows}",
                     fix="Check that config.json belongs to the weights.",
                 )
-    places = filter(None, map(family.place, checkpoint.tensors))
+    places = filter(None, (family.place(name) for name in checkpoint.tensors if name not in ahead))
     if extra := {place.layer for place in places if place.layer >= shape.num_layers}:
         raise InputError(
             f"The checkpoint has a layer {max(extra)} where config.json promises {shape.num_layers} layers",

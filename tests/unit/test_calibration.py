@@ -89,8 +89,8 @@ def plant(model: PreTrainedModel, member: int, owner: int) -> None:
                 torch.nn.init.zeros_(parameter)
         if layer.self_attn.o_proj.bias is not None:
             layer.self_attn.o_proj.bias.data.zero_()
-    if name := family.norms.before_attention:
-        layers[member].get_submodule(name).load_state_dict(layers[owner].get_submodule(name).state_dict())
+    if before := family.norms.before_attention:
+        layers[member].get_submodule(before).load_state_dict(layers[owner].get_submodule(before).state_dict())
     dim, half = config.head_dim, config.head_dim // 2
     order = list(range(config.num_key_value_heads))[::-1]
     channels = torch.arange(dim)
