@@ -6,7 +6,13 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, Gemma3Config, Gemma3ForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+)
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from cla_convert.conversion.sharing import groups_of, sharing_map
@@ -109,26 +115,36 @@ def test_fused_projections_are_read_as_three(case, tmp_path):
         Checkpoint.open(folder)
 
 
+VISION = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28)
+SEEING = {
+    "gemma3": (Gemma3ForConditionalGeneration, Gemma3Config),
+    "mistral": (Mistral3ForConditionalGeneration, Mistral3Config),
+    "ministral3": (Mistral3ForConditionalGeneration, Mistral3Config),
+}
+
+
 @pytest.mark.parametrize("published", [True, False], ids=["published", "saved by transformers"])
-def test_the_language_model_of_a_multimodal_gemma_3(published, tmp_path, monkeypatch):
+@pytest.mark.parametrize("case", SEEING)
+def test_the_language_model_of_one_that_sees_images(case, published, tmp_path, monkeypatch):
     monkeypatch.setenv("CLA_CONVERT_CACHE", str(tmp_path / "cache"))
-    text = tiny_config("gemma3").to_diff_dict()
-    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28)
+    text = tiny_config(case).to_diff_dict()
     torch.manual_seed(0)
-    model = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision)).eval()
-    model.save_pretrained(tmp_path / "gemma")
-    weights = load_file(tmp_path / "gemma" / "model.safetensors")
+    whole, config = SEEING[case]
+    model = whole(config(text_config=text, vision_config=VISION, tie_word_embeddings=case != "mistral")).eval()
+    model.save_pretrained(tmp_path / "whole")
+    weights = load_file(tmp_path / "whole" / "model.safetensors")
     other = {"language_model.model.": "model.language_model."}
     if any(name.startswith("model.language_model.") for name in weights) == published:
         other = dict(map(reversed, other.items())) if published else other
         for old, new in other.items():
             weights = {name.replace(old, new): tensor for name, tensor in weights.items()}
-        save_file(weights, tmp_path / "gemma" / "model.safetensors", metadata={"format": "pt"})
-    (tmp_path / "gemma" / "preprocessor_config.json").write_text("{}")
-    headers, folder = open_headers(str(tmp_path / "gemma")), resolve_source(str(tmp_path / "gemma"))
+        save_file(weights, tmp_path / "whole" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "whole" / "preprocessor_config.json").write_text("{}")
+    headers, folder = open_headers(str(tmp_path / "whole")), resolve_source(str(tmp_path / "whole"))
     assert not (folder / "preprocessor_config.json").exists()
     assert headers.tensors.keys() == Checkpoint.open(folder).tensors.keys()
-    assert shape_of(headers.config) == shape_of(tiny_config("gemma3").to_dict())
+    assert ("lm_head.weight" in headers.tensors) == (case == "mistral")
+    assert shape_of(headers.config) == shape_of(tiny_config(case).to_dict())
     ids = torch.arange(2, 22)[None]
     with torch.inference_mode():
         assert torch.equal(load_model(folder, dtype=torch.float32)(ids).logits, model(ids).logits)
