@@ -7,21 +7,34 @@ from ..errors import InputError
 from .family import CODE_FOLDER as CODE_FOLDER
 from .family import Family
 from .family_rows import ROWS
+from .nearest import nearest_family, obstacles
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FAMILIES = {family.model_type: family for family in ROWS}
 
-_SHARES_ALREADY = "Its last layers read the K/V of earlier ones as it is."
+_SHARES_ALREADY = (
+    "Its last layers read the K/V of earlier ones as published, which transformers hands on by kind of layer and not "
+    "by a map. Sharing among the others, too, takes an attention and a model of its own."
+)
+_GEMMA_4 = (
+    "Its full layers have larger heads than the sliding ones and may use keys as values, and its last layers may read "
+    "the K/V of earlier ones. That takes an attention and a model of its own."
+)
 _LATENT = "It caches one compressed vector per token (multi-head latent attention) instead of keys and values."
+_STABLELM = (
+    "Its attention rotates a part of each head by itself; models with fewer KV than query heads (12B) norm each head "
+    "apart, too, and run attention and MLP in parallel. That would be three more fields of the code, for one model."
+)
 REFUSED = {
     "falcon": "Its attention is code of its own in transformers, outside the attention interface that CLA code calls, "
     "and it copies K/V to every query head before caching them, so its cache is as large as with multi-head attention.",
+    "stablelm": _STABLELM,
     "gemma3n": _SHARES_ALREADY,
     "gemma3n_text": _SHARES_ALREADY,
-    "gemma4": _SHARES_ALREADY,
-    "gemma4_text": _SHARES_ALREADY,
+    "gemma4": _GEMMA_4,
+    "gemma4_text": _GEMMA_4,
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT,
 }
@@ -64,6 +77,16 @@ def family_of(config: Mapping[str, Any]) -> Family:
     architecture = ", ".join(map(str, named)) if named and isinstance(named, list) else "unknown architecture"
     raise InputError(
         f"Models of type {model_type[:100]!r} ({architecture[:200]}) are not supported",
-        why=REFUSED.get(model_type, "Cross-Layer Attention needs modelling code for each family."),
+        why=_why_not(model_type, config),
         fix=f"Supported: {', '.join(FAMILIES)}.",
     )
+
+
+def _why_not(model_type: str, config: Mapping[str, Any]) -> str:
+    """What is known of the family, and the supported one that is nearest."""
+    family = nearest_family(config)
+    nearest = f"The nearest supported family is {family.model_type}"
+    if model_type in REFUSED:
+        return f"{REFUSED[model_type]} {nearest}."
+    known = "Cross-Layer Attention needs modelling code for each family."
+    return f"{known} {nearest}, but {'; '.join(obstacles(config, family))}."

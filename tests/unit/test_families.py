@@ -202,3 +202,25 @@ def test_refusals_say_why_and_what_is_supported(config, reason):
         family_of(config)
     if config["model_type"] not in FAMILIES and not config["model_type"].startswith("cla_"):
         assert all(name in str(caught.value) for name in FAMILIES)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "nearest", "obstacle"),
+    [
+        ("qwen3_next", "qwen3_moe", "36 of its layers are linear_attention"),
+        ("qwen3_vl", "qwen3", "a part of one that reads more than text"),
+        ("granitemoehybrid", "granitemoe", "keep a state"),
+        ("llama4_text", "llama", "attend within chunks"),
+        ("ernie4_5_moe", "ernie4_5", "its layers have experts"),
+        ("mistral4", "mistral", "multi-head latent attention"),
+        ("minimax", "mixtral", "are linear_attention"),
+        ("gpt2", "gpt_bigcode", "comparing the two"),
+        ("gemma3n_text", "gemma3_text", "takes an attention and a model of its own"),
+        ("stablelm", "llama", "rotates a part of each head by itself"),
+    ],
+)
+def test_the_nearest_family_and_what_is_between(model_type, nearest, obstacle):
+    """From what transformers itself writes into config.json."""
+    with pytest.raises(InputError) as caught:
+        family_of(AutoConfig.for_model(model_type).to_dict())
+    assert f"nearest supported family is {nearest}" in caught.value.why and obstacle in caught.value.why
