@@ -28,7 +28,7 @@ def windowed(config: Config) -> list[str]:
 
 
 def listed_or_windowed(config: Config) -> list[str]:
-    """`layer_types`, or else as `windowed` (Ministral)."""
+    """`layer_types`, or else one `sliding_window` for all layers, or none (Ministral)."""
     return list(config.get("layer_types") or windowed(config))
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 
 from cla_convert.conversion.sharing import groups_of, sharing_map
 from cla_convert.errors import InputError
+from cla_convert.models import families_page
 from cla_convert.models.checkpoint import Checkpoint
 from cla_convert.models.export import load_model
 from cla_convert.models.families import CODE_FOLDER, FAMILIES, REFUSED, family_of
@@ -154,6 +156,13 @@ def test_the_language_model_of_one_that_sees_images(case, published, tmp_path, m
 def test_shipped_code_is_what_the_templates_make(family):
     for path, text in render(family).items():
         assert path.read_text() == text, "run `python -m cla_convert.models.generate`"
+
+
+def test_the_page_is_the_table():
+    page = Path(__file__).parents[2] / "docs" / "families.md"
+    told = "run: python -m cla_convert.models.families_page > docs/families.md"
+    assert page.read_text(encoding="utf-8") == families_page.page(), told
+    assert families_page.NOTES.keys() == FAMILIES.keys()
 
 
 def test_no_shipped_code_is_without_a_family():
