@@ -8,10 +8,8 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
+import vllm.model_executor.models.transformers as transformers_backend  # pyright: ignore[reportMissingImports]
 from vllm.distributed.utils import get_pp_indices  # pyright: ignore[reportMissingImports]
-from vllm.model_executor.models import (
-    transformers as transformers_backend,  # pyright: ignore[reportMissingImports]
-)
 from vllm.model_executor.models.transformers import (  # pyright: ignore[reportMissingImports]
     TransformersForCausalLM,
     TransformersMoEForCausalLM,
