@@ -1,7 +1,7 @@
 """Whether a model can be converted, from headers alone: `inspect` tells it, a plan insists on it."""
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..errors import InputError
 from ..models.checkpoint import FLOATING, Checkpoint
@@ -45,7 +45,7 @@ def check_convertible(checkpoint: Checkpoint) -> Convertible:
         raise InputError(
             "The model's weights are quantised",
             why="Packed numbers cannot be pooled or fitted.",
-            fix="Use the unquantised checkpoint of this model, or a GGUF file, which is dequantised.",
+            fix=_unquantised(checkpoint.config.get("quantization_config")),
         )
     files = {info.file for info in checkpoint.tensors.values()}
     if ggufs := [file for file in files if file.endswith(".gguf")]:  # tensors have other names until dequantised
@@ -56,6 +56,16 @@ def check_convertible(checkpoint: Checkpoint) -> Convertible:
     ahead = _predicting_ahead(checkpoint, family, shape)
     _check_layers(checkpoint, family, shape, ahead)
     return Convertible(family, shape, ahead | _unused(checkpoint, family, ahead))
+
+
+def _unquantised(settings: Any) -> str:
+    """Where weights come from that are not packed."""
+    if isinstance(settings, dict) and settings.get("quant_method") == "mxfp4":  # GPT-OSS is published so only
+        return (
+            "Load the model with transformers and quantization_config=Mxfp4Config(dequantize=True), save it, and "
+            "convert that; or take a bf16 copy of it."
+        )
+    return "Use the unquantised checkpoint of this model, or a GGUF file, which is dequantised."
 
 
 def _predicting_ahead(checkpoint: Checkpoint, family: Family, shape: AttentionShape) -> set[str]:
