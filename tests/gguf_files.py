@@ -9,7 +9,7 @@ from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter, get_tensor_name_map
 from tokenizers import pre_tokenizers
 from transformers import PreTrainedModel
 
-_ARCHITECTURES = {"gemma3_text": "gemma3", "qwen3_moe": "qwen3moe"}
+_ARCHITECTURES = {"gemma3_text": "gemma3", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
 
 
 def save_gguf(
@@ -58,13 +58,13 @@ def _write_metadata(writer: GGUFWriter, config: Any, architecture: str) -> None:
     rope = config.rope_parameters.get("full_attention", config.rope_parameters)
     writer.add_rope_freq_base(rope["rope_theta"])
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if architecture in ("llama", "phi3"):
+    if architecture in ("llama", "phi3", "nemotron"):
         writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1)))
     if architecture in ("qwen3", "qwen3moe", "gemma2", "gemma3"):
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
-    if architecture == "starcoder2":
-        writer.add_layer_norm_eps(config.norm_epsilon)
+    if architecture in ("starcoder2", "nemotron"):
+        writer.add_layer_norm_eps(config.norm_epsilon if architecture == "starcoder2" else config.norm_eps)
     else:
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     if architecture in ("gemma2", "gemma3", "phi3"):
@@ -72,10 +72,12 @@ def _write_metadata(writer: GGUFWriter, config: Any, architecture: str) -> None:
     if architecture == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
-    if architecture == "qwen3moe":
+    if architecture in ("qwen2moe", "qwen3moe"):
         writer.add_expert_count(config.num_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if architecture == "qwen2moe":
+        writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
     tokens = ["<bos>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())[:-2], "ab", "cd"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
@@ -105,8 +107,10 @@ def _tensors(model: PreTrainedModel, architecture: str) -> Iterator[tuple[str, n
         module, part = name.rsplit(".", 1)
         if architecture == "llama" and module.endswith(("q_proj", "k_proj")):
             tensor = _in_pairs(tensor, config.num_key_value_heads if "k_proj" in name else config.num_attention_heads)
-        if architecture in ("gemma2", "gemma3") and module.endswith("norm"):
+        if architecture in ("gemma2", "gemma3", "nemotron") and module.endswith("norm") and part == "weight":
             tensor = tensor + 1
+        if module.endswith("shared_expert_gate"):
+            tensor = tensor[0]
         theirs = names.get_name(module)
         assert theirs, f"gguf has no name for {module}"
         yield f"{theirs}.{part}", tensor

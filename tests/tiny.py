@@ -15,6 +15,10 @@ COMMON: dict[str, Any] = dict(
     initializer_range=0.2,
 )  # fmt: skip
 ABSENT = object()
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+LLAMA_4_ROPE = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "original_max_position_embeddings": 8,
+                "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}  # fmt: skip
+"""Queries grow beyond 8 tokens."""
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"tie_word_embeddings": True}),
     "llama-mqa": ("llama", {"num_key_value_heads": 1}),
@@ -22,6 +26,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-odd": ("llama", {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 48}),
     "mistral": ("mistral", {"sliding_window": None}),
     "mistral-window": ("mistral", {"sliding_window": 8}),
+    "ministral": ("ministral", {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 3}),
+    "arcee": ("arcee", {}),
+    "arcee-biases": ("arcee", {"attention_bias": True, "mlp_bias": True}),
+    "seed_oss": ("seed_oss", {"attention_dropout": 0.0, "residual_dropout": 0.0}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}),
     "qwen3": ("qwen3", {}),
@@ -30,6 +38,29 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("phi3", {"num_attention_heads": 2, "num_key_value_heads": 1}),
     "phi3-partial": ("phi3", {"partial_rotary_factor": 0.5, "sliding_window": 8, "tie_word_embeddings": True}),
     "olmo2": ("olmo2", {}),
+    "olmo3": (
+        "olmo3",
+        {"sliding_window": 8, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2},
+    ),
+    "glm": ("glm", {"attention_bias": True}),
+    "glm4": ("glm4", {"attention_bias": True}),
+    "ernie4_5": ("ernie4_5", {"tie_word_embeddings": True}),
+    "ernie4_5-biases": ("ernie4_5", {"use_bias": True}),
+    "ministral3": ("ministral3", {"rope_parameters": LLAMA_4_ROPE}),
+    "cohere2": ("cohere2", {"sliding_window": 8, "sliding_window_pattern": 3, "head_dim": ABSENT}),
+    "exaone4": ("exaone4", {"sliding_window": 8, "sliding_window_pattern": 3}),
+    "exaone4-full": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 6}),
+    "apertus": ("apertus", {}),
+    "hunyuan": ("hunyuan_v1_dense", {}),
+    "nemotron": ("nemotron", {}),
+    "qwen2_moe": (
+        "qwen2_moe",
+        EXPERTS | {"shared_expert_intermediate_size": 16, "use_sliding_window": True, "sliding_window": 8},
+    ),
+    "olmoe": ("olmoe", EXPERTS),
+    "granitemoe": ("granitemoe", {"num_local_experts": 4, "attention_multiplier": 0.3, "residual_multiplier": 0.5}),
+    "glm4_moe": ("glm4_moe", EXPERTS | {"n_routed_experts": 4}),
+    "gpt_oss": ("gpt_oss", EXPERTS | {"num_local_experts": 4, "sliding_window": 8}),
     "granite": ("granite", {"attention_multiplier": 0.3, "residual_multiplier": 0.5, "logits_scaling": 2.0}),
     "smollm3": ("smollm3", {"no_rope_layer_interval": 3}),
     "starcoder2": ("starcoder2", {"sliding_window": 8}),
@@ -53,7 +84,7 @@ def shake(model: PreTrainedModel) -> PreTrainedModel:
     for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator).to(parameter)
-    if hasattr(model.config, "num_experts"):
+    if {"num_experts", "num_local_experts"} & set(dir(model.config)):
         model.set_experts_implementation("eager")  # the default has no float64
     return model
 

@@ -14,7 +14,10 @@ from .norms import Norm, split
 
 @dataclass(frozen=True)
 class AttentionWeights:
-    """One layer's attention: float64 projections, biases as the last column of q, k and v, and norms if it has some."""
+    """One layer's attention: float64 projections, biases as the last column of q, k and v, and norms if it has some.
+
+    The channels of a rotary pair lie in the two halves of the rotary part, whatever the family's own order.
+    """
 
     projections: Projections
     norms: dict[str, Norm]
@@ -28,9 +31,11 @@ class AttentionWeights:
         if has_biases(weights, prefix):
             biases = (weights[f"{prefix}{name}_proj.bias"].double() for name in "qkv")
             parts = [torch.cat([part, bias[:, None]], 1) for part, bias in zip(parts, biases, strict=True)]
-        modules = {name: getattr(block.attention, f"{name}_norm", None) for name in "qk"}
-        norms = {name: Norm(gain_of(module)[0].double()) for name, module in modules.items() if module is not None}
-        q, k, v = parts
+        modules = {name: block.norm(name) for name in "qk"}
+        gains = {name: gain_of(module)[0].double() for name, module in modules.items() if module is not None}
+        order = block.channel_order
+        norms = {name: Norm(_per_head(gain, order)) for name, gain in gains.items()}
+        q, k, v = _per_head(parts[0], order), _per_head(parts[1], order), parts[2]
         return cls(Projections(q, k, v, weights[block.family.output_weight].double()), norms)
 
     def linear(self, second: Tensor) -> Projections:
@@ -67,14 +72,18 @@ class AttentionWeights:
         """The inverse of `of`, float32, by name."""
         prefix = f"{block.family.attention}."
         tensors = {block.family.output_weight: self.projections.o}
+        own_order = block.channel_order.argsort()
         for name in "qkv":
             weight = getattr(self.projections, name)
+            weight = weight if name == "v" else _per_head(weight, own_order)
             if has_biases(weights, prefix):
                 weight, tensors[f"{prefix}{name}_proj.bias"] = weight[:, :-1], weight[:, -1]
             tensors[f"{prefix}{name}_proj.weight"] = weight
         for name, norm in self.norms.items():
-            _, offset = gain_of(getattr(block.attention, f"{name}_norm"))
-            tensors[f"{prefix}{name}_norm.weight"] = norm.gain - offset
+            module = block.norm(name)
+            assert module is not None, f"the block has no norm of {name}"
+            gain = _per_head(norm.gain, own_order)
+            tensors[f"{prefix}{block.family.norm_name(name)}.weight"] = gain - gain_of(module)[1]
         return {name: tensor.to(block.device, torch.float32).contiguous() for name, tensor in tensors.items()}
 
 
@@ -115,9 +124,22 @@ def with_norms(
     return [weights for weights, _ in pairs], sum(errors) / len(errors)
 
 
+def _per_head(rows: Tensor, order: Tensor) -> Tensor:
+    """Rows (or gains) of one head or several, those of each head in another order."""
+    return rows.unflatten(0, (-1, len(order)))[:, order.to(rows.device)].flatten(0, 1)
+
+
 def _reordered(rows: Tensor, order: Sequence[int]) -> Tensor:
     """Columns [n, heads * D] of query or KV heads in the order of the shared KV heads."""
     return rows.unflatten(1, (len(order), -1))[:, list(order)].flatten(1)
+
+
+def sinks(weights: Mapping[str, Tensor], block: Block, order: Sequence[int]) -> dict[str, Tensor]:
+    """Logits that no key belongs to, by name: one for each query head, so they go with their KV heads."""
+    if not block.family.sinks:
+        return {}
+    name = f"{block.family.attention}.sinks"
+    return {name: _reordered(weights[name][None], order)[0].contiguous()}
 
 
 def has_biases(weights: Mapping[str, Tensor], prefix: str) -> bool:

@@ -85,6 +85,7 @@ class Factory:
         """Sizes of a layer's attention in the source."""
         positions = self._calls[layer].get("position_embeddings")
         turned = 0 if positions is None or self._attention.kinds[layer].endswith(NOPE) else positions[0].shape[-1]
+        turned *= 2 if self.family.half_tables else 1
         heads, kv_heads = self._attention.num_attention_heads, self._attention.num_key_value_heads
         return HeadShape(heads, kv_heads, self._attention.head_dim, turned)
 
@@ -92,7 +93,7 @@ class Factory:
         """Weights of a layer in float32, by their name inside the layer."""
         prefix = f"{self.family.layers}.{index}."
         stored = (name for name in self.source.tensors if name.startswith(prefix))
-        names = [name for name in stored if mlp or ".mlp." not in self._pieces.whole(name)]
+        names = [name for name in stored if mlp or f".{self.family.mlp}." not in self._pieces.whole(name)]
         # A copy, because weights are trained in place.
         weights = {name: self.source.read(name).to(self.device, torch.float32, copy=True) for name in names}
         return {name.removeprefix(prefix): weight for name, weight in self._pieces.assemble(weights).items()}
@@ -113,18 +114,18 @@ class Factory:
             layer = self.skeleton.layer_class(config, index)
         cast = {n: w if training or w.dim() < 2 else w.to(self.dtype) for n, w in weights.items()}
         layer.load_state_dict(cast, strict=False, assign=True)
-        return Block(layer.eval().requires_grad_(False), self, self._calls[index])
+        return Block(layer.eval().requires_grad_(False), self, self._calls[index], self.head_shape(index))
 
 
 class Block:
     """A decoder layer on float32 residual streams [rows, T, hidden]."""
 
-    def __init__(self, layer: Any, factory: Factory, call: dict[str, Any]) -> None:
-        self.family, self._factory, self._call = factory.family, factory, call
+    def __init__(self, layer: Any, factory: Factory, call: dict[str, Any], shape: HeadShape) -> None:
+        self.family, self._factory, self._call, self.shape = factory.family, factory, call, shape
         norms = (layer.get_submodule(name) if name else None for name in self.family.norms)
         self._norm_in, self._norm_mid, self._norm_attention, self._norm_mlp = norms
         self._multiplier = getattr(layer, "residual_multiplier", 1.0)
-        self._mlp, self.attention = layer.mlp, layer.get_submodule(self.family.attention)
+        self._mlp, self.attention = (layer.get_submodule(name) for name in (self.family.mlp, self.family.attention))
         self.output: nn.Linear = getattr(self.attention, self.family.o_proj)
         setattr(self.attention, self.family.o_proj, nn.Identity())
 
@@ -137,6 +138,15 @@ class Block:
     def device(self) -> torch.device:
         """Where the layer runs."""
         return self._factory.device
+
+    @property
+    def channel_order(self) -> Tensor:
+        """Channels of a head, those of a rotary pair in the two halves of its rotary part, as most families have."""
+        channels = torch.arange(self.shape.head_dim)
+        if self.family.adjacent_pairs:
+            rotary = self.shape.rotary_dim
+            channels[:rotary] = channels[:rotary].unflatten(0, (-1, 2)).T.flatten()
+        return channels
 
     def norm_in(self, hidden: Tensor) -> Tensor:
         """Attention input x; normed where the family does that."""
@@ -156,11 +166,17 @@ class Block:
         with self.precision():
             return hidden + _added(self.output(heads), self._norm_attention, self._multiplier)
 
-    def mlp(self, residual: Tensor) -> Tensor:
-        """Residual after the MLP: the next layer's input."""
+    def mlp(self, hidden: Tensor, residual: Tensor) -> Tensor:
+        """Residual after the MLP, the next layer's input, from this layer's (`hidden`) and the one after attention."""
         with self.precision():
-            normed = self._norm_mid(residual) if self._norm_mid else residual
-            return residual + _added(self._mlp(normed.to(self._factory.dtype)), self._norm_mlp, self._multiplier)
+            branch = self._mlp(self._mlp_input(hidden, residual).to(self._factory.dtype))
+            branch = branch[0] if isinstance(branch, tuple) else branch  # GPT-OSS: and what its router says
+            return residual + _added(branch, self._norm_mlp, self._multiplier)
+
+    def _mlp_input(self, hidden: Tensor, residual: Tensor) -> Tensor:
+        if self.family.parallel:
+            return self.norm_in(hidden)
+        return self._norm_mid(residual) if self._norm_mid else residual
 
     def wanted_output(self, hidden: Tensor, target: Tensor, heads: Tensor) -> tuple[Tensor, Tensor]:
         """What the output projection's matrix should give for `attend(hidden, heads)` to be `target`, and weights.
@@ -196,8 +212,16 @@ class Block:
 
     def gains(self) -> dict[str, Tensor]:
         """Of the norms of queries and keys, float32, by the names that `trainable` gives their weights."""
-        norms = {name: module for name, module in self.attention.named_children() if name.endswith("_norm")}
-        return {f"{self.family.attention}.{name}.weight": gain_of(norm)[0] for name, norm in norms.items()}
+        norms = {name: self.norm(name) for name in ("q", "k")}
+        return {
+            f"{self.family.attention}.{self.family.norm_name(name)}.weight": gain_of(norm)[0]
+            for name, norm in norms.items()
+            if norm is not None
+        }
+
+    def norm(self, name: str) -> nn.Module | None:
+        """The norm of the queries (`q`) or keys (`k`), if there is one: consumers have none of keys."""
+        return getattr(self.attention, self.family.norm_name(name), None) if self.family.qk_norm else None
 
 
 def gain_of(norm: nn.Module) -> tuple[Tensor, float]:

@@ -131,7 +131,7 @@ class Walk:
         heads, decided[output] = self._refit(layer, block, decided[output])
         for part in batches(self._student, self._factory.batch):
             hidden, head = self._factory.load(self._student[part]), heads[part].to(self._factory.device)
-            self._student[part] = block.mlp(block.attend(hidden, head)).to(self._student.device)
+            self._student[part] = block.mlp(hidden, block.attend(hidden, head)).to(self._student.device)
         return {f"{self._factory.family.layers}.{layer}.{name}": tensor.cpu() for name, tensor in decided.items()}
 
     def _refit(self, layer: int, block: Block, output: Tensor) -> tuple[Tensor, Tensor]:

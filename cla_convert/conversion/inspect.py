@@ -1,6 +1,6 @@
 """What a model is, from headers alone: supported or why not, and the KV bytes per token of each pattern."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..console import human_bytes, human_count
@@ -12,6 +12,7 @@ from ..models.source import open_headers
 from ..recipe import Convert
 from .kv_heads import possible_heads
 from .pattern import PATTERNS
+from .shared_already import language_config, render_sharing, sharing, stored_rows
 from .sharing import sharing_map
 from .supported import check_convertible
 
@@ -38,7 +39,8 @@ def inspect_model(model: str, *, revision: str | None = None) -> dict[str, Any]:
         "parameters": sum(info.numel for info in checkpoint.tensors.values()),
     }
     try:
-        return description | _attention(shape_of(checkpoint.config), _cache_size(checkpoint, largest), reason is None)
+        shape = shape_of(checkpoint.config if reason is None else language_config(checkpoint.config))
+        return description | _attention(checkpoint, shape, _cache_size(checkpoint, largest), reason is None)
     except InputError:
         if reason is None:
             raise
@@ -59,6 +61,8 @@ def render(result: dict[str, Any]) -> str:
         f" of {result['head_dim']} channels",
         f"KV cache    {_bytes(result).strip()}",
     ]
+    if result["shares"]:
+        lines += render_sharing(result["shares"], result["num_layers"])
     if window := result["sliding_window"]:
         lines.append(f"            sliding layers keep only their window: {window} tokens, then they stop growing")
     default = Convert.model_fields["sharing"].default
@@ -88,12 +92,14 @@ def _sequence_bytes(cache: dict[str, Any], window: int | None) -> int:
 
 _ATTENTION_KEYS = (
     "num_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "layer_kinds", "sliding_window",
-    "kv_bytes_per_token", "kv_bytes_per_token_beyond_window", "kv_source_layers", "kv_head_counts", "patterns",
+    "kv_bytes_per_token", "kv_bytes_per_token_beyond_window", "kv_source_layers", "shares", "kv_head_counts",
+    "patterns",
 )  # fmt: skip
 
 
-def _attention(shape: AttentionShape, size: int, supported: bool) -> dict[str, Any]:
+def _attention(checkpoint: Checkpoint, shape: AttentionShape, size: int, supported: bool) -> dict[str, Any]:
     """The values of _ATTENTION_KEYS."""
+    per_layer = [size * rows for rows in stored_rows(checkpoint, shape)]
     return {
         "num_layers": shape.num_layers,
         "num_attention_heads": shape.num_attention_heads,
@@ -101,10 +107,11 @@ def _attention(shape: AttentionShape, size: int, supported: bool) -> dict[str, A
         "head_dim": shape.head_dim,
         "layer_kinds": {kind: shape.kinds.count(kind) for kind in dict.fromkeys(shape.kinds)},
         "sliding_window": shape.sliding_window,
-        **_cache(shape, shape.kv_source_layers, size),
+        **_cache(shape, shape.kv_source_layers, per_layer),
         "kv_source_layers": list(shape.kv_source_layers),
+        "shares": sharing(shape),
         "kv_head_counts": possible_heads(shape) if supported else [],
-        "patterns": _patterns(shape, size) if supported else {},
+        "patterns": _patterns(shape, per_layer) if supported else {},
     }
 
 
@@ -126,24 +133,24 @@ def _reason(checkpoint: Checkpoint) -> str | None:
     return None
 
 
-def _patterns(shape: AttentionShape, size: int) -> dict[str, dict[str, int]]:
+def _patterns(shape: AttentionShape, per_layer: Sequence[int]) -> dict[str, dict[str, int]]:
     patterns = {}
     for name in PATTERNS.examples():
         try:
             sources = sharing_map(name, shape.kinds)
         except ClaError:
             continue  # impossible for this model
-        patterns[name] = {"kv_layers": len(set(sources)), **_cache(shape, sources, size)}
+        patterns[name] = {"kv_layers": len(set(sources)), **_cache(shape, sources, per_layer)}
     return patterns
 
 
-def _cache(shape: AttentionShape, sources: Iterable[int], size: int) -> dict[str, int]:
+def _cache(shape: AttentionShape, sources: Iterable[int], per_layer: Sequence[int]) -> dict[str, int]:
     """Bytes that one more token adds to the cache, before and after the sliding layers are full."""
     owners = set(sources)
-    growing = sum(not shape.kinds[owner].startswith(SLIDING) for owner in owners)
+    growing = [owner for owner in owners if not shape.kinds[owner].startswith(SLIDING)]
     return {
-        "kv_bytes_per_token": shape.kv_bytes_per_token(size, len(owners)),
-        "kv_bytes_per_token_beyond_window": shape.kv_bytes_per_token(size, growing),
+        "kv_bytes_per_token": sum(per_layer[owner] for owner in owners),
+        "kv_bytes_per_token_beyond_window": sum(per_layer[owner] for owner in growing),
     }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from ..console import human_bytes, human_count
 from ..models.checkpoint import ELEMENT_SIZE, FLOATING, Checkpoint, TensorInfo
 from ..models.export import cla_config
-from ..models.families import KV_MODULES, Family
+from ..models.families import Family
 from ..models.fit import check_converted
 from ..models.shape import AttentionShape, long_cache
 from .auto import Choice
@@ -212,7 +212,7 @@ def _plan_tensors(
         heads = each if checkpoint.tensors[name].shape[:1] == (rows,) else 1
         if name.endswith(_COMPUTED) or name in unused:
             tensors.append(TensorPlan(name, layer, "drop"))
-        elif place is None or place.module not in KV_MODULES:
+        elif place is None or place.module not in family.kv_modules:
             tensors.append(TensorPlan(name, layer, "keep"))
         elif sources[place.layer] != place.layer:
             tensors.append(TensorPlan(name, layer, "drop"))

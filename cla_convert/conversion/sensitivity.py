@@ -181,4 +181,4 @@ def _total(values: Tensor) -> float:
 
 def through(block: Block, stream: Tensor, shared: SharedKV) -> Tensor:
     """The residual stream [rows, T, hidden] behind a layer."""
-    return block.mlp(block.attend(stream, block.heads(block.norm_in(stream), shared)))
+    return block.mlp(stream, block.attend(stream, block.heads(block.norm_in(stream), shared)))

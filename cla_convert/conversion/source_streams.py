@@ -29,7 +29,7 @@ class SourceStreams:
                 h = self._factory.load(hidden[part])
                 r = block.attend(h, block.heads(block.norm_in(h), {}))
                 residual[part] = r.to(residual.device)
-                output[part] = block.mlp(r).to(output.device)
+                output[part] = block.mlp(h, r).to(output.device)
             self.residuals[index], self.inputs[index + 1] = residual, output
         self._next = max(self._next, layer + 1)
 

@@ -1,7 +1,7 @@
 """Whether a model can be converted, from headers alone: `inspect` tells it, a plan insists on it."""
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..errors import InputError
 from ..models.checkpoint import FLOATING, Checkpoint
@@ -45,7 +45,7 @@ def check_convertible(checkpoint: Checkpoint) -> Convertible:
         raise InputError(
             "The model's weights are quantised",
             why="Packed numbers cannot be pooled or fitted.",
-            fix="Use the unquantised checkpoint of this model, or a GGUF file, which is dequantised.",
+            fix=_unquantised(checkpoint.config.get("quantization_config")),
         )
     files = {info.file for info in checkpoint.tensors.values()}
     if ggufs := [file for file in files if file.endswith(".gguf")]:  # tensors have other names until dequantised
@@ -53,14 +53,34 @@ def check_convertible(checkpoint: Checkpoint) -> Convertible:
 
         check(checkpoint.folder / ggufs[0])
         return Convertible(family, shape, set())
-    _check_layers(checkpoint, family, shape)
-    return Convertible(family, shape, _unused(checkpoint, family))
+    ahead = _predicting_ahead(checkpoint, family, shape)
+    _check_layers(checkpoint, family, shape, ahead)
+    return Convertible(family, shape, ahead | _unused(checkpoint, family, ahead))
 
 
-def _unused(checkpoint: Checkpoint, family: Family) -> set[str]:
+def _unquantised(settings: Any) -> str:
+    """Where weights come from that are not packed."""
+    if isinstance(settings, dict) and settings.get("quant_method") == "mxfp4":  # GPT-OSS is published so only
+        return (
+            "Load the model with transformers and quantization_config=Mxfp4Config(dequantize=True), save it, and "
+            "convert that; or take a bf16 copy of it."
+        )
+    return "Use the unquantised checkpoint of this model, or a GGUF file, which is dequantised."
+
+
+def _predicting_ahead(checkpoint: Checkpoint, family: Family, shape: AttentionShape) -> set[str]:
+    """Tensors of layers behind the last that guess tokens further ahead (GLM-4 MoE): transformers leaves them out."""
+    count = checkpoint.config.get("num_nextn_predict_layers")
+    ahead = range(shape.num_layers, shape.num_layers + (count if isinstance(count, int) else 0))
+    places = {name: family.place(name) for name in checkpoint.tensors}
+    return {name for name, place in places.items() if place and place.layer in ahead}
+
+
+def _unused(checkpoint: Checkpoint, family: Family, ahead: set[str]) -> set[str]:
     from ..models.fit import unused_tensors
 
-    unused = unused_tensors(checkpoint.config, checkpoint.whole or checkpoint.tensors)
+    stored = checkpoint.whole or checkpoint.tensors
+    unused = unused_tensors(checkpoint.config, {name: info for name, info in stored.items() if name not in ahead})
     places = {name: place for name in unused if (place := family.place(name)) and place.module == family.fused}
     for name, place in places.items():  # shown to all others as three
         unused |= {family.tensor(place.layer, module, place.part) for module in ("q_proj", "k_proj", "v_proj")}
@@ -68,7 +88,7 @@ def _unused(checkpoint: Checkpoint, family: Family) -> set[str]:
     return unused
 
 
-def _check_layers(checkpoint: Checkpoint, family: Family, shape: AttentionShape) -> None:
+def _check_layers(checkpoint: Checkpoint, family: Family, shape: AttentionShape, ahead: set[str]) -> None:
     """Every layer has the q, k and v that config.json describes, so that any two can be pooled; there are no others."""
     for layer in range(shape.num_layers):
         for module, rows in shape.projection_rows.items():
@@ -85,7 +105,7 @@ def _check_layers(checkpoint: Checkpoint, family: Family, shape: AttentionShape)
                     f"{family.tensor(layer, module)} has {found} rows where config.json promises {rows}",
                     fix="Check that config.json belongs to the weights.",
                 )
-    places = filter(None, map(family.place, checkpoint.tensors))
+    places = filter(None, (family.place(name) for name in checkpoint.tensors if name not in ahead))
     if extra := {place.layer for place in places if place.layer >= shape.num_layers}:
         raise InputError(
             f"The checkpoint has a layer {max(extra)} where config.json promises {shape.num_layers} layers",

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from ..files import load_json, stays_in
-from .families import FAMILIES, Family
+from .families import FAMILIES, Family, as_transformers_reads
 from .shape import positions_of, shape_of
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Checkpoint:
             as_stored: show fused projections as they are.
         """
         refuse_adapter(folder)
-        config = load_json(folder / "config.json")
+        config = as_transformers_reads(load_json(folder / "config.json"))
         tensors: dict[str, TensorInfo] = {}
         for file, promised in _weight_files(folder).items():
             header = read_header(folder / file)

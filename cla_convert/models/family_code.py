@@ -33,17 +33,39 @@ class Code:
     dropout: str = "attention_dropout"
     """The attention's own, by its name in it."""
     rope: str = "all"
-    """Which layers rotate queries and keys: all, some (those with `use_rope`) or none."""
+    """Which layers rotate queries and keys: all, none, or the condition, such as `self.use_rope`."""
     norm_whole: bool = False
     """Queries and keys are normed over all heads at once, not per head."""
+    norm_rotated: bool = False
+    """Queries and keys are normed after RoPE, not before."""
+    queries: tuple[str, ...] = ()
+    """Lines for what happens to `query` last of all."""
+    functions: tuple[str, ...] = ()
+    """Further functions of the module that the attention calls."""
     fused: Fused | None = None
     arguments: tuple[str, ...] = ()
     """Further arguments of the attention function."""
     output: str = "{}"
     """What happens to the output of the attention's last projection."""
+    layer_forward: tuple[str, ...] = ()
+    """Lines of the layer's `forward`, where that of transformers does not hand all it is given to the attention."""
     experts: bool = False
-    """Has experts, which checkpoints store one by one."""
+    """Has experts."""
+    stored_apart: bool = True
+    """Checkpoints store the experts otherwise than the model holds them."""
+    router: str = "TopKRouter"
+    """What chooses among them."""
     layer_types: bool = False
     """The configuration lists the kind of each layer, and they may differ."""
     tensor_parallel: tuple[tuple[str, str, str], ...] = ()
     """Lines of `base_model_tp_plan` (name, plan, comment) where splitting the fused projection changes it."""
+
+    @property
+    def rotates(self) -> bool:
+        """Whether any layer has RoPE."""
+        return self.rope != "none"
+
+    @property
+    def rotates_if(self) -> str | None:
+        """The condition under which a layer rotates, if not all or none do."""
+        return None if self.rope in ("all", "none") else self.rope

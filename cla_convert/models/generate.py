@@ -34,10 +34,8 @@ def render(family: Family) -> dict[Path, str]:
 def _names(family: Family) -> dict[str, object]:
     """What the templates call things by."""
     code, parent = family.code, family.class_prefix
-    functions = (
-        ["eager_attention_forward"] if code.rope == "none" else ["apply_rotary_pos_emb", "eager_attention_forward"]
-    )
-    parts = ["Attention", code.layer, "ForCausalLM", code.model, "PreTrainedModel", *(["TopKRouter"] * code.experts)]
+    functions = sorted(["eager_attention_forward", *code.functions, *(["apply_rotary_pos_emb"] * code.rotates)])
+    parts = ["Attention", code.layer, "ForCausalLM", code.model, "PreTrainedModel", *([code.router] * code.experts)]
     decoder, layers = family.layers.split(".")
     return {
         "tested": f"{OLDEST} to {NEWEST}",

@@ -23,16 +23,19 @@ _GEMMA = {
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
 }
+_EXPERTS = {
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+}
 _MORE = {
     "gemma2": _GEMMA,
     "gemma3": _GEMMA | {"attention.sliding_window_pattern": "sliding_window_pattern"},
     "phi3": {"attention.sliding_window": "sliding_window"},
     "starcoder2": {"attention.sliding_window": "sliding_window", "attention.layer_norm_epsilon": "norm_epsilon"},
-    "qwen3moe": {
-        "expert_count": "num_experts",
-        "expert_used_count": "num_experts_per_tok",
-        "expert_feed_forward_length": "moe_intermediate_size",
-    },
+    "nemotron": {"attention.layer_norm_epsilon": "norm_eps"},
+    "qwen2moe": _EXPERTS | {"expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
+    "qwen3moe": _EXPERTS,
 }
 """Architecture -> its own keys and what config.json calls them."""
 _READ_ELSEWHERE = {
@@ -88,8 +91,8 @@ def _renamed(architecture: str, found: Mapping[str, Any]) -> dict[str, Any]:
         settings["sliding_window"] = settings["sliding_window"] or None  # 0: none
     if architecture == "starcoder2":
         settings.setdefault("sliding_window", None)
-    if architecture == "qwen3moe":
-        settings["norm_topk_prob"] = True  # so in llama.cpp, and in every released model
+    if architecture in ("qwen2moe", "qwen3moe"):
+        settings["norm_topk_prob"] = architecture == "qwen3moe"  # so in llama.cpp, and in every released model
     return settings
 
 
@@ -99,7 +102,7 @@ def _head_dim(architecture: str, found: Mapping[str, Any], settings: Mapping[str
     head_dim = found.get("attention.key_length") or (rotated if architecture == "llama" and rotated else usual)
     if found.get("attention.value_length", head_dim) != head_dim:
         raise _mismatch(architecture, "attention.value_length", found["attention.value_length"], head_dim)
-    if rotated not in (None, head_dim) and architecture != "phi3":
+    if rotated not in (None, head_dim) and architecture not in ("phi3", "nemotron"):
         raise _mismatch(architecture, "rope.dimension_count", rotated, head_dim)
     return head_dim
 
@@ -129,6 +132,8 @@ def _biases(architecture: str, header: Header) -> dict[str, bool]:
         "qwen3": {"attention_bias": attention},
         "qwen3moe": {"attention_bias": attention},
         "starcoder2": {"use_bias": attention},
+        "nemotron": {"attention_bias": attention, "mlp_bias": mlp},
+        "qwen2moe": {"qkv_bias": attention},
     }
     return by_architecture.get(architecture, {})
 

@@ -16,7 +16,7 @@ _LONGEST = 1024
 _LONGEST_TEXT = 1 << 24
 """Bytes of a name or chat template at most; more is a damaged length, and would be reserved in memory."""
 
-_MODEL_TYPES = {"gemma3": "gemma3_text", "qwen3moe": "qwen3_moe"}
+_MODEL_TYPES = {"gemma3": "gemma3_text", "qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe", "gpt-oss": "gpt_oss"}
 """Architecture -> `model_type` of transformers, where they differ."""
 _SIZES = {
     "block_count": "num_hidden_layers",

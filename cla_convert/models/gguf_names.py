@@ -25,20 +25,30 @@ _GEMMA = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+_EXPERTS = {
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.*.gate_proj",
+    "ffn_up_exps": "mlp.experts.*.up_proj",
+    "ffn_down_exps": "mlp.experts.*.down_proj",
+}
 _OTHERS = {
     "gemma2": _GEMMA,
     "gemma3": _GEMMA,
     "phi3": {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
     "starcoder2": {"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"},
-    "qwen3moe": {
-        "ffn_gate_inp": "mlp.gate",
-        "ffn_gate_exps": "mlp.experts.*.gate_proj",
-        "ffn_up_exps": "mlp.experts.*.up_proj",
-        "ffn_down_exps": "mlp.experts.*.down_proj",
+    "qwen2moe": _EXPERTS
+    | {
+        "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+        "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+        "ffn_up_shexp": "mlp.shared_expert.up_proj",
+        "ffn_down_shexp": "mlp.shared_expert.down_proj",
     },
+    "qwen3moe": _EXPERTS,
 }
 """Architecture -> the names that mean something else there."""
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3moe", "gemma2", "gemma3", "phi3", "starcoder2")
+ARCHITECTURES = (
+    "llama", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "gemma2", "gemma3", "phi3", "starcoder2", "nemotron",
+)  # fmt: skip
 
 
 class Target(NamedTuple):
@@ -49,12 +59,14 @@ class Target(NamedTuple):
     permuted: bool
     """Rows of a head lie as rotary pairs side by side (Llama), not as two halves."""
     shifted: bool
-    """Gains of norms are one larger than transformers holds them (Gemma)."""
+    """Gains of norms are one larger than transformers holds them (Gemma, Nemotron)."""
+    flat: bool
+    """A matrix of one row lies as a vector (what opens the expert that all tokens have)."""
 
     def parts(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """Name and shape of each tensor that it becomes."""
         if "*" not in self.name:
-            return {self.name: shape}
+            return {self.name: (1, *shape) if self.flat else shape}
         return {self.name.replace("*", str(expert)): shape[1:] for expert in range(shape[0])}
 
     def contents(self, tensor: np.ndarray, heads: int) -> Iterator[np.ndarray]:
@@ -64,7 +76,7 @@ class Target(NamedTuple):
             tensor = pairs.swapaxes(2, 1).reshape(tensor.shape)
         if self.shifted:
             tensor = tensor - 1
-        yield from tensor if "*" in self.name else [tensor]
+        yield from tensor if "*" in self.name else [tensor[None] if self.flat else tensor]
 
 
 def target_of(architecture: str, name: str) -> Target | None:
@@ -78,5 +90,5 @@ def target_of(architecture: str, name: str) -> Target | None:
         return None
     place = names[stem] if layer is None else f"model.layers.{layer}.{names[stem]}"
     permuted = architecture == "llama" and stem in ("attn_q", "attn_k")
-    shifted = architecture in ("gemma2", "gemma3") and "norm" in stem and part == "weight"
-    return Target(f"{place}.{part}", permuted, shifted)
+    shifted = architecture in ("gemma2", "gemma3", "nemotron") and "norm" in stem and part == "weight"
+    return Target(f"{place}.{part}", permuted, shifted, flat=stem == "ffn_gate_inp_shexp")

@@ -11,7 +11,7 @@ from urllib.request import getproxies
 from ..errors import InputError
 from ..files import did_you_mean_path
 from .checkpoint import Checkpoint, TensorInfo
-from .families import family_of
+from .families import as_transformers_reads, family_of
 from .text_part import text_config
 
 _FILES = [
@@ -85,7 +85,8 @@ def headers(model: str, revision: str | None) -> Checkpoint:
         for file, header in found.files_metadata.items()
         for name, info in header.tensors.items()
     }
-    return Checkpoint.of(config.parent, json.loads(config.read_text(encoding="utf-8")), tensors)
+    named = as_transformers_reads(json.loads(config.read_text(encoding="utf-8")))
+    return Checkpoint.of(config.parent, named, tensors)
 
 
 def offline() -> bool:

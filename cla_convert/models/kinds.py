@@ -27,6 +27,11 @@ def windowed(config: Config) -> list[str]:
     return [kind] * config["num_hidden_layers"]
 
 
+def listed_or_windowed(config: Config) -> list[str]:
+    """`layer_types`, or else one `sliding_window` for all layers, or none (Ministral)."""
+    return list(config.get("layer_types") or windowed(config))
+
+
 def optional_window(config: Config) -> list[str]:
     """One `sliding_window` for all layers, if `use_sliding_window` says so (Qwen 3 with experts)."""
     return windowed(config if config.get("use_sliding_window") else {**config, "sliding_window": None})
@@ -48,9 +53,32 @@ def alternating(config: Config) -> list[str]:
     return _every(2, config)
 
 
+def three_to_one(config: Config) -> list[str]:
+    """Every fourth layer is full (OLMo 3)."""
+    return _every(4, config)
+
+
 def five_to_one(config: Config) -> list[str]:
     """Every sixth layer is full (Gemma 3; the number is `sliding_window_pattern` in older files)."""
     return _every(config.get("sliding_window_pattern") or 6, config)
+
+
+def early_windows(config: Config) -> list[str]:
+    """Every other layer below `max_window_layers` slides, if `use_sliding_window` says so (Qwen 2 with experts)."""
+    if config.get("layer_types"):
+        return list(config["layer_types"])
+    slides = config["max_window_layers"] if config.get("use_sliding_window") else 0
+    return [FULL if layer % 2 or layer >= slides else SLIDING for layer in range(config["num_hidden_layers"])]
+
+
+def only_windows_rotate(config: Config) -> list[str]:
+    """Every fourth layer is full and has no RoPE (Cohere 2, EXAONE 4; the number is `sliding_window_pattern`).
+
+    Without a window all layers are full and have it (EXAONE 4).
+    """
+    if config.get("sliding_window") is None:
+        return list(config.get("layer_types") or full(config))
+    return [kind + (NOPE if kind == FULL else "") for kind in _every(config.get("sliding_window_pattern") or 4, config)]
 
 
 def some_without_rope(config: Config) -> list[str]:

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TINY: dict[str, Any] = dict(
-    vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=6, num_attention_heads=4,
+    vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=8, num_attention_heads=4,
     num_key_value_heads=2, head_dim=8, max_position_embeddings=64, initializer_range=0.2, pad_token_id=None,
-    use_sliding_window=True, max_window_layers=2, sliding_window_pattern=3, no_rope_layer_interval=3,
+    use_sliding_window=True, max_window_layers=4, sliding_window_pattern=3, no_rope_layer_interval=3,
     num_local_experts=4, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
 )  # fmt: skip
 """A configuration of any family: each takes what it knows. Two layers of every kind that it has, at least."""

@@ -1,6 +1,6 @@
 """What a config.json says about a model's attention. Imports no torch."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -77,7 +77,7 @@ def shape_of(config: Mapping[str, Any]) -> AttentionShape:
             num_key_value_heads=_size(config, "num_key_value_heads", heads),
             head_dim=_size(config, "head_dim", hidden // heads),
             kinds=tuple(kinds),
-            kv_source_layers=_map(config.get("kv_source_layers"), layers),
+            kv_source_layers=_map(config, layers) if family else _published_map(config, kinds),
             sliding_window=_size(config, "sliding_window") if slides else None,
         )
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
@@ -121,8 +121,24 @@ def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> in
     return value
 
 
-def _map(sources: Any, layers: int) -> tuple[int, ...]:
+def _published_map(config: Mapping[str, Any], kinds: Sequence[str]) -> tuple[int, ...]:
+    """Of a family that shares by itself (Gemma 3n, Gemma 4): the last layers read the last owner of their kind.
+
+    Raises ValueError if there is none.
+    """
+    layers, readers = len(kinds), config.get("num_kv_shared_layers")
+    if type(readers) is not int or not 0 < readers < layers:
+        return _map(config, layers)
+    owners = kinds[: layers - readers]
+    last = {kind: layer for layer, kind in enumerate(owners)}
+    if missing := set(kinds) - last.keys():
+        raise ValueError(f"num_kv_shared_layers is {readers}, and no layer before has {min(missing)}")
+    return (*range(len(owners)), *(last[kind] for kind in kinds[len(owners) :]))
+
+
+def _map(config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
     """The map of a model that shares; the identity for others. Raises ValueError for what is no map."""
+    sources = config.get("kv_source_layers")
     found = tuple(sources or range(layers))
     if len(found) != layers or not all(type(source) is int and 0 <= source < layers for source in found):
         raise ValueError(f"kv_source_layers is {sources!r}")

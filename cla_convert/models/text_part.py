@@ -1,14 +1,17 @@
-"""The language model inside a Gemma 3 checkpoint that also sees images (4B, 12B and 27B). Imports no torch.
+"""The language model of a checkpoint that also sees images (Gemma 3, Mistral Small 3, Ministral 3). Imports no torch.
 
 Its weights are renamed and its `text_config` becomes the config.json; the vision tower is left out. From there on the
-model is a `gemma3_text` like the smaller ones.
+model is one like those that only read.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 from .checkpoint import Checkpoint
+from .families import FAMILIES, as_transformers_reads
 
+_TYPES = {"gemma3": "gemma3_text", "mistral3": "mistral"}
+"""`model_type` of the whole -> of its text_config, where that says nothing."""
 _PREFIXES = {
     "language_model.model.": "model.",  # as published
     "language_model.lm_head.": "lm_head.",
@@ -22,7 +25,7 @@ OF_IMAGES = {"preprocessor_config.json", "processor_config.json"}
 
 def has_text_part(config: Mapping[str, Any]) -> bool:
     """Whether a config.json describes such a model."""
-    return config.get("model_type") == "gemma3" and isinstance(config.get("text_config"), dict)
+    return config.get("model_type") in _TYPES and isinstance(config.get("text_config"), dict)
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -31,8 +34,12 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
         return dict(config)
     inherited = {key: config[key] for key in _TOKENS if key in config}
     dtype = config.get("dtype") or config.get("torch_dtype")
-    found = inherited | config["text_config"] | ({"dtype": dtype} if dtype else {})
-    return found | {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
+    packed = {key: config[key] for key in ("quantization_config",) if config.get(key)}
+    named = {"model_type": _TYPES[config["model_type"]]}
+    found = named | inherited | config["text_config"] | packed | ({"dtype": dtype} if dtype else {})
+    found = as_transformers_reads(found)
+    family = FAMILIES.get(str(found["model_type"]))
+    return found | {"architectures": [f"{family.class_prefix}ForCausalLM"] if family else config.get("architectures")}
 
 
 def text_part(checkpoint: Checkpoint) -> Checkpoint:
@@ -45,4 +52,6 @@ def text_part(checkpoint: Checkpoint) -> Checkpoint:
             if name.startswith(prefix):
                 tensors[own + name.removeprefix(prefix)] = info
                 break
-    return Checkpoint(checkpoint.folder, text_config(checkpoint.config), tensors)
+    # Whole and text_config may differ in this, and both leave it out; what is stored decides.
+    tied = {"tie_word_embeddings": "lm_head.weight" not in tensors}
+    return Checkpoint(checkpoint.folder, text_config(checkpoint.config) | tied, tensors)

@@ -8,6 +8,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
+import vllm.model_executor.models.transformers as transformers_backend  # pyright: ignore[reportMissingImports]
 from vllm.distributed.utils import get_pp_indices  # pyright: ignore[reportMissingImports]
 from vllm.model_executor.models.transformers import (  # pyright: ignore[reportMissingImports]
     TransformersForCausalLM,
@@ -17,6 +18,7 @@ from vllm.model_executor.models.transformers import (  # pyright: ignore[reportM
 
 from ..errors import InputError
 from ..models.classes import register
+from ..models.families import FAMILIES
 from .sharing import check_stages, layer_of, owner_name
 from .versions import check_vllm
 
@@ -127,6 +129,12 @@ def _check_settings(vllm_config: "VllmConfig", config: Any) -> None:
             "--kv-sharing-fast-prefill does not fit Cross-Layer Attention",
             why="It skips consumers while the prompt is read, which needs all of them at the end of the model.",
             fix="Leave it out.",
+        )
+    if FAMILIES[config.model_type.removeprefix("cla_")].sinks and not hasattr(transformers_backend, "check_sinks"):
+        raise InputError(
+            "This version of vLLM leaves out attention sinks",
+            why="Its Transformers backend hands them to no kernel, and says nothing.",
+            fix="Use vLLM 0.32 or later.",
         )
     if "gemma" in config.model_type and vllm_config.model_config.dtype == torch.float16:
         raise InputError(

@@ -45,7 +45,7 @@ def test_projections_are_pooled_and_everything_else_is_kept(case, folders):
     sources = converted.config["kv_source_layers"]
     for name in source.tensors:
         place = family.place(name)
-        if place is None or place.module not in ("k_proj", "v_proj", "k_norm"):
+        if place is None or place.module not in family.kv_modules:
             assert torch.equal(converted.read(name), source.read(name)), name
         elif sources[place.layer] != place.layer:
             assert name not in converted.tensors
@@ -69,7 +69,7 @@ def test_the_cache_that_is_measured_is_the_one_that_is_planned(case, folders):
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["source", "converted"])
-@pytest.mark.parametrize("case", ["phi3", "gpt_bigcode", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("case", ["phi3", "gpt_bigcode", "mixtral", "qwen3_moe", "granitemoe", "glm4_moe", "gpt_oss"])
 def test_training_exports_projections_and_experts_as_they_are_stored(case, which, folders, tmp_path):
     folder = folders[case][which]
     model = load_model(folder, dtype=torch.float32)

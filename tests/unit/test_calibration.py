@@ -84,22 +84,29 @@ def logits(model: Callable, tokens: Tensor) -> Tensor:
 def plant(model: PreTrainedModel, member: int, owner: int) -> None:
     """Let layers owner..member-1 add nothing, and make `member` the owner in other bases: both see the same input."""
     config, layers = model.config, model.model.layers
-    silent = "experts.down_proj" if hasattr(layers[0].mlp, "experts") else "down_proj.weight"
+    family = family_of(config.to_dict())
     for layer in layers[owner:member]:
         layer.self_attn.o_proj.weight.data.zero_()
-        torch.nn.init.zeros_(dict(layer.mlp.named_parameters())[silent])
+        for name, parameter in layer.mlp.named_parameters():
+            if "down_proj" in name:
+                torch.nn.init.zeros_(parameter)
         if layer.self_attn.o_proj.bias is not None:
             layer.self_attn.o_proj.bias.data.zero_()
-    layers[member].input_layernorm.load_state_dict(layers[owner].input_layernorm.state_dict())
+    if before := family.norms.before_attention:
+        layers[member].get_submodule(before).load_state_dict(layers[owner].get_submodule(before).state_dict())
     dim, half = config.head_dim, config.head_dim // 2
     order = list(range(config.num_key_value_heads))[::-1]
-    normed = hasattr(layers[member].self_attn, "k_norm")
-    for gain in [
-        getattr(layers[i].self_attn, f"{n}_norm").weight.data for i in (owner, member) for n in "qk" if normed
-    ]:
-        gain[half:] = gain[:half]
+    channels = torch.arange(dim)
+    if family.adjacent_pairs:
+        channels = channels.view(-1, 2).T.flatten()
+    normed = family.qk_norm
+    for name in family.qk_norm_names if normed else ():
+        for index in (owner, member):
+            gain = layers[index].self_attn.get_submodule(name).weight.data
+            gain[half:] = gain[:half]
     if normed:
-        layers[member].self_attn.k_norm.load_state_dict(layers[owner].self_attn.k_norm.state_dict())
+        norms = [layers[index].self_attn.get_submodule(family.norm_name("k")) for index in (owner, member)]
+        norms[1].load_state_dict(norms[0].state_dict())
     for name in ("weight", "bias") if layers[owner].self_attn.q_proj.bias is not None else ("weight",):
         get = lambda index, projection: getattr(getattr(layers[index].self_attn, projection), name).data  # noqa: E731, B023
         for slot, head in enumerate(order):
@@ -107,16 +114,23 @@ def plant(model: PreTrainedModel, member: int, owner: int) -> None:
             scale = torch.randn(half, dtype=torch.complex64, generator=generator)
             scale = scale / scale.abs() if normed else scale  # a norm undoes what is no rotation
             new, old = slice(slot * dim, (slot + 1) * dim), slice(head * dim, (head + 1) * dim)
-            rows = get(owner, "k_proj")[old].view(dim, -1)
+            rows = get(owner, "k_proj")[old].view(dim, -1)[channels]
             turned = torch.complex(rows[:half], rows[half:]) * scale[:, None]
-            get(member, "k_proj")[new] = torch.cat([turned.real, turned.imag]).view_as(get(member, "k_proj")[new])
+            turned = torch.cat([turned.real, turned.imag])[channels.argsort()]
+            get(member, "k_proj")[new] = turned.view_as(get(member, "k_proj")[new])
             get(member, "v_proj")[new] = torch.randn(dim, dim, generator=generator) @ get(owner, "v_proj")[old]
 
 
-@pytest.mark.parametrize("case", [*LLAMAS, "qwen3", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "case", [*LLAMAS, "qwen3", "hunyuan", "ernie4_5-biases", "cohere2", "mixtral", "qwen3_moe", "gpt_oss"]
+)
 def test_a_planted_change_of_basis_is_recovered(case: str, tokens: Tensor, saved) -> None:
-    model, sources = source_model(case), [0, 1, 1, 3, 4, 5]
-    plant(model, member=2, owner=1)
+    """Whatever pairs of channels RoPE turns; sinks go with their query heads."""
+    model, sources = source_model(case), [0, 1, 2, 3, 4, 5]
+    kinds = shape_of(model.config.to_dict()).kinds
+    member = kinds.index(kinds[1], 2)
+    sources[member] = 1
+    plant(model, member=member, owner=1)
     source = saved(model)
     patches = patches_of(source, sources, tokens)
     fit = patches[1].fit

@@ -2,15 +2,23 @@
 
 import ast
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, Gemma3Config, Gemma3ForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+)
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from cla_convert.conversion.sharing import groups_of, sharing_map
 from cla_convert.errors import InputError
+from cla_convert.models import families_page
 from cla_convert.models.checkpoint import Checkpoint
 from cla_convert.models.export import load_model
 from cla_convert.models.families import CODE_FOLDER, FAMILIES, REFUSED, family_of
@@ -32,11 +40,25 @@ CONFIGS = [
     {"model_type": "phi3", "sliding_window": 2047},
     {"model_type": "mixtral", "sliding_window": 4096},
     {"model_type": "qwen3_moe", "use_sliding_window": True},
+    {"model_type": "qwen2_moe", "use_sliding_window": True, "max_window_layers": 21},
+    {"model_type": "ministral", "layer_types": ["full_attention", "sliding_attention"] * 15},
+    {"model_type": "ministral3", "sliding_window": 4096},
+    {"model_type": "olmo3", "layer_types": ["full_attention", "sliding_attention"] * 15},
+    {"model_type": "cohere2", "sliding_window_pattern": 5},
+    {"model_type": "exaone4", "sliding_window_pattern": 5, "sliding_window": 128},
+    {"model_type": "exaone4", "sliding_window": None, "layer_types": ["full_attention"] * 30},
     {"model_type": "starcoder2", "sliding_window": 4096},
     {"model_type": "smollm3", "no_rope_layer_interval": 5},
     {"model_type": "smollm3", "no_rope_layers": [0, 1] * 15, "use_sliding_window": True, "sliding_window": 64},
 ]
 """config.json as older and newer versions of transformers wrote them: what is left out is left to the defaults."""
+
+
+def rotating_layers(config) -> list[bool]:
+    """Which layers have RoPE, as transformers' attention decides it."""
+    if config.model_type == "cohere2" or (config.model_type == "exaone4" and config.sliding_window is not None):
+        return [kind == SLIDING for kind in config.layer_types]
+    return [bool(rope) for rope in getattr(config, "no_rope_layers", [True] * config.num_hidden_layers)]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
@@ -48,11 +70,9 @@ def test_shape_and_kinds_are_those_of_transformers(config):
     layer_types, cache_arguments = get_layer_types_and_kwargs(theirs)
     head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
     assert (shape.num_layers, shape.num_attention_heads, shape.hidden_size) == (30, 8, 256)
-    assert (shape.num_key_value_heads, shape.head_dim) == (theirs.num_key_value_heads, head_dim)
+    assert (shape.num_key_value_heads, shape.head_dim) == (theirs.num_key_value_heads or 8, head_dim)
     assert [kind.removesuffix(NOPE) for kind in shape.kinds] == layer_types
-    assert [not kind.endswith(NOPE) for kind in shape.kinds] == [
-        bool(rope) for rope in getattr(theirs, "no_rope_layers", [True] * 30)
-    ]
+    assert [not kind.endswith(NOPE) for kind in shape.kinds] == rotating_layers(theirs)
     for kind, arguments in zip(shape.kinds, cache_arguments, strict=True):
         assert arguments.get("sliding_window") == (shape.sliding_window if kind.startswith(SLIDING) else None)
 
@@ -97,26 +117,36 @@ def test_fused_projections_are_read_as_three(case, tmp_path):
         Checkpoint.open(folder)
 
 
+VISION = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28)
+SEEING = {
+    "gemma3": (Gemma3ForConditionalGeneration, Gemma3Config),
+    "mistral": (Mistral3ForConditionalGeneration, Mistral3Config),
+    "ministral3": (Mistral3ForConditionalGeneration, Mistral3Config),
+}
+
+
 @pytest.mark.parametrize("published", [True, False], ids=["published", "saved by transformers"])
-def test_the_language_model_of_a_multimodal_gemma_3(published, tmp_path, monkeypatch):
+@pytest.mark.parametrize("case", SEEING)
+def test_the_language_model_of_one_that_sees_images(case, published, tmp_path, monkeypatch):
     monkeypatch.setenv("CLA_CONVERT_CACHE", str(tmp_path / "cache"))
-    text = tiny_config("gemma3").to_diff_dict()
-    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28)
+    text = tiny_config(case).to_diff_dict()
     torch.manual_seed(0)
-    model = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision)).eval()
-    model.save_pretrained(tmp_path / "gemma")
-    weights = load_file(tmp_path / "gemma" / "model.safetensors")
+    whole, config = SEEING[case]
+    model = whole(config(text_config=text, vision_config=VISION, tie_word_embeddings=case != "mistral")).eval()
+    model.save_pretrained(tmp_path / "whole")
+    weights = load_file(tmp_path / "whole" / "model.safetensors")
     other = {"language_model.model.": "model.language_model."}
     if any(name.startswith("model.language_model.") for name in weights) == published:
         other = dict(map(reversed, other.items())) if published else other
         for old, new in other.items():
             weights = {name.replace(old, new): tensor for name, tensor in weights.items()}
-        save_file(weights, tmp_path / "gemma" / "model.safetensors", metadata={"format": "pt"})
-    (tmp_path / "gemma" / "preprocessor_config.json").write_text("{}")
-    headers, folder = open_headers(str(tmp_path / "gemma")), resolve_source(str(tmp_path / "gemma"))
+        save_file(weights, tmp_path / "whole" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "whole" / "preprocessor_config.json").write_text("{}")
+    headers, folder = open_headers(str(tmp_path / "whole")), resolve_source(str(tmp_path / "whole"))
     assert not (folder / "preprocessor_config.json").exists()
     assert headers.tensors.keys() == Checkpoint.open(folder).tensors.keys()
-    assert shape_of(headers.config) == shape_of(tiny_config("gemma3").to_dict())
+    assert ("lm_head.weight" in headers.tensors) == (case == "mistral")
+    assert shape_of(headers.config) == shape_of(tiny_config(case).to_dict())
     ids = torch.arange(2, 22)[None]
     with torch.inference_mode():
         assert torch.equal(load_model(folder, dtype=torch.float32)(ids).logits, model(ids).logits)
@@ -126,6 +156,13 @@ def test_the_language_model_of_a_multimodal_gemma_3(published, tmp_path, monkeyp
 def test_shipped_code_is_what_the_templates_make(family):
     for path, text in render(family).items():
         assert path.read_text() == text, "run `python -m cla_convert.models.generate`"
+
+
+def test_the_page_is_the_table():
+    page = Path(__file__).parents[2] / "docs" / "families.md"
+    told = "run: python -m cla_convert.models.families_page > docs/families.md"
+    assert page.read_text(encoding="utf-8") == families_page.page(), told
+    assert families_page.NOTES.keys() == FAMILIES.keys()
 
 
 def test_no_shipped_code_is_without_a_family():
@@ -174,3 +211,25 @@ def test_refusals_say_why_and_what_is_supported(config, reason):
         family_of(config)
     if config["model_type"] not in FAMILIES and not config["model_type"].startswith("cla_"):
         assert all(name in str(caught.value) for name in FAMILIES)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "nearest", "obstacle"),
+    [
+        ("qwen3_next", "qwen3_moe", "36 of its layers are linear_attention"),
+        ("qwen3_vl", "qwen3", "a part of one that reads more than text"),
+        ("granitemoehybrid", "granitemoe", "keep a state"),
+        ("llama4_text", "llama", "attend within chunks"),
+        ("ernie4_5_moe", "ernie4_5", "its layers have experts"),
+        ("mistral4", "mistral", "multi-head latent attention"),
+        ("minimax", "mixtral", "are linear_attention"),
+        ("gpt2", "gpt_bigcode", "comparing the two"),
+        ("gemma3n_text", "gemma3_text", "takes an attention and a model of its own"),
+        ("stablelm", "llama", "rotates a part of each head by itself"),
+    ],
+)
+def test_the_nearest_family_and_what_is_between(model_type, nearest, obstacle):
+    """From what transformers itself writes into config.json."""
+    with pytest.raises(InputError) as caught:
+        family_of(AutoConfig.for_model(model_type).to_dict())
+    assert f"nearest supported family is {nearest}" in caught.value.why and obstacle in caught.value.why

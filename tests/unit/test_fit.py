@@ -233,10 +233,27 @@ def test_a_config_that_transformers_does_not_accept_is_refused(settings, reason,
         load_model(folder)
 
 
+def test_layers_that_guess_further_ahead_are_left_out(tmp_path):
+    """As published GLM-4.5 has them: behind the last layer, where transformers looks for nothing."""
+
+    def with_another(tensors: Tensors) -> Tensors:
+        last = {name: t for name, t in tensors.items() if name.startswith("model.layers.5.")}
+        return tensors | {name.replace(".5.", ".6.", 1): t for name, t in last.items()}
+
+    folder = change(save_tiny("glm4_moe", tmp_path / "m"), with_another, num_nextn_predict_layers=1)
+    same(folder, tmp_path / "out")
+    assert not [name for name in Checkpoint.open(tmp_path / "out").tensors if name.startswith("model.layers.6.")]
+    refused(change(folder, num_nextn_predict_layers=0), "layer 6")
+
+
 def test_mistral_with_kinds_of_layers_is_ministral(tmp_path):
+    """As transformers loads it: some layers see all of the text (40 tokens), others 8."""
     folder = save_tiny("mistral-window", tmp_path / "m")
-    refused(change(folder, layer_types=["full_attention", "sliding_attention"] * 3), "Ministral")
-    same(change(folder, layer_types=None), tmp_path / "out")
+    sliding = logits(folder)
+    same(change(folder, layer_types=["full_attention", "sliding_attention"] * 3), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "cla_ministral"
+    assert not torch.allclose(logits(folder), sliding)
+    same(change(folder, layer_types=None), tmp_path / "none")
 
 
 def test_an_attention_that_is_not_here_falls_back(tmp_path, capsys):

@@ -28,7 +28,9 @@ CASES = {
     "phi3": PHI | {"sliding_window": 8},
     "phi3-partial": PHI | {"tie_word_embeddings": False},
     "starcoder2": {"sliding_window": None, "tie_word_embeddings": True},
+    "qwen2_moe": {"norm_topk_prob": False, "use_sliding_window": False},
     "qwen3_moe": {"norm_topk_prob": True},
+    "nemotron": {},
 }
 IDS = torch.randint(2, 250, (1, 200), generator=torch.Generator().manual_seed(0))
 

@@ -17,7 +17,6 @@ from cla_convert.models.shape import shape_of
 from tests.tiny import CASES, cla_model, tiny_config
 
 SOURCES = [0, 1, 2, 3, 4, 5]
-PAIR = {"gemma2": (0, 2), "smollm3": (0, 1)}
 ONE_OF_EACH = {family: case for case, (family, _) in reversed(CASES.items())}
 
 
@@ -27,9 +26,10 @@ def ids() -> torch.Tensor:
 
 
 def shared_pair(family: str) -> list[int]:
-    """A map with one consumer."""
-    owner, consumer = PAIR.get(family, (0, 1))
-    return [owner if layer == consumer else layer for layer in SOURCES]
+    """A map with one consumer: the first two layers of the first layer's kind."""
+    kinds = shape_of(tiny_config(ONE_OF_EACH[family]).to_dict()).kinds
+    consumer = kinds.index(kinds[0], 1)
+    return [0 if layer == consumer else layer for layer in SOURCES]
 
 
 def tiny(family: str):

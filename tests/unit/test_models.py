@@ -10,7 +10,7 @@ from cla_convert.conversion.sharing import groups_of, sharing_map
 from cla_convert.models.checkpoint import Checkpoint
 from cla_convert.models.classes import cla_classes, register
 from cla_convert.models.export import load_model
-from cla_convert.models.families import FAMILIES, KV_MODULES
+from cla_convert.models.families import FAMILIES
 from cla_convert.models.shape import shape_of
 from cla_convert.models.verify import planned_bytes
 from cla_convert.recipe import Train
@@ -18,6 +18,7 @@ from cla_convert.training.objective import Objective
 from tests.conftest import byte_tokenizer
 from tests.tiny import CASES, cla_model, save_tiny, source_model, tiny_config
 
+MIXTURES = [case for case, (family, _) in CASES.items() if FAMILIES[family].code.experts]
 MAPS = {"cla2-keep-ends": [0, 1, 1, 3, 3, 5], "cla3": [0, 0, 0, 3, 3, 3], "interleaved": [0, 1, 0, 1, 4, 1]}
 
 
@@ -76,12 +77,12 @@ def equalise(layers, family, owner: int, consumer: int) -> None:
     queries = layers[owner].get_submodule(output).in_features
     theirs = dict(layers[consumer].named_parameters())
     for name, parameter in layers[owner].named_parameters():
-        if set(name.split(".")) & {*KV_MODULES, "input_layernorm", "ln_1"}:
+        if set(name.split(".")) & {*family.kv_modules, family.norms.before_attention}:
             theirs[name].data.copy_(parameter)
         elif family.fused and f".{family.fused}." in name:
             theirs[name].data[queries:] = parameter.data[queries:]
     for layer in layers[owner:consumer]:
-        for module in (layer.mlp, layer.get_submodule(output)):
+        for module in (layer.get_submodule(family.mlp), layer.get_submodule(output)):
             for parameter in module.parameters():
                 torch.nn.init.zeros_(parameter)
 
@@ -195,7 +196,7 @@ def test_owners_receive_gradient_through_their_consumers(case, ids):
 def test_consumers_have_no_kv_parameters(case):
     sources, family = share(case, "cla2"), FAMILIES[CASES[case][0]]
     kept = {family.place(name) for name, _ in cla_model(case, sources).named_parameters()}
-    assert {place.layer for place in kept if place and place.module in KV_MODULES} == set(sources)
+    assert {place.layer for place in kept if place and place.module in family.kv_modules} == set(sources)
     assert {place.layer for place in kept if place and place.module == "q_proj"} == set(range(len(sources)))
 
 
@@ -205,7 +206,7 @@ def test_reentrant_checkpointing_is_refused(case):
         cla_model(case, share(case, "cla2")).gradient_checkpointing_enable({"use_reentrant": True})
 
 
-@pytest.mark.parametrize("case", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("case", MIXTURES)
 def test_experts_run_as_in_the_source_model(case, ids):
     """transformers allows its fast implementation to classes in whose file it finds a word, and else says nothing."""
     settings, sources = tiny_config(case).to_dict(), share(case, "cla2-keep-ends")

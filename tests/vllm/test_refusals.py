@@ -35,6 +35,15 @@ def test_gemma_in_float16_is_refused(tmp_path: Path):
     assert "overflow in float16" in found["error"]
 
 
+def test_a_vllm_that_leaves_out_sinks_serves_no_model_that_has_them(tmp_path: Path):
+    """As 0.26 does: its Transformers backend has no such check."""
+    backend = "vllm.model_executor.models.transformers"
+    (tmp_path / "sitecustomize.py").write_text(f"import {backend} as backend\ndel backend.check_sinks\n")
+    path = {"PYTHONPATH": f"{tmp_path}:{Path.cwd()}"}
+    found = run(tmp_path, save("gpt_oss", tmp_path / "model")[0], [[[1, 2]]], **SMALL, environment=path)
+    assert "leaves out attention sinks" in found["error"]
+
+
 TWO = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "OMP_NUM_THREADS": "1"}
 
 

@@ -41,7 +41,8 @@ except ImportError:  # transformers < 5.23: all it lacks is moving between devic
 # before it lets them run fast (grouped_mm), which it does by default.
 
 # Checkpoints store every expert apart, the model holds them stacked: load and save as Mixtral does.
-register_checkpoint_conversion_mapping("cla_mixtral", get_checkpoint_conversion_mapping("mixtral"), overwrite=True)
+rules = get_checkpoint_conversion_mapping("mixtral")
+register_checkpoint_conversion_mapping("cla_mixtral", rules, overwrite=True)
 
 
 def cache_argument(*parts: type) -> str:

@@ -41,7 +41,8 @@ except ImportError:  # transformers < 5.23: all it lacks is moving between devic
 # before it lets them run fast (grouped_mm), which it does by default.
 
 # Checkpoints store every expert apart, the model holds them stacked: load and save as Qwen3Moe does.
-register_checkpoint_conversion_mapping("cla_qwen3_moe", get_checkpoint_conversion_mapping("qwen3_moe"), overwrite=True)
+rules = get_checkpoint_conversion_mapping("qwen3_moe")
+register_checkpoint_conversion_mapping("cla_qwen3_moe", rules, overwrite=True)
 
 
 def cache_argument(*parts: type) -> str:
