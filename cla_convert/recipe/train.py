@@ -64,6 +64,8 @@ class Train(Section):
     processes: Annotated[int, FREE] = Field(default=1, ge=1)
     """Processes of this machine that train together, a GPU each: parameters, gradients and optimiser are divided among
     them. For several machines start `uptrain` with torchrun."""
+    shard_teacher: Annotated[bool | Literal["auto"], FREE] = "auto"
+    """Divide the teacher among the processes too, at the price of its traffic. auto: where it does not fit whole."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third slower."""
     validate_every: Annotated[Count, FREE] = 2_000_000

@@ -73,8 +73,8 @@ def uptrain(
     """
     check_output(folder.model, overwrite=True)  # before hours of work, not after
     forget_peak_memory(team.device)
+    check_exportable(student_dir)
     trainer = set_up(student_dir, teacher_dir, recipe, team.device, team, text)
-    check_exportable(trainer.student.state_dict(), student_dir)
     identity = run_identity(student_dir, teacher_dir, recipe, trainer)
     checkpoints = TrainingStates(
         folder.checkpoints, identity, recipe.train.keep_checkpoints, team=team, allow_changes=allow_changes

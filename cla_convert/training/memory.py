@@ -6,8 +6,7 @@ The peak of a step on one device is the larger of two moments.
                   (+ gradients, from the second pass of a step on)
     at its end    weights + moments + teacher + copy + gradients + gradients of the copy
 
-    weights       4 bytes a trained parameter (float32), what is frozen in the compute dtype; when a model is loaded all
-                  of it is float32 for a moment (trainer.py)
+    weights       4 bytes a trained parameter (float32), what is frozen in the compute dtype
     moments       8 bytes a trained parameter (optimizer.py)
     gradients     4 bytes a trained parameter
     copy          the trained parameters in the compute dtype (precision.py)
@@ -16,7 +15,8 @@ The peak of a step on one device is the larger of two moments.
                   where the student follows them (hidden.py)
 
 Several processes divide weights, moments and gradients by their number. They gather two layers and what lies outside
-of layers in the compute dtype, and reduce the gradients of one in float32 (parallel.py).
+of layers in the compute dtype, and reduce the gradients of one in float32 (parallel.py). A teacher that is divided too
+is gathered likewise. Beside a whole one, the student's frozen weights that are the teacher's are whole as well.
 """
 
 from collections.abc import Mapping
@@ -55,8 +55,6 @@ class Needs:
     """What one layer or the loss needs beside what is kept."""
     passes: int
     """Forward and backward passes a step."""
-    loading: float
-    """Peak before training."""
     copied_gradients: float
 
     @property
@@ -65,7 +63,7 @@ class Needs:
         always = self.weights + self.moments + self.teacher + self.copy
         earlier = self.gradients if self.passes > 1 else 0
         in_a_pass = always + earlier + self.activations + self.at_a_time
-        return max(in_a_pass, always + self.gradients + self.copied_gradients, self.loading)
+        return max(in_a_pass, always + self.gradients + self.copied_gradients)
 
     def __str__(self) -> str:
         parts = {
@@ -94,6 +92,8 @@ class Forecast:
             processes: of the run.
         """
         self.device, self.processes = device, processes
+        self.shards_teacher = False
+        """Whether the teacher is divided among the processes, too."""
         self.configs = student, teacher
         self.budget = Budget.of(train)
         self.precision = choose_precision(train.precision, device)
@@ -106,7 +106,9 @@ class Forecast:
 
     def given(self, **changes: Any) -> "Forecast":
         """The same training with other settings."""
-        return Forecast(self.train.model_copy(update=changes), *self.configs, self.device, self.processes)
+        other = Forecast(self.train.model_copy(update=changes), *self.configs, self.device, self.processes)
+        other.shards_teacher = self.shards_teacher
+        return other
 
     def among(self, processes: int) -> "Forecast":
         """The same training by so many processes."""
@@ -121,15 +123,14 @@ class Forecast:
         alone, copied = self.processes == 1, size if size < 4 else 0
         activations, layer = self._activations(rows)
         return Needs(
-            weights=4 * trained + size * frozen if alone else 4 * (trained + frozen) * share,
+            weights=(4 * trained + size * (frozen - self._left_out)) * share,
             moments=8 * trained * share,
             gradients=4 * trained * share,
             copy=copied * trained if alone else self._gathered,
-            teacher=size * ((_count(self.teacher.parameters()) if self.teacher else 0) - self._shared),
+            teacher=self._teachers,
             activations=activations + self._followed(rows),
             at_a_time=max(layer, self._loss(rows)),
             passes=-(-self.budget.batch // (self.processes * rows)),
-            loading=4 * (trained + frozen) if alone else 0,
             copied_gradients=copied * trained if alone else 0,
         )
 
@@ -163,21 +164,35 @@ class Forecast:
         return trained, _count(parameters) - trained
 
     @property
+    def _teachers(self) -> float:
+        """Bytes of the teacher, but what the student has: whole, or a part and what is gathered."""
+        if self.teacher is None:
+            return 0
+        own = _count(self.teacher.parameters()) - self._shared + self._left_out
+        if not self.shards_teacher:
+            return self._size * own
+        outside, layer = _outside_and_largest(self.teacher)
+        return self._size * (own / self.processes + outside + 2 * layer)
+
+    @property
+    def _left_out(self) -> int:
+        """Parameters of the student that several processes have whole, as the teacher's (teacher.fill_models)."""
+        return 0 if self.processes == 1 or self.shards_teacher else self._shared
+
+    @cached_property
     def _shared(self) -> int:
-        """Parameters of the teacher that are the student's: frozen, of one name and shape (teacher.share_frozen)."""
-        if self.teacher is None or self.processes > 1:  # the student's are float32 there
+        """Parameters of the teacher that are the student's: frozen, of one name and shape (weights.Unfilled.adopt)."""
+        if self.teacher is None:
             return 0
         frozen = {name: p.shape for name, p in self.student.named_parameters() if not p.requires_grad}
         return _count(p for name, p in self.teacher.named_parameters() if frozen.get(name) == p.shape)
 
-    @cached_property
+    @property
     def _gathered(self) -> float:
         """Bytes of what several processes gather: see the head of this file."""
-        layers = [_count(layer.parameters()) for layer in decoder_layers(self.student)]
-        outside = sum(self._counts) - sum(layers)
-        whole = self._size * (outside + 2 * max(layers))
-        reduced = max(max(layers), outside if self.train.parameters == "all" else 0)
-        return whole + (4 + self._size) * reduced
+        outside, layer = _outside_and_largest(self.student)
+        reduced = max(layer, outside if self.train.parameters == "all" else 0)
+        return self._size * (outside + 2 * layer) + (4 + self._size) * reduced
 
     @cached_property
     def _kept(self) -> float:
@@ -217,6 +232,12 @@ def _bound(config: Any) -> int:
     """Bytes that a token keeps, at most: measured on a Llama that is not compiled."""
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size  # GPT-2's way to leave it out
     return config.num_hidden_layers * (40 * config.hidden_size + 10 * inner)
+
+
+def _outside_and_largest(model: Any) -> tuple[int, int]:
+    """Parameters that lie outside of layers, and those of the largest layer: what is gathered at a time."""
+    layers = [_count(layer.parameters()) for layer in decoder_layers(model)]
+    return _count(model.parameters()) - sum(layers), max(layers)
 
 
 def _count(parameters: Any) -> int:

@@ -37,9 +37,9 @@ def forecast(
     Raises:
         InputError: the device has too little memory; the error says what does fit.
     """
-    foreseen = Forecast(train, student, teacher, device, processes or world_size())
+    foreseen, total = Forecast(train, student, teacher, device, processes or world_size()), device_memory(device)
+    foreseen.shards_teacher = shards_teacher(foreseen, total)
     rows = micro_batch_size(foreseen)
-    total = device_memory(device)
     if total is not None and foreseen.needs(rows).peak + CONTEXT > total:
         raise _too_little(foreseen, rows, total)
     return foreseen, rows
@@ -58,6 +58,15 @@ def micro_batch_size(foreseen: Forecast) -> int:
         return min(_CPU_ROWS, most)
     enough = max(1, min(most, _ENOUGH_TOKENS // foreseen.budget.length))
     return foreseen.largest((1 - _SPARE) * total, enough) or 1
+
+
+def shards_teacher(foreseen: Forecast, total: int | None) -> bool:
+    """Whether the teacher is divided among the processes: as the recipe says, or where it does not fit whole."""
+    wanted = foreseen.train.shard_teacher
+    if foreseen.processes == 1 or foreseen.teacher is None or wanted is False:
+        return False
+    fewest = 1 if foreseen.train.micro_batch_size == "auto" else foreseen.train.micro_batch_size
+    return wanted is True or (total is not None and foreseen.needs(fewest).peak + CONTEXT > (1 - _SPARE) * total)
 
 
 def device_memory(device: str) -> int | None:
@@ -141,6 +150,7 @@ def _teams(foreseen: Forecast, rows: int, room: float) -> Iterator[str]:
         return
     for processes in _TEAMS:
         other = foreseen.among(processes)
+        other.shards_teacher = foreseen.train.shard_teacher is not False
         if processes > foreseen.processes and (fit := other.largest(room, rows)):
             size = f" train.micro_batch_size={fit}" if fit < rows else ""
             each = human_bytes(other.needs(fit).peak + CONTEXT)

@@ -9,12 +9,12 @@ those of a single process:
 - FSDP2's mixed precision gathers parameters in the compute dtype and reduces gradients in float32, which is what
   `Precision.working_copy` does on one process.
 
-The teacher is not sharded: it has two bytes a parameter and no gradients, where the student has sixteen with its
-optimiser, and a whole copy needs no traffic at all.
+A teacher is sharded the same way where it does not fit whole. Whole it needs no traffic, and the student's frozen
+weights that are the teacher's need none either: they are left out of the sharding.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,7 +24,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -66,16 +65,23 @@ class Team:
         """The passes of all processes, in the order of `gather`."""
         return [part for rank in range(self.size) for part in share(first, end, micro_batch, rank, self.size)]
 
-    def shard(self, model: torch.nn.Module, compute: torch.dtype) -> None:
-        """Leave to this process its rows of every parameter, on its device; each layer is gathered when it runs."""
+    def shard(
+        self, model: torch.nn.Module, compute: torch.dtype, *, whole: Collection[torch.nn.Parameter] = ()
+    ) -> None:
+        """Leave to this process its rows of every parameter; each layer is gathered when it runs.
+
+        Args:
+            model: may be on the meta device still.
+            compute: dtype of what is gathered.
+            whole: parameters that stay as they are, frozen ones.
+        """
         if self.size == 1:
             return
         mesh = init_device_mesh(torch.device(self.device).type, (self.size,))
         policy = MixedPrecisionPolicy(compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
         names = set(getattr(model, "_no_split_modules", None) or ())
-        for layer in [module for module in model.modules() if type(module).__name__ in names]:
-            fully_shard(layer, mesh=mesh, mp_policy=policy)
-        fully_shard(model, mesh=mesh, mp_policy=policy)
+        for layer in [*(module for module in model.modules() if type(module).__name__ in names), model]:
+            fully_shard(layer, mesh=mesh, mp_policy=policy, ignored_params=set(whole))
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
@@ -88,7 +94,7 @@ class Team:
 
         Needed because losses use the decoder and the matrix of the head, not the forward method of the whole.
         """
-        return function(model, *args, **options) if self.size == 1 else model.run_as_forward(function, *args, **options)
+        return run_gathered(function, model, *args, **options)
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
         """The values [n, ...] of all processes in order, [size * n, ...], the same everywhere."""
@@ -130,12 +136,40 @@ class Team:
         if self.leads:
             self.barrier()
 
-    def whole_state(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-        """The model's state dict with whole tensors, on process 0; empty elsewhere. All processes must ask."""
-        if self.size == 1:
-            return model.state_dict()
-        state: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        return state
+    @contextmanager
+    def whole_tensors(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[Mapping[str, torch.Tensor]]:
+        """`tensors` as one process would have them, put together one at a time as process 0 asks for them.
+
+        The others help until it leaves the context, and have none. All processes must enter.
+        """
+        if self.leads:
+            try:
+                yield _Whole(tensors, self)
+            finally:
+                self.decide(None)
+            return
+        while (name := self.decide(None)) is not None:
+            whole(tensors[name])
+        yield {}
+
+
+@dataclass(frozen=True)
+class _Whole(Mapping[str, torch.Tensor]):
+    """For process 0: see `Team.whole_tensors`."""
+
+    tensors: Mapping[str, torch.Tensor]
+    team: Team
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor = self.tensors[name]
+        self.team.decide(name)
+        return whole(tensor)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
 
 
 @contextmanager
@@ -205,6 +239,18 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 def own_rows(tensor: torch.Tensor) -> torch.Tensor:
     """The part of a tensor that lies in this process: FSDP2 shards rows."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def run_gathered(function: Callable[..., T], model: Any, *args: Any, **options: Any) -> T:
+    """`function(model, ...)`, with what lies outside the layers of a sharded model gathered until `release`."""
+    run = getattr(model, "run_as_forward", None)
+    return function(model, *args, **options) if run is None else run(function, *args, **options)
+
+
+def release(model: torch.nn.Module) -> None:
+    """Give back what `run_gathered` has gathered of a model that has no backward pass, which would do it."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
 
 
 def _run(model: Any, function: Callable[..., T], *args: Any, **options: Any) -> T:

@@ -157,13 +157,31 @@ class TestFitting:
         assert "the GPU has 79.2 GiB" in error.value.what and "optimiser 5" in error.value.why
         assert (
             "train.parameters=attention (" in error.value.fix
-            and "train.processes=8 on as many GPUs (" in error.value.fix
+            and "train.processes=4 on as many GPUs (" in error.value.fix
         )
         assert "activation_checkpointing" not in error.value.fix  # weights and optimiser alone are too much
         foresee(LLAMA_8B, parameters="attention")
         foresee(LLAMA_8B, processes=8)
         with pytest.raises(InputError):
             foresee(LLAMA_8B, processes=2)
+
+    def test_a_teacher_is_divided_where_it_does_not_fit_whole(self) -> None:
+        assert foresee(LLAMA_8B, processes=4)[0].shards_teacher
+        assert not foresee(LLAMA_8B, processes=4, shard_teacher=False)[0].shards_teacher  # it leaves no tenth free
+        whole, _ = foresee(LLAMA_8B, processes=8)
+        assert not whole.shards_teacher
+        asked, _ = foresee(LLAMA_8B, processes=8, shard_teacher=True)
+        assert asked.needs(1).teacher < 0.5 * whole.needs(1).teacher  # an eighth, two layers, embedding and head
+        assert not foresee(LLAMA_135M, shard_teacher=True)[0].shards_teacher  # there is nobody to divide it with
+
+    def test_frozen_weights_of_a_whole_teacher_are_not_divided(self) -> None:
+        """They are one copy either way: whole with the teacher, or a part for each process."""
+        settings = {"parameters": "attention", "processes": 8}
+        whole, _ = foresee(LLAMA_8B, **settings)
+        divided, _ = foresee(LLAMA_8B, **settings, shard_teacher=True)
+        trained, frozen = whole._counts
+        assert whole.needs(1).weights == 4 * trained / 8 and whole.needs(1).teacher > 2 * frozen
+        assert divided.needs(1).weights == (4 * trained + 2 * frozen) / 8
 
     def test_a_large_micro_batch_is_told_which_one_fits(self) -> None:
         with pytest.raises(InputError) as error:
