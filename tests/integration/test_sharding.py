@@ -3,7 +3,6 @@
 import ctypes
 import json
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from cla_convert.recipe_file import load_recipe
 from cla_convert.training.metrics import read_rows
 
 from ..conftest import save_tiny_llama
-from ..launch import CONTEXT, finish, prepare, start_team, uptrain
+from ..launch import CONTEXT, environments, finish, prepare, start, start_team, uptrain
 from ..tiny import save_tiny
 
 STEPS = 2.4
@@ -73,6 +72,17 @@ def test_a_divided_teacher_computes_in_bfloat16(works: dict[str, Path], tmp_path
     assert divided[1] == pytest.approx(whole[1], rel=1e-5)
 
 
+def test_frozen_experts_come_out_as_they_were(works: dict[str, Path], tmp_path: Path) -> None:
+    """Their files hold them one by one in float32, the model stacked, here in bfloat16."""
+    out, log = tmp_path / "out", tmp_path / "log"
+    line = uptrain(works["experts"], out, steps=1, precision="bfloat16", parameters="attention")
+    assert finish(start(line, log)) == [0], log.read_text()
+    before, after = (load_file(f / "model.safetensors") for f in (works["experts"] / "converted", out))
+    experts = {name for name in before if "experts" in name}
+    assert len(experts) == 6 * 4 * 3 and all(torch.equal(before[name], after[name]) for name in experts)
+    assert before.keys() == after.keys() and any(not torch.equal(before[name], after[name]) for name in before)
+
+
 class TestMemory:
     """Of each of two processes, beside what Python had before: peaks that the kernel recorded."""
 
@@ -100,30 +110,35 @@ class TestMemory:
     def test_no_process_ever_holds_a_whole_model(
         self, large: Path, tmp_path: Path, options: dict[str, Any], parts: int
     ) -> None:
-        peaks = measured(large, tmp_path, options)
+        peaks = measured(large, tmp_path, options, size=2)
         halves = parts * self.LAYERS * self.LAYER / 2
         for peak in peaks:
             assert halves < peak["loading"] < halves + self.AT_A_TIME, peaks
             assert peak["publishing"] < 4 * self.LAYER, peaks
-        stored = load_file(large / "converted" / "model.safetensors")
-        published = load_file(tmp_path / "out" / "model.safetensors")
+        self.assert_unchanged(large, tmp_path / "out")
+
+    def test_a_process_alone_needs_the_model_and_little_more(self, large: Path, tmp_path: Path) -> None:
+        (peak,) = measured(large, tmp_path, {"loss": "cross_entropy"}, size=1)
+        whole = self.LAYERS * self.LAYER
+        assert whole < peak["loading"] < whole + self.AT_A_TIME, peak
+        assert peak["publishing"] < 4 * self.LAYER, peak
+        self.assert_unchanged(large, tmp_path / "out")
+
+    def assert_unchanged(self, work: Path, out: Path) -> None:
+        stored, published = (load_file(folder / "model.safetensors") for folder in (work / "converted", out))
         assert stored.keys() == published.keys()
         assert all(torch.equal(stored[name], tensor) for name, tensor in published.items())
 
 
-def measured(work: Path, folder: Path, options: dict[str, Any]) -> list[dict[str, int]]:
-    """What loading the models and publishing the student took in each of two processes, bytes."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        common = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "localhost"}
-        common["MASTER_PORT"] = free.getsockname()[1]
+def measured(work: Path, folder: Path, options: dict[str, Any], *, size: int) -> list[dict[str, int]]:
+    """What loading the models and publishing the student took in each process, bytes."""
     os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    places = [{name: str(value) for name, value in {**common, "RANK": i, "LOCAL_RANK": i}.items()} for i in (0, 1)]
+    places = environments(size) if size > 1 else [{}]
     processes = [CONTEXT.Process(target=measure, args=(work, folder, options, place)) for place in places]
     for process in processes:
         process.start()
-    assert finish(*processes) == [0, 0]
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert finish(*processes) == [0] * size
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
 
 
 def measure(work: Path, folder: Path, options: dict[str, Any], environment: dict[str, str]) -> None:
