@@ -76,20 +76,15 @@ def start_team(
     arguments: Sequence[object], log: Path, size: int = 2, file_limits: Sequence[int] = (0, 0, 0)
 ) -> list[BaseProcess]:
     """Start it `size` times with the environment that torchrun gives; `log` holds the output of all."""
-    return [
-        start(arguments, log, file_limit=limit, **environment)
-        for environment, limit in zip(environments(size), file_limits, strict=False)
-    ]
-
-
-def environments(size: int) -> list[dict[str, str]]:
-    """What torchrun gives each of so many processes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     common = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    settings = [common | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(size)]
-    return [{name: str(value) for name, value in setting.items()} for setting in settings]
+    environments = [common | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(size)]
+    return [
+        start(arguments, log, file_limit=limit, **{name: str(value) for name, value in environment.items()})
+        for environment, limit in zip(environments, file_limits, strict=False)
+    ]
 
 
 def finish(*processes: BaseProcess, seconds: float = 120) -> list[int | None]:
