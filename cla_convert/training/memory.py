@@ -15,13 +15,14 @@ The peak of a step on one device is the larger of two moments.
     activations   what autograd keeps, counted on the meta device (rehearsal.py), and the teacher's residual streams
                   where the student follows them (hidden.py)
 
-Several processes divide weights, moments and gradients by their number. They gather two layers and what lies outside
-of layers in the compute dtype, and reduce the gradients of one in float32 (parallel.py).
+Several processes divide weights, moments and gradients by their number, or that of a `Layout`'s shards. They gather two
+layers and what lies outside of layers in the compute dtype, and reduce the gradients of one in float32 (parallel.py). A
+teacher that is divided is gathered likewise.
 """
 
 from collections.abc import Mapping
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -33,6 +34,7 @@ from .derived import derived
 from .flops import training_flops
 from .objective import Objective, chunk_size
 from .optimizer import freeze_all_but
+from .parallel import shards_of
 from .precision import choose_precision
 from .rehearsal import kept_bytes, loss_bytes, skeleton
 from .schedule import Budget
@@ -78,11 +80,36 @@ class Needs:
         return ", ".join(f"{name} {human_bytes(size)}" for name, size in parts.items() if size)
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How the processes of a training divide its models."""
+
+    processes: int = 1
+    shards: int = 1
+    """Parts of the student's parameters, gradients and moments."""
+    teacher_shards: int = 1
+    """Parts of the teacher."""
+
+    @classmethod
+    def of(cls, train: Train, processes: int, on_a_machine: int | None = None) -> "Layout":
+        """That of a recipe, on so many processes of machines with so many each (None: it is one machine)."""
+        return cls(processes, shards_of(train.shard_degree, processes, on_a_machine or processes))
+
+    def with_teacher(self, *, divided: bool) -> "Layout":
+        """The same with the teacher whole on every device, or divided as the student is."""
+        return replace(self, teacher_shards=self.shards if divided else 1)
+
+
 class Forecast:
     """What training one model needs, for any number of sequences a pass."""
 
     def __init__(
-        self, train: Train, student: Mapping[str, Any], teacher: Mapping[str, Any] | None, device: str, processes: int
+        self,
+        train: Train,
+        student: Mapping[str, Any],
+        teacher: Mapping[str, Any] | None,
+        device: str,
+        layout: Layout = Layout(),  # noqa: B008  (immutable)
     ) -> None:
         """Build both models without numbers.
 
@@ -91,9 +118,9 @@ class Forecast:
             student: config.json of the model to train.
             teacher: config.json of the model to distil from; None without one.
             device: `cpu`, `cuda`, ...
-            processes: of the run.
+            layout: of the run's processes.
         """
-        self.device, self.processes = device, processes
+        self.device, self.layout = device, layout
         self.configs = student, teacher
         self.budget = Budget.of(train)
         self.precision = choose_precision(train.precision, device)
@@ -106,36 +133,36 @@ class Forecast:
 
     def given(self, **changes: Any) -> "Forecast":
         """The same training with other settings."""
-        return Forecast(self.train.model_copy(update=changes), *self.configs, self.device, self.processes)
+        return Forecast(self.train.model_copy(update=changes), *self.configs, self.device, self.layout)
 
-    def among(self, processes: int) -> "Forecast":
-        """The same training by so many processes."""
+    def among(self, layout: Layout) -> "Forecast":
+        """The same training by other processes."""
         other = copy(self)  # what is kept of a sequence was counted already
-        other.processes = processes
+        other.layout = layout
         return other
 
     def needs(self, rows: int) -> Needs:
         """Bytes with so many sequences a pass."""
         trained, frozen = self._counts
-        size, share = self._size, 1 / self.processes
-        alone, copied = self.processes == 1, size if size < 4 else 0
+        size, share = self._size, 1 / self.layout.shards
+        alone, copied = self.layout.processes == 1, size if size < 4 else 0
         activations, layer = self._activations(rows)
         return Needs(
             weights=4 * trained + size * frozen if alone else 4 * (trained + frozen) * share,
             moments=8 * trained * share,
             gradients=4 * trained * share,
             copy=copied * trained if alone else self._gathered,
-            teacher=size * ((_count(self.teacher.parameters()) if self.teacher else 0) - self._shared),
+            teacher=self._teacher,
             activations=activations + self._followed(rows),
             at_a_time=max(layer, self._loss(rows)),
-            passes=-(-self.budget.batch // (self.processes * rows)),
+            passes=-(-self.budget.batch // (self.layout.processes * rows)),
             loading=4 * (trained + frozen) if alone else 0,
             copied_gradients=copied * trained if alone else 0,
         )
 
     def describe(self, rows: int) -> str:
         """For a person: the peak and its parts."""
-        needs, each = self.needs(rows), " on each device" if self.processes > 1 else ""
+        needs, each = self.needs(rows), " on each device" if self.layout.processes > 1 else ""
         return f"about {human_bytes(needs.peak + CONTEXT)} of memory{each} with {rows} sequences a pass: {needs}"
 
     def largest(self, room: float, most: int) -> int:
@@ -163,20 +190,30 @@ class Forecast:
         return trained, _count(parameters) - trained
 
     @property
+    def _teacher(self) -> float:
+        """Bytes of the teacher; divided, of its part, two layers and what lies outside of layers."""
+        if self.teacher is None:
+            return 0
+        whole, parts = _count(self.teacher.parameters()), self.layout.teacher_shards
+        if parts == 1:
+            return self._size * (whole - self._shared)
+        outside, layer = _outside_and_largest(self.teacher)
+        return self._size * (whole / parts + outside + 2 * layer)
+
+    @property
     def _shared(self) -> int:
         """Parameters of the teacher that are the student's: frozen, of one name and shape (teacher.share_frozen)."""
-        if self.teacher is None or self.processes > 1:  # the student's are float32 there
+        if self.teacher is None or self.layout.processes > 1:  # the student's are float32 there
             return 0
         frozen = {name: p.shape for name, p in self.student.named_parameters() if not p.requires_grad}
         return _count(p for name, p in self.teacher.named_parameters() if frozen.get(name) == p.shape)
 
-    @cached_property
+    @property
     def _gathered(self) -> float:
         """Bytes of what several processes gather: see the head of this file."""
-        layers = [_count(layer.parameters()) for layer in decoder_layers(self.student)]
-        outside = sum(self._counts) - sum(layers)
-        whole = self._size * (outside + 2 * max(layers))
-        reduced = max(max(layers), outside if self.train.parameters == "all" else 0)
+        outside, layer = _outside_and_largest(self.student)
+        whole = self._size * (outside + 2 * layer)
+        reduced = max(layer, outside if self.train.parameters == "all" else 0)
         return whole + (4 + self._size) * reduced
 
     @cached_property
@@ -217,6 +254,12 @@ def _bound(config: Any) -> int:
     """Bytes that a token keeps, at most: measured on a Llama that is not compiled."""
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size  # GPT-2's way to leave it out
     return config.num_hidden_layers * (40 * config.hidden_size + 10 * inner)
+
+
+def _outside_and_largest(model: Any) -> tuple[int, int]:
+    """Parameters that lie outside of layers, and those of the largest layer: what FSDP2 gathers at a time."""
+    layers = [_count(layer.parameters()) for layer in decoder_layers(model)]
+    return _count(model.parameters()) - sum(layers), max(layers)
 
 
 def _count(parameters: Any) -> int:

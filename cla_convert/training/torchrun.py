@@ -57,6 +57,17 @@ def _told(shared: dist.Store) -> str:
     return name
 
 
+@cache
+def parent() -> int:
+    """The process that started this one, at the first call."""
+    return os.getppid()
+
+
+def orphaned() -> bool:
+    """Whether what started this process, to train with others, has ended without ending it."""
+    return world_size() > 1 and os.getppid() != parent()
+
+
 def first_to_fail() -> bool:
     """Whether no other process has failed before: then the error is this one's to print."""
     if rank():

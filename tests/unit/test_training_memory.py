@@ -14,7 +14,7 @@ from cla_convert.models.scoring import hidden_states
 from cla_convert.recipe import Recipe, Train
 from cla_convert.training import compiling
 from cla_convert.training.data import TokenStore
-from cla_convert.training.memory import CONTEXT, Forecast
+from cla_convert.training.memory import CONTEXT, Forecast, Layout
 from cla_convert.training.micro_batch import forecast, loading, micro_batch_size
 from cla_convert.training.optimizer import freeze_all_but
 from cla_convert.training.rehearsal import _Live, kept_bytes, skeleton
@@ -131,7 +131,7 @@ def training(**settings: Any) -> Train:
 
 
 def foresee(shape: dict[str, Any], processes: int = 1, **settings: Any) -> tuple[Forecast, int]:
-    return forecast(training(**settings), shape, {**shape, "model_type": "llama"}, "cuda", processes)
+    return forecast(training(**settings), shape, {**shape, "model_type": "llama"}, "cuda", Layout(processes, processes))
 
 
 @pytest.fixture
@@ -183,7 +183,7 @@ class TestFitting:
 
     def test_given_is_given(self) -> None:
         assert foresee(LLAMA_135M, micro_batch_size=3)[1] == 3
-        cpu = Forecast(training(precision="float32"), LLAMA_135M, LLAMA_135M, "cpu", 1)
+        cpu = Forecast(training(precision="float32"), LLAMA_135M, LLAMA_135M, "cpu")
         assert micro_batch_size(cpu) == 8
 
 
