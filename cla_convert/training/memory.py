@@ -15,9 +15,9 @@ The peak of a step on one device is the larger of two moments.
     activations   what autograd keeps, counted on the meta device (rehearsal.py), and the teacher's residual streams
                   where the student follows them (hidden.py)
 
-Several processes divide weights, moments and gradients by their number, or that of a `Layout`'s shards. They gather two
-layers and what lies outside of layers in the compute dtype, and reduce the gradients of one in float32 (parallel.py). A
-teacher that is divided is gathered likewise.
+Several processes divide weights, moments and gradients by their number, or that of a `Layout`'s shards. Instead of a copy
+they gather two layers and what lies outside of layers in the compute dtype, and reduce the gradients of a layer at a time,
+and at the end those outside, in float32 (parallel.py). A teacher that is divided is gathered likewise.
 """
 
 from collections.abc import Mapping
@@ -144,20 +144,21 @@ class Forecast:
     def needs(self, rows: int) -> Needs:
         """Bytes with so many sequences a pass."""
         trained, frozen = self._counts
-        size, share = self._size, 1 / self.layout.shards
-        alone, copied = self.layout.processes == 1, size if size < 4 else 0
+        size, share, alone = self._size, 1 / self.layout.shards, self.layout.processes == 1
         activations, layer = self._activations(rows)
+        copied = size * trained if size < 4 else 0
+        gathered, reduced, reduced_last = self._gathered
         return Needs(
             weights=4 * trained + size * frozen if alone else 4 * (trained + frozen) * share,
             moments=8 * trained * share,
             gradients=4 * trained * share,
-            copy=copied * trained if alone else self._gathered,
+            copy=copied if alone else gathered,
             teacher=self._teacher,
             activations=activations + self._followed(rows),
-            at_a_time=max(layer, self._loss(rows)),
+            at_a_time=max(layer + (0 if alone else reduced), self._loss(rows)),
             passes=-(-self.budget.batch // (self.layout.processes * rows)),
             loading=4 * (trained + frozen) if alone else 0,
-            copied_gradients=copied * trained if alone else 0,
+            copied_gradients=copied if alone else reduced_last,
         )
 
     def describe(self, rows: int) -> str:
@@ -208,13 +209,18 @@ class Forecast:
         frozen = {name: p.shape for name, p in self.student.named_parameters() if not p.requires_grad}
         return _count(p for name, p in self.teacher.named_parameters() if frozen.get(name) == p.shape)
 
-    @property
-    def _gathered(self) -> float:
-        """Bytes of what several processes gather: see the head of this file."""
+    @cached_property
+    def _gathered(self) -> tuple[float, float, float]:
+        """Bytes of what several processes gather, and of gradients they reduce for a layer and at the end of a pass.
+
+        Two layers and all that lies outside of layers; the head's gradient waits for the end, when that is reduced.
+        """
         outside, layer = _outside_and_largest(self.student)
-        whole = self._size * (outside + 2 * layer)
-        reduced = max(layer, outside if self.train.parameters == "all" else 0)
-        return whole + (4 + self._size) * reduced
+        trained_outside, trained_layer = _outside_and_largest(self.student, trained=True)
+        head = self.student.get_output_embeddings().weight
+        waiting = self._size * (head.numel() if head.requires_grad else 0)
+        reducing = 4 + self._size
+        return self._size * (outside + 2 * layer), waiting + reducing * trained_layer, reducing * trained_outside
 
     @cached_property
     def _kept(self) -> float:
@@ -256,10 +262,14 @@ def _bound(config: Any) -> int:
     return config.num_hidden_layers * (40 * config.hidden_size + 10 * inner)
 
 
-def _outside_and_largest(model: Any) -> tuple[int, int]:
-    """Parameters that lie outside of layers, and those of the largest layer: what FSDP2 gathers at a time."""
-    layers = [_count(layer.parameters()) for layer in decoder_layers(model)]
-    return _count(model.parameters()) - sum(layers), max(layers)
+def _outside_and_largest(model: Any, *, trained: bool = False) -> tuple[int, int]:
+    """Parameters that lie outside of layers, and those of the largest layer; `trained`: of those that are."""
+
+    def count(module: Any) -> int:
+        return _count(p for p in module.parameters() if p.requires_grad or not trained)
+
+    layers = [count(layer) for layer in decoder_layers(model)]
+    return count(model) - sum(layers), max(layers)
 
 
 def _count(parameters: Any) -> int:
