@@ -41,12 +41,12 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def own_mark() -> str:
-    """What sets this process's temporary files apart: its number, and its machine's name, for folders that are shared."""
+    """What sets this process's temporary files apart, also in a folder that machines share: its machine and number."""
     return f"{_machine()}-{os.getpid()}"
 
 
 def left_behind(path: Path, mark: str) -> bool:
-    """Whether the process of this `own_mark`, which made `path`, has ended. Of another machine's a day old ones have."""
+    """Whether the process of this `own_mark`, which made `path`, has ended; on another machine, a day ago counts so."""
     import psutil
 
     machine, _, number = mark.rpartition("-")

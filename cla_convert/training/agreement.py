@@ -1,4 +1,4 @@
-"""What must be alike in every process of a training, which may be of several machines: checked before the first step."""
+"""What must be alike in every process of a training, on however many machines: checked before the first step."""
 
 import uuid
 from collections.abc import Mapping

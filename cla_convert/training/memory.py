@@ -15,9 +15,9 @@ The peak of a step on one device is the larger of two moments.
     activations   what autograd keeps, counted on the meta device (rehearsal.py), and the teacher's residual streams
                   where the student follows them (hidden.py)
 
-Several processes divide weights, moments and gradients by their number, or that of a `Layout`'s shards. Instead of a copy
-they gather two layers and what lies outside of layers in the compute dtype, and reduce the gradients of a layer at a time,
-and at the end those outside, in float32 (parallel.py). A teacher that is divided is gathered likewise.
+Several processes divide weights, moments and gradients by their number, or that of a `Layout`'s shards. Instead of a
+copy they gather two layers and what lies outside of layers in the compute dtype, and reduce in float32 the gradients of
+a layer at a time, and at the end those outside (parallel.py). A teacher that is divided is gathered likewise.
 """
 
 from collections.abc import Mapping
@@ -69,15 +69,19 @@ class Needs:
         in_a_pass = always + earlier + self.activations + self.at_a_time
         return max(in_a_pass, always + self.gradients + self.copied_gradients, self.loading)
 
-    def __str__(self) -> str:
-        parts = {
+    @property
+    def parts(self) -> dict[str, float]:
+        """By the names that people know; not all are there at the same time."""
+        return {
             "weights": self.weights + self.copy,
             "optimiser": self.moments,
             "gradients": self.gradients,
             "teacher": self.teacher,
             "activations": self.activations + self.at_a_time,
         }
-        return ", ".join(f"{name} {human_bytes(size)}" for name, size in parts.items() if size)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {human_bytes(size)}" for name, size in self.parts.items() if size)
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ class Forecast:
         student: Mapping[str, Any],
         teacher: Mapping[str, Any] | None,
         device: str,
-        layout: Layout = Layout(),  # noqa: B008  (immutable)
+        layout: Layout = Layout(),
     ) -> None:
         """Build both models without numbers.
 

@@ -9,8 +9,8 @@ those of a single process:
 - FSDP2's mixed precision gathers parameters in the compute dtype and reduces gradients in float32, which is what
   `Precision.working_copy` does on one process.
 
-Of several machines, each may hold the whole model among its own processes (HSDP, `train.shard_degree`): rows of the mesh
-divide the parameters, columns hold the same, and only gradients travel between machines, once a step.
+Of several machines, each may hold the whole model among its own processes (HSDP, `train.shard_degree`): rows of the
+mesh divide the parameters, columns hold the same, and only gradients travel between machines, once a step.
 
 The teacher is not sharded: it has two bytes a parameter and no gradients, where the student has sixteen with its
 optimiser, and a whole copy needs no traffic at all.
@@ -115,7 +115,7 @@ class Team:
         return init_device_mesh(kind, (self.size // self.shards, self.shards), mesh_dim_names=("replicas", "shards"))
 
     def add_replicas(self, model: Any, wanted: bool) -> None:
-        """Whether the next backward pass adds up the gradients of all replicas, or of each alone: once a step will do."""
+        """Let the next backward pass add up the gradients of all replicas, or of each alone: once a step will do."""
         if self.replicated:
             model.set_requires_all_reduce(wanted)
 

@@ -7,8 +7,9 @@ name is whole; the sizes guard against a disk that lost data anyway. Data order,
 here: all are functions of the step.
 
 Every process writes and reads its own rows of each tensor; of those that hold the same rows, one writes. A checkpoint
-of several processes loads in one and the other way round: then the rows are put together and cut again. safetensors rather than torch.distributed.checkpoint,
-whose index is a pickle: resuming in a folder from elsewhere must not run code from it.
+of several processes loads in one and the other way round: then the rows are put together and cut again. safetensors
+rather than torch.distributed.checkpoint, whose index is a pickle: resuming in a folder from elsewhere must not run code
+from it.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Uptraining on several machines: the numbers of one process, caches and folders shared or not, and what may get lost."""
+"""Uptraining on several machines: the numbers of one process, caches and folders shared or not, what may get lost."""
 
 import json
 import os
@@ -65,9 +65,7 @@ def test_machines_that_hold_the_same_have_the_numbers_of_one_process(
 
 
 @pytest.mark.parametrize(("before", "after"), [("node", "all"), ("all", "node")])
-def test_a_checkpoint_fits_another_division(
-    work: Path, alone: Path, tmp_path: Path, before: str, after: str
-) -> None:
+def test_a_checkpoint_fits_another_division(work: Path, alone: Path, tmp_path: Path, before: str, after: str) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
     processes = start_team(uptrain(work, out, steps=STEPS, shard_degree=before, **EVERY_STEP), log, 2, machines=TWO)
     wait_for_step(processes, out, 2)
