@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..console import data, data_json, say, warn
-from ..environment import launched, rank
+from ..environment import launched, may_restart, rank
 from ..errors import ClaError, InputError, UsageError
 from .app import AllowChanges, Json, Private, PushToHub, Quiet, Recipe, Sets, app, destination, load, push
 
@@ -50,6 +50,12 @@ def uptrain(
     resolved = load(recipe, sets, {"train.tokens": tokens})
     if not resolved.recipe.train.tokens:
         raise UsageError("No token budget", fix="Give --tokens, for example --tokens 26M.")
+    if not resume and may_restart():
+        raise UsageError(
+            "--no-resume and torchrun's --max-restarts do not go together",
+            why="Every restart would begin anew.",
+            fix="Remove the checkpoints yourself, or leave one of the two out.",
+        )
     settings = _with_source(resolved.recipe, model, teacher)
     folder, leads = RunFolder.of_uptraining(model, out), rank() == 0
     _refuse_finished(folder.training)

@@ -21,7 +21,7 @@ from .compiling import choose_compile, compile_layers
 from .data import Sequences, TokenStore, held_out_rows, say_passes, store_for
 from .derived import derived
 from .flops import peak_flops, training_flops
-from .memory import Forecast
+from .memory import Forecast, Layout
 from .micro_batch import forecast, loading
 from .objective import Objective, check_head
 from .optimizer import freeze_all_but, make_optimizer
@@ -98,7 +98,8 @@ def set_up(
         say_passes(data, budget.tokens)
     precision = choose_precision(recipe.train.precision, device)
     configs = [Checkpoint.open(folder).config for folder in (student_dir, teacher_dir)]
-    foreseen, rows = forecast(recipe.train, configs[0], configs[1], device, team.size)
+    foreseen, rows = forecast(recipe.train, configs[0], configs[1], device, Layout(team.size, team.shards))
+    rows = min(team.collect(rows))  # machines may have other GPUs
     torch.manual_seed(recipe.seed)
     with loading():
         unfilled = _student(student_dir, recipe.train, data, precision, device)
@@ -112,7 +113,7 @@ def set_up(
         if compiled:
             compile_layers(model, len(team.share(0, budget.batch, rows)[0]), budget.length)
     with loading():  # before the optimiser, which is to hold the sharded parameters
-        fill_models(unfilled, source, team, precision.compute, shard_teacher=foreseen.shards_teacher)
+        fill_models(unfilled, source, team, precision.compute, shard_teacher=foreseen.layout.teacher_shards > 1)
     peak = peak_flops(device, precision.compute)
     trainer = Trainer(
         settings=settings,
