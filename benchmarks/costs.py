@@ -66,7 +66,7 @@ def row(name: str, config: dict[str, Any]) -> str:
     before, after = (shape.kv_bytes_per_token(2, owners) for owners in (len(sources), len(set(sources))))
     student = cla_config(config, FAMILIES[config["model_type"]], sources, "bfloat16")
     train = recipe.train.model_copy(update={"precision": "bfloat16", "micro_batch_size": "auto"})
-    forecast = Forecast(train, student, config, "cuda", 1)
+    forecast = Forecast(train, student, config, "cuda")
     forecast.compiled = True
     cells = [cell(forecast, gpu, room) for gpu, room in GPUS.items()]
     cache = f"{before:,} -> {after:,} ({before / after:.2f}x)"

@@ -177,6 +177,16 @@ def rank() -> int:
     return int(os.environ["RANK"]) if "LOCAL_RANK" in os.environ else 0
 
 
+def machines() -> int:
+    """Machines that torchrun started processes on; 1 without torchrun."""
+    return int(os.environ.get("GROUP_WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+
+
+def may_restart() -> bool:
+    """Whether torchrun starts this process again if it fails."""
+    return "LOCAL_RANK" in os.environ and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+
+
 def launched() -> bool:
     """Whether another cla-convert started this process to do a part of its work (training/launch.py)."""
     return "CLA_CONVERT_COMMAND" in os.environ
@@ -186,10 +196,22 @@ def command_line() -> str:
     """The command that continues this process, ready to paste: its own, without what would start over."""
     if given := os.environ.get("CLA_CONVERT_COMMAND"):  # of the process that started this one
         return given
-    program = ["cla-convert"]
-    if world_size() > 1:
-        program = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], "-m", "cla_convert"]
+    program = _torchrun() if world_size() > 1 else ["cla-convert"]
     return shlex.join([*program, *(word for word in sys.argv[1:] if word not in ("--overwrite", "--no-resume"))])
+
+
+def _torchrun() -> list[str]:
+    """The line of torchrun that started this process, up to our own arguments; its numbers alone where nobody tells."""
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_text(encoding="utf-8").split("\0")[:-1]
+    except (OSError, UnicodeError):
+        words = []
+    own, names = sys.argv[1:], ("torchrun", "torch.distributed.run")
+    start = next((number for number, word in enumerate(words, 1) if Path(word).name in names), None)
+    if start is not None and words[len(words) - len(own) :] == own:
+        return ["torchrun", *words[start : len(words) - len(own)]]
+    nodes = ["--nnodes", str(machines())] if machines() > 1 else []
+    return ["torchrun", *nodes, "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], "-m", "cla_convert"]
 
 
 def _cpu_name() -> str:

@@ -4,6 +4,8 @@ import errno
 import json
 import math
 import os
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +21,7 @@ except ImportError:  # Windows
 
 LOCKED = "CLA_CONVERT_LOCKED"
 """Environment variable: the folder that the process which started this one has locked for it."""
+_DAY = 86_400
 LARGEST_JSON = 1 << 28
 """Bytes of a file that is read at once: more would be no JSON of ours, and many times as much in memory."""
 
@@ -39,11 +42,31 @@ def write_bytes(path: Path, content: bytes) -> None:
         file.write(content)
 
 
+def own_mark() -> str:
+    """What sets this process's temporary files apart, also in a folder that machines share: its machine and number."""
+    return f"{_machine()}-{os.getpid()}"
+
+
+def left_behind(path: Path, mark: str) -> bool:
+    """Whether the process of this `own_mark`, which made `path`, has ended; on another machine, a day ago counts so."""
+    import psutil
+
+    machine, _, number = mark.rpartition("-")
+    if machine not in ("", _machine()):
+        return time.time() - path.stat().st_mtime > _DAY
+    # In a container the next process often has the same number as the one that was killed.
+    return number.isdigit() and (int(number) == os.getpid() or not psutil.pid_exists(int(number)))
+
+
+def _machine() -> str:
+    return "".join(letter for letter in socket.gethostname() if letter.isalnum())
+
+
 @contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
     """A file to write to; it appears as `path` once it is whole and on the disk, and not at all on an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{own_mark()}.tmp")
     try:
         with temporary.open("wb") as file:
             yield file

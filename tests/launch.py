@@ -11,6 +11,7 @@ import random
 import socket
 import sys
 from collections.abc import Sequence
+from itertools import zip_longest
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -73,17 +74,29 @@ def start(arguments: Sequence[object], log: Path, *, file_limit: int = 0, **envi
 
 
 def start_team(
-    arguments: Sequence[object], log: Path, size: int = 2, file_limits: Sequence[int] = (0, 0, 0)
+    arguments: Sequence[object],
+    log: Path,
+    size: int = 2,
+    file_limits: Sequence[int] = (0, 0, 0),
+    machines: Sequence[dict[str, str]] = ({},),
 ) -> list[BaseProcess]:
-    """Start it `size` times with the environment that torchrun gives; `log` holds the output of all."""
+    """Start it `size` times with the environment that torchrun gives; `log` holds the output of all.
+
+    Of several `machines`, each has so many processes and what it says in its environment.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    common = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    environments = [common | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(size)]
+    common = {"WORLD_SIZE": size * len(machines), "LOCAL_WORLD_SIZE": size, "GROUP_WORLD_SIZE": len(machines)}
+    common |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    environments = [
+        {**common, "GROUP_RANK": group, "LOCAL_RANK": rank, "RANK": group * size + rank, **machine}
+        for group, machine in enumerate(machines)
+        for rank in range(size)
+    ]
     return [
         start(arguments, log, file_limit=limit, **{name: str(value) for name, value in environment.items()})
-        for environment, limit in zip(environments, file_limits, strict=False)
+        for environment, limit in zip_longest(environments, file_limits[: len(environments)], fillvalue=0)
     ]
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..console import data, data_json, say, warn
-from ..environment import launched, rank
+from ..environment import launched, may_restart, rank
 from ..errors import ClaError, InputError, UsageError
 from ..files import check_place, read_json
 from .app import AllowChanges, Json, Private, PushToHub, Quiet, Recipe, Sets, app, destination, load, push
@@ -57,6 +57,12 @@ def uptrain(
     if not resolved.recipe.train.tokens:
         raise UsageError("No token budget", fix="Give --tokens, for example --tokens 26M.")
     budget_of(resolved.recipe.train)
+    if not resume and may_restart():
+        raise UsageError(
+            "--no-resume and torchrun's --max-restarts do not go together",
+            why="Every restart would begin anew.",
+            fix="Remove the checkpoints yourself, or leave one of the two out.",
+        )
     settings = _with_source(resolved.recipe, model, teacher)
     check_steps(settings.train)
     hub = destination(push_to_hub, private) if leads else None

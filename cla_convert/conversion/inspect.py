@@ -47,8 +47,8 @@ def inspect_model(model: str, *, revision: str | None = None) -> dict[str, Any]:
         return description | dict.fromkeys(_ATTENTION_KEYS) | {"layer_kinds": {}, "kv_head_counts": [], "patterns": {}}
 
 
-def render(result: dict[str, Any]) -> str:
-    """The description for a person."""
+def render(result: dict[str, Any], more: str = "") -> str:
+    """The description for a person, with `more` before what to do next."""
     count = human_count(result["parameters"])
     what = f"{result['model']}: {result['model_type']}, {count} parameters in {result['dtype']}"
     lines = [what, "supported   yes"] if result["supported"] else [f"supported: no. {result['reason']}", what]
@@ -76,6 +76,7 @@ def render(result: dict[str, Any]) -> str:
     if chosen := result["patterns"].get(default):
         before, after = (human_bytes(_SEQUENCES * _sequence_bytes(cache, window)) for cache in (result, chosen))
         lines.append(f"at {_SEQUENCES} contexts of {_CONTEXT} tokens: {before} -> {after} of KV cache with {default}")
+    lines += [more] if more else []
     if result["supported"]:
         lines.append(f"next        cla-convert convert {result['model']} OUT")
     return "\n".join(lines)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.classes import cla_classes
-from ..models.export import IMPLEMENTATIONS
+from ..models.export import IMPLEMENTATIONS, fill_computed
 from ..models.families import family_of
 
 _NOT_SETTINGS = {"model_type", "kv_source_layers", "quantization_config", *IMPLEMENTATIONS}
@@ -74,7 +74,7 @@ class Skeleton:
         for index, layer in enumerate(self._stack):
             self._stack[index] = _StandIn(layer)
         self._known = tokens.unique()
-        self._fill_buffers()
+        fill_computed(self._model, device)
         self._load_weights()
         self.embed(tokens[:1])
         self.calls: list[dict[str, Any]] = [stand_in.call for stand_in in self._stack]
@@ -106,15 +106,6 @@ class Skeleton:
 
     def _name(self, weight: Tensor) -> str:
         return next(name for name, parameter in self._model.named_parameters() if parameter is weight)
-
-    def _fill_buffers(self) -> None:
-        """Rotary tables and the like, which no checkpoint holds, as transformers makes them after loading."""
-        for module in self._model.modules():
-            names = module._non_persistent_buffers_set
-            for name in names:
-                module._buffers[name] = torch.empty_like(module._buffers[name], device=self.device)
-            if names:
-                self._model._init_weights(module)  # weights are on the meta device still: nothing happens to them
 
     def _load_weights(self) -> None:
         """Everything but the head, float32: norms, learned positions, embeddings of the tokens that occur."""

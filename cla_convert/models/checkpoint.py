@@ -122,16 +122,22 @@ class Checkpoint:
             return cls(folder, config, _split_fused(tensors, family, config), tensors)
         return cls(folder, config, tensors)
 
-    def read(self, name: str) -> "Tensor":
-        """Load one tensor (a copy on the CPU)."""
+    def read(self, name: str, rows: slice = slice(None)) -> "Tensor":
+        """Load one tensor, or some rows of it that follow each other (a copy on the CPU)."""
         import torch
 
         info = self.tensors[name]
-        tensor = torch.empty(info.shape, dtype=getattr(torch, TORCH_NAMES[info.dtype]))
+        dtype, start = getattr(torch, TORCH_NAMES[info.dtype]), info.start
+        shape = info.shape
+        if rows != slice(None):
+            first, end, _ = rows.indices(shape[0])
+            start += first * (info.nbytes // max(1, shape[0]))
+            shape = (max(0, end - first), *shape[1:])
+        tensor = torch.empty(shape, dtype=dtype)
         with (self.folder / info.file).open("rb") as file:
-            file.seek(info.start)
+            file.seek(start)
             found = file.readinto(bytes_of(tensor))
-        assert found == info.nbytes, f"{info.file} became shorter while it was read"
+        assert found == tensor.nbytes, f"{info.file} became shorter while it was read"
         return tensor
 
     @property

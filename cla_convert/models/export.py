@@ -6,7 +6,7 @@ sidecar of the source byte for byte, and cla_manifest.json. One exporter writes 
 """
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from .stored import StoredTensors
+
 SHARD_SIZE = 5_000_000_000
 _LARGE = 1_000_000_000
 """Bytes of a model that take long enough to load for a word about it."""
@@ -42,7 +44,55 @@ def load_model(folder: Path, *, dtype: "torch.dtype | str" = "auto", device: str
         InputError: transformers cannot build the model, weights are missing, or the installed transformers is not one
             that converted models of its family work with.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    with _building(folder) as config:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True
+        )
+        model, info = loaded
+    refuse_missing(folder, info["missing_keys"])
+    return model.to(device).eval()
+
+
+def empty_model(folder: Path, *, dtype: "torch.dtype | None" = None, device: str = "meta") -> "PreTrainedModel":
+    """The same model without its weights, which are on the meta device; what is computed (rotary tables) on `device`.
+
+    Raises:
+        InputError: as `load_model`, but that no weight is looked at.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with _building(folder) as config, torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    if device != "meta":
+        fill_computed(model, device)
+    return model.eval()
+
+
+def fill_computed(model: "PreTrainedModel", device: "torch.device | str") -> None:
+    """Compute the buffers that no checkpoint holds, as transformers does after loading: on the CPU, weights untouched.
+
+    The weights must be on the meta device, where initialising a module does nothing to them.
+    """
+    import torch
+
+    for module in model.modules():
+        computed = {name: module.get_buffer(name) for name in module._non_persistent_buffers_set}
+        for name, buffer in computed.items():
+            module._buffers[name] = torch.empty_like(buffer, device="cpu")
+        if computed:
+            with torch.no_grad():
+                model._init_weights(module)
+        for name in computed:
+            module._buffers[name] = module.get_buffer(name).to(device)
+
+
+@contextmanager
+def _building(folder: Path) -> Iterator[Any]:
+    """The folder's configuration; inside, what transformers raises is turned into an InputError."""
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     checkpoint = Checkpoint.open(folder)  # names a truncated shard or an index that reaches outside
@@ -57,17 +107,17 @@ def load_model(folder: Path, *, dtype: "torch.dtype | str" = "auto", device: str
         if stored := named_implementation(checkpoint.config):
             _say_once(f"config.json asks for the attention {stored!r}: transformers' default is used instead")
         config._attn_implementation = None
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True
-        )
-        model, info = loaded
-    if info["missing_keys"]:
+        yield config
+
+
+def refuse_missing(folder: Path, missing: Collection[str]) -> None:
+    """Raise InputError if weights of the model are missing."""
+    if missing:
         raise InputError(
             f"The model in {folder} lacks weights",
-            why=f"Missing: {', '.join(sorted(info['missing_keys'])[:3])}, ...",
+            why=f"Missing: {', '.join(sorted(missing)[:3])}, ...",
             fix="Convert or download it again.",
         )
-    return model.to(device).eval()
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
@@ -157,31 +207,41 @@ def export_model(
     template: Path,
     out: Path,
     *,
+    unchanged: Collection[str] = (),
     manifest: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Publish `state` as a model folder like `template`: its config, code, sidecars, tensor names and dtypes.
 
+    Tensors are asked for one at a time, and written before the next one.
+
     Args:
-        state: full state dict (or module) of the CLA model; tied tensors that the template does not store are left out.
+        state: state dict (or module) of the CLA model; tied tensors that the template does not store are left out.
         template: an output folder of this tool, for instance the converted model that was uptrained.
         out: the folder to publish; appears whole or not at all.
+        unchanged: names of the model's tensors that are still the template's, whose bytes are copied.
         manifest: entries to add to cla_manifest.json, for instance what was trained.
         overwrite: replace an earlier output of this tool.
 
     Raises:
-        InputError: a tensor of the template is not in `state`, the disk is full, or `out` must not be replaced.
+        InputError: the template stores what is not in the model, the disk is full, or `out` must not be replaced.
     """
     import torch
 
+    files = check_exportable(template)
+    source = files.checkpoint
     tensors = state.state_dict() if isinstance(state, torch.nn.Module) else state
-    source = check_exportable(tensors, template)
     with publishing(out, overwrite=overwrite) as staging:
         writer = ShardWriter(staging, source.tensors, SHARD_SIZE)
-        if source.tensors.keys() - tensors.keys():
-            tensors = unstacked(tensors, template)
-        for name, info in source.tensors.items():
-            writer.add(name, tensors[name].detach().to("cpu", getattr(torch, FLOATING[info.dtype])))
+        for name, parts in files.parts.items():
+            if name in unchanged:
+                for part in parts:
+                    info = source.tensors[part.name]
+                    writer.copy(part.name, template / info.file, info.start)
+                continue
+            for stored, tensor in files.split(name, tensors[name].detach()).items():
+                dtype = getattr(torch, FLOATING[source.tensors[stored].dtype])
+                writer.add(stored, tensor.to("cpu", dtype))
         writer.finish()
         source.copy_sidecars(staging)
         for file in [*template.glob("*.py"), template / "config.json", template / "README.md"]:
@@ -190,29 +250,17 @@ def export_model(
         write_json(staging / MANIFEST, read_manifest(template) | dict(manifest or {}))
 
 
-def check_exportable(tensors: "Mapping[str, torch.Tensor]", template: Path) -> Checkpoint:
-    """The template, opened. Raises InputError if it stores a tensor that `tensors` lacks."""
-    source = Checkpoint.open(template, as_stored=True)
-    if source.tensors.keys() - tensors.keys():
-        tensors = unstacked(tensors, template)
-    if missing := source.tensors.keys() - tensors.keys():
+def check_exportable(template: Path) -> "StoredTensors":
+    """The tensors of the template's files and of its model. Raises InputError if it stores what is not in the model."""
+    from .stored import StoredTensors
+
+    files = StoredTensors(Checkpoint.open(template, as_stored=True), empty_model(template))
+    if unused := files.unused:
         raise InputError(
-            f"The model in {template} stores {len(missing)} tensors that it does not use, such as {min(missing)!r}",
+            f"The model in {template} stores {len(unused)} tensors that it does not use, such as {min(unused)!r}",
             fix="Remove them from the source model, and convert again.",
         )
-    return source
-
-
-def unstacked(tensors: "Mapping[str, torch.Tensor]", template: Path) -> "Mapping[str, torch.Tensor]":
-    """The state as checkpoints store it: models with experts hold them stacked, their files hold them one by one."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.core_model_loading import revert_weight_conversion
-
-    register()
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(template, trust_remote_code=False))
-    return revert_weight_conversion(model, dict(tensors))
+    return files
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

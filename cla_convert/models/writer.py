@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from ..files import check_place, sync, write_json
+from ..files import check_place, left_behind, own_mark, sync, write_json
 from .checkpoint import ELEMENT_SIZE, INDEX, TORCH_NAMES, TensorInfo, bytes_of
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def publishing(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     check_output(out, overwrite=overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(out)
-    staging = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    staging = out.with_name(f".{out.name}.partial-{own_mark()}")
     staging.mkdir()
     try:
         yield staging
@@ -223,7 +223,7 @@ def _swap(staging: Path, out: Path) -> None:
     if not out.exists():
         staging.rename(out)
         return
-    old = out.with_name(f".{out.name}.old-{os.getpid()}")
+    old = out.with_name(f".{out.name}.old-{own_mark()}")
     out.rename(old)
     try:
         staging.rename(out)
@@ -235,12 +235,9 @@ def _swap(staging: Path, out: Path) -> None:
 
 def _remove_stale(out: Path) -> None:
     """Clean up after processes that were killed: drop their staging folders, put back what they had moved aside."""
-    import psutil
-
     for folder in out.parent.glob(f".{out.name}.*-*"):
-        _, kind, pid = folder.name.rsplit(".", 1)[0], *folder.name.rsplit(".", 1)[1].split("-", 1)
-        # In a container the next process often has the same number as the one that was killed.
-        if not pid.isdigit() or (int(pid) != os.getpid() and psutil.pid_exists(int(pid))):
+        kind, _, mark = folder.name.rsplit(".", 1)[1].partition("-")
+        if not left_behind(folder, mark):
             continue
         if kind == "old" and not out.exists():
             folder.rename(out)

@@ -64,7 +64,12 @@ class Train(Section):
     """torch.compile the layers and the loss. auto: on a GPU, if the run is long enough to pay the half minute back."""
     processes: Annotated[int, FREE] = Field(default=1, ge=1)
     """Processes of this machine that train together, a GPU each: parameters, gradients and optimiser are divided among
-    them. For several machines start `uptrain` with torchrun."""
+    them. For several machines start `uptrain` with torchrun (docs/uptraining.md)."""
+    shard_degree: Annotated[Annotated[int, Field(ge=1)] | Literal["all", "node"], FREE] = "all"
+    """Processes among which parameters, gradients and optimiser are divided (FSDP). all: all of them. node: those of a
+    machine; machines then hold the same, and only gradients travel between them (HSDP). Or a number."""
+    shard_teacher: Annotated[bool | Literal["auto"], FREE] = "auto"
+    """Divide the teacher among the processes too, at the price of its traffic. auto: where it does not fit whole."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third slower."""
     validate_every: Annotated[Count, FREE] = 2_000_000

@@ -39,13 +39,14 @@ def check(recipe: Recipe, folder: RunFolder) -> None:
 
 
 def _check_training(recipe: Recipe, folder: RunFolder) -> None:
-    from ..training.parallel import check_team
+    from ..training.parallel import check_team, shards_of
     from ..training.teacher import check_teacher
     from ..training.trackers import check_trackers
 
     if recipe.train.tokens:
         if recipe.train.processes > 1:
             check_team(pick_device(recipe.device), recipe.train.processes)
+            shards_of(recipe.train.shard_degree, recipe.train.processes, recipe.train.processes)
         check_trackers(recipe.train.log_to)
         check_teacher(recipe.train, folder.source(recipe), folder.teacher(recipe))
 

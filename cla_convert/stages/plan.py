@@ -80,6 +80,7 @@ def _choice(recipe: Recipe, folder: RunFolder, checkpoint: "Checkpoint") -> "Cho
 def _check_memory(recipe: Recipe, folder: RunFolder, the_plan: "Plan") -> None:
     """Say what training will need. Raises InputError, with what does fit, if the device has less."""
     from ..models.checkpoint import Checkpoint
+    from ..training.memory import Layout
     from ..training.micro_batch import forecast
 
     if not recipe.train.tokens:
@@ -89,7 +90,6 @@ def _check_memory(recipe: Recipe, folder: RunFolder, the_plan: "Plan") -> None:
     students |= {folder.control.model: source} if recipe.train.needs_control else {}
     for model, student in students.items():
         if not model.exists():  # else it was trained, perhaps on another machine
-            foreseen, rows = forecast(
-                recipe.train, student, teacher, pick_device(recipe.device), recipe.train.processes
-            )
+            layout = Layout.of(recipe.train, recipe.train.processes)
+            foreseen, rows = forecast(recipe.train, student, teacher, pick_device(recipe.device), layout)
             say(f"training    {foreseen.describe(rows)}")

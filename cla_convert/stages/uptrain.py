@@ -66,7 +66,7 @@ def _train(it: _Training) -> TrainResult:
     from ..training.loop import uptrain as train
     from ..training.parallel import team
 
-    with team(pick_device(recipe.device)) as crew:
+    with team(pick_device(recipe.device), recipe.train.shard_degree) as crew:
         with crew.leader_first():
             teacher = folder.teacher(recipe)
         result = train(

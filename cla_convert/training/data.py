@@ -7,7 +7,6 @@ everything it depends on; `Sequences` then cuts the stream into rows. On the way
 
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from ..console import human_count, say
 from ..effort import affordable_tokens
 from ..environment import cache_folder
 from ..errors import InputError
+from ..files import own_mark
 from ..models.checkpoint import Checkpoint
 from ..models.writer import disk_full_is_an_input_error
 from ..recipe import Data, Recipe, Train
@@ -184,7 +184,7 @@ def _cache_key(mixture: Mixture) -> str:
 
 def _publish(mixture: Mixture, folder: Path) -> None:
     """Build under a temporary name, then rename: a cache entry is whole or absent."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary = folder.with_name(f".{folder.name}.{own_mark()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..console import human_count, progress, say
-from ..environment import forget_peak_memory
+from ..environment import forget_peak_memory, machines
 from ..errors import Interrupted
 from ..evaluation.perplexity import token_perplexity
 from ..models.export import check_exportable
@@ -23,8 +23,10 @@ from ..models.writer import check_output
 from ..recipe import Recipe
 from ..results import TrainResult
 from ..run_folder import TrainingFolder
+from .agreement import check_agreement
 from .data import TokenStore
 from .divergence import HISTORY, PATIENCE, all_finite, out_of_memory, ruined, spiked, steps_above
+from .lost import is_lost, lost
 from .metrics import Metrics, NoMetrics, read_rows
 from .micro_batch import ran_out
 from .monitor import Monitor
@@ -73,9 +75,11 @@ def uptrain(
     """
     check_output(folder.model, overwrite=True)  # before hours of work, not after
     forget_peak_memory(team.device)
+    check_exportable(student_dir)
     trainer = set_up(student_dir, teacher_dir, recipe, team.device, team, text)
-    check_exportable(trainer.student.state_dict(), student_dir)
-    identity = run_identity(student_dir, teacher_dir, recipe, trainer)
+    with team.leader_first():  # hashes of large files are kept
+        identity = run_identity(student_dir, teacher_dir, recipe, trainer)
+    check_agreement(team, recipe.train, identity, folder.path)
     checkpoints = TrainingStates(
         folder.checkpoints, identity, recipe.train.keep_checkpoints, team=team, allow_changes=allow_changes
     )
@@ -85,7 +89,7 @@ def uptrain(
     metrics = Metrics(folder.metrics, position.step if position.step else None) if team.leads else NoMetrics()
     trackers = open_trackers(recipe.train.log_to, folder, position.step, identity) if team.leads else []
     with (
-        _explained(trainer, checkpoints),
+        _explained(trainer, checkpoints, resume_command),
         Monitor(trainer.budget, position.tokens, metrics, trackers) as monitor,
         StopRequest() as stop,
     ):
@@ -104,9 +108,15 @@ def _resume(trainer: Trainer, checkpoints: TrainingStates) -> Position:
     return position
 
 
+def _how_to_resume(command: str) -> str:
+    if not command:
+        return "Run the same command to resume."
+    return f"Resume with: {command}" + (" (on every machine)" if machines() > 1 else "")
+
+
 @contextmanager
-def _explained(trainer: Trainer, checkpoints: TrainingStates) -> Iterator[None]:
-    """Turn a full disk and a full memory into a TrainingError that says what to do."""
+def _explained(trainer: Trainer, checkpoints: TrainingStates, resume_command: str) -> Iterator[None]:
+    """Turn a full disk, a full memory and a lost process into a TrainingError that says what to do."""
     try:
         yield
     except OSError as error:
@@ -114,6 +124,8 @@ def _explained(trainer: Trainer, checkpoints: TrainingStates) -> Iterator[None]:
             raise
         raise checkpoints.disk_trouble(str(error)) from error
     except RuntimeError as error:
+        if is_lost(error):
+            raise lost(error, checkpoints, resume_command) from error
         if not ran_out(error):
             raise
         raise out_of_memory(trainer, checkpoints, error) from error
@@ -172,7 +184,7 @@ class Loop:
             raise Interrupted(
                 f"Interrupted at {human_count(position.tokens)} of {human_count(budget.tokens)} tokens",
                 f"Everything is saved in {saved}.",
-                f"Resume with: {self.resume_command}" if self.resume_command else "Run the same command to resume.",
+                _how_to_resume(self.resume_command),
             )
 
     def _validate(self, position: Position) -> None:

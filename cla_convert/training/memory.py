@@ -6,8 +6,7 @@ The peak of a step on one device is the larger of two moments.
                   (+ gradients, from the second pass of a step on)
     at its end    weights + moments + teacher + copy + gradients + gradients of the copy
 
-    weights       4 bytes a trained parameter (float32), what is frozen in the compute dtype; when a model is loaded all
-                  of it is float32 for a moment (trainer.py)
+    weights       4 bytes a trained parameter (float32), what is frozen in the compute dtype
     moments       8 bytes a trained parameter (optimizer.py)
     gradients     4 bytes a trained parameter
     copy          the trained parameters in the compute dtype (precision.py)
@@ -15,13 +14,15 @@ The peak of a step on one device is the larger of two moments.
     activations   what autograd keeps, counted on the meta device (rehearsal.py), and the teacher's residual streams
                   where the student follows them (hidden.py)
 
-Several processes divide weights, moments and gradients by their number. They gather two layers and what lies outside
-of layers in the compute dtype, and reduce the gradients of one in float32 (parallel.py).
+Several processes divide weights, moments and gradients by their number, or that of a `Layout`'s shards. Instead of a
+copy they gather two layers and what lies outside of layers in the compute dtype, and reduce in float32 the gradients of
+a layer at a time, and at the end those outside (parallel.py). A teacher that is divided is gathered likewise. Beside a
+whole one, the student's frozen weights that are the teacher's are whole as well.
 """
 
 from collections.abc import Mapping
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -33,6 +34,7 @@ from .derived import derived
 from .flops import training_flops
 from .objective import Objective, chunk_size
 from .optimizer import freeze_all_but
+from .parallel import shards_of
 from .precision import choose_precision
 from .rehearsal import kept_bytes, loss_bytes, skeleton
 from .schedule import Budget
@@ -55,8 +57,6 @@ class Needs:
     """What one layer or the loss needs beside what is kept."""
     passes: int
     """Forward and backward passes a step."""
-    loading: float
-    """Peak before training."""
     copied_gradients: float
 
     @property
@@ -65,24 +65,53 @@ class Needs:
         always = self.weights + self.moments + self.teacher + self.copy
         earlier = self.gradients if self.passes > 1 else 0
         in_a_pass = always + earlier + self.activations + self.at_a_time
-        return max(in_a_pass, always + self.gradients + self.copied_gradients, self.loading)
+        return max(in_a_pass, always + self.gradients + self.copied_gradients)
 
-    def __str__(self) -> str:
-        parts = {
+    @property
+    def parts(self) -> dict[str, float]:
+        """By the names that people know; not all are there at the same time."""
+        return {
             "weights": self.weights + self.copy,
             "optimiser": self.moments,
             "gradients": self.gradients,
             "teacher": self.teacher,
             "activations": self.activations + self.at_a_time,
         }
-        return ", ".join(f"{name} {human_bytes(size)}" for name, size in parts.items() if size)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {human_bytes(size)}" for name, size in self.parts.items() if size)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the processes of a training divide its models."""
+
+    processes: int = 1
+    shards: int = 1
+    """Parts of the student's parameters, gradients and moments."""
+    teacher_shards: int = 1
+    """Parts of the teacher."""
+
+    @classmethod
+    def of(cls, train: Train, processes: int, on_a_machine: int | None = None) -> "Layout":
+        """That of a recipe, on so many processes of machines with so many each (None: it is one machine)."""
+        return cls(processes, shards_of(train.shard_degree, processes, on_a_machine or processes))
+
+    def with_teacher(self, *, divided: bool) -> "Layout":
+        """The same with the teacher whole on every device, or divided as the student is."""
+        return replace(self, teacher_shards=self.shards if divided else 1)
 
 
 class Forecast:
     """What training one model needs, for any number of sequences a pass."""
 
     def __init__(
-        self, train: Train, student: Mapping[str, Any], teacher: Mapping[str, Any] | None, device: str, processes: int
+        self,
+        train: Train,
+        student: Mapping[str, Any],
+        teacher: Mapping[str, Any] | None,
+        device: str,
+        layout: Layout = Layout(),
     ) -> None:
         """Build both models without numbers.
 
@@ -91,9 +120,9 @@ class Forecast:
             student: config.json of the model to train.
             teacher: config.json of the model to distil from; None without one.
             device: `cpu`, `cuda`, ...
-            processes: of the run.
+            layout: of the run's processes.
         """
-        self.device, self.processes = device, processes
+        self.device, self.layout = device, layout
         self.configs = student, teacher
         self.budget = Budget.of(train)
         self.precision = choose_precision(train.precision, device)
@@ -106,36 +135,36 @@ class Forecast:
 
     def given(self, **changes: Any) -> "Forecast":
         """The same training with other settings."""
-        return Forecast(self.train.model_copy(update=changes), *self.configs, self.device, self.processes)
+        return Forecast(self.train.model_copy(update=changes), *self.configs, self.device, self.layout)
 
-    def among(self, processes: int) -> "Forecast":
-        """The same training by so many processes."""
+    def among(self, layout: Layout) -> "Forecast":
+        """The same training by other processes."""
         other = copy(self)  # what is kept of a sequence was counted already
-        other.processes = processes
+        other.layout = layout
         return other
 
     def needs(self, rows: int) -> Needs:
         """Bytes with so many sequences a pass."""
         trained, frozen = self._counts
-        size, share = self._size, 1 / self.processes
-        alone, copied = self.processes == 1, size if size < 4 else 0
+        size, share, alone = self._size, 1 / self.layout.shards, self.layout.processes == 1
         activations, layer = self._activations(rows)
+        copied = size * trained if size < 4 else 0
+        gathered, reduced, reduced_last = self._gathered
         return Needs(
-            weights=4 * trained + size * frozen if alone else 4 * (trained + frozen) * share,
+            weights=(4 * trained + size * (frozen - self._left_out)) * share,
             moments=8 * trained * share,
             gradients=4 * trained * share,
-            copy=copied * trained if alone else self._gathered,
-            teacher=size * ((_count(self.teacher.parameters()) if self.teacher else 0) - self._shared),
+            copy=copied if alone else gathered,
+            teacher=self._teacher,
             activations=activations + self._followed(rows),
-            at_a_time=max(layer, self._loss(rows)),
-            passes=-(-self.budget.batch // (self.processes * rows)),
-            loading=4 * (trained + frozen) if alone else 0,
-            copied_gradients=copied * trained if alone else 0,
+            at_a_time=max(layer + (0 if alone else reduced), self._loss(rows)),
+            passes=-(-self.budget.batch // (self.layout.processes * rows)),
+            copied_gradients=copied if alone else reduced_last,
         )
 
     def describe(self, rows: int) -> str:
         """For a person: the peak and its parts."""
-        needs, each = self.needs(rows), " on each device" if self.processes > 1 else ""
+        needs, each = self.needs(rows), " on each device" if self.layout.processes > 1 else ""
         return f"about {human_bytes(needs.peak + CONTEXT)} of memory{each} with {rows} sequences a pass: {needs}"
 
     def largest(self, room: float, most: int) -> int:
@@ -163,21 +192,41 @@ class Forecast:
         return trained, _count(parameters) - trained
 
     @property
+    def _teacher(self) -> float:
+        """Bytes of the teacher, but what the student has: whole, or its part and what is gathered of it."""
+        if self.teacher is None:
+            return 0
+        own, parts = _count(self.teacher.parameters()) - self._shared + self._left_out, self.layout.teacher_shards
+        if parts == 1:
+            return self._size * own
+        outside, layer = _outside_and_largest(self.teacher)
+        return self._size * (own / parts + outside + 2 * layer)
+
+    @property
+    def _left_out(self) -> int:
+        """Parameters of the student that several processes have whole, as the teacher's (teacher.fill_models)."""
+        return 0 if self.layout.shards == 1 or self.layout.teacher_shards > 1 else self._shared
+
+    @cached_property
     def _shared(self) -> int:
-        """Parameters of the teacher that are the student's: frozen, of one name and shape (teacher.share_frozen)."""
-        if self.teacher is None or self.processes > 1:  # the student's are float32 there
+        """Parameters of the teacher that are the student's: frozen, of one name and shape (weights.Unfilled.adopt)."""
+        if self.teacher is None:
             return 0
         frozen = {name: p.shape for name, p in self.student.named_parameters() if not p.requires_grad}
         return _count(p for name, p in self.teacher.named_parameters() if frozen.get(name) == p.shape)
 
     @cached_property
-    def _gathered(self) -> float:
-        """Bytes of what several processes gather: see the head of this file."""
-        layers = [_count(layer.parameters()) for layer in decoder_layers(self.student)]
-        outside = sum(self._counts) - sum(layers)
-        whole = self._size * (outside + 2 * max(layers))
-        reduced = max(max(layers), outside if self.train.parameters == "all" else 0)
-        return whole + (4 + self._size) * reduced
+    def _gathered(self) -> tuple[float, float, float]:
+        """Bytes of what several processes gather, and of gradients they reduce for a layer and at the end of a pass.
+
+        Two layers and all that lies outside of layers; the head's gradient waits for the end, when that is reduced.
+        """
+        outside, layer = _outside_and_largest(self.student)
+        trained_outside, trained_layer = _outside_and_largest(self.student, trained=True)
+        head = self.student.get_output_embeddings().weight
+        waiting = self._size * (head.numel() if head.requires_grad else 0)
+        reducing = 4 + self._size
+        return self._size * (outside + 2 * layer), waiting + reducing * trained_layer, reducing * trained_outside
 
     @cached_property
     def _kept(self) -> float:
@@ -217,6 +266,16 @@ def _bound(config: Any) -> int:
     """Bytes that a token keeps, at most: measured on a Llama that is not compiled."""
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size  # GPT-2's way to leave it out
     return config.num_hidden_layers * (40 * config.hidden_size + 10 * inner)
+
+
+def _outside_and_largest(model: Any, *, trained: bool = False) -> tuple[int, int]:
+    """Parameters that lie outside of layers, and those of the largest layer; `trained`: of those that are."""
+
+    def count(module: Any) -> int:
+        return _count(p for p in module.parameters() if p.requires_grad or not trained)
+
+    layers = [count(layer) for layer in decoder_layers(model)]
+    return count(model) - sum(layers), max(layers)
 
 
 def _count(parameters: Any) -> int:

@@ -9,10 +9,9 @@ import psutil
 import torch
 
 from ..console import human_bytes
-from ..environment import world_size
 from ..errors import InputError
 from ..recipe import Train
-from .memory import CONTEXT, Forecast
+from .memory import CONTEXT, Forecast, Layout
 
 _CPU_ROWS = 8
 _ENOUGH_TOKENS = 32_768
@@ -23,7 +22,7 @@ _TEAMS = (2, 4, 8, 16)
 
 
 def forecast(
-    train: Train, student: Mapping[str, Any], teacher: Mapping[str, Any], device: str, processes: int | None = None
+    train: Train, student: Mapping[str, Any], teacher: Mapping[str, Any], device: str, layout: Layout
 ) -> tuple[Forecast, int]:
     """What training needs, and the sequences in a pass.
 
@@ -32,14 +31,14 @@ def forecast(
         student: config.json of the model to train.
         teacher: config.json of the model to distil from.
         device: `cpu`, `cuda`, ...
-        processes: that train together; default: those that torchrun started.
+        layout: of the processes that train together.
 
     Raises:
         InputError: the device has too little memory; the error says what does fit.
     """
-    foreseen = Forecast(train, student, teacher, device, processes or world_size())
+    foreseen, total = Forecast(train, student, teacher, device, layout), device_memory(device)
+    foreseen = foreseen.among(layout.with_teacher(divided=shards_teacher(foreseen, total)))
     rows = micro_batch_size(foreseen)
-    total = device_memory(device)
     if total is not None and foreseen.needs(rows).peak + CONTEXT > total:
         raise _too_little(foreseen, rows, total)
     return foreseen, rows
@@ -58,6 +57,15 @@ def micro_batch_size(foreseen: Forecast) -> int:
         return min(_CPU_ROWS, most)
     enough = max(1, min(most, _ENOUGH_TOKENS // foreseen.budget.length))
     return foreseen.largest((1 - _SPARE) * total, enough) or 1
+
+
+def shards_teacher(foreseen: Forecast, total: int | None) -> bool:
+    """Whether the teacher is divided among the processes: as the recipe says, or where it does not fit whole."""
+    wanted = foreseen.train.shard_teacher
+    if foreseen.layout.shards == 1 or foreseen.teacher is None or wanted is False:
+        return False
+    fewest = 1 if foreseen.train.micro_batch_size == "auto" else foreseen.train.micro_batch_size
+    return wanted is True or (total is not None and foreseen.needs(fewest).peak + CONTEXT > (1 - _SPARE) * total)
 
 
 def device_memory(device: str) -> int | None:
@@ -104,7 +112,7 @@ def loading() -> Iterator[None]:
 def _too_little(foreseen: Forecast, rows: int, total: int) -> InputError:
     needs = foreseen.needs(rows)
     device = "GPU" if foreseen.device.startswith("cuda") else "machine"
-    each = f" on each of {foreseen.processes} processes" if foreseen.processes > 1 else ""
+    each = f" on each of {foreseen.layout.processes} processes" if foreseen.layout.processes > 1 else ""
     return InputError(
         f"Training needs about {human_bytes(needs.peak + CONTEXT)} of memory{each}, the {device} has "
         f"{human_bytes(total)}",
@@ -140,8 +148,9 @@ def _teams(foreseen: Forecast, rows: int, room: float) -> Iterator[str]:
     if not foreseen.device.startswith("cuda"):
         return
     for processes in _TEAMS:
-        other = foreseen.among(processes)
-        if processes > foreseen.processes and (fit := other.largest(room, rows)):
+        layout = Layout(processes, processes)
+        other = foreseen.among(layout.with_teacher(divided=foreseen.train.shard_teacher is not False))
+        if processes > foreseen.layout.shards and (fit := other.largest(room, rows)):
             size = f" train.micro_batch_size={fit}" if fit < rows else ""
             each = human_bytes(other.needs(fit).peak + CONTEXT)
             yield f"train.processes={processes}{size} on as many GPUs ({each} each)"
@@ -150,4 +159,4 @@ def _teams(foreseen: Forecast, rows: int, room: float) -> Iterator[str]:
 
 def _share(foreseen: Forecast) -> int:
     """Sequences of a step that one process takes."""
-    return -(-foreseen.budget.batch // foreseen.processes)
+    return -(-foreseen.budget.batch // foreseen.layout.processes)

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import InputError
-from ..models.scoring import hidden_states, output_head
+from ..models.scoring import evaluating, hidden_states, output_head
 from ..recipe import Train
 from .hidden import recorded_streams, stream_distance
 from .loss import IGNORE, LogitRule, Target, Terms, logit_rule, next_token_labels, vocabulary_loss
+from .parallel import release, run_gathered
 from .train_loss import LOSSES
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class Objective:
         with recorded_streams(student) if followed is not None else nullcontext([]) as streams:
             hidden = hidden_states(student, ids, positions)
         with recorded_streams(followed) if followed is not None else nullcontext([]) as targets:
-            target = None if self.teacher is None else _target(self.teacher, ids, positions)
+            target = None if self.teacher is None else run_gathered(_target, self.teacher, ids, positions)
         labels, weight = next_token_labels(ids, positions), head_weight(student)
         rows = weight.shape[0]
         if target is not None and target.weight.shape[0] != rows:  # padded differently: compare what both have
@@ -82,6 +83,8 @@ class Objective:
         loss, sums = vocabulary_loss(
             hidden, weight, labels, self.terms, teacher=target, chunk=chunk_size(weight), fused=self.fused
         )
+        if self.teacher is not None:
+            release(self.teacher)
         record = [loss.detach(), *sums]
         if followed is not None:
             distance = stream_distance(streams, targets, labels != IGNORE, fused=self.fused)
@@ -107,8 +110,9 @@ def head_weight(model: "PreTrainedModel") -> torch.Tensor:
 def check_head(model: "PreTrainedModel") -> None:
     """Raise InputError unless hidden states, output embedding and `LogitRule` give the logits of the model itself."""
     ids = torch.arange(8, device=model.device)[None]
-    logits = model(input_ids=ids, use_cache=False).logits.float()
-    mine = logit_rule(model.config).apply(hidden_states(model, ids) @ head_weight(model).T)
+    with evaluating(model):
+        logits = model(input_ids=ids, use_cache=False).logits.float()
+        mine = logit_rule(model.config).apply(hidden_states(model, ids) @ head_weight(model).T)
     if not torch.allclose(mine, logits, rtol=1e-2, atol=1e-2 * float(logits.abs().max())):
         raise InputError(
             f"Models of type {model.config.model_type!r} cannot be uptrained yet",

@@ -9,29 +9,31 @@ those of a single process:
 - FSDP2's mixed precision gathers parameters in the compute dtype and reduces gradients in float32, which is what
   `Precision.working_copy` does on one process.
 
-The teacher is not sharded: it has two bytes a parameter and no gradients, where the student has sixteen with its
-optimiser, and a whole copy needs no traffic at all.
+Of several machines, each may hold the whole model among its own processes (HSDP, `train.shard_degree`): rows of the
+mesh divide the parameters, columns hold the same, and only gradients travel between machines, once a step.
+
+A teacher is sharded the same way where it does not fit whole. Whole it needs no traffic, and the student's frozen
+weights that are the teacher's need none either: they are left out of the sharding.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
 from types import MethodType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from ..environment import rank, world_size
 from ..errors import Interrupted, UsageError
-from .torchrun import PATIENCE, store
+from .torchrun import PATIENCE, parent, store
 
 T = TypeVar("T")
 
@@ -48,12 +50,33 @@ class Team:
     rank: int = 0
     size: int = 1
     group: Any = None
-    """For what is agreed between the processes on the CPU; it waits for as long as process 0 needs."""
+    """For what is agreed between the processes on the CPU."""
+    patient: Any = None
+    """The same, but it waits for as long as process 0 needs."""
+    local_rank: int = 0
+    """Of this process on its machine."""
+    shards: int = 1
+    """Parts that the parameters are divided into; processes that differ by a multiple of it hold the same part."""
 
     @property
     def leads(self) -> bool:
         """Whether this is the process that writes files."""
         return self.rank == 0
+
+    @property
+    def part(self) -> int:
+        """Which part of the parameters this process holds."""
+        return self.rank % self.shards
+
+    @property
+    def replicated(self) -> bool:
+        """Whether other processes hold the same part."""
+        return self.shards < self.size
+
+    @property
+    def saves(self) -> bool:
+        """Whether this process, of those that hold its part, is the one that saves it."""
+        return self.rank < self.shards
 
     def share(self, first: int, end: int, micro_batch: int) -> list[range]:
         """This process's passes over sequences first .. end-1 of a step; an empty range is a pass for nothing.
@@ -66,16 +89,23 @@ class Team:
         """The passes of all processes, in the order of `gather`."""
         return [part for rank in range(self.size) for part in share(first, end, micro_batch, rank, self.size)]
 
-    def shard(self, model: torch.nn.Module, compute: torch.dtype) -> None:
-        """Leave to this process its rows of every parameter, on its device; each layer is gathered when it runs."""
+    def shard(
+        self, model: torch.nn.Module, compute: torch.dtype, *, whole: Collection[torch.nn.Parameter] = ()
+    ) -> None:
+        """Leave to this process its rows of every parameter; each layer is gathered when it runs.
+
+        Args:
+            model: may be on the meta device still.
+            compute: dtype of what is gathered.
+            whole: parameters that stay as they are, frozen ones.
+        """
         if self.size == 1:
             return
-        mesh = init_device_mesh(torch.device(self.device).type, (self.size,))
+        mesh = self._mesh()
         policy = MixedPrecisionPolicy(compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
         names = set(getattr(model, "_no_split_modules", None) or ())
-        for layer in [module for module in model.modules() if type(module).__name__ in names]:
-            fully_shard(layer, mesh=mesh, mp_policy=policy)
-        fully_shard(model, mesh=mesh, mp_policy=policy)
+        for layer in [*(module for module in model.modules() if type(module).__name__ in names), model]:
+            fully_shard(layer, mesh=mesh, mp_policy=policy, ignored_params=set(whole))
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
@@ -83,12 +113,24 @@ class Team:
         model.run_as_forward = MethodType(_run, model)  # type: ignore[assignment]
         register_fsdp_forward_method(model, "run_as_forward")
 
+    def _mesh(self) -> DeviceMesh:
+        """One row of all processes, or as many rows as there are replicas."""
+        kind = torch.device(self.device).type
+        if not self.replicated:
+            return init_device_mesh(kind, (self.size,))
+        return init_device_mesh(kind, (self.size // self.shards, self.shards), mesh_dim_names=("replicas", "shards"))
+
+    def add_replicas(self, model: Any, wanted: bool) -> None:
+        """Let the next backward pass add up the gradients of all replicas, or of each alone: once a step will do."""
+        if self.replicated:
+            model.set_requires_all_reduce(wanted)
+
     def run(self, function: Callable[..., T], model: Any, *args: Any, **options: Any) -> T:
         """`function(model, ...)` with what lies outside the layers gathered, as within the model's own forward.
 
         Needed because losses use the decoder and the matrix of the head, not the forward method of the whole.
         """
-        return function(model, *args, **options) if self.size == 1 else model.run_as_forward(function, *args, **options)
+        return run_gathered(function, model, *args, **options)
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
         """The values [n, ...] of all processes in order, [size * n, ...], the same everywhere."""
@@ -119,40 +161,76 @@ class Team:
     def barrier(self) -> None:
         """Wait until every process is here."""
         if self.size > 1:
-            dist.barrier(group=self.group)
+            dist.barrier(group=self.patient)
 
     @contextmanager
     def leader_first(self) -> Iterator[None]:
-        """Process 0 does this alone, the others after it: what it caches is made once."""
-        if not self.leads:
+        """Process 0 does this alone, then one of each other machine, then the rest.
+
+        What is cached is made once where the machines share the cache, and once a machine where they do not.
+        """
+        turn = 0 if self.leads else 1 if self.local_rank == 0 else 2
+        for _ in range(turn):
             self.barrier()
         yield
-        if self.leads:
+        for _ in range(2 - turn):
             self.barrier()
 
-    def whole_state(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-        """The model's state dict with whole tensors, on process 0; empty elsewhere. All processes must ask."""
-        if self.size == 1:
-            return model.state_dict()
-        state: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        return state
+    @contextmanager
+    def whole_tensors(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[Mapping[str, torch.Tensor]]:
+        """`tensors` as one process would have them, put together one at a time as process 0 asks for them.
+
+        The others help until it leaves the context, and have none. All processes must enter.
+        """
+        if self.leads:
+            try:
+                yield _Whole(tensors, self)
+            finally:
+                self.decide(None)
+            return
+        while (name := self.decide(None)) is not None:
+            whole(tensors[name])
+        yield {}
+
+
+@dataclass(frozen=True)
+class _Whole(Mapping[str, torch.Tensor]):
+    """For process 0: see `Team.whole_tensors`."""
+
+    tensors: Mapping[str, torch.Tensor]
+    team: Team
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor = self.tensors[name]
+        self.team.decide(name)
+        return whole(tensor)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
 
 
 @contextmanager
-def team(device: str) -> Iterator[Team]:
+def team(device: str, shard_degree: int | Literal["all", "node"] = "all") -> Iterator[Team]:
     """The processes that torchrun started, connected; one member without torchrun.
 
     Args:
         device: `cpu` or `cuda` (each process then takes the GPU of its number); with one process any device.
+        shard_degree: how many divide the parameters, as the recipe has it.
 
     Raises:
-        UsageError: several processes cannot share the device.
+        UsageError: several processes cannot share the device, or not be divided so.
     """
     if world_size() == 1:
         yield Team(device)
         return
-    check_team(device, int(os.environ["LOCAL_WORLD_SIZE"]))
-    device = device if device == "cpu" else f"cuda:{os.environ['LOCAL_RANK']}"
+    parent()
+    here, number = (int(os.environ[name]) for name in ("LOCAL_WORLD_SIZE", "LOCAL_RANK"))
+    check_team(device, here)
+    shards = shards_of(shard_degree, world_size(), here)
+    device = device if device == "cpu" else f"cuda:{number}"
     if device != "cpu":
         torch.cuda.set_device(device)
     dist.init_process_group(
@@ -163,11 +241,37 @@ def team(device: str) -> Iterator[Team]:
         timeout=_COLLECTIVE_TIMEOUT,
     )
     try:
-        yield Team(device, rank(), world_size(), dist.new_group(backend="gloo", timeout=PATIENCE))
+        groups = [dist.new_group(backend="gloo", timeout=timeout) for timeout in (_COLLECTIVE_TIMEOUT, PATIENCE)]
+        crew = Team(device, rank(), world_size(), *groups, local_rank=number, shards=shards)
+        _check_alike(crew, here)
+        yield crew
     except Interrupted:
         dist.destroy_process_group()
         raise
     dist.destroy_process_group()  # not after other errors: the rest may never answer
+
+
+def shards_of(degree: int | Literal["all", "node"], processes: int, on_a_machine: int) -> int:
+    """Parts that `train.shard_degree` means. Raises UsageError if the processes cannot be divided so."""
+    shards = {"all": processes, "node": on_a_machine}.get(degree, degree) if isinstance(degree, str) else degree
+    if not isinstance(shards, int) or processes % shards:
+        raise UsageError(
+            f"{processes} processes cannot be divided into groups of {shards}",
+            f"train.shard_degree is {degree}; each group holds the whole model.",
+            "Give a number that divides the processes, `node` (those of a machine) or `all`.",
+        )
+    return shards
+
+
+def _check_alike(crew: Team, processes: int) -> None:
+    """Raise UsageError if machines have different numbers of processes, and that matters."""
+    numbers = crew.collect((processes, crew.shards))
+    if len({shards for _, shards in numbers}) > 1:
+        raise UsageError(
+            "train.shard_degree=node needs as many processes on every machine",
+            f"They have {', '.join(map(str, sorted({found for found, _ in numbers})))}.",
+            "Give train.shard_degree a number, or `all`.",
+        )
 
 
 def check_team(device: str, processes: int) -> None:
@@ -205,6 +309,18 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 def own_rows(tensor: torch.Tensor) -> torch.Tensor:
     """The part of a tensor that lies in this process: FSDP2 shards rows."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def run_gathered(function: Callable[..., T], model: Any, *args: Any, **options: Any) -> T:
+    """`function(model, ...)`, with what lies outside the layers of a sharded model gathered until `release`."""
+    run = getattr(model, "run_as_forward", None)
+    return function(model, *args, **options) if run is None else run(function, *args, **options)
+
+
+def release(model: torch.nn.Module) -> None:
+    """Give back what `run_gathered` has gathered of a model that has no backward pass, which would do it."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
 
 
 def _run(model: Any, function: Callable[..., T], *args: Any, **options: Any) -> T:

@@ -3,11 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..console import say, warn
 from ..environment import peak_memory_bytes
-from ..models.checkpoint import Checkpoint
 from ..models.export import export_model
 from ..results import TrainResult
 from .state import Position
@@ -16,12 +13,14 @@ from .trainer import Trainer
 
 def publish(trainer: Trainer, student_dir: Path, out: Path, result: TrainResult, identity: dict[str, Any]) -> None:
     """Say what training did, and write the model: whole or not at all. All processes must ask; the first one writes."""
-    state = _final_weights(trainer, student_dir)
     _tell(result.validation)
-    if trainer.team.leads:
-        manifest = {"uptraining": result.to_json() | identity}
-        say(f"writing the model to {out}")
-        export_model(state, student_dir, out, manifest=manifest, overwrite=True)
+    manifest = {"uptraining": result.to_json() | identity}
+    state = trainer.student.state_dict(keep_vars=True)
+    unchanged = {name for name, tensor in state.items() if not tensor.requires_grad}  # in memory it may be cast
+    with trainer.team.whole_tensors(state) as tensors:
+        if trainer.team.leads:
+            say(f"writing the model to {out}")
+            export_model(tensors, student_dir, out, unchanged=unchanged, manifest=manifest, overwrite=True)
 
 
 def result_of(
@@ -52,16 +51,6 @@ def result_of(
         "changes": changes,
     }
     return TrainResult.model_validate(found)
-
-
-def _final_weights(trainer: Trainer, student_dir: Path) -> dict[str, torch.Tensor]:
-    """The state dict to export, on process 0. What was not trained comes from the files: in memory it is cast."""
-    if trainer.team.size > 1:
-        return trainer.team.whole_state(trainer.student)  # nothing is cast there
-    stored = Checkpoint.open(student_dir)
-    state = trainer.student.state_dict(keep_vars=True)
-    frozen = {name for name, tensor in state.items() if not tensor.requires_grad and name in stored.tensors}
-    return {name: stored.read(name) if name in frozen else tensor for name, tensor in state.items()}
 
 
 def _tell(validation: list[dict[str, Any]]) -> None:

@@ -6,9 +6,10 @@ and the sizes of the other files. It is written under a temporary name, synced a
 name is whole; the sizes guard against a disk that lost data anyway. Data order, learning rate and dropout need nothing
 here: all are functions of the step.
 
-Every process writes and reads its own rows of each tensor. A checkpoint of several processes loads in one and the
-other way round: then the rows are put together and cut again. safetensors rather than torch.distributed.checkpoint,
-whose index is a pickle: resuming in a folder from elsewhere must not run code from it.
+Every process writes and reads its own rows of each tensor; of those that hold the same rows, one writes. A checkpoint
+of several processes loads in one and the other way round: then the rows are put together and cut again. safetensors
+rather than torch.distributed.checkpoint, whose index is a pickle: resuming in a folder from elsewhere must not run code
+from it.
 """
 
 import json
@@ -18,7 +19,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,6 +36,7 @@ from .parallel import Team, own_rows
 _STATE = "state.json"
 _TEMPORARY = ".tmp-"
 
+T = TypeVar("T")
 Optimizers = Sequence[torch.optim.Optimizer]
 
 
@@ -95,8 +97,9 @@ class TrainingStates:
             for stale in self.folder.glob(f"{_TEMPORARY}*"):
                 shutil.rmtree(stale, ignore_errors=True)
         self.team.barrier()
-        self._together(temporary, lambda: self._write_rows(temporary, model, optimizers))
-        self._together(temporary, lambda: self._publish(temporary, final, position))
+        written = self._together(temporary, lambda: self._write_rows(temporary, model, optimizers))
+        files = {name: size for sizes in self.team.collect(written) for name, size in sizes.items()}
+        self._together(temporary, lambda: self._publish(temporary, final, position, files))
         return final
 
     def latest(self) -> Path | None:
@@ -112,7 +115,7 @@ class TrainingStates:
         try:
             state = json.loads((path / _STATE).read_text())
             for kind, tensors in _state_tensors(model, optimizers).items():
-                self._read_rows(path, kind, tensors, state["environment"]["processes"])
+                self._read_rows(path, kind, tensors, state.get("parts", state["environment"]["processes"]))
         except (OSError, RuntimeError, SafetensorError, ValueError, KeyError) as error:
             raise TrainingError(
                 f"The checkpoint {path} cannot be read", str(error), "Remove it to resume from the one before."
@@ -121,29 +124,35 @@ class TrainingStates:
             warn(f"resuming under {now}, saved under {state['environment']}: not bit-exact")
         return Position(**state["position"])
 
-    def _together(self, temporary: Path, work: Callable[[], None]) -> None:
+    def _together(self, temporary: Path, work: Callable[[], T]) -> T:
         """Do it on every process; if one fails, all raise the same error, and nothing half-written is left."""
-        trouble = None
+        trouble, result = None, None
         try:
-            work()
+            result = work()
         except (OSError, RuntimeError, SafetensorError) as error:
             trouble = error
         if not (troubles := [found for found in self.team.collect(trouble and str(trouble)) if found]):
-            return
+            return cast(T, result)
         if self.team.leads:
             shutil.rmtree(temporary, ignore_errors=True)
         raise self.disk_trouble(troubles[0]) from trouble
 
-    def _write_rows(self, folder: Path, model: torch.nn.Module, optimizers: Optimizers) -> None:
+    def _write_rows(self, folder: Path, model: torch.nn.Module, optimizers: Optimizers) -> dict[str, int]:
+        """Sizes of the files written: another machine's list of a shared folder may be old."""
+        kinds, sizes = _state_tensors(model, optimizers), {}
+        if not self.team.saves:
+            return sizes
         folder.mkdir(parents=True, exist_ok=True)
-        for kind, tensors in _state_tensors(model, optimizers).items():
-            file = folder / _file_name(kind, self.team.rank, self.team.size)
+        for kind, tensors in kinds.items():
+            file = folder / _file_name(kind, self.team.part, self.team.shards)
             save_file({name: own_rows(tensor).detach().contiguous() for name, tensor in tensors.items()}, file)
             sync(file)
+            sizes[file.name] = file.stat().st_size
+        return sizes
 
     def _read_rows(self, folder: Path, kind: str, tensors: Mapping[str, torch.Tensor], saved_by: int) -> None:
-        same = saved_by == self.team.size
-        numbers = [self.team.rank] if same else range(saved_by)
+        same = saved_by == self.team.shards
+        numbers = [self.team.part] if same else range(saved_by)
         with ExitStack() as stack, torch.no_grad():
             files = [
                 stack.enter_context(safe_open(folder / _file_name(kind, number, saved_by), framework="pt"))
@@ -156,10 +165,10 @@ class TrainingStates:
                     own_rows(tensor).copy_(files[0].get_tensor(name))
                     continue
                 saved, mine = torch.cat([file.get_tensor(name) for file in files]), own_rows(tensor)
-                start = 0 if mine is tensor else self.team.rank * math.ceil(tensor.shape[0] / self.team.size)
+                start = 0 if mine is tensor else self.team.part * math.ceil(tensor.shape[0] / self.team.shards)
                 mine.copy_(saved[start : start + mine.shape[0]])
 
-    def _publish(self, temporary: Path, final: Path, position: Position) -> None:
+    def _publish(self, temporary: Path, final: Path, position: Position, files: Mapping[str, int]) -> None:
         if not self.team.leads:
             return
         state = {
@@ -167,7 +176,8 @@ class TrainingStates:
             "identity": self.identity,
             "changes": self.changes,
             "environment": environment(self.team),
-            "files": {file.name: file.stat().st_size for file in temporary.iterdir()},
+            "parts": self.team.shards,
+            "files": files,
         }
         (temporary / _STATE).write_text(json.dumps(state, indent=2))
         sync(temporary / _STATE)
@@ -257,8 +267,8 @@ def _state_tensors(model: torch.nn.Module, optimizers: Optimizers) -> dict[str, 
     return kinds
 
 
-def _file_name(kind: str, rank: int, size: int) -> str:
-    return f"{kind}-{rank + 1:05d}-of-{size:05d}.safetensors"
+def _file_name(kind: str, part: int, parts: int) -> str:
+    return f"{kind}-{part + 1:05d}-of-{parts:05d}.safetensors"
 
 
 def _is_whole(path: Path) -> bool:

@@ -89,7 +89,9 @@ def gradients(trainer: Trainer, first: int, end: int) -> torch.Tensor:
     denominator = (end - first) * trainer.objective.targets(trainer.budget.length)
     denominator -= trainer.sequences.boundaries(end - first, first)
     shares, done = [], first / trainer.budget.sequences
-    for part in trainer.team.share(first, end, trainer.micro_batch):
+    parts = trainer.team.share(first, end, trainer.micro_batch)
+    for number, part in enumerate(parts, 1):
+        trainer.team.add_replicas(trainer.student, number == len(parts))
         batch = _batch(trainer, part or range(first, first + 1))
         loss, record = trainer.team.run(trainer.objective, trainer.student, *batch, denominator, done)
         (loss * bool(part)).backward()

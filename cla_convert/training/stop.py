@@ -1,7 +1,7 @@
 """Stopping politely: the first SIGINT or SIGTERM asks the loop to finish its step, a second one stops at once.
 
 Under torchrun a second one does nothing: torchrun passes on what a scheduler sends to every process itself, and it
-kills those that take too long.
+kills those that take too long. If torchrun itself is killed, what it started stops as politely.
 """
 
 import signal
@@ -11,14 +11,20 @@ from typing import Any
 
 from ..console import say
 from ..environment import world_size
+from .torchrun import orphaned
 
 
 class StopRequest:
     """Context manager; `requested` is true once the user, or a scheduler, has asked to stop."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self._asked = False
         self._previous: dict[int, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        """Whether to stop."""
+        return self._asked or orphaned()
 
     def __enter__(self) -> "StopRequest":
         # Python delivers signals to the main thread only; elsewhere the host program decides.
@@ -33,9 +39,9 @@ class StopRequest:
         self._restore()
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        if self.requested:
+        if self._asked:
             return
-        self.requested = True
+        self._asked = True
         again = ""
         if world_size() == 1:
             self._restore()  # the next signal has its usual effect

@@ -1,7 +1,6 @@
-"""The frozen model to distil from: checked against the student, loaded in the compute dtype, sharing what it can."""
+"""The frozen model to distil from: checked against the student, and loaded with it, sharing what it can."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -9,11 +8,12 @@ from torch import nn
 from ..console import human_bytes, say
 from ..errors import InputError
 from ..models.checkpoint import Checkpoint
-from ..models.export import load_model, load_tokenizer
+from ..models.export import load_tokenizer
 from ..models.shape import positions_of
 from ..models.tokenization import segmentation_difference
 from ..recipe import Train
-from .objective import check_head
+from .parallel import Team
+from .weights import Unfilled
 
 
 def check_teacher(train: Train, student: Path, teacher: Path) -> None:
@@ -59,26 +59,31 @@ def _check_vocabulary(ours: dict[str, int], theirs: dict[str, int]) -> None:
         )
 
 
-def load_teacher(folder: Path, student: nn.Module, *, dtype: torch.dtype, device: str) -> Any:
-    """Load a teacher for inference on `device`; frozen weights of the student that are bit-identical are one copy."""
-    teacher: Any = load_model(folder, dtype=dtype).requires_grad_(False)
-    if shared := share_frozen(student, teacher):
-        say(f"teacher and student share {human_bytes(shared)} of frozen weights")
-    teacher.to(device)
-    check_head(teacher)
-    return teacher
+def fill_models(
+    student: Unfilled, teacher: Unfilled | None, team: Team, compute: torch.dtype, *, shard_teacher: bool
+) -> None:
+    """Shard both models over the team, the teacher if it is asked for, and read their weights.
 
+    Weights of the student that are frozen and the teacher's too are one copy, of which each process has its rows where
+    the teacher is sharded, and all where it is whole.
 
-@torch.no_grad()
-def share_frozen(student: nn.Module, teacher: nn.Module) -> int:
-    """Let the teacher use the student's frozen weights where both hold the same bits; returns the bytes saved."""
-    frozen = {name: p for name, p in student.named_parameters() if not p.requires_grad}
-    saved = 0
-    for name, parameter in teacher.named_parameters():
-        mine = frozen.get(name)
-        if mine is None or mine.dtype != parameter.dtype or mine.shape != parameter.shape:
-            continue
-        if torch.equal(mine, parameter.to(mine.device)):
-            parameter.data = mine.data
-            saved += mine.nbytes
-    return saved
+    Raises:
+        InputError: weights cannot be read, or the teacher is to be sharded and is quantised.
+    """
+    shared: dict[str, nn.Parameter] = {}
+    if teacher is not None:
+        if teacher.quantised and shard_teacher:
+            raise InputError(
+                "The teacher's weights are quantised and cannot be divided among processes",
+                fix="Set train.shard_teacher=false, or distil from the model as it was before quantisation.",
+            )
+        if shard_teacher:
+            team.shard(teacher.model, compute)
+            team.shard(student.model, compute)
+        teacher.fill()
+        shared = student.adopt(teacher.model)
+    if teacher is None or not shard_teacher:
+        team.shard(student.model, compute, whole=shared.values())
+    student.fill()
+    if shared:
+        say(f"teacher and student share {human_bytes(sum(p.nbytes for p in shared.values()))} of frozen weights")

@@ -11,7 +11,7 @@ import torch
 from ..console import human_count, say
 from ..errors import InputError
 from ..models.checkpoint import Checkpoint
-from ..models.export import load_model, load_tokenizer
+from ..models.export import load_tokenizer
 from ..models.fingerprint import fingerprint
 from ..models.self_test import check_interface
 from ..models.shape import positions_of
@@ -21,15 +21,16 @@ from .compiling import choose_compile, compile_layers
 from .data import Sequences, TokenStore, held_out_rows, say_passes, store_for
 from .derived import derived
 from .flops import peak_flops, training_flops
-from .memory import Forecast
+from .memory import Forecast, Layout
 from .micro_batch import forecast, loading
 from .objective import Objective, check_head
 from .optimizer import freeze_all_but, make_optimizer
-from .parallel import Team
+from .parallel import Team, release, run_gathered
 from .precision import Precision, cast_frozen, choose_precision
 from .schedule import Budget, budget_of
-from .teacher import check_teacher, load_teacher
+from .teacher import check_teacher, fill_models
 from .trackers import check_trackers
+from .weights import Unfilled
 
 
 @dataclass
@@ -97,10 +98,13 @@ def set_up(
         say_passes(data, budget.tokens)
     precision = choose_precision(recipe.train.precision, device)
     configs = [Checkpoint.open(folder).config for folder in (student_dir, teacher_dir)]
-    foreseen, rows = forecast(recipe.train, configs[0], configs[1], device, team.size)
+    foreseen, rows = forecast(recipe.train, configs[0], configs[1], device, Layout(team.size, team.shards))
+    rows = min(team.collect(rows))  # machines may have other GPUs
     torch.manual_seed(recipe.seed)
     with loading():
-        student, teacher = _load_models(student_dir, teacher_dir, recipe.train, data, precision, device, team)
+        unfilled = _student(student_dir, recipe.train, data, precision, device)
+        source = _teacher(teacher_dir, recipe.train, precision, device)
+    student, teacher = unfilled.model, source and source.model
     settings = derived(recipe.train, student.config, teacher and teacher.config)
     flops = training_flops(student, teacher, budget.length)
     compiled = choose_compile(settings.compile, precision.device_type, flops * budget.tokens)
@@ -108,7 +112,8 @@ def set_up(
     for model in filter(None, (student, teacher)):
         if compiled:
             compile_layers(model, len(team.share(0, budget.batch, rows)[0]), budget.length)
-    team.shard(student, precision.compute)  # before the optimiser, which is to hold the sharded parameters
+    with loading():  # before the optimiser, which is to hold the sharded parameters
+        fill_models(unfilled, source, team, precision.compute, shard_teacher=foreseen.layout.teacher_shards > 1)
     peak = peak_flops(device, precision.compute)
     trainer = Trainer(
         settings=settings,
@@ -129,6 +134,7 @@ def set_up(
         flops_per_token=flops,
         peak_flops=peak and peak * team.size,
     )
+    _check_heads(trainer)
     say(_describe(trainer))
     return trainer
 
@@ -154,35 +160,36 @@ def _sequences(data: TokenStore, settings: Train, seed: int) -> Sequences:
     return Sequences(data.train, settings.sequence_length, seed, starts=starts, first=data.first)
 
 
-def _load_models(
-    student_dir: Path,
-    teacher_dir: Path,
-    settings: Train,
-    data: TokenStore,
-    precision: Precision,
-    device: str,
-    team: Team,
-) -> tuple[Any, Any]:
-    """The model to train, and the one to distil from or None."""
-    student = _load_student(student_dir, settings, data, device=device if team.size == 1 else "cpu")
-    if team.size == 1:  # a sharded layer has one dtype
-        cast_frozen(student, precision.compute)
-    if not settings.needs_teacher:
-        return student, None
-    return student, load_teacher(teacher_dir, student, dtype=precision.compute, device=device)
-
-
-def _load_student(folder: Path, settings: Train, data: TokenStore, device: str) -> Any:
-    """The model to train, float32, in training mode, with what is not trained frozen."""
-    student: Any = load_model(folder, dtype=torch.float32, device=device)
+def _student(folder: Path, settings: Train, data: TokenStore, precision: Precision, device: str) -> Unfilled:
+    """The model to train, in training mode: what is trained in float32, the rest frozen and in the compute dtype."""
+    unfilled = Unfilled(folder, dtype=torch.float32, device=device)
+    student: Any = unfilled.model
     _check_fit(student, data, settings)
-    check_head(student)
     freeze_all_but(student, settings.parameters)
+    cast_frozen(student, precision.compute)
     student.train()
     if settings.activation_checkpointing:
         # Reentrant checkpointing gives silently wrong gradients for K/V that travel between layers.
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return student
+    return unfilled
+
+
+def _teacher(folder: Path, settings: Train, precision: Precision, device: str) -> Unfilled | None:
+    """The model to distil from, if the loss needs one."""
+    if not settings.needs_teacher:
+        return None
+    unfilled = Unfilled(folder, dtype=precision.compute, device=device)
+    unfilled.model.requires_grad_(False)
+    return unfilled
+
+
+def _check_heads(trainer: Trainer) -> None:
+    """Raise InputError if the loss does not know how one of the models makes its logits."""
+    if (teacher := trainer.objective.teacher) is not None:
+        run_gathered(check_head, teacher)
+        release(teacher)
+    with trainer.computing():
+        trainer.team.run(check_head, trainer.student)
 
 
 def _check_fit(student: Any, data: TokenStore, settings: Train) -> None:

@@ -340,7 +340,9 @@ def test_too_little_memory_is_said_before_a_weight_is_read(
     work: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(micro_batch, "device_memory", lambda _: 500_000_000)
-    monkeypatch.setattr("cla_convert.training.trainer.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(
+        "cla_convert.models.checkpoint.Checkpoint.read", lambda *_, **__: pytest.fail("a weight was read")
+    )
     with pytest.raises(InputError, match="Training needs about .* the machine has 476.8 MiB"):
         uptrain(work, tiny_llama, tmp_path, recipe(work))
     assert not (tmp_path / "model").exists()

@@ -36,7 +36,6 @@ from cla_convert.training.objective import check_head, chunk_size
 from cla_convert.training.optimizer import freeze_all_but, make_optimizer, parts_of
 from cla_convert.training.precision import Precision, choose_precision
 from cla_convert.training.schedule import Budget
-from cla_convert.training.teacher import share_frozen
 from cla_convert.training.trackers import TensorBoard
 
 from ..conftest import tiny_llama_config
@@ -213,29 +212,6 @@ class TestCost:
     def test_chunks_are_powers_of_two(self) -> None:
         assert chunk_size(torch.empty(49152, 1)) == 256
         assert chunk_size(torch.empty(10**7, 1)) == 16
-
-
-class TestTeacher:
-    def test_frozen_weights_are_shared_where_they_are_the_same_bits(self) -> None:
-        model, teacher = student(), LlamaForCausalLM(tiny_llama_config())
-        teacher.load_state_dict(model.state_dict(), strict=False)
-        with torch.no_grad():
-            teacher.model.layers[2].mlp.up_proj.weight[0, 0] += 1
-        freeze_all_but(model, "attention")
-        expected = hidden_states(teacher, IDS)
-        saved = share_frozen(model, teacher)
-        pairs = {name: (p, dict(teacher.named_parameters())[name]) for name, p in model.named_parameters()}
-        shared = {name for name, (mine, theirs) in pairs.items() if mine.data_ptr() == theirs.data_ptr()}
-        assert shared == {n for n, _, part in parts_of(model) if part == "other"} - {
-            "model.layers.2.mlp.up_proj.weight"
-        }
-        assert saved == sum(pairs[name][0].nbytes for name in shared)
-        assert torch.equal(hidden_states(teacher, IDS), expected)
-
-    def test_another_dtype_is_not_shared(self) -> None:
-        model = student()
-        freeze_all_but(model, "attention")
-        assert share_frozen(model, student().to(torch.bfloat16)) == 0
 
 
 SIZES = dict(

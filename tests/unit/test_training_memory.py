@@ -14,7 +14,7 @@ from cla_convert.models.scoring import hidden_states
 from cla_convert.recipe import Recipe, Train
 from cla_convert.training import compiling
 from cla_convert.training.data import TokenStore
-from cla_convert.training.memory import CONTEXT, Forecast
+from cla_convert.training.memory import CONTEXT, Forecast, Layout
 from cla_convert.training.micro_batch import forecast, loading, micro_batch_size
 from cla_convert.training.optimizer import freeze_all_but
 from cla_convert.training.rehearsal import _Live, kept_bytes, skeleton
@@ -131,7 +131,7 @@ def training(**settings: Any) -> Train:
 
 
 def foresee(shape: dict[str, Any], processes: int = 1, **settings: Any) -> tuple[Forecast, int]:
-    return forecast(training(**settings), shape, {**shape, "model_type": "llama"}, "cuda", processes)
+    return forecast(training(**settings), shape, {**shape, "model_type": "llama"}, "cuda", Layout(processes, processes))
 
 
 @pytest.fixture
@@ -157,13 +157,41 @@ class TestFitting:
         assert "the GPU has 79.2 GiB" in error.value.what and "optimiser 5" in error.value.why
         assert (
             "train.parameters=attention (" in error.value.fix
-            and "train.processes=8 on as many GPUs (" in error.value.fix
+            and "train.processes=4 on as many GPUs (" in error.value.fix
         )
         assert "activation_checkpointing" not in error.value.fix  # weights and optimiser alone are too much
         foresee(LLAMA_8B, parameters="attention")
         foresee(LLAMA_8B, processes=8)
         with pytest.raises(InputError):
             foresee(LLAMA_8B, processes=2)
+
+    def test_a_teacher_is_divided_where_it_does_not_fit_whole(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def teacher_is_divided(memory: float, **settings: Any) -> bool:
+            monkeypatch.setattr("cla_convert.training.micro_batch.device_memory", lambda _: int(memory))
+            foreseen, _ = foresee(LLAMA_8B, processes=8, **settings)
+            return foreseen.layout.teacher_shards > 1
+
+        whole = foresee(LLAMA_8B, processes=8, shard_teacher=False)[0].needs(1).peak + CONTEXT
+        parts = foresee(LLAMA_8B, processes=8, shard_teacher=True)[0].needs(1).peak + CONTEXT
+        assert parts < whole - 10e9  # of 16 GB an eighth stays, and two layers, embedding and head are gathered
+        assert not teacher_is_divided(whole / 0.9 + 1)
+        assert teacher_is_divided(whole / 0.9 + 1, shard_teacher=True)
+        assert teacher_is_divided(whole)  # which would leave no tenth free
+        assert not teacher_is_divided(whole, shard_teacher=False)
+        assert teacher_is_divided(parts)
+        with pytest.raises(InputError, match="on each of 8 processes"):
+            teacher_is_divided(parts, shard_teacher=False)
+        with pytest.raises(InputError, match="on each of 8 processes"):
+            teacher_is_divided(parts - 1e6)
+
+    def test_frozen_weights_of_a_whole_teacher_are_not_divided(self) -> None:
+        """They are one copy either way: whole with the teacher, or a part for each process."""
+        settings = {"parameters": "attention", "processes": 8}
+        whole, _ = foresee(LLAMA_8B, **settings)
+        divided, _ = foresee(LLAMA_8B, **settings, shard_teacher=True)
+        trained, frozen = whole._counts
+        assert whole.needs(1).weights == 4 * trained / 8 and whole.needs(1).teacher > 2 * frozen
+        assert divided.needs(1).weights == (4 * trained + 2 * frozen) / 8
 
     def test_a_large_micro_batch_is_told_which_one_fits(self) -> None:
         with pytest.raises(InputError) as error:
@@ -183,7 +211,7 @@ class TestFitting:
 
     def test_given_is_given(self) -> None:
         assert foresee(LLAMA_135M, micro_batch_size=3)[1] == 3
-        cpu = Forecast(training(precision="float32"), LLAMA_135M, LLAMA_135M, "cpu", 1)
+        cpu = Forecast(training(precision="float32"), LLAMA_135M, LLAMA_135M, "cpu")
         assert micro_batch_size(cpu) == 8
 
 
