@@ -210,6 +210,29 @@ def test_inspect(tiny_llama):
     assert said[-1] == f"next        cla-convert convert {tiny_llama} OUT"
 
 
+def test_inspect_says_what_training_takes_on_so_many_gpus(tmp_path):
+    wide = {"hidden_size": 512, "intermediate_size": 2048, "head_dim": 128, "vocab_size": 32768}
+    source = save_tiny_llama(tmp_path / "wide", **wide)
+    line = ["inspect", source, "--training", "--gpus", "8,1", "--set", "train.micro_batch_size=4"]
+    told = json.loads(cla(*line, "--json").stdout)["training"]
+    assert told["micro_batch_size"] == 4 and len(told["memory"]) == 12  # one GPU divides nothing
+    found = {
+        (one["gpus"], one["parameters"], one["activation_checkpointing"], one["teacher"]): one["bytes_per_gpu"]
+        for one in told["memory"]
+    }
+    assert found[8, "all", False, "whole"] < found[1, "all", False, "whole"]
+    assert found[8, "all", True, "whole"] < found[8, "all", False, "whole"]
+    assert found[1, "attention", False, "whole"] < found[1, "all", False, "whole"]
+    said = cla(*line).stdout.splitlines()
+    row = next(line for line in said if line.split()[:3] == ["all", "kept", "sharded"])
+    assert row.split()[3:] == ["-", f"{found[8, 'all', False, 'sharded'] / 2**30:.1f}"]
+    assert said[-1].startswith("next")
+    no_teacher = json.loads(cla(*line, "--set", "train.loss=cross_entropy", "--json").stdout)["training"]["memory"]
+    assert len(no_teacher) == 8 and not any(one["parts"]["teacher"] for one in no_teacher)
+    assert cla("inspect", source, "--gpus", "8").returncode == 2
+    assert cla("inspect", source, "--training", "--gpus", "0").returncode == 2
+
+
 def test_inspect_counts_a_sliding_window_once(tmp_path):
     """Two sliding layers of window 32 and a full one (gemma3): beyond the window only the full ones grow."""
     source = save_tiny("gemma3", tmp_path / "gemma")

@@ -227,6 +227,17 @@ def test_staging_of_an_earlier_process_with_our_number_is_cleaned_up(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
+def test_staging_of_another_machine_is_left_for_a_day(tmp_path):
+    """Machines that share a folder have processes of one number."""
+    folder = tmp_path / f".out.partial-elsewhere-{os.getpid()}"
+    folder.mkdir()
+    for name in ("one", "two"):
+        with publishing(tmp_path / "out", overwrite=True) as staging:
+            (staging / MANIFEST).write_text("{}")
+        assert folder.exists() == (name == "one")
+        os.utime(folder, (0, 0)) if folder.exists() else None
+
+
 def test_a_small_disk_is_said_before_work(tmp_path):
     with pytest.raises(InputError, match="too small"):
         check_disk(tmp_path / "not" / "there" / "yet", 10**18)

@@ -1,9 +1,15 @@
-"""How a step's sequences are divided among processes."""
+"""How a step's sequences, and parameters, are divided among processes; and who goes first."""
 
+import threading
+from typing import Literal
+
+import pytest
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cla_convert.training.parallel import share
+from cla_convert.errors import UsageError
+from cla_convert.training.parallel import Team, share, shards_of
 
 counts = st.integers(1, 70)
 
@@ -23,3 +29,36 @@ def test_every_sequence_is_taken_once_in_as_many_passes(first: int, count: int, 
 def test_one_process_takes_micro_batch_after_micro_batch(count: int, micro_batch: int) -> None:
     starts = range(7, 7 + count, micro_batch)
     assert share(7, 7 + count, micro_batch, 0, 1) == [range(s, min(s + micro_batch, 7 + count)) for s in starts]
+
+
+@pytest.mark.parametrize(
+    ("degree", "processes", "here", "shards"),
+    [("all", 16, 8, 16), ("node", 16, 8, 8), ("node", 4, 4, 4), (2, 16, 8, 2), (1, 3, 3, 1)],
+)
+def test_shard_degree(degree: int | Literal["all", "node"], processes: int, here: int, shards: int) -> None:
+    assert shards_of(degree, processes, here) == shards
+    members = [Team(rank=rank, size=processes, shards=shards) for rank in range(processes)]
+    assert [one.part for one in members if one.saves] == list(range(shards))
+    assert [one.replicated for one in members] == [shards < processes] * processes
+
+
+def test_a_degree_that_does_not_divide_the_processes_is_refused() -> None:
+    with pytest.raises(UsageError, match="groups of 3"):
+        shards_of(3, 8, 8)
+
+
+def test_the_leader_goes_first_then_one_of_each_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six processes on three machines, as threads."""
+    gate, order, lock = threading.Barrier(6), list[int](), threading.Lock()
+    monkeypatch.setattr(dist, "barrier", lambda group: gate.wait(20))
+
+    def work(rank: int) -> None:
+        with Team(rank=rank, size=6, local_rank=rank % 2).leader_first(), lock:
+            order.append(rank)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in (5, 3, 1, 4, 2, 0)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert order[0] == 0 and set(order[1:3]) == {2, 4} and set(order[3:]) == {1, 3, 5}

@@ -1,5 +1,6 @@
 """What training needs is foreseen: held to what autograd and torch's allocator do on small models."""
 
+import runpy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,35 @@ class TestFitting:
         assert foresee(LLAMA_135M, micro_batch_size=3)[1] == 3
         cpu = Forecast(training(precision="float32"), LLAMA_135M, LLAMA_135M, "cpu")
         assert micro_batch_size(cpu) == 8
+
+
+SIMULATED = {
+    "model_type": "llama", "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "head_dim": 64,
+    "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 16384, "tie_word_embeddings": False,
+    "max_position_embeddings": 8192,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("layout", "settings"),
+    [
+        (Layout(8, 8), {}),
+        (Layout(8, 8), {"parameters": "attention"}),
+        (Layout(8, 8), {"activation_checkpointing": True}),
+        (Layout(8, 8, 8), {"micro_batch_size": 2}),
+        (Layout(16, 4), {}),
+        (Layout(64, 64), {"sequence_length": 128}),  # what is gathered outweighs activations
+    ],
+    ids=str,
+)
+def test_many_processes_are_foreseen_as_simulated(layout: Layout, settings: dict[str, Any]) -> None:
+    """The training's own code on fake tensors in a fake group of processes (benchmarks/simulated_memory.py)."""
+    simulate = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "simulated_memory.py"))["simulate"]
+    settings = {"micro_batch_size": 1, "sequence_length": 1024, "batch_tokens": 2**20, **settings}
+    train = training(**settings)
+    student = {**SIMULATED, "model_type": "cla_llama", "kv_source_layers": [0, 1, 1, 3, 3, 5]}
+    foreseen = Forecast(train, student, SIMULATED, "cuda", layout).needs(settings["micro_batch_size"]).peak
+    assert foreseen == pytest.approx(simulate(train, student, SIMULATED, layout), rel=0.06)
 
 
 def test_a_failed_allocation_while_loading_is_an_error_with_a_reason() -> None:
