@@ -139,7 +139,8 @@ def simulate(train: Train, student: Mapping[str, Any], teacher: Mapping[str, Any
     team = FakeTeam("cpu", 0, layout.processes, shards=layout.shards)
     counter = Counter()
     with _fake_group(layout.processes), FakeTensorMode(allow_non_fake_inputs=True), _as_on_a_gpu():
-        model, guide = _model(student, torch.float32), teacher and _model(teacher, torch.bfloat16)
+        model = _model(student, torch.float32)
+        guide: Any = None if teacher is None else _model(teacher, torch.bfloat16)
         freeze_all_but(model, train.parameters)
         if train.activation_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

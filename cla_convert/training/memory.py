@@ -15,9 +15,9 @@ The peak of a step on one device is the larger of two moments.
     activations   what autograd keeps, counted on the meta device (rehearsal.py), and the teacher's residual streams
                   where the student follows them (hidden.py)
 
-Several processes divide weights, moments and gradients by their number, or that of a `Layout`'s shards. Instead of a
-copy they gather two layers and what lies outside of layers in the compute dtype, and reduce in float32 the gradients of
-a layer at a time, and at the end those outside (parallel.py). A teacher that is divided is gathered likewise.
+Several processes divide weights, moments and gradients by their number, or that of a `Layout`'s shards, and a teacher
+if it is to be. Instead of a copy they gather, in the compute dtype, what lies outside of layers and a layer or two, and
+reduce gradients in float32 (parallel.py): `Gathered` has what exists when.
 """
 
 from collections.abc import Mapping
@@ -104,6 +104,20 @@ class Layout:
         return replace(self, teacher_shards=self.shards if divided else 1)
 
 
+@dataclass(frozen=True)
+class Gathered:
+    """Bytes that several processes gather or reduce at a time, by moments of a pass."""
+
+    always: float = 0
+    """What lies outside of the student's layers."""
+    in_a_layer: float = 0
+    """Of the backward pass: two layers, the gradients of one."""
+    in_the_loss: float = 0
+    """A layer, and what lies outside of the teacher's."""
+    at_the_end: float = 0
+    """Gradients of what lies outside of layers."""
+
+
 class Forecast:
     """What training one model needs, for any number of sequences a pass."""
 
@@ -150,19 +164,20 @@ class Forecast:
         trained, frozen = self._counts
         size, share, alone = self._size, 1 / self.layout.shards, self.layout.processes == 1
         activations, layer = self._activations(rows)
+        streams, differences = self._followed(rows)
         copied = size * trained if size < 4 else 0
-        gathered, reduced, reduced_last = self._gathered
+        gathered = Gathered() if alone else self._gathered
         return Needs(
             weights=4 * trained + size * frozen if alone else 4 * (trained + frozen) * share,
             moments=8 * trained * share,
             gradients=4 * trained * share,
-            copy=copied if alone else gathered,
+            copy=copied if alone else gathered.always,
             teacher=self._teacher,
-            activations=activations + self._followed(rows),
-            at_a_time=max(layer + (0 if alone else reduced), self._loss(rows)),
+            activations=activations + streams,
+            at_a_time=max(layer + differences + gathered.in_a_layer, self._loss(rows) + gathered.in_the_loss),
             passes=-(-self.budget.batch // (self.layout.processes * rows)),
             loading=4 * (trained + frozen) if alone else 0,
-            copied_gradients=copied if alone else reduced_last,
+            copied_gradients=copied if alone else gathered.at_the_end,
         )
 
     def describe(self, rows: int) -> str:
@@ -196,14 +211,11 @@ class Forecast:
 
     @property
     def _teacher(self) -> float:
-        """Bytes of the teacher; divided, of its part, two layers and what lies outside of layers."""
+        """Bytes of the teacher, or of a part of it."""
         if self.teacher is None:
             return 0
         whole, parts = _count(self.teacher.parameters()), self.layout.teacher_shards
-        if parts == 1:
-            return self._size * (whole - self._shared)
-        outside, layer = _outside_and_largest(self.teacher)
-        return self._size * (whole / parts + outside + 2 * layer)
+        return self._size * (whole - self._shared if parts == 1 else whole / parts)
 
     @property
     def _shared(self) -> int:
@@ -213,18 +225,22 @@ class Forecast:
         frozen = {name: p.shape for name, p in self.student.named_parameters() if not p.requires_grad}
         return _count(p for name, p in self.teacher.named_parameters() if frozen.get(name) == p.shape)
 
-    @cached_property
-    def _gathered(self) -> tuple[float, float, float]:
-        """Bytes of what several processes gather, and of gradients they reduce for a layer and at the end of a pass.
-
-        Two layers and all that lies outside of layers; the head's gradient waits for the end, when that is reduced.
-        """
+    @property
+    def _gathered(self) -> Gathered:
+        """What several processes gather and reduce. The head's gradient waits for the end of a pass."""
         outside, layer = _outside_and_largest(self.student)
         trained_outside, trained_layer = _outside_and_largest(self.student, trained=True)
         head = self.student.get_output_embeddings().weight
-        waiting = self._size * (head.numel() if head.requires_grad else 0)
-        reducing = 4 + self._size
-        return self._size * (outside + 2 * layer), waiting + reducing * trained_layer, reducing * trained_outside
+        waiting = head.numel() if head.requires_grad else 0
+        size, reducing = self._size, 4 + self._size
+        divided = self.teacher is not None and self.layout.teacher_shards > 1
+        teachers = _outside_and_largest(self.teacher)[0] if divided else 0
+        return Gathered(
+            always=size * outside,
+            in_a_layer=size * (2 * layer + waiting) + reducing * trained_layer,
+            in_the_loss=size * (layer + teachers),
+            at_the_end=reducing * trained_outside,
+        )
 
     @cached_property
     def _kept(self) -> float:
@@ -245,11 +261,15 @@ class Forecast:
         inputs = self._size * rows * self.budget.length * self.student.config.hidden_size * layers
         return inputs, 2 * kept / layers  # made anew, then its gradients
 
-    def _followed(self, rows: int) -> float:
-        """The teacher's streams, and their float32 differences from the student's where no compiler fuses them away."""
-        config, size = self.student.config, self._size + (0 if self.compiled else 4)
+    def _followed(self, rows: int) -> tuple[float, float]:
+        """The teacher's streams; and, after the loss, their differences from the student's in float32.
+
+        A compiler fuses the latter away.
+        """
+        config = self.student.config
         channels = rows * self.budget.length * config.hidden_size * config.num_hidden_layers
-        return size * channels if self.train.hidden_weight else 0
+        followed = channels if self.train.hidden_weight else 0
+        return self._size * followed, 0 if self.compiled else 4 * followed
 
     def _loss(self, rows: int) -> float:
         head = self.student.get_output_embeddings().weight

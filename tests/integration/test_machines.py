@@ -107,7 +107,7 @@ def test_a_folder_that_machines_do_not_share_is_refused_before_training(work: Pa
     for number, out in enumerate(("here/out", "there/out")):
         environment = {"RANK": str(number), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
         environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "GROUP_WORLD_SIZE": "2"}
-        processes.append(start(uptrain(work, tmp_path / out, steps=2), log, **environment))
+        processes.append(start(uptrain(work, tmp_path / out, steps=2), log, file_limit=0, **environment))
     assert finish(*processes) == [3, 3], log.read_text()
     assert log.read_text().count("is not the same folder for all processes") == 1
     assert not list(tmp_path.rglob(".shared-*")) and not list(tmp_path.rglob("step-*"))
@@ -123,7 +123,7 @@ def test_other_settings_on_one_machine_are_named(work: Path, tmp_path: Path) -> 
         environment = {"RANK": str(number), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
         environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "GROUP_WORLD_SIZE": "2"}
         line = uptrain(work, tmp_path / "out", steps=2, checkpoint_every=every)
-        processes.append(start(line, log, **environment))
+        processes.append(start(line, log, file_limit=0, **environment))
     assert finish(*processes) == [3, 3], log.read_text()
     assert "why: train.checkpoint_every: 64 instead of 1." in log.read_text()
 

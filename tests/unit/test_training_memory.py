@@ -158,7 +158,7 @@ class TestFitting:
         assert "the GPU has 79.2 GiB" in error.value.what and "optimiser 5" in error.value.why
         assert (
             "train.parameters=attention (" in error.value.fix
-            and "train.processes=8 on as many GPUs (" in error.value.fix
+            and "train.processes=4 on as many GPUs (" in error.value.fix
         )
         assert "activation_checkpointing" not in error.value.fix  # weights and optimiser alone are too much
         foresee(LLAMA_8B, parameters="attention")
