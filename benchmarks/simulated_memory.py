@@ -259,6 +259,9 @@ def _lines(
             way = f"{parameters} {'recomputed' if recomputed else 'kept'} {'sharded' if divided else 'whole'}"
             cells = []
             for number in numbers:
+                if divided and number == 1:
+                    cells.append("-")
+                    continue
                 layout = Layout(number, number).with_teacher(divided=divided)
                 peak = forecast.among(layout).needs(1).peak
                 cells.append(f"{(peak + CONTEXT) / GIB:.0f}")
