@@ -36,8 +36,10 @@ from cla_convert.training import objective
 from cla_convert.training.derived import derived
 from cla_convert.training.memory import CONTEXT, Forecast, Layout
 from cla_convert.training.optimizer import freeze_all_but, make_optimizer
-from cla_convert.training.parallel import Team
+from cla_convert.training.parallel import Team, own_rows
+from cla_convert.training.precision import cast_frozen
 from cla_convert.training.rehearsal import skeleton
+from cla_convert.training.weights import put, twins
 
 GIB, LENGTH = 2**30, 2048
 GPUS = (1, 2, 8, 16, 64)
@@ -138,16 +140,16 @@ def simulate(train: Train, student: Mapping[str, Any], teacher: Mapping[str, Any
     team = FakeTeam("cpu", 0, layout.processes, shards=layout.shards)
     counter = Counter()
     with _fake_group(layout.processes), FakeTensorMode(allow_non_fake_inputs=True), _as_on_a_gpu():
-        model, guide = _model(student, torch.float32), teacher and _model(teacher, torch.bfloat16)
+        model = _model(student, torch.float32)
+        guide: Any = None if teacher is None else _model(teacher, torch.bfloat16)
         freeze_all_but(model, train.parameters)
+        cast_frozen(model, torch.bfloat16)
         if train.activation_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if guide is not None:
             guide.requires_grad_(False)
         settings = derived(train, model.config, guide and guide.config)
-        team.shard(model, torch.bfloat16)
-        if guide is not None and layout.teacher_shards > 1:
-            team.shard(guide, torch.bfloat16)
+        _divide(team, model, guide, teacher_too=layout.teacher_shards > 1)
         loss_of = objective.Objective(settings, model, guide)
         optimizer = make_optimizer(model, settings, "cpu")
         ids = torch.zeros(train.micro_batch_size, train.sequence_length, dtype=torch.long)
@@ -163,6 +165,18 @@ def simulate(train: Train, student: Mapping[str, Any], teacher: Mapping[str, Any
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
     return counter.peak
+
+
+def _divide(team: Team, student: Any, teacher: Any, *, teacher_too: bool) -> None:
+    """Both models, with one copy of what is frozen and the same: `teacher.fill_models`, without numbers to compare."""
+    if teacher is not None and teacher_too:
+        team.shard(teacher, torch.bfloat16)
+        team.shard(student, torch.bfloat16)
+    shared = [] if teacher is None else list(twins(student, teacher))
+    for _, ours, theirs in shared:
+        put(ours, own_rows(theirs))
+    if teacher is None or not teacher_too:
+        team.shard(student, torch.bfloat16, whole=[ours for _, ours, _ in shared])
 
 
 @contextmanager
@@ -242,6 +256,9 @@ def _lines(
             way = f"{parameters} {'recomputed' if recomputed else 'kept'} {'sharded' if divided else 'whole'}"
             cells = []
             for number in numbers:
+                if divided and number == 1:
+                    cells.append("-")
+                    continue
                 layout = Layout(number, number).with_teacher(divided=divided)
                 peak = forecast.among(layout).needs(1).peak
                 cells.append(f"{(peak + CONTEXT) / GIB:.0f}")

@@ -88,7 +88,7 @@ def capacity_of(model: str, recipe: Recipe, *, revision: str | None = None, gpus
     student = cla_config(checkpoint.config, family, sharing_map(wanted, shape.kinds), "bfloat16")
     teacher = open_headers(recipe.train.teacher).config if recipe.train.teacher else checkpoint.config
     train = _assumed(recipe.train, max(gpus))
-    return Capacity(train, list(demands(train, student, teacher, gpus)))
+    return Capacity(train, list(demands(train, student, teacher, sorted(set(gpus)))))
 
 
 def demands(

@@ -14,17 +14,19 @@ The peak of a step on one device is the larger of two moments.
     activations   what autograd keeps, counted on the meta device (rehearsal.py), and the teacher's residual streams
                   where the student follows them (hidden.py)
 
-Several processes divide weights, moments and gradients by their number, or that of a `Layout`'s shards. Instead of a
-copy they gather two layers and what lies outside of layers in the compute dtype, and reduce in float32 the gradients of
-a layer at a time, and at the end those outside (parallel.py). A teacher that is divided is gathered likewise. Beside a
-whole one, the student's frozen weights that are the teacher's are whole as well.
+Several processes divide weights, moments and gradients by their number, or that of a `Layout`'s shards, and a teacher
+if it is to be. Instead of a copy they gather, in the compute dtype, what lies outside of layers and a layer or two, and
+reduce gradients in float32 (parallel.py): `Gathered` has what exists when. Beside a whole teacher, the student's frozen
+weights that are the teacher's are whole as well, and nothing gathers them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
+
+from torch import nn
 
 from ..console import human_bytes, warn
 from ..models.families import decoder_layers
@@ -38,6 +40,7 @@ from .parallel import shards_of
 from .precision import choose_precision
 from .rehearsal import kept_bytes, loss_bytes, skeleton
 from .schedule import Budget
+from .weights import twins
 
 CONTEXT = 1_000_000_000
 """Of the driver, cuBLAS and NCCL on a GPU; Python, torch and transformers on a CPU."""
@@ -102,6 +105,20 @@ class Layout:
         return replace(self, teacher_shards=self.shards if divided else 1)
 
 
+@dataclass(frozen=True)
+class Gathered:
+    """Bytes that several processes gather or reduce at a time, by moments of a pass."""
+
+    always: float = 0
+    """What lies outside of the student's layers."""
+    in_a_layer: float = 0
+    """Of the backward pass: two layers, the gradients of one."""
+    in_the_loss: float = 0
+    """A layer, and what lies outside of the teacher's."""
+    at_the_end: float = 0
+    """Gradients of what lies outside of layers."""
+
+
 class Forecast:
     """What training one model needs, for any number of sequences a pass."""
 
@@ -148,18 +165,19 @@ class Forecast:
         trained, frozen = self._counts
         size, share, alone = self._size, 1 / self.layout.shards, self.layout.processes == 1
         activations, layer = self._activations(rows)
+        streams, differences = self._followed(rows)
         copied = size * trained if size < 4 else 0
-        gathered, reduced, reduced_last = self._gathered
+        gathered = Gathered() if alone else self._gathered
         return Needs(
-            weights=(4 * trained + size * (frozen - self._left_out)) * share,
+            weights=(4 * trained + size * (frozen - _count(self._left_out))) * share,
             moments=8 * trained * share,
             gradients=4 * trained * share,
-            copy=copied if alone else gathered,
+            copy=copied if alone else gathered.always,
             teacher=self._teacher,
-            activations=activations + self._followed(rows),
-            at_a_time=max(layer + (0 if alone else reduced), self._loss(rows)),
+            activations=activations + streams,
+            at_a_time=max(layer + differences + gathered.in_a_layer, self._loss(rows) + gathered.in_the_loss),
             passes=-(-self.budget.batch // (self.layout.processes * rows)),
-            copied_gradients=copied if alone else reduced_last,
+            copied_gradients=copied if alone else gathered.at_the_end,
         )
 
     def describe(self, rows: int) -> str:
@@ -193,40 +211,39 @@ class Forecast:
 
     @property
     def _teacher(self) -> float:
-        """Bytes of the teacher, but what the student has: whole, or its part and what is gathered of it."""
+        """Bytes of the teacher, but what the student has: whole, or a part of it."""
         if self.teacher is None:
             return 0
-        own, parts = _count(self.teacher.parameters()) - self._shared + self._left_out, self.layout.teacher_shards
-        if parts == 1:
-            return self._size * own
-        outside, layer = _outside_and_largest(self.teacher)
-        return self._size * (own / parts + outside + 2 * layer)
+        own = _count(self.teacher.parameters()) - _count(self._shared) + _count(self._left_out)
+        return self._size * own / self.layout.teacher_shards
 
     @property
-    def _left_out(self) -> int:
+    def _left_out(self) -> Collection[nn.Parameter]:
         """Parameters of the student that several processes have whole, as the teacher's (teacher.fill_models)."""
-        return 0 if self.layout.shards == 1 or self.layout.teacher_shards > 1 else self._shared
+        return () if self.layout.processes == 1 or self.layout.teacher_shards > 1 else self._shared
 
     @cached_property
-    def _shared(self) -> int:
-        """Parameters of the teacher that are the student's: frozen, of one name and shape (weights.Unfilled.adopt)."""
-        if self.teacher is None:
-            return 0
-        frozen = {name: p.shape for name, p in self.student.named_parameters() if not p.requires_grad}
-        return _count(p for name, p in self.teacher.named_parameters() if frozen.get(name) == p.shape)
+    def _shared(self) -> Collection[nn.Parameter]:
+        """Parameters of the student that are the teacher's, too: as far as a config tells, all that may be."""
+        return set() if self.teacher is None else {ours for _, ours, _ in twins(self.student, self.teacher)}
 
-    @cached_property
-    def _gathered(self) -> tuple[float, float, float]:
-        """Bytes of what several processes gather, and of gradients they reduce for a layer and at the end of a pass.
-
-        Two layers and all that lies outside of layers; the head's gradient waits for the end, when that is reduced.
-        """
-        outside, layer = _outside_and_largest(self.student)
-        trained_outside, trained_layer = _outside_and_largest(self.student, trained=True)
+    @property
+    def _gathered(self) -> Gathered:
+        """What several processes gather and reduce. The head's gradient waits for the end of a pass."""
+        left_out = self._left_out
+        outside, layer = _outside_and_largest(self.student, lambda parameter: parameter not in left_out)
+        trained_outside, trained_layer = _outside_and_largest(self.student, lambda parameter: parameter.requires_grad)
         head = self.student.get_output_embeddings().weight
-        waiting = self._size * (head.numel() if head.requires_grad else 0)
-        reducing = 4 + self._size
-        return self._size * (outside + 2 * layer), waiting + reducing * trained_layer, reducing * trained_outside
+        waiting = head.numel() if head.requires_grad else 0
+        size, reducing = self._size, 4 + self._size
+        divided = self.teacher is not None and self.layout.teacher_shards > 1
+        teachers = _outside_and_largest(self.teacher, lambda _: True)[0] if divided else 0
+        return Gathered(
+            always=size * outside,
+            in_a_layer=size * (2 * layer + waiting) + reducing * trained_layer,
+            in_the_loss=size * (layer + teachers),
+            at_the_end=reducing * trained_outside,
+        )
 
     @cached_property
     def _kept(self) -> float:
@@ -247,11 +264,15 @@ class Forecast:
         inputs = self._size * rows * self.budget.length * self.student.config.hidden_size * layers
         return inputs, 2 * kept / layers  # made anew, then its gradients
 
-    def _followed(self, rows: int) -> float:
-        """The teacher's streams, and their float32 differences from the student's where no compiler fuses them away."""
-        config, size = self.student.config, self._size + (0 if self.compiled else 4)
+    def _followed(self, rows: int) -> tuple[float, float]:
+        """The teacher's streams; and, after the loss, their differences from the student's in float32.
+
+        A compiler fuses the latter away.
+        """
+        config = self.student.config
         channels = rows * self.budget.length * config.hidden_size * config.num_hidden_layers
-        return size * channels if self.train.hidden_weight else 0
+        followed = channels if self.train.hidden_weight else 0
+        return self._size * followed, 0 if self.compiled else 4 * followed
 
     def _loss(self, rows: int) -> float:
         head = self.student.get_output_embeddings().weight
@@ -268,11 +289,11 @@ def _bound(config: Any) -> int:
     return config.num_hidden_layers * (40 * config.hidden_size + 10 * inner)
 
 
-def _outside_and_largest(model: Any, *, trained: bool = False) -> tuple[int, int]:
-    """Parameters that lie outside of layers, and those of the largest layer; `trained`: of those that are."""
+def _outside_and_largest(model: Any, counts: Callable[[nn.Parameter], bool]) -> tuple[int, int]:
+    """Parameters that lie outside of layers, and those of the largest layer; of those that count."""
 
     def count(module: Any) -> int:
-        return _count(p for p in module.parameters() if p.requires_grad or not trained)
+        return _count(filter(counts, module.parameters()))
 
     layers = [count(layer) for layer in decoder_layers(model)]
     return count(model) - sum(layers), max(layers)

@@ -4,6 +4,7 @@ So no process ever holds a whole model that is divided among several, and beside
 one tensor. Models are built on the meta device, sharded there if they are to be, and filled last.
 """
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -46,13 +47,10 @@ class Unfilled:
 
         Of models that are divided among processes the rows of this process count: both are divided alike.
         """
-        theirs, shared = dict(other.named_parameters()), {}
-        for name, parameter in self.model.named_parameters():
-            twin = theirs.get(name)
-            if parameter.requires_grad or twin is None or _kind(twin) != _kind(parameter):
-                continue
+        shared = {}
+        for name, parameter, twin in twins(self.model, other):
             if torch.equal(own_rows(twin), self._read(name, parameter)):
-                _put(parameter, own_rows(twin))
+                put(parameter, own_rows(twin))
                 shared[name] = parameter
         return shared
 
@@ -60,7 +58,7 @@ class Unfilled:
         """Read everything that is still without numbers. Raises InputError if that fails."""
         for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]:
             if own_rows(tensor).is_meta:
-                _put(tensor, self._read(name, tensor))
+                put(tensor, self._read(name, tensor))
 
     @torch.no_grad()
     def _read(self, name: str, wanted: Tensor) -> Tensor:
@@ -96,6 +94,15 @@ class Unfilled:
         return loading(f"The model in {self.folder} cannot be loaded", "Check that config.json belongs to the weights.")
 
 
+def twins(model: nn.Module, other: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
+    """What is frozen in a model, and what of another might be the same: of one name, dtype, shape and division."""
+    theirs = dict(other.named_parameters())
+    for name, parameter in model.named_parameters():
+        twin = theirs.get(name)
+        if twin is not None and not parameter.requires_grad and _kind(twin) == _kind(parameter):
+            yield name, parameter, twin
+
+
 def _kind(tensor: Tensor) -> tuple[object, ...]:
     """What two tensors must have in common to be one."""
     divided = (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None
@@ -110,7 +117,7 @@ def _own_range(tensor: Tensor) -> slice:
     return slice(start[0], start[0] + shape[0])
 
 
-def _put(tensor: Tensor, numbers: Tensor) -> None:
+def put(tensor: Tensor, numbers: Tensor) -> None:
     """Give a tensor its numbers (of a sharded one, our rows). It stays the object that tied names and FSDP hold."""
     if isinstance(tensor, DTensor):
         place = tensor.device_mesh, tensor.placements

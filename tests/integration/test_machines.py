@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 
@@ -107,7 +108,7 @@ def test_a_folder_that_machines_do_not_share_is_refused_before_training(work: Pa
     for number, out in enumerate(("here/out", "there/out")):
         environment = {"RANK": str(number), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
         environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "GROUP_WORLD_SIZE": "2"}
-        processes.append(start(uptrain(work, tmp_path / out, steps=2), log, **environment))
+        processes.append(start(uptrain(work, tmp_path / out, steps=2), log, file_limit=0, **environment))
     assert finish(*processes) == [3, 3], log.read_text()
     assert log.read_text().count("is not the same folder for all processes") == 1
     assert not list(tmp_path.rglob(".shared-*")) and not list(tmp_path.rglob("step-*"))
@@ -123,7 +124,7 @@ def test_other_settings_on_one_machine_are_named(work: Path, tmp_path: Path) -> 
         environment = {"RANK": str(number), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
         environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "GROUP_WORLD_SIZE": "2"}
         line = uptrain(work, tmp_path / "out", steps=2, checkpoint_every=every)
-        processes.append(start(line, log, **environment))
+        processes.append(start(line, log, file_limit=0, **environment))
     assert finish(*processes) == [3, 3], log.read_text()
     assert "why: train.checkpoint_every: 64 instead of 1." in log.read_text()
 
@@ -164,6 +165,14 @@ def steps_of(metrics: Path) -> int:
     return max((row["step"] for row in read_rows(metrics)), default=0)
 
 
+def at_work(process: int) -> bool:
+    """Whether it runs; one that has ended may wait for somebody to ask how."""
+    try:
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def test_two_agents_of_torchrun(work: Path, tmp_path: Path) -> None:
     """An agent is killed: all save. The same line resumes, starts a killed process again, and stops when asked to."""
     out, state = tmp_path / "out", tmp_path / "out.state"
@@ -175,7 +184,10 @@ def test_two_agents_of_torchrun(work: Path, tmp_path: Path) -> None:
     agents.agents[1].kill()
     printed = agents.end()
     assert printed.count("Everything is saved in") == 1, printed
-    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    deadline = time.monotonic() + 60
+    while any(map(at_work, workers)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(at_work, workers))  # nobody trains on without an agent
     before = steps_of(metrics)
     agents = Agents(line, "--max-restarts", "1", "--monitor-interval", "0.2")
     agents.wait_until(lambda: steps_of(metrics) > before + 3)
