@@ -25,7 +25,7 @@ OF_IMAGES = {"preprocessor_config.json", "processor_config.json"}
 
 def has_text_part(config: Mapping[str, Any]) -> bool:
     """Whether a config.json describes such a model."""
-    return config.get("model_type") in _TYPES and isinstance(config.get("text_config"), dict)
+    return str(config.get("model_type")) in _TYPES and isinstance(config.get("text_config"), dict)
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -290,7 +290,7 @@ def test_code_of_the_source_is_never_run_and_never_asked_about(tmp_path):
         (["convert", "{model}", "{out}", "--sharing", "cla2-keepends"], 2, "Did you mean"),
         (["convert", "{model}", "{out}", "--init", "average"], 2, "'first'"),
         (["convert", "{model}", "{out}", "--kv-heads", "3"], 2, "2 KV heads cannot become 3"),
-        (["convert", "{model}", "{out}", "--kv-heads", "0"], 2, "kv_heads"),
+        (["convert", "{model}", "{out}", "--kv-heads", "0"], 2, "--kv-heads: must be 1 or more"),
         (["convert", "{model}", "{model}"], 3, "not empty"),
         (["convert", "{model}", "{model}", "--overwrite"], 3, "not written by cla-convert"),
         (["convert", "{model}"], 2, "Missing argument"),
@@ -298,7 +298,7 @@ def test_code_of_the_source_is_never_run_and_never_asked_about(tmp_path):
         (["run", "demo", "--out", "{out}", "--set", "train.tokns=5"], 2, "Did you mean 'tokens'"),
         (["run", "demo", "--out", "{out}", "--until", "evla"], 2, "Did you mean 'eval'"),
         (["report", "{model}"], 3, "not a run folder"),
-        (["verify", "{out}"], 3, "not a model folder"),
+        (["verify", "{out}"], 3, "There is no folder"),
     ],
     ids=lambda value: " ".join(value[:2] + value[3:]) if isinstance(value, list) else None,
 )

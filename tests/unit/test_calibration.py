@@ -298,7 +298,7 @@ def test_a_bar_of_matching_steps_ends_with_the_last_of_them_and_names_the_groups
     steps, notes = init.steps(sources, text), []
     with progress(2 * steps, "matching", counts="matching", hidden=True) as bar:
         bar.note = notes.append
-        list(init.patches(source, sources, text, source.folder))
+        list(init.patches(source, sources, 2, text, source.folder))
         assert bar.n == steps == 3 * 3  # the first layer is as it was
     assert {"layers 1-2: closed form", "layers 1-2", "layer 2: output", "layer 5"} <= set(notes)
     assert init.steps(list(range(6)), text) == 0 and INITIALISATIONS.named("mean").steps(sources, text) == 0

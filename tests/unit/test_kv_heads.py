@@ -236,7 +236,9 @@ def test_what_an_output_says_of_itself_counts_both(tmp_path: Path) -> None:
     """The card of an uptrained model is made from its folder alone."""
     source = save(source_model("llama", num_key_value_heads=4), tmp_path / "source")
     report = described(converted(source, tmp_path / "out", init="mean", kv_heads=1, sharing="cla2"))
-    assert report["kv"] == {"bytes_per_token_before": 6 * 2 * 4 * 8 * 4, "bytes_per_token_after": 3 * 2 * 8 * 4}
+    assert report["kv"] == {
+        "bytes_per_token_before": 6 * 2 * 4 * 8 * 4, "bytes_per_token_after": 3 * 2 * 8 * 4, "long_context": None,
+    }  # fmt: skip
     card = write_model_card(tmp_path / "out", report).read_text()
     assert "3 of 6 layers compute" in card and "with 1 KV head a layer instead of 4" in card and "8.00x" in card
 

@@ -251,7 +251,7 @@ def test_a_windowed_model_says_at_which_context_its_cache_is_smaller(run_dir: Pa
     ):
         assert words in text
     assert "bytes at 512 tokens, computed (sliding layers keep 8)" in (run_dir / "report.md").read_text()
-    assert long_cache(tiny_config("llama").to_dict(), 4, sources) is None
+    assert long_cache(tiny_config("llama").to_dict(), 4, sources, (2, 2)) is None
 
 
 def test_the_command_of_a_next_step_can_be_given_to_a_shell(tmp_path: Path):
