@@ -26,7 +26,7 @@ class _Means:
 _GPU = _Means(least=65_536, most=2_600_000, token_parameters=3.5e14, steps=60, step=8192, more=1, length=1024)
 """A 135M model gets the most, 40 s of an H100, until where the curve of quality over text is steep; 8B the least."""
 _CPU = _Means(least=24_576, most=40_960, token_parameters=5.53e12, steps=20, step=2048, more=2, length=512)
-"""A 135M model gets the most, about four minutes of two cores."""
+"""A 135M model gets the most, four and a half minutes of two slow cores."""
 
 
 @dataclass(frozen=True)
