@@ -90,21 +90,21 @@ def bench(
 
 
 def check_order(source: Path, converted: Path, turned: str) -> None:
-    """Raise UsageError unless the second model shares keys and values, and more of them than the first.
+    """Raise UsageError unless the second model has fewer keys and values than the first, in layers or in heads.
 
     `turned` is the command line with the two models the other way round.
     """
     ours, theirs = (shape_of(load_json(folder / "config.json")) for folder in (converted, source))
-    owners, owners_before = len(set(ours.kv_source_layers)), len(set(theirs.kv_source_layers))
-    if ours.num_layers != theirs.num_layers or owners < owners_before:
+    after, before = (shape.kv_bytes_per_token(1) for shape in (ours, theirs))
+    if ours.num_layers != theirs.num_layers or after < before:
         return
-    if owners > owners_before:
+    if after > before:
         raise UsageError(
             "SOURCE and CONVERTED stand the wrong way round",
-            why=f"{source} caches keys and values in {owners_before} layers, {converted} in {owners}.",
+            why=f"{source} caches {before} keys and values a token, {converted} {after}.",
             fix=turned,
         )
-    if owners == ours.num_layers:
+    if len(set(ours.kv_source_layers)) == ours.num_layers:
         raise UsageError(
             f"{converted} is not a converted model",
             why="No layer of it shares keys and values, so there is nothing to compare.",

@@ -1,6 +1,7 @@
 """The words of a command line as values, and what is wrong with them in words of our own."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import typer
@@ -13,36 +14,24 @@ CLICK_ERROR = cast(type[Exception], typer.BadParameter.__mro__[2])
 
 def whole(option: str, least: int, example: int) -> Callable[[Any], int]:
     """A parser of whole numbers from `least` on. It raises UsageError."""
-
-    def parse(text: Any) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            number = None
-        if number is None or number < least:
-            raise UsageError(
-                f"{option}: {text!r} is not a whole number of {least} or more", fix=f"For example {option} {example}"
-            )
-        return number
-
-    return parse
+    return partial(_at_least, int, "a whole number", option, least, example)
 
 
 def number(option: str, least: float, example: float) -> Callable[[Any], float]:
     """A parser of numbers from `least` on. It raises UsageError."""
+    return partial(_at_least, float, "a number", option, least, example)
 
-    def parse(text: Any) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = None
-        if value is None or not least <= value < float("inf"):
-            raise UsageError(
-                f"{option}: {text!r} is not a number of {least:g} or more", fix=f"For example {option} {example:g}"
-            )
-        return value
 
-    return parse
+def _at_least(read: Callable[[Any], Any], what: str, option: str, least: float, example: float, text: Any) -> Any:
+    try:
+        value = read(text)
+    except ValueError:
+        value = None
+    if value is None or not least <= value < float("inf"):
+        raise UsageError(
+            f"{option}: {text!r} is not {what} of {least:g} or more", fix=f"For example {option} {example:g}"
+        )
+    return value
 
 
 def size_of(text: str | None, option: str) -> int | None:

@@ -6,7 +6,7 @@ data looked at. Peak memory: the weights of one layer (attention only: of one gr
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,6 @@ def calibrated_pooling(
     *,
     device: str = "cpu",
     seed: int = 0,
-    on_progress: Callable[[int, int], None] | None = None,
     effort: Effort | None = None,
     dtype: torch.dtype | None = None,
     spill: Path | None = None,
@@ -53,7 +52,6 @@ def calibrated_pooling(
         tokens: int64 [rows, T] of calibration text, rows in random order.
         device: where layers run, `cpu` or `cuda`.
         seed: of the order of rows; the same seed, device and library versions give the same result.
-        on_progress: called with (layers done, layers in all).
         effort: steps of block reconstruction; with 0 the closed form stays. Default: `Effort.for_text`.
         dtype: of matrix products; default bfloat16 where the hardware has it. Linear algebra is float64 in any case.
         spill: folder for activations that memory has no room for.
@@ -71,8 +69,6 @@ def calibrated_pooling(
     for layer in range(len(kv_source_layers)):
         with torch.no_grad(), _deterministic():
             patch = walk.visit(layer)
-        if on_progress:
-            on_progress(layer + 1, len(kv_source_layers))
         yield patch
         del patch  # before the next layer needs the room
 

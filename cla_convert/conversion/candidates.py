@@ -4,7 +4,7 @@ Each map is pooled as conversion would pool it, with the effort of a search, whi
 layers as they are decided: only one layer's weights are in memory.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,6 @@ def measure_maps(
     device: str = "cpu",
     seed: int = 0,
     dtype: torch.dtype | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
     spill: Path | None = None,
     kv_heads: int | None = None,
 ) -> list[Sensitivity]:
@@ -44,39 +43,28 @@ def measure_maps(
         device: where layers run.
         seed: of the order of rows.
         dtype: of matrix products; default by device.
-        on_progress: called with (layers done, layers in all), counted over all maps.
         spill: folder for activations that memory has no room for.
         kv_heads: what every layer will have; default: as many as the source's.
     """
     search = search or Search.default(device)
     fit, probe = search.split(tokens)
     factory = Factory(source, config, probe, device, dtype, kv_heads)
-    layers, done = factory.config.num_hidden_layers, 0
-
-    def counted(patches: Iterable[LayerPatch]) -> Iterable[LayerPatch]:
-        nonlocal done
-        for patch in patches:
-            yield patch
-            done += 1
-            if on_progress:
-                on_progress(done, layers * len(maps))
-
     with torch.no_grad():
-        clean = _source_end(factory, probe, layers)
+        clean = _source_end(factory, probe)
         ends = {}
         for sources in map(list, maps):
             patches = calibrated_pooling(
                 source, config, sources, fit, device=device, seed=seed, effort=search.effort, dtype=factory.dtype,
                 spill=spill, kv_heads=kv_heads,
             )  # fmt: skip
-            ends[tuple(sources)] = _end(factory, probe, sources, counted(patches))
+            ends[tuple(sources)] = _end(factory, probe, sources, patches)
         return divergence(factory, probe, clean, ends)
 
 
-def _source_end(factory: Factory, probe: Tensor, layers: int) -> Tensor:
+def _source_end(factory: Factory, probe: Tensor) -> Tensor:
     """The residual stream [rows, T, hidden] of the probe rows behind the last layer of the source."""
     stream = factory.skeleton.embed(probe)
-    for layer in range(layers):
+    for layer in range(factory.config.num_hidden_layers):
         stream = through(factory.build(layer, factory.read_layer(layer)), stream, {})
     return stream
 

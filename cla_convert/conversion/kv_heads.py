@@ -35,7 +35,8 @@ def check_kv_heads(kv_heads: int | None, family: Family, shape: AttentionShape) 
         raise UsageError(
             f"The model's {has} KV head{'s' * (has > 1)} cannot become {kv_heads}",
             why="Every shared head takes as many heads of each layer as the others, so the number must divide theirs.",
-            fix=f"Give one of {', '.join(map(str, possible))}, or leave convert.kv_heads (--kv-heads) out."
+            fix=f"Give {'one of ' * (len(possible) > 1)}{', '.join(map(str, possible))}, "
+            "or leave convert.kv_heads (--kv-heads) out."
             if possible
             else "Leave convert.kv_heads (--kv-heads) out: there is nothing to pool.",
         )

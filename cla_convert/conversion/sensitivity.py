@@ -5,7 +5,7 @@ The cost is the divergence from the source's next-token distribution: the error 
 side, so only one layer's weights are in memory, and the new attention weights of the groups that are under way.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -76,7 +76,6 @@ def measure_sensitivity(
     search: Search | None = None,
     device: str = "cpu",
     seed: int = 0,
-    on_progress: Callable[[int, int], None] | None = None,
     spill: Path | None = None,
     kv_heads: int | None = None,
 ) -> list[Sensitivity]:
@@ -92,7 +91,6 @@ def measure_sensitivity(
         search: how thoroughly; default by device.
         device: where layers run.
         seed: of the order of rows.
-        on_progress: called with (layers done, layers in all).
         spill: folder for activations that memory has no room for.
         kv_heads: what pooled layers will have; default: as many as the source's.
 
@@ -110,8 +108,6 @@ def measure_sensitivity(
         race = _Race(factory, Pooler(factory, teacher, search.effort, seed), teacher, probe, store)
         for layer in range(len(kinds)):
             race.step(layer, [group for group in groups if group[0] == layer])
-            if on_progress:
-                on_progress(layer + 1, len(kinds))
         return race.finish()
 
 

@@ -161,7 +161,7 @@ def _texts(folder: Path, left: str, right: str, seed: int) -> tuple[dict[str, Js
         if not all(sides) or [tokens for _, tokens in sides[0]] != [tokens for _, tokens in sides[1]]:
             problems.append(f"{name}: its perplexity was not measured on the same windows at both points.")
             continue
-        pairs = np.array([[(-_finite(nats), tokens) for nats, tokens in side] for side in sides]).swapaxes(0, 1)
+        pairs = np.array([[(-_summed(nats), tokens) for nats, tokens in side] for side in sides]).swapaxes(0, 1)
         found = compare_likelihoods(name, "perplexity", pairs, seed=seed)
         table[name] = {key: value for key, value in found.as_dict().items() if key not in ("kind", "verdict")}
         table[name]["relative_ci95"] = found.relative_ci95  # None for a single window
@@ -169,8 +169,8 @@ def _texts(folder: Path, left: str, right: str, seed: int) -> tuple[dict[str, Js
     return table, problems
 
 
-def _finite(nats: float | None) -> float:
-    """The nats of a window; JSON's null stands for no number."""
+def _summed(nats: float | None) -> float:
+    """The nats of a window; JSON's null stands for what is no number."""
     return math.inf if nats is None else nats
 
 

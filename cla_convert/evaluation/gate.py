@@ -12,6 +12,7 @@ from typing import Any
 from ..console import warn
 from ..errors import QualityGate
 from .statistics import BROKEN
+from .verdict import NOT_COMPARED, NOT_JUDGED, NOT_MEASURED
 
 Json = dict[str, Any]
 _FIX = "Uptrain longer or on broader text, share fewer layers, or evaluate more rows (docs/evaluation.md)."
@@ -41,9 +42,9 @@ def enforce(comparison: Json, mode: bool | str) -> None:
 
 def reason_in_words(reason: Json) -> str:
     """`held_out: perplexity is worse than the margin of 5%: +43.7%, 95% CI +39.0% to +48.6%`."""
-    if reason["code"] in ("not_compared", "not_judged"):
+    if reason["code"] in (NOT_COMPARED, NOT_JUDGED):
         return reason["why"].rstrip(".")
-    if reason["code"] == "not_measured":
+    if reason["code"] == NOT_MEASURED:
         return "no accuracy was measured at both points"
     where = "the mean accuracy over tasks" if reason["scope"] == "mean" else f"{reason['scope']}: {reason['measure']}"
     said = "is worse than the margin" if reason["code"] == BROKEN else "is not shown to be within the margin"

@@ -21,6 +21,7 @@ from .statistics import BROKEN, INCONCLUSIVE, WITHIN, rise_verdict
 
 Json = dict[str, Any]
 NOT_MEASURED = "not_measured"
+NOT_COMPARED = "not_compared"
 NOT_JUDGED = "not_judged"
 LEVEL = 0.025
 """One-sided error of a test, the same as of one end of a 95% interval."""
@@ -85,7 +86,7 @@ def judge(
 
 def _gate(status: str, judged: list[Json], unmeasured: bool, problems: list[str], unjudged: list[Json]) -> Json:
     """Absent numbers must not open a gate: what was not measured or could not be compared fails it."""
-    reasons: list[Json] = [{"scope": "task", "code": "not_compared", "why": problem} for problem in problems]
+    reasons: list[Json] = [{"scope": "task", "code": NOT_COMPARED, "why": problem} for problem in problems]
     reasons += [{"scope": "mean", "code": NOT_MEASURED}] if unmeasured else []
     absent = bool(reasons)
     reasons += [{**row, "code": row["verdict"]} for row in judged if row["verdict"] != WITHIN] + unjudged
@@ -116,9 +117,9 @@ def _text(name: str, row: Json, margin: float) -> Json:
 
 
 def _kl(agreement: Json | None, margins: Margins) -> list[Json]:
+    """A divergence that is no number is as bad as it gets, likewise."""
     if not agreement:
         return []
-    """A divergence that is no number is as bad as it gets, likewise."""
     kl, interval = agreement["kl"], agreement["ci95"]["kl"]
     lost = kl is None or not math.isfinite(kl)
     interval = None if lost or interval is None or None in interval else interval

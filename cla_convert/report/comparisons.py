@@ -1,7 +1,6 @@
 """The paired comparisons of a run: what evaluation left, or else computed from its files."""
 
 from ..evaluation.comparison import compare_points
-from ..evaluation.stale import stale_points
 from ..evaluation.verdict import Margins
 from .run_folder import Json, RunFiles
 
@@ -9,7 +8,7 @@ from .run_folder import Json, RunFiles
 def comparison_of(run: RunFiles, margins: Margins, seed: int) -> Json:
     """Before against the last point: eval/comparison.json if it is of this point, its model and these margins."""
     point, left = run.last_point, run.comparison
-    stale = point in stale_points(run.files)
+    stale = point in run.stale
     if left and (left.get("compared"), left.get("margins")) == (point, margins.as_dict()) and not stale:
         return left
     return compare_points(run.files.evaluation.path, "before", point or "converted", margins=margins, seed=seed)

@@ -4,10 +4,12 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..errors import ClaError, InputError
+from ..evaluation.stale import stale_points
 from ..files import read_json, stays_in
 from ..recipe_file import read_yaml
 from ..run_folder import POINTS, PointFolder, RunFolder
@@ -48,6 +50,11 @@ class RunFiles:
     def files(self) -> RunFolder:
         """Where they lie."""
         return RunFolder(self.path)
+
+    @cached_property
+    def stale(self) -> list[str]:
+        """Points whose model is another one now than was measured."""
+        return stale_points(self.files)
 
     def task_file(self, point: str, task: str) -> Json | None:
         """Per-document results of a task, or None."""

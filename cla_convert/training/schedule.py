@@ -104,4 +104,4 @@ def check_steps(train: Train) -> None:
     budget = Budget.of(train)
     smaller = max(1, budget.sequences // _GOOD) * budget.length
     if budget.sequences > 0 and budget.steps < _FEW and smaller < budget.batch * budget.length:
-        warn(f"{budget.steps} optimiser steps are few; smaller ones recover more: train.batch_tokens={smaller}")
+        warn(f"{budget.steps} optimiser steps are few: train.batch_tokens={smaller} makes more of the same text")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cla_convert.bench import memory, speed
-from cla_convert.bench.bench import bench
+from cla_convert.bench.bench import bench, check_order
 from cla_convert.bench.memory import MemoryBudget, capacity, fits, largest
 from cla_convert.bench.speed import Work
 from cla_convert.bench.subject import Subject, cache_bytes, decode, filled_cache, prefill, token_ids
@@ -196,3 +196,12 @@ def test_what_cannot_be_compared_is_refused(tiny_llama: Path, converted: Path, t
 def test_layers_add_up_to_the_cache(converted: Path):
     found = kv_cache_of(load_model(converted), 16)
     assert sum(found["layer_bytes_per_token"]) == found["bytes_per_token"] == CONVERTED_BYTES
+
+
+def test_fewer_heads_make_a_smaller_cache_as_shared_layers_do(tiny_llama: Path, tmp_path: Path):
+    out = tmp_path / "one-head"
+    done = cla("convert", tiny_llama, out, "--sharing", "cla1", "--kv-heads", "1", "--init", "mean")
+    assert done.returncode == 0, done.stderr
+    check_order(tiny_llama, out, "turned")
+    with pytest.raises(UsageError, match=r"wrong way round(.|\n)*turned"):
+        check_order(out, tiny_llama, "turned")

@@ -28,9 +28,9 @@ def test_without_vllm_nothing_begins(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_command_line_passes_the_backend_on(tiny_llama: Path, tmp_path: Path):
-    for name, device, codes in (("sglang", "cpu", [2]), ("vllm", "mps", [2, 3])):  # 3 where it is not installed
-        done = cla("eval", tiny_llama, "--backend", name, "--set", f"device={device}", "--out", tmp_path / "out")
-        assert done.returncode in codes and "vllm" in done.stderr.lower() and "Traceback" not in done.stderr
+    for name, code in (("sglang", 2), ("vllm", 3)):  # of these neither is installed here
+        done = cla("eval", tiny_llama, "--backend", name, "--set", "device=cpu", "--out", tmp_path / "out")
+        assert done.returncode == code and "vllm" in done.stderr.lower() and "Traceback" not in done.stderr
         assert not (tmp_path / "out").exists()
 
 

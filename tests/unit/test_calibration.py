@@ -286,12 +286,6 @@ def test_half_of_the_memory_is_for_the_streams(monkeypatch: pytest.MonkeyPatch) 
     assert place_for("cpu", 500) == torch.device("cpu") and place_for("cpu", 501) is None
 
 
-def test_progress_is_reported_layer_by_layer(tokens: Tensor, saved) -> None:
-    seen: list[tuple[int, int]] = []
-    patches_of(saved(source_model("llama")), [0, 0, 2, 2, 4, 4], tokens, on_progress=lambda *done: seen.append(done))
-    assert seen == [(i + 1, 6) for i in range(6)]
-
-
 def test_a_bar_of_matching_steps_ends_with_the_last_of_them_and_names_the_groups(tokens: Tensor, saved) -> None:
     source, sources = saved(source_model("llama")), [0, 1, 1, 3, 3, 5]
     text, init = CalibrationText(tokens, "", steps=3), INITIALISATIONS.named("calibrated")

@@ -89,6 +89,24 @@ def test_an_undecided_mean_is_inconclusive_and_never_passed(run_dir: Path):
     assert '<section id="verdict" class="verdict good">' in (run_dir / "report.html").read_text()
 
 
+def test_a_task_that_nothing_judges_is_named(run_dir: Path):
+    set_eval(run_dir, margin=0.5, perplexity_margin=0.5)
+    for point in ("before", "after"):
+        identity = {"task": "prose", "doc_hash": "d", "prompt_hash": "p", "target_hash": "t"}
+        samples = [identity | {"doc_id": i, "metrics": {"bleu": 20.0 + i % 5}} for i in range(40)]
+        write_json(run_dir / "eval" / point / "tasks" / "prose.json", {"task": "prose", "samples": samples})
+        path = run_dir / "eval" / point / "results.json"
+        results = json.loads(path.read_text())
+        results["tasks"]["prose"] = {"bleu": 22.0}
+        write_json(path, results)
+    report = build_report(run_dir)
+    assert report["status"] == "inconclusive"
+    assert (
+        "Quality gate: inconclusive (prose: bleu has no margin to be judged by)." in (run_dir / "report.md").read_text()
+    )
+    assert (report["next"]["command"], "prose" in report["next"]["text"]) == (None, True)
+
+
 @pytest.mark.parametrize(
     ("state", "words", "command"),
     [

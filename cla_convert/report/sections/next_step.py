@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from ...evaluation.verdict import NOT_JUDGED
 from ..content import Block, Listing, Paragraph
 from ..formats import count, integer, number
 from ..run_folder import Json, RunFiles
@@ -130,6 +131,9 @@ def _more_rows(report: Json, run: RunFiles) -> Json:
     """More of what the undecided measures are measured on: in the same run, or what a new one would need."""
     undecided = [row for row in report["judged"] if row["verdict"] == "inconclusive"]
     if not undecided:
+        if named := [reason["scope"] for reason in report["gate"]["reasons"] if reason["code"] == NOT_JUDGED]:
+            text = f"No metric of {', '.join(named)} has a margin: judge it yourself, or leave it out of eval.tasks."
+            return {"state": "more_rows", "text": text, "command": None}
         return _step(run, "more_rows", "Something could not be compared (see the caveats): evaluate again.")
     found = [_more_of(row, report, run) for row in undecided]
     sets = list(dict.fromkeys(one for _, sets in found for one in sets))

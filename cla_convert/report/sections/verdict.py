@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 
 from ...evaluation.gate import amount, reason_in_words
-from ...evaluation.stale import stale_points
-from ...evaluation.verdict import NOT_MEASURED
+from ...evaluation.verdict import NOT_COMPARED, NOT_JUDGED, NOT_MEASURED
 from ..content import Block, Bullets, Paragraph
 from ..formats import change, number, plural, stage, titled
 from ..run_folder import Json
@@ -28,7 +27,7 @@ def collect(material: Material, report: Json) -> Json:
     found = material.comparison
     judged = [row | {"text": _measure(row, report)} for row in found["judged"]]
     gate = found["gate"]
-    stale = stale_points(material.run.files)
+    stale = material.run.stale
     said = sentence(found["status"], judged, found["compared"])
     return {
         "verdict": f"{_OTHER_MODEL} {said}" if found["compared"] in stale else said,
@@ -102,7 +101,8 @@ def show(report: Json) -> Sequence[Block]:
 
 def gate_line(gate: Json) -> str:
     """What the quality gate found; what was judged stands above it."""
-    absent = [reason["text"] for reason in gate["reasons"] if reason["code"] in ("not_compared", NOT_MEASURED)]
+    open_ends = (NOT_COMPARED, NOT_JUDGED, NOT_MEASURED)
+    absent = [reason["text"] for reason in gate["reasons"] if reason["code"] in open_ends]
     return f"Quality gate: {gate['state']}{' (' + '; '.join(absent) + ')' if absent else ''}."
 
 
