@@ -46,6 +46,7 @@ def load_model(folder: Path, *, dtype: "torch.dtype | str" = "auto", device: str
     """
     from transformers import AutoModelForCausalLM
 
+    say_if_large(folder)
     with _building(folder) as config:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True
@@ -99,8 +100,6 @@ def _building(folder: Path) -> Iterator[Any]:
     if converted_family(checkpoint.config):
         check_interface(checkpoint.config["model_type"])
     register()
-    if (size := sum(info.nbytes for info in checkpoint.tensors.values())) > _LARGE:
-        say(f"loading {folder.name}, {human_bytes(size)}")
     logging.disable_progress_bar()
     with loading(f"The model in {folder} cannot be loaded", "Check that config.json belongs to the weights."):
         config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -108,6 +107,12 @@ def _building(folder: Path) -> Iterator[Any]:
             _say_once(f"config.json asks for the attention {stored!r}: transformers' default is used instead")
         config._attn_implementation = None
         yield config
+
+
+def say_if_large(folder: Path) -> None:
+    """A word about a model that takes long enough to load for one."""
+    if (size := sum(info.nbytes for info in Checkpoint.open(folder).tensors.values())) > _LARGE:
+        say(f"loading {folder.name}, {human_bytes(size)}")
 
 
 def refuse_missing(folder: Path, missing: Collection[str]) -> None:

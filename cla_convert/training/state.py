@@ -254,7 +254,8 @@ def _told(changes: Sequence[Mapping[str, Any]]) -> str:
 
 def environment(team: Team) -> dict[str, Any]:
     """What, besides the identity, decides the last bits of a float: recorded, and warned about when it changes."""
-    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "processes": team.size}
+    replicas = {"replicas": team.size // team.shards} if team.replicated else {}
+    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "processes": team.size, **replicas}
 
 
 def _state_tensors(model: torch.nn.Module, optimizers: Optimizers) -> dict[str, dict[str, torch.Tensor]]:

@@ -98,8 +98,9 @@ def set_up(
         say_passes(data, budget.tokens)
     precision = choose_precision(recipe.train.precision, device)
     configs = [Checkpoint.open(folder).config for folder in (student_dir, teacher_dir)]
-    foreseen, rows = forecast(recipe.train, configs[0], configs[1], device, Layout(team.size, team.shards))
-    rows = min(team.collect(rows))  # machines may have other GPUs
+    foreseen, rows = alike(
+        team, *forecast(recipe.train, configs[0], configs[1], device, Layout(team.size, team.shards))
+    )
     torch.manual_seed(recipe.seed)
     with loading():
         unfilled = _student(student_dir, recipe.train, data, precision, device)
@@ -137,6 +138,12 @@ def set_up(
     _check_heads(trainer)
     say(_describe(trainer))
     return trainer
+
+
+def alike(team: Team, foreseen: Forecast, rows: int) -> tuple[Forecast, int]:
+    """A forecast and the sequences in a pass with which every process fits: machines may have other GPUs."""
+    divided = team.any(foreseen.layout.teacher_shards > 1)
+    return foreseen.among(foreseen.layout.with_teacher(divided=divided)), min(team.collect(rows))
 
 
 def run_identity(student_dir: Path, teacher_dir: Path, recipe: Recipe, trainer: Trainer) -> dict[str, Any]:

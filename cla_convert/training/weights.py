@@ -16,7 +16,7 @@ from torch.utils import swap_tensors
 from transformers import PreTrainedModel
 
 from ..models.checkpoint import Checkpoint
-from ..models.export import empty_model, load_model, loading, refuse_missing
+from ..models.export import empty_model, load_model, loading, refuse_missing, say_if_large
 from ..models.stored import StoredTensors
 from .parallel import own_rows
 
@@ -36,6 +36,7 @@ class Unfilled:
         if self.quantised:
             self.model = load_model(folder, dtype=dtype, device=device)
             return
+        say_if_large(folder)
         self.model = empty_model(folder, dtype=dtype, device=device)
         with self._reading():
             self._stored = StoredTensors(checkpoint, self.model)

@@ -18,10 +18,11 @@ from cla_convert.training.data import TokenStore
 from cla_convert.training.memory import CONTEXT, Forecast, Layout
 from cla_convert.training.micro_batch import forecast, loading, micro_batch_size
 from cla_convert.training.optimizer import freeze_all_but
+from cla_convert.training.parallel import Team
 from cla_convert.training.rehearsal import _Live, kept_bytes, skeleton
 from cla_convert.training.state import Position, TrainingStates
 from cla_convert.training.step import take_step
-from cla_convert.training.trainer import set_up
+from cla_convert.training.trainer import alike, set_up
 from tests.tiny import CASES, cla_model, save_tiny
 
 LENGTH = 64
@@ -185,6 +186,19 @@ class TestFitting:
         with pytest.raises(InputError, match="on each of 8 processes"):
             teacher_is_divided(parts - 1e6)
 
+    def test_all_divide_the_teacher_where_one_has_no_room_for_it(self) -> None:
+        """And take as many sequences a pass as the smallest card holds."""
+
+        class Others(Team):
+            def collect(self, value: Any) -> list[Any]:
+                return [value, True if isinstance(value, bool) else 2]
+
+        foreseen, rows = foresee(LLAMA_135M, processes=2, micro_batch_size=8)
+        assert (foreseen.layout.teacher_shards, rows) == (1, 8)
+        agreed, rows = alike(Others(size=2), foreseen, rows)
+        assert (agreed.layout.teacher_shards, rows) == (2, 2) and agreed.needs(2).teacher < foreseen.needs(2).teacher
+        assert alike(Team(), foreseen, 16)[0].layout == foreseen.layout
+
     def test_frozen_weights_of_a_whole_teacher_are_not_divided(self) -> None:
         """They are one copy either way: whole with the teacher, or a part for each process."""
         settings = {"parameters": "attention", "processes": 8}
@@ -230,6 +244,7 @@ SIMULATED = {
         (Layout(8, 8), {"parameters": "attention"}),
         (Layout(8, 8), {"activation_checkpointing": True}),
         (Layout(8, 8, 8), {"micro_batch_size": 2}),
+        (Layout(8, 8, 8), {"parameters": "attention"}),
         (Layout(16, 4), {}),
         (Layout(64, 64), {"sequence_length": 128}),  # what is gathered outweighs activations
     ],

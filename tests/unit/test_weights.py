@@ -8,16 +8,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from cla_convert.conversion.sharing import sharing_map
 from cla_convert.errors import InputError
 from cla_convert.models.checkpoint import Checkpoint
 from cla_convert.models.export import check_exportable, empty_model, load_model
 from cla_convert.models.scoring import hidden_states, output_head
+from cla_convert.models.shape import shape_of
 from cla_convert.models.stored import StoredTensors
 from cla_convert.training.optimizer import freeze_all_but, parts_of
 from cla_convert.training.precision import cast_frozen
 from cla_convert.training.weights import Unfilled
 
-from ..tiny import CASES, cla_model, source_model
+from ..tiny import CASES, cla_model, source_model, tiny_config
 
 MAP = [0, 0, 2, 2, 4, 4]
 IDS = torch.arange(2, 34)[None]
@@ -51,8 +53,8 @@ def assert_same(model: PreTrainedModel, expected: PreTrainedModel) -> None:
 @pytest.mark.parametrize("converted", [False, True], ids=["source", "converted"])
 @pytest.mark.parametrize("case", CASES)
 def test_every_family(case: str, converted: bool, tmp_path: Path) -> None:
-    alike = "window" not in case and not case.startswith(("gemma", "smollm3"))  # all its layers may share
-    folder = save(cla_model(case, MAP if alike else None) if converted else source_model(case), tmp_path)
+    sources = sharing_map("cla2", shape_of(tiny_config(case).to_dict()).kinds)
+    folder = save(cla_model(case, sources) if converted else source_model(case), tmp_path)
     for dtype in (torch.float32, torch.bfloat16):
         assert_same(filled(folder, dtype), load_model(folder, dtype=dtype))
 
