@@ -34,11 +34,13 @@ from cla_convert.models.shape import shape_of
 from cla_convert.recipe import Train
 from cla_convert.training import objective
 from cla_convert.training.derived import derived
-from cla_convert.training.memory import CONTEXT, Forecast, Layout
+from cla_convert.training.layout import Layout
+from cla_convert.training.memory import CONTEXT, Forecast
 from cla_convert.training.optimizer import freeze_all_but, make_optimizer
-from cla_convert.training.parallel import Team, own_rows
+from cla_convert.training.parallel import Team
 from cla_convert.training.precision import cast_frozen
 from cla_convert.training.rehearsal import skeleton
+from cla_convert.training.sharded import own_rows
 from cla_convert.training.weights import put, twins
 
 GIB, LENGTH = 2**30, 2048

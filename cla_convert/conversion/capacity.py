@@ -8,7 +8,8 @@ from typing import Any
 from ..models.export import cla_config
 from ..models.source import open_headers
 from ..recipe import Recipe, Train
-from ..training.memory import CONTEXT, Forecast, Layout, Needs
+from ..training.layout import Layout
+from ..training.memory import CONTEXT, Forecast, Needs
 from .sharing import sharing_map
 from .supported import check_convertible
 

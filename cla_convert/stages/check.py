@@ -39,7 +39,8 @@ def check(recipe: Recipe, folder: RunFolder) -> None:
 
 
 def _check_training(recipe: Recipe, folder: RunFolder) -> None:
-    from ..training.parallel import check_team, shards_of
+    from ..training.layout import shards_of
+    from ..training.parallel import check_team
     from ..training.teacher import check_teacher
     from ..training.trackers import check_trackers
 

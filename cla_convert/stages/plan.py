@@ -80,7 +80,7 @@ def _choice(recipe: Recipe, folder: RunFolder, checkpoint: "Checkpoint") -> "Cho
 def _check_memory(recipe: Recipe, folder: RunFolder, the_plan: "Plan") -> None:
     """Say what training will need. Raises InputError, with what does fit, if the device has less."""
     from ..models.checkpoint import Checkpoint
-    from ..training.memory import Layout
+    from ..training.layout import Layout
     from ..training.micro_batch import forecast
 
     if not recipe.train.tokens:

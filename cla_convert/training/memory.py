@@ -22,7 +22,7 @@ weights that are the teacher's are whole as well, and nothing gathers them.
 
 from collections.abc import Callable, Collection, Mapping
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -34,9 +34,9 @@ from ..recipe import Train
 from .compiling import choose_compile
 from .derived import derived
 from .flops import training_flops
+from .layout import Layout
 from .objective import Objective, chunk_size
 from .optimizer import freeze_all_but
-from .parallel import shards_of
 from .precision import choose_precision
 from .rehearsal import kept_bytes, loss_bytes, skeleton
 from .schedule import Budget
@@ -86,26 +86,6 @@ class Needs:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How the processes of a training divide its models."""
-
-    processes: int = 1
-    shards: int = 1
-    """Parts of the student's parameters, gradients and moments."""
-    teacher_shards: int = 1
-    """Parts of the teacher."""
-
-    @classmethod
-    def of(cls, train: Train, processes: int, on_a_machine: int | None = None) -> "Layout":
-        """That of a recipe, on so many processes of machines with so many each (None: it is one machine)."""
-        return cls(processes, shards_of(train.shard_degree, processes, on_a_machine or processes))
-
-    def with_teacher(self, *, divided: bool) -> "Layout":
-        """The same with the teacher whole on every device, or divided as the student is."""
-        return replace(self, teacher_shards=self.shards if divided else 1)
-
-
-@dataclass(frozen=True)
 class Gathered:
     """Bytes that several processes gather or reduce at a time, by moments of a pass."""
 
@@ -128,7 +108,7 @@ class Forecast:
         student: Mapping[str, Any],
         teacher: Mapping[str, Any] | None,
         device: str,
-        layout: Layout = Layout(),
+        layout: Layout = Layout(),  # noqa: B008  (immutable)
     ) -> None:
         """Build both models without numbers.
 

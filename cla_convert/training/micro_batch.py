@@ -11,7 +11,8 @@ import torch
 from ..console import human_bytes
 from ..errors import InputError
 from ..recipe import Train
-from .memory import CONTEXT, Forecast, Layout
+from .layout import Layout
+from .memory import CONTEXT, Forecast
 
 _CPU_ROWS = 8
 _ENOUGH_TOKENS = 32_768

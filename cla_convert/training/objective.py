@@ -10,7 +10,7 @@ from ..models.scoring import evaluating, hidden_states, output_head
 from ..recipe import Train
 from .hidden import recorded_streams, stream_distance
 from .loss import IGNORE, LogitRule, Target, Terms, logit_rule, next_token_labels, vocabulary_loss
-from .parallel import release, run_gathered
+from .sharded import release, run_gathered
 from .train_loss import LOSSES
 
 if TYPE_CHECKING:

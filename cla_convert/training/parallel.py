@@ -22,17 +22,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
-from types import MethodType
 from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from ..environment import rank, world_size
 from ..errors import Interrupted, UsageError
+from .layout import shards_of
+from .sharded import let_run_gathered, run_gathered, whole
 from .torchrun import PATIENCE, parent, store
 
 T = TypeVar("T")
@@ -110,8 +110,7 @@ class Team:
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)  # gloo has no other; for NCCL it is the same sum
-        model.run_as_forward = MethodType(_run, model)  # type: ignore[assignment]
-        register_fsdp_forward_method(model, "run_as_forward")
+        let_run_gathered(model)
 
     def _mesh(self) -> DeviceMesh:
         """One row of all processes, or as many rows as there are replicas."""
@@ -251,18 +250,6 @@ def team(device: str, shard_degree: int | Literal["all", "node"] = "all") -> Ite
     dist.destroy_process_group()  # not after other errors: the rest may never answer
 
 
-def shards_of(degree: int | Literal["all", "node"], processes: int, on_a_machine: int) -> int:
-    """Parts that `train.shard_degree` means. Raises UsageError if the processes cannot be divided so."""
-    shards = {"all": processes, "node": on_a_machine}.get(degree, degree) if isinstance(degree, str) else degree
-    if not isinstance(shards, int) or processes % shards:
-        raise UsageError(
-            f"{processes} processes cannot be divided into groups of {shards}",
-            f"train.shard_degree is {degree}; each group holds the whole model.",
-            "Give a number that divides the processes, `node` (those of a machine) or `all`.",
-        )
-    return shards
-
-
 def _check_alike(crew: Team, processes: int) -> None:
     """Raise UsageError if machines have different numbers of processes, and that matters."""
     numbers = crew.collect((processes, crew.shards))
@@ -299,29 +286,3 @@ def share(first: int, end: int, micro_batch: int, rank: int, size: int) -> list[
     largest = -(-count // size)
     cuts = [min(stop, start + i * micro_batch) for i in range(-(-largest // micro_batch) + 1)]
     return [range(a, b) for a, b in pairwise(cuts)]
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor as one process would have it. All processes must ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def own_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a tensor that lies in this process: FSDP2 shards rows."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def run_gathered(function: Callable[..., T], model: Any, *args: Any, **options: Any) -> T:
-    """`function(model, ...)`, with what lies outside the layers of a sharded model gathered until `release`."""
-    run = getattr(model, "run_as_forward", None)
-    return function(model, *args, **options) if run is None else run(function, *args, **options)
-
-
-def release(model: torch.nn.Module) -> None:
-    """Give back what `run_gathered` has gathered of a model that has no backward pass, which would do it."""
-    if isinstance(model, FSDPModule):
-        model.reshard()
-
-
-def _run(model: Any, function: Callable[..., T], *args: Any, **options: Any) -> T:
-    return function(model, *args, **options)

@@ -31,7 +31,8 @@ from ..errors import TrainingError
 from ..files import sync
 from ..recipe import PLACES, on_resume
 from ..recipe_file import is_named, told
-from .parallel import Team, own_rows
+from .parallel import Team
+from .sharded import own_rows
 
 _STATE = "state.json"
 _TEMPORARY = ".tmp-"

@@ -13,8 +13,8 @@ from ..bars import tick
 from ..environment import peak_memory_bytes
 from .divergence import not_finite
 from .optimizer import peak_rate
-from .parallel import whole
 from .schedule import learning_rate
+from .sharded import whole
 from .state import Position, TrainingStates
 from .trainer import Trainer
 

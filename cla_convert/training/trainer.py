@@ -21,13 +21,15 @@ from .compiling import choose_compile, compile_layers
 from .data import Sequences, TokenStore, held_out_rows, say_passes, store_for
 from .derived import derived
 from .flops import peak_flops, training_flops
-from .memory import Forecast, Layout
+from .layout import Layout
+from .memory import Forecast
 from .micro_batch import forecast, loading
 from .objective import Objective, check_head
 from .optimizer import freeze_all_but, make_optimizer
-from .parallel import Team, release, run_gathered
+from .parallel import Team
 from .precision import Precision, cast_frozen, choose_precision
 from .schedule import Budget, budget_of
+from .sharded import release, run_gathered
 from .teacher import check_teacher, fill_models
 from .trackers import check_trackers
 from .weights import Unfilled

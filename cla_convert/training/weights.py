@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ..models.checkpoint import Checkpoint
 from ..models.export import empty_model, load_model, loading, refuse_missing, say_if_large
 from ..models.stored import StoredTensors
-from .parallel import own_rows
+from .sharded import own_rows
 
 
 class Unfilled:

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cla_convert.errors import UsageError
-from cla_convert.training.parallel import Team, shards_of, share
+from cla_convert.training.layout import shards_of
+from cla_convert.training.parallel import Team, share
 
 counts = st.integers(1, 70)
 

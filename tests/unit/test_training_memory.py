@@ -15,7 +15,8 @@ from cla_convert.models.scoring import hidden_states
 from cla_convert.recipe import Recipe, Train
 from cla_convert.training import compiling
 from cla_convert.training.data import TokenStore
-from cla_convert.training.memory import CONTEXT, Forecast, Layout
+from cla_convert.training.layout import Layout
+from cla_convert.training.memory import CONTEXT, Forecast
 from cla_convert.training.micro_batch import forecast, loading, micro_batch_size
 from cla_convert.training.optimizer import freeze_all_but
 from cla_convert.training.parallel import Team
