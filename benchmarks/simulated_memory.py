@@ -13,7 +13,7 @@ NCCL.
 import argparse
 import sys
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import product
 from typing import Any
@@ -40,8 +40,7 @@ from cla_convert.training.optimizer import freeze_all_but, make_optimizer
 from cla_convert.training.parallel import Team
 from cla_convert.training.precision import cast_frozen
 from cla_convert.training.rehearsal import skeleton
-from cla_convert.training.sharded import own_rows
-from cla_convert.training.weights import put, twins
+from cla_convert.training.weights import twins
 
 GIB, LENGTH = 2**30, 2048
 GPUS = (1, 2, 8, 16, 64)
@@ -83,10 +82,15 @@ class Counter(TorchDispatchMode):
 
     def see(self, tensor: torch.Tensor) -> None:
         """Count a tensor's storage from now on."""
-        storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()
+        storage = _storage(tensor)
         if storage._cdata not in self.sizes:
             weakref.finalize(storage, self._set, storage._cdata, None)
             self._set(storage._cdata, storage.nbytes())
+
+    def ignore(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Never count these: their numbers are another tensor's, which is counted."""
+        for tensor in tensors:
+            self.sizes[_storage(tensor)._cdata] = 0
 
     @contextmanager
     def counting(self) -> Iterator[None]:
@@ -111,6 +115,10 @@ class Counter(TorchDispatchMode):
         if size is not None:
             self.sizes[key] = size
         self.peak = max(self.peak, self.now)
+
+
+def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
+    return getattr(tensor, "_local_tensor", tensor).untyped_storage()
 
 
 class _Flash(torch.autograd.Function):
@@ -151,10 +159,11 @@ def simulate(train: Train, student: Mapping[str, Any], teacher: Mapping[str, Any
         if guide is not None:
             guide.requires_grad_(False)
         settings = derived(train, model.config, guide and guide.config)
-        _divide(team, model, guide, teacher_too=layout.teacher_shards > 1)
+        shared = _divide(team, model, guide, teacher_too=layout.teacher_shards > 1)
         loss_of = objective.Objective(settings, model, guide)
         optimizer = make_optimizer(model, settings, "cpu")
         ids = torch.zeros(train.micro_batch_size, train.sequence_length, dtype=torch.long)
+        counter.ignore(shared)
         with counter.counting():
             for parameter in [*model.parameters(), *(() if guide is None else guide.parameters())]:
                 counter.see(parameter)
@@ -169,16 +178,15 @@ def simulate(train: Train, student: Mapping[str, Any], teacher: Mapping[str, Any
     return counter.peak
 
 
-def _divide(team: Team, student: Any, teacher: Any, *, teacher_too: bool) -> None:
-    """Both models, with one copy of what is frozen and the same: `teacher.fill_models`, without numbers to compare."""
+def _divide(team: Team, student: Any, teacher: Any, *, teacher_too: bool) -> list[torch.Tensor]:
+    """Both models, as `teacher.fill_models` does; what of the student is one copy with the teacher's."""
     if teacher is not None and teacher_too:
         team.shard(teacher, torch.bfloat16)
         team.shard(student, torch.bfloat16)
-    shared = [] if teacher is None else list(twins(student, teacher))
-    for _, ours, theirs in shared:
-        put(ours, own_rows(theirs))
+    shared = [] if teacher is None else [ours for _, ours, _ in twins(student, teacher)]
     if teacher is None or not teacher_too:
-        team.shard(student, torch.bfloat16, whole=[ours for _, ours, _ in shared])
+        team.shard(student, torch.bfloat16, whole=shared)
+    return shared
 
 
 @contextmanager

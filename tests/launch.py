@@ -100,7 +100,7 @@ def start_team(
     ]
 
 
-def finish(*processes: BaseProcess, seconds: float = 120) -> list[int | None]:
+def finish(*processes: BaseProcess, seconds: float = 300) -> list[int | None]:
     """Wait for them; their exit codes (None: not ended)."""
     for process in processes:
         process.join(seconds)

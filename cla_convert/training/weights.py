@@ -51,7 +51,7 @@ class Unfilled:
         shared = {}
         for name, parameter, twin in twins(self.model, other):
             if torch.equal(own_rows(twin), self._read(name, parameter)):
-                put(parameter, own_rows(twin))
+                _put(parameter, own_rows(twin))
                 shared[name] = parameter
         return shared
 
@@ -59,7 +59,7 @@ class Unfilled:
         """Read everything that is still without numbers. Raises InputError if that fails."""
         for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]:
             if own_rows(tensor).is_meta:
-                put(tensor, self._read(name, tensor))
+                _put(tensor, self._read(name, tensor))
 
     @torch.no_grad()
     def _read(self, name: str, wanted: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ def _own_range(tensor: Tensor) -> slice:
     return slice(start[0], start[0] + shape[0])
 
 
-def put(tensor: Tensor, numbers: Tensor) -> None:
+def _put(tensor: Tensor, numbers: Tensor) -> None:
     """Give a tensor its numbers (of a sharded one, our rows). It stays the object that tied names and FSDP hold."""
     if isinstance(tensor, DTensor):
         place = tensor.device_mesh, tensor.placements
