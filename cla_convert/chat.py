@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from .console import say
-from .errors import UsageError
+from .errors import UsageError, first_line
 from .files import load_json
 from .models.export import load_model, load_tokenizer
 from .models.shape import positions_of
@@ -42,8 +42,15 @@ class Speaker:
 
     @classmethod
     def load(cls, name: str, folder: Path, *, device: str, dtype: str, manner: Manner) -> "Speaker":
-        """Load a model folder, plain or CLA; code in it is never run. Raises InputError."""
-        return cls(name, load_model(folder, dtype=dtype, device=device), load_tokenizer(folder), manner)
+        """Load a model folder, plain or CLA; code in it is never run.
+
+        Raises:
+            UsageError: there is a system prompt, and the chat template has no place for one.
+            InputError: the model cannot be loaded.
+        """
+        tokenizer = load_tokenizer(folder)
+        _check_system(name, tokenizer, manner.system)
+        return cls(name, load_model(folder, dtype=dtype, device=device), tokenizer, manner)
 
     @property
     def converses(self) -> bool:
@@ -81,6 +88,20 @@ class Speaker:
             if not longest or len(self.turns) == 1 or ids["input_ids"].shape[1] + self.manner.max_new_tokens <= longest:
                 return ids
             del self.turns[:2]  # a question and its answer
+
+
+def _check_system(name: str, tokenizer: Any, system: str | None) -> None:
+    if not system:
+        return
+    turns = [{"role": "system", "content": system}, {"role": "user", "content": "Hello"}]
+    why = "It has no chat template."
+    try:
+        if tokenizer.chat_template and system.strip() in tokenizer.apply_chat_template(turns, tokenize=False):
+            return
+        why = "Its chat template leaves system prompts out." if tokenizer.chat_template else why
+    except Exception as error:  # a template may raise what it likes: Gemma 2's refuses the role
+        why = f"Its chat template says: {first_line(error)}"
+    raise UsageError(f"{name} takes no system prompt", why, "Leave --system out, and say it in the first question.")
 
 
 def check_length(name: str, folder: Path, tokens: int) -> None:

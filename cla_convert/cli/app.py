@@ -126,12 +126,12 @@ def push(hub: "Destination | None", folder: Path) -> dict[str, str]:
     """Upload a finished model, if that was asked for; what to add to the result. Raises InputError, Interrupted."""
     if hub is None:
         return {}
-    from ..models.upload import forget_local_source
+    from ..models.upload import without_local_source
     from ..report.model_card import rename_card
 
     rename_card(folder, hub.repo)
-    forget_local_source(folder)
-    return {"uploaded": hub.upload(folder)}
+    with without_local_source(folder):
+        return {"uploaded": hub.upload(folder)}
 
 
 def gate_mode(gate: bool, strict: bool) -> bool | str:

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from .stored import StoredTensors
-
 SHARD_SIZE = 5_000_000_000
 _LARGE = 1_000_000_000
 """Bytes of a model that take long enough to load for a word about it."""
@@ -218,7 +216,8 @@ def export_model(
 ) -> None:
     """Publish `state` as a model folder like `template`: its config, code, sidecars, tensor names and dtypes.
 
-    Tensors are asked for one at a time, and written before the next one.
+    Tensors are asked for one at a time, and written before the next one. What the template stores beside its model (a
+    source model's computed tables, layers for speculation) is copied.
 
     Args:
         state: state dict (or module) of the CLA model; tied tensors that the template does not store are left out.
@@ -229,21 +228,22 @@ def export_model(
         overwrite: replace an earlier output of this tool.
 
     Raises:
-        InputError: the template stores what is not in the model, the disk is full, or `out` must not be replaced.
+        InputError: the disk is full, or `out` must not be replaced.
     """
     import torch
 
-    files = check_exportable(template)
-    source = files.checkpoint
+    from .stored import StoredTensors
+
+    source = Checkpoint.open(template, as_stored=True)
+    files = StoredTensors(source, empty_model(template))
     tensors = state.state_dict() if isinstance(state, torch.nn.Module) else state
     with publishing(out, overwrite=overwrite) as staging:
         writer = ShardWriter(staging, source.tensors, SHARD_SIZE)
-        for name, parts in files.parts.items():
-            if name in unchanged:
-                for part in parts:
-                    info = source.tensors[part.name]
-                    writer.copy(part.name, template / info.file, info.start)
-                continue
+        kept = [part.name for name, parts in files.parts.items() if name in unchanged for part in parts]
+        for stored in [*kept, *sorted(files.unused)]:
+            info = source.tensors[stored]
+            writer.copy(stored, template / info.file, info.start)
+        for name in (name for name in files.parts if name not in unchanged):
             for stored, tensor in files.split(name, tensors[name].detach()).items():
                 dtype = getattr(torch, FLOATING[source.tensors[stored].dtype])
                 writer.add(stored, tensor.to("cpu", dtype))
@@ -253,19 +253,6 @@ def export_model(
             if file.exists():
                 shutil.copyfile(file, staging / file.name)
         write_json(staging / MANIFEST, read_manifest(template) | dict(manifest or {}))
-
-
-def check_exportable(template: Path) -> "StoredTensors":
-    """The tensors of the template's files and of its model. Raises InputError if it stores what is not in the model."""
-    from .stored import StoredTensors
-
-    files = StoredTensors(Checkpoint.open(template, as_stored=True), empty_model(template))
-    if unused := files.unused:
-        raise InputError(
-            f"The model in {template} stores {len(unused)} tensors that it does not use, such as {min(unused)!r}",
-            fix="Remove them from the source model, and convert again.",
-        )
-    return files
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

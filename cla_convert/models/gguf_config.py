@@ -161,7 +161,7 @@ def _rope(
     rope = rope_parameters(
         scaling, factors, theta=theta, dimensions=dimensions, context=settings["max_position_embeddings"]
     )
-    if dimensions != head_dim:
+    if dimensions != head_dim or architecture == "nemotron":  # without one, transformers turns half of Nemotron's
         rope["partial_rotary_factor"] = dimensions / head_dim
     if architecture == "gemma3":  # only its full layers are scaled
         local = {"rope_type": "default", "rope_theta": found.get("rope.freq_base_swa", 10_000.0)}

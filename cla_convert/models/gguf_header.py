@@ -57,6 +57,8 @@ class Header(NamedTuple):
         names = _SIZES | _MORE_SIZES.get(architecture, {})
         sizes = {ours: self.metadata.get(f"{architecture}.{name}") for name, ours in names.items()}
         known = {key: value for key, value in sizes.items() if value not in (None, 0)}
+        if "num_attention_heads" in known:  # multi-head attention: the file need not say it twice
+            known.setdefault("num_key_value_heads", known["num_attention_heads"])
         return {"model_type": _MODEL_TYPES.get(architecture, architecture)} | known
 
 

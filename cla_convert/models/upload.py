@@ -154,10 +154,16 @@ def _reason(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def forget_local_source(folder: Path) -> None:
-    """Take a path of this machine out of the manifest: others have no use for it."""
+@contextmanager
+def without_local_source(folder: Path) -> Iterator[None]:
+    """Inside, the manifest names no path of this machine: others have no use for it. Here, `uptrain` finds the teacher
+    by it, so afterwards it is there again; but not after an error, for what repeats the upload would publish it.
+    """
     manifest = load_json(folder / MANIFEST)
     source = manifest.get("source")
-    if isinstance(source, dict) and Path(str(source.get("model") or "")).is_absolute():
-        source["model"] = None
-        write_json(folder / MANIFEST, manifest)
+    if not isinstance(source, dict) or not Path(str(source.get("model") or "")).is_absolute():
+        yield
+        return
+    write_json(folder / MANIFEST, manifest | {"source": source | {"model": None}})
+    yield
+    write_json(folder / MANIFEST, manifest)

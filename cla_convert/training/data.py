@@ -33,7 +33,7 @@ __all__ = ["Sequences", "TokenStore", "calibration_rows", "held_out_rows", "prep
 _WIDER, _VARIED = 16, 1_000_000
 """A little calibration text is taken from so many times as much, up to a million tokens: a few rows each of many
 documents say more than all of a few. Sampled text is too dear for that."""
-_FORMAT = 8  # raise it when the same settings would give other tokens
+_FORMAT = 9  # raise it when the same settings would give other tokens
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class TokenStore:
     """Offsets in `train` where documents begin, ascending, int64."""
 
     @property
-    def first(self) -> int | None:
-        """What every row begins with: BOS, where the tokenizer puts it in front of a text."""
-        return self.info.get("bos")
+    def first(self) -> tuple[int, ...]:
+        """What every row begins with: what the tokenizer puts in front of a text, such as BOS."""
+        return tuple(self.info.get("leading", ()))
 
 
 def prepare_data(
@@ -188,7 +188,7 @@ def _publish(mixture: Mixture, folder: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        info = mixture.build(temporary) | {"bos": next(iter(leading(mixture.tokenizer)), None)}
+        info = mixture.build(temporary) | {"leading": leading(mixture.tokenizer)}
         digest = hashlib.sha256()
         for name in ("train.bin", "starts.bin", "held_out.bin"):
             with (temporary / name).open("rb") as file:

@@ -18,7 +18,6 @@ from ..console import human_count, progress, say
 from ..environment import forget_peak_memory, machines
 from ..errors import Interrupted
 from ..evaluation.perplexity import token_perplexity
-from ..models.export import check_exportable
 from ..models.writer import check_output
 from ..recipe import Recipe
 from ..results import TrainResult
@@ -75,7 +74,6 @@ def uptrain(
     """
     check_output(folder.model, overwrite=True)  # before hours of work, not after
     forget_peak_memory(team.device)
-    check_exportable(student_dir)
     trainer = set_up(student_dir, teacher_dir, recipe, team.device, team, text)
     with team.leader_first():  # hashes of large files are kept
         identity = run_identity(student_dir, teacher_dir, recipe, trainer)

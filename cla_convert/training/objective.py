@@ -120,6 +120,25 @@ def check_head(model: "PreTrainedModel") -> None:
         )
 
 
+@torch.no_grad()
+def check_documents(model: "PreTrainedModel") -> None:
+    """Raise InputError unless attention of the model sees one document only where positions begin anew.
+
+    Not every model of transformers tells its mask of the positions (GPT-OSS in 5.23 does not).
+    """
+    ids = torch.arange(32, device=model.device)[None] % model.config.get_text_config().vocab_size
+    positions = torch.arange(16, device=model.device).repeat(2)[None]
+    with evaluating(model):
+        behind = hidden_states(model, ids, positions)[:, 16:].float()
+        alone = hidden_states(model, ids[:, 16:]).float()
+    if not torch.allclose(behind, alone, rtol=5e-2, atol=5e-2 * float(alone.abs().max())):
+        raise InputError(
+            f"train.document_masking does nothing to models of type {model.config.model_type!r}",
+            "The installed transformers lets their attention see earlier documents of a row all the same.",
+            "Leave train.document_masking out.",
+        )
+
+
 def chunk_size(weight: torch.Tensor, device_type: str = "") -> int:
     """Positions whose logits exist at a time: a power of two, so that chunks of usual batches are of one shape.
 

@@ -3,6 +3,8 @@
 Resuming a run therefore costs one integer, and any number of processes sees the same order.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from ..errors import InputError
@@ -12,7 +14,7 @@ class Sequences:
     """Rows of `sequence_length` tokens from a stream, in an order that depends on (seed, index) only.
 
     With `starts`, the offsets in the stream where documents begin (ascending), rows also know their documents. With
-    `first`, a token, every row begins with it instead of its own first token: models that were trained with a BOS in
+    `first`, tokens, every row begins with them instead of its own first ones: models that were trained with a BOS in
     front of everything are lost without one (Gemma 3 270M: perplexity 50 instead of 21).
     """
 
@@ -23,7 +25,7 @@ class Sequences:
         seed: int,
         *,
         starts: np.ndarray | None = None,
-        first: int | None = None,
+        first: Sequence[int] = (),
     ) -> None:
         self.count = tokens.size // sequence_length
         if not self.count:
@@ -32,15 +34,14 @@ class Sequences:
                 fix="Add text to data.sources, or lower the sequence length.",
             )
         self._rows = tokens[: self.count * sequence_length].reshape(self.count, sequence_length)
-        self._starts, self._first = starts, first
+        self._starts, self._first = starts, first[:sequence_length]
         self._seed = seed
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def row(self, index: int) -> np.ndarray:
         """Row `index` of an endless sequence of epochs, each a new permutation: int64 [sequence_length]."""
         row = self._rows[self._place(index)].astype(np.int64)
-        if self._first is not None:
-            row[0] = self._first
+        row[: len(self._first)] = self._first
         return row
 
     def rows(self, n: int, start: int = 0) -> np.ndarray:

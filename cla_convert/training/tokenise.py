@@ -145,7 +145,7 @@ def token_dtype(tokenizer: Any) -> np.dtype[Any]:
 
 
 def encode(tokenizer: Any, contents: list[str | np.ndarray], dtype: np.dtype[Any]) -> list[np.ndarray]:
-    """Token ids of each text, with EOS behind, and BOS in front if the tokenizer puts one there itself.
+    """Token ids of each text, with EOS behind, and in front what the tokenizer itself puts there.
 
     Contents that are token ids already stay as they are.
     """
@@ -162,6 +162,6 @@ def encode(tokenizer: Any, contents: list[str | np.ndarray], dtype: np.dtype[Any
 
 
 def leading(tokenizer: Any) -> list[int]:
-    """What the tokenizer itself puts in front of a text: BOS or nothing."""
-    first = tokenizer("a").input_ids[:1]
-    return first if first == [tokenizer.bos_token_id] else []
+    """What the tokenizer itself puts in front of a text: nothing, BOS, or more (GLM-4: `[gMASK]<sop>`, and no BOS)."""
+    whole, bare = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
+    return whole[: next((i for i in range(len(whole)) if bare and whole[i : i + len(bare)] == bare), 0)]

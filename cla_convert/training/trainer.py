@@ -24,7 +24,7 @@ from .flops import peak_flops, training_flops
 from .layout import Layout
 from .memory import Forecast
 from .micro_batch import forecast, loading
-from .objective import Objective, check_head
+from .objective import Objective, check_documents, check_head
 from .optimizer import freeze_all_but, make_optimizer
 from .parallel import Team
 from .precision import Precision, cast_frozen, choose_precision
@@ -137,7 +137,7 @@ def set_up(
         flops_per_token=flops,
         peak_flops=peak and peak * team.size,
     )
-    _check_heads(trainer)
+    _check_models(trainer)
     say(_describe(trainer))
     return trainer
 
@@ -177,10 +177,21 @@ def _student(folder: Path, settings: Train, data: TokenStore, precision: Precisi
     freeze_all_but(student, settings.parameters)
     cast_frozen(student, precision.compute)
     student.train()
+    without_dropout(student)
     if settings.activation_checkpointing:
         # Reentrant checkpointing gives silently wrong gradients for K/V that travel between layers.
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return unfilled
+
+
+def without_dropout(model: torch.nn.Module) -> None:
+    """Set every dropout of a model to 0. A budget of tokens is seen about once, and a student that drops activations
+    cannot give what its teacher gives: some configurations (StarCoder2, Granite 3) still ask for it.
+    """
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("drop" in name or (name == "p" and isinstance(module, torch.nn.Dropout))):
+                setattr(module, name, 0.0)
 
 
 def _teacher(folder: Path, settings: Train, precision: Precision, device: str) -> Unfilled | None:
@@ -192,13 +203,15 @@ def _teacher(folder: Path, settings: Train, precision: Precision, device: str) -
     return unfilled
 
 
-def _check_heads(trainer: Trainer) -> None:
-    """Raise InputError if the loss does not know how one of the models makes its logits."""
-    if (teacher := trainer.objective.teacher) is not None:
-        run_gathered(check_head, teacher)
-        release(teacher)
-    with trainer.computing():
-        trainer.team.run(check_head, trainer.student)
+def _check_models(trainer: Trainer) -> None:
+    """Raise InputError if the loss does not know how one of the models makes its logits, or where documents end."""
+    checks = [check_head, *([check_documents] if trainer.settings.document_masking else [])]
+    for check in checks:
+        if (teacher := trainer.objective.teacher) is not None:
+            run_gathered(check, teacher)
+            release(teacher)
+        with trainer.computing():
+            trainer.team.run(check, trainer.student)
 
 
 def _check_fit(student: Any, data: TokenStore, settings: Train) -> None:

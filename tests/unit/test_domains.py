@@ -41,12 +41,12 @@ def test_rows_hold_the_texts_and_a_cpu_reads_one_of_each():
     assert list(whole) == list(NAMES)
     text = str(tokenizer.decode(whole["law"].flatten()))
     assert text.startswith(documents("law")[0]) and "<|eos|>" + documents("law")[1][:100] in text
-    cpu = domain_rows(tokenizer, "auto", "cpu", first=0)
+    cpu = domain_rows(tokenizer, "auto", "cpu", first=[0])
     assert all(rows.shape == (1, WINDOW) and rows[0, 0] == 0 for rows in cpu.values())
     assert all((cpu[name][0, 1:] == whole[name][0, 1:]).all() for name in NAMES)
     assert domain_rows(tokenizer, 0, "cuda") == {}
     assert domain_rows(tokenizer, 1300, "cpu", positions=128)["web"].shape == (10, 128)
-    few = domain_rows(tokenizer, 100, "cuda", first=0)  # fewer than a row: a shorter one, and not none
+    few = domain_rows(tokenizer, 100, "cuda", first=[0])  # fewer than a row: a shorter one, and not none
     assert all(rows.shape == (1, 100) and (rows == cpu[name][:, :100]).all() for name, rows in few.items()) and few
     with pytest.raises(ValueError, match="nothing is predicted"):
         Evaluate(domain_tokens=1)

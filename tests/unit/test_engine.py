@@ -32,13 +32,15 @@ from cla_convert.training.flops import forward_flops, peak_flops, training_flops
 from cla_convert.training.loss import LogitRule
 from cla_convert.training.metrics import Metrics
 from cla_convert.training.monitor import Monitor, describe
-from cla_convert.training.objective import check_head, chunk_size
+from cla_convert.training.objective import check_documents, check_head, chunk_size
 from cla_convert.training.optimizer import freeze_all_but, make_optimizer, parts_of
 from cla_convert.training.precision import Precision, choose_precision
 from cla_convert.training.schedule import Budget
 from cla_convert.training.trackers import TensorBoard
+from cla_convert.training.trainer import without_dropout
 
 from ..conftest import tiny_llama_config
+from ..tiny import source_model
 
 MAP = [0, 1, 1, 3, 3, 5]
 
@@ -253,6 +255,37 @@ class TestHeads:
         monkeypatch.setattr("cla_convert.training.objective.logit_rule", lambda _: LogitRule())
         with pytest.raises(InputError, match="cannot be uptrained"):
             check_head(model)
+
+
+class TestDocumentsOfARow:
+    @pytest.mark.parametrize("kind", ["mixtral", "gemma2", "gpt_bigcode"])
+    def test_are_apart(self, kind: str) -> None:
+        check_documents(source_model(kind))
+
+    def test_that_are_not_apart_are_refused(self) -> None:
+        """As those of GPT-OSS in transformers 5.23, which does not tell its mask of the positions."""
+        model = student()
+        forward = model.base_model.forward
+        model.base_model.forward = lambda input_ids, position_ids, use_cache: forward(input_ids, use_cache=use_cache)
+        with pytest.raises(InputError, match="document_masking does nothing to models of type 'cla_llama'"):
+            check_documents(model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys"),
+    [
+        ("starcoder2", ["attention_dropout", "residual_dropout", "embedding_dropout"]),
+        ("granite", ["attention_dropout"]),
+        ("gpt_bigcode", ["attn_pdrop", "resid_pdrop", "embd_pdrop"]),
+    ],
+)
+def test_nothing_is_dropped_in_training(kind: str, keys: list[str]) -> None:
+    model = source_model(kind, **dict.fromkeys(keys, 0.5))
+    expected = model.eval()(IDS).logits
+    model.train()
+    assert not torch.allclose(model(IDS).logits, expected, atol=1e-3)
+    without_dropout(model)
+    torch.testing.assert_close(model(IDS).logits, expected)
 
 
 def test_a_resumed_run_replaces_what_its_predecessor_wrote_too_far(tmp_path) -> None:

@@ -31,6 +31,7 @@ CASES = {
     "qwen2_moe": {"norm_topk_prob": False, "use_sliding_window": False},
     "qwen3_moe": {"norm_topk_prob": True},
     "nemotron": {},
+    "nemotron-all-turned": {"partial_rotary_factor": 1.0},
 }
 IDS = torch.randint(2, 250, (1, 200), generator=torch.Generator().manual_seed(0))
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from cla_convert.conversion.sharing import sharing_map
 from cla_convert.errors import InputError
 from cla_convert.models.checkpoint import Checkpoint
-from cla_convert.models.export import check_exportable, empty_model, load_model
+from cla_convert.models.export import empty_model, export_model, load_model
 from cla_convert.models.scoring import hidden_states, output_head
 from cla_convert.models.shape import shape_of
 from cla_convert.models.stored import StoredTensors
@@ -121,13 +121,17 @@ def test_what_is_missing_or_of_another_shape_is_refused_before_anything_is_read(
         filled(folder)
 
 
-def test_what_the_model_does_not_use_is_found(tmp_path: Path) -> None:
-    folder = save(source_model("llama"), tmp_path)
-    check_exportable(folder)
+def test_what_the_model_does_not_use_is_published_as_it_is(tmp_path: Path) -> None:
+    folder = save(source_model("llama"), tmp_path / "source")
     tensors = load_file(folder / "model.safetensors")
-    save_file({**tensors, "model.extra": torch.zeros(3)}, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(InputError, match=r"stores 1 tensors that it does not use, such as 'model\.extra'"):
-        check_exportable(folder)
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.arange(3.0), "model.mtp": torch.ones(2, 2)}
+    save_file({**tensors, **extra}, folder / "model.safetensors", {"format": "pt"})
+    state = {name: tensor + 1 for name, tensor in load_model(folder).state_dict().items()}
+    export_model(state, folder, tmp_path / "out")
+    published = load_file(tmp_path / "out/model.safetensors")
+    assert published.keys() == tensors.keys() | extra.keys()
+    assert all(torch.equal(published[name], tensor + 1) for name, tensor in tensors.items())
+    assert all(torch.equal(published[name], tensor) for name, tensor in extra.items())
 
 
 class TestOneCopy:

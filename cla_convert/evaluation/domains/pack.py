@@ -1,6 +1,7 @@
 """The texts of the pack as rows of tokens."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -22,7 +23,7 @@ def domain_rows(
     tokens: int | Literal["auto"],
     device: str,
     *,
-    first: int | None = None,
+    first: Sequence[int] = (),
     positions: int | None = None,
 ) -> dict[str, torch.Tensor]:
     """Rows of token ids [n, WINDOW] of each domain, shorter where the model knows fewer positions or less is asked for.
@@ -31,7 +32,7 @@ def domain_rows(
         tokenizer: the source model's.
         tokens: of a domain at most; auto: all there are, on a CPU one row. 0: no domains.
         device: what the models run on.
-        first: what every row begins with in place of its own first token: BOS where the tokenizer puts one in front.
+        first: what every row begins with in place of its own first tokens: what the tokenizer puts in front of a text.
         positions: that the model knows at most.
     """
     limit = (ON_CPU if device == "cpu" else None) if tokens == "auto" else tokens
@@ -47,12 +48,11 @@ def documents(name: str) -> list[str]:
     return [json.loads(line)["text"] for line in lines]
 
 
-def _rows(name: str, tokenizer: "PreTrainedTokenizerBase", length: int, first: int | None) -> torch.Tensor:
+def _rows(name: str, tokenizer: "PreTrainedTokenizerBase", length: int, first: Sequence[int]) -> torch.Tensor:
     """All of a domain, its documents separated by EOS as in training."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     encoded = tokenizer(documents(name), add_special_tokens=False, verbose=False).input_ids
     ids = torch.tensor([token for text in encoded for token in [*text, *end]])
     rows = ids[: len(ids) // length * length].view(-1, length).clone()
-    if first is not None:
-        rows[:, 0] = first
+    rows[:, : len(first)] = torch.tensor(first[:length], dtype=ids.dtype)
     return rows
