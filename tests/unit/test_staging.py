@@ -28,7 +28,8 @@ FOREIGN = "0" * 8
 @contextmanager
 def another_process(folder: Path, script: str) -> Iterator[subprocess.Popen[bytes]]:
     """A process with our number, as in another container; it says `go` by a file and goes on once `end` is there."""
-    text = f"import os, time; from pathlib import Path\nos.getpid = lambda: {os.getpid()}\nfolder = Path({str(folder)!r})\n"
+    text = f"import os, time; from pathlib import Path; folder = Path({str(folder)!r})\n"
+    text += f"os.getpid = lambda: {os.getpid()}\n"
     text += "def moment():\n    (folder / 'go').touch()\n    while not (folder / 'end').exists(): time.sleep(0.01)\n"
     process = subprocess.Popen([sys.executable, "-c", text + script], stderr=subprocess.DEVNULL)
     wait_for(lambda: (folder / "go").exists() or process.poll() is not None)
