@@ -4,8 +4,6 @@ import errno
 import json
 import math
 import os
-import socket
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,15 +11,10 @@ from typing import Any, BinaryIO
 
 from .errors import InputError, did_you_mean
 from .refusals import refusal
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from .staging import beside, lock
 
 LOCKED = "CLA_CONVERT_LOCKED"
 """Environment variable: the folder that the process which started this one has locked for it."""
-_DAY = 86_400
 LARGEST_JSON = 1 << 28
 """Bytes of a file that is read at once: more would be no JSON of ours, and many times as much in memory."""
 
@@ -42,31 +35,11 @@ def write_bytes(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-def own_mark() -> str:
-    """What sets this process's temporary files apart, also in a folder that machines share: its machine and number."""
-    return f"{_machine()}-{os.getpid()}"
-
-
-def left_behind(path: Path, mark: str) -> bool:
-    """Whether the process of this `own_mark`, which made `path`, has ended; on another machine, a day ago counts so."""
-    import psutil
-
-    machine, _, number = mark.rpartition("-")
-    if machine not in ("", _machine()):
-        return time.time() - path.stat().st_mtime > _DAY
-    # In a container the next process often has the same number as the one that was killed.
-    return number.isdigit() and (int(number) == os.getpid() or not psutil.pid_exists(int(number)))
-
-
-def _machine() -> str:
-    return "".join(letter for letter in socket.gethostname() if letter.isalnum())
-
-
 @contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
     """A file to write to; it appears as `path` once it is whole and on the disk, and not at all on an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{own_mark()}.tmp")
+    temporary = beside(path, "tmp")
     try:
         with temporary.open("wb") as file:
             yield file
@@ -94,30 +67,17 @@ def alone_in(folder: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
-def _lock(folder: Path) -> int | None:
+def _lock(folder: Path) -> int:
     """An open descriptor that holds the lock. On file systems without locks it holds none."""
-    if fcntl is None:
-        return None
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(descriptor)
     except BlockingIOError as error:
         os.close(descriptor)
         raise InputError(
             f"Another process is at work in {folder}", fix="Wait for it to end, or give another folder."
         ) from error
-    except OSError:
-        pass
     return descriptor
-
-
-def sync(path: Path) -> None:
-    """Flush a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -23,7 +23,7 @@ from .gguf_header import Header, read_gguf_header
 from .gguf_names import ARCHITECTURES, Target, target_of
 from .gguf_rope import FACTOR_TENSORS
 from .shape import shape_of
-from .writer import ShardWriter, check_disk, publishing
+from .writer import ShardWriter, check_disk
 
 
 def headers(path: Path) -> Checkpoint:
@@ -45,12 +45,12 @@ def check(path: Path) -> None:
 
 
 def dequantise(path: Path, digest: str, out: Path) -> None:
-    """Publish the model as a folder in Hugging Face format.
+    """Write the model in Hugging Face format.
 
     Args:
         path: the file.
         digest: its sha256, for the record.
-        out: folder to write.
+        out: an empty folder.
 
     Raises:
         InputError: the file is not whole, the family is not supported, or a tensor or setting of the file has no place
@@ -62,16 +62,15 @@ def dequantise(path: Path, digest: str, out: Path) -> None:
         model = _Model.read(path)
         origin = _origin(model.header) | {"file": path.name, "sha256": digest, "format": "gguf"}
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    with publishing(out) as staging:
-        check_disk(out, sum(info.nbytes for info in model.infos.values()))
-        with _explained(path):
-            model.write(ShardWriter(staging, model.infos, max_shard_size=5_000_000_000))
-        tokenizer.save_pretrained(staging)
-        config = model_config(model.config)
-        GenerationConfig.from_model_config(config).save_pretrained(staging)
-        settings = {"architectures": [model_class(config).__name__], "dtype": "float32"}
-        write_json(staging / "config.json", config.to_diff_dict() | settings)
-        write_json(staging / "cla_source.json", origin)
+    check_disk(out, sum(info.nbytes for info in model.infos.values()))
+    with _explained(path):
+        model.write(ShardWriter(out, model.infos, max_shard_size=5_000_000_000))
+    tokenizer.save_pretrained(out)
+    config = model_config(model.config)
+    GenerationConfig.from_model_config(config).save_pretrained(out)
+    settings = {"architectures": [model_class(config).__name__], "dtype": "float32"}
+    write_json(out / "config.json", config.to_diff_dict() | settings)
+    write_json(out / "cla_source.json", origin)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,9 @@ stage (plan, convert, teacher, evaluation) reads one and the same folder.
 """
 
 import hashlib
+import json
 import re
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,14 +15,15 @@ from ..console import say
 from ..environment import cache_folder
 from ..errors import InputError
 from ..files import did_you_mean_path, load_json, write_json
+from ..kept import kept
 from . import gguf_source, hub
 from .checkpoint import INDEX, Checkpoint, refuse_adapter
 from .pickles import pickled_files, read_pickles
 from .text_part import OF_IMAGES, has_text_part, text_part
-from .writer import ShardWriter, check_disk, infos_of, publishing
+from .writer import ShardWriter, check_disk, infos_of
 
-_GGUF_READER = 2
-"""Raise it when the same file would become another folder: what an older reader wrote is not used then."""
+_FORMAT = 3
+"""Raise it when the same files would become another folder: what an older version wrote is not used then."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -110,22 +113,21 @@ def _with_safetensors(folder: Path, allow_pickle: bool) -> Path:
 
 def _from_pickle(folder: Path, pickles: list[Path]) -> Path:
     """Rewrite pytorch_model*.bin as safetensors in the cache, with everything else of the folder."""
-    import shutil
+    rest = Checkpoint(folder, {}, {})
+    others = [file for name in ("config.json", "README.md", "cla_source.json") if (file := folder / name).exists()]
 
-    out = _rewritten(folder, pickles)
-    if out.exists():
-        return out
-    say(f"rewriting pickled weights as safetensors in {out}")
-    state = read_pickles(pickles)
-    with publishing(out) as staging:
-        writer = ShardWriter(staging, infos_of(state), max_shard_size=5_000_000_000)
+    def rewrite(out: Path) -> None:
+        say(f"rewriting pickled weights as safetensors in {out.parent}")
+        state = read_pickles(pickles)
+        writer = ShardWriter(out, infos_of(state), max_shard_size=5_000_000_000)
         for name, tensor in state.items():
             writer.add(name, tensor)
         writer.finish()
-        for file in folder.iterdir():
-            if file.is_file() and file.suffix != ".bin" and not file.name.endswith(".bin.index.json"):
-                shutil.copyfile(file, staging / file.name)
-    return out
+        rest.copy_sidecars(out)
+        for file in others:
+            shutil.copyfile(file, out / file.name)
+
+    return kept(_place(folder, [*pickles, *rest.sidecars, *others]), rewrite)
 
 
 def _text_only(folder: Path) -> Path:
@@ -133,36 +135,38 @@ def _text_only(folder: Path) -> Path:
     checkpoint = Checkpoint.open(folder)
     if not has_text_part(checkpoint.config):
         return folder
-    out = _rewritten(folder, sorted(folder.glob("*.safetensors")))
-    if out.exists():
-        return out
-    say(f"copying the language model, without the vision tower, to {out}")
-    text = text_part(checkpoint)
-    with publishing(out) as staging:
+
+    def copy(out: Path) -> None:
+        say(f"copying the language model, without the vision tower, to {out.parent}")
+        text = text_part(checkpoint)
         check_disk(out, sum(info.nbytes for info in text.tensors.values()))
-        writer = ShardWriter(staging, text.tensors, max_shard_size=5_000_000_000)
+        writer = ShardWriter(out, text.tensors, max_shard_size=5_000_000_000)
         for name, info in text.tensors.items():
             writer.copy(name, folder / info.file, info.start)
         writer.finish()
-        checkpoint.copy_sidecars(staging, without=OF_IMAGES)
-        write_json(staging / "config.json", text.config)
-    return out
+        checkpoint.copy_sidecars(out, without=OF_IMAGES)
+        write_json(out / "config.json", text.config)
+
+    weights = sorted({folder / info.file for info in checkpoint.tensors.values()})
+    return kept(_place(folder, [*weights, *checkpoint.sidecars, folder / "config.json"]), copy)
 
 
-def _rewritten(folder: Path, weights: list[Path]) -> Path:
-    """Where the rewritten copy of these weights lies, or will."""
-    states = "".join(f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in weights)
-    return cache_folder() / "sources" / f"{folder.name}-{hashlib.sha256(states.encode()).hexdigest()[:16]}"
+def _place(folder: Path, read: list[Path]) -> Path:
+    """Where a copy that is made of these files lies, or will."""
+    states = [(str(file.resolve()), file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in read]
+    key = hashlib.sha256(json.dumps([_FORMAT, states]).encode()).hexdigest()
+    return cache_folder() / "sources" / f"{folder.name}-{key[:16]}"
 
 
 def _from_gguf(path: Path) -> Path:
     """Dequantise a GGUF file into the cache."""
     digest = _sha256(path)
-    out = cache_folder() / "sources" / f"{path.stem}-{digest[:16]}-{_GGUF_READER}"
-    if not out.exists():
-        say(f"dequantising {path.name} to float32 in {out}")
+
+    def dequantise(out: Path) -> None:
+        say(f"dequantising {path.name} to float32 in {out.parent}")
         gguf_source.dequantise(path, digest, out)
-    return out
+
+    return kept(cache_folder() / "sources" / f"{path.stem}-{digest[:16]}-{_FORMAT}", dequantise)
 
 
 def _sha256(path: Path) -> str:

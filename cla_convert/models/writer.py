@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from ..files import check_place, left_behind, own_mark, sync, write_json
+from ..files import check_place, write_json
+from ..staging import claimed, staged
 from .checkpoint import ELEMENT_SIZE, INDEX, TORCH_NAMES, TensorInfo, bytes_of
 
 if TYPE_CHECKING:
@@ -155,22 +156,20 @@ def publishing(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty staging folder beside `out`; on success it is synced and renamed to `out`, on failure removed.
 
     Raises:
-        InputError: `out` exists with content and `overwrite` is off, or it is not a folder that this tool wrote.
+        InputError: `out` exists with content and `overwrite` is off, it is not a folder that this tool wrote, or
+            another process is writing it.
     """
     out = out.absolute()
-    check_output(out, overwrite=overwrite)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(out)
-    staging = out.with_name(f".{out.name}.partial-{own_mark()}")
-    staging.mkdir()
-    try:
-        yield staging
-        for file in staging.rglob("*"):
-            sync(file)
-        _swap(staging, out)
-        sync(out.parent)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    check_place(out)
+
+    def free() -> bool:
+        check_output(out, overwrite=overwrite)
+        return True
+
+    with claimed(out):
+        free()
+        with staged(out, wanted=free) as staging:
+            yield staging
 
 
 def check_output(out: Path, *, overwrite: bool) -> None:
@@ -216,30 +215,3 @@ def disk_full_is_an_input_error(folder: Path) -> Iterator[None]:
                 f"The disk of {folder} is full", why=str(error), fix="Free some space and run again."
             ) from error
         raise
-
-
-def _swap(staging: Path, out: Path) -> None:
-    """Rename staging to out; an old out is kept aside until the new one stands."""
-    if not out.exists():
-        staging.rename(out)
-        return
-    old = out.with_name(f".{out.name}.old-{own_mark()}")
-    out.rename(old)
-    try:
-        staging.rename(out)
-    except OSError:
-        old.rename(out)
-        raise
-    shutil.rmtree(old)
-
-
-def _remove_stale(out: Path) -> None:
-    """Clean up after processes that were killed: drop their staging folders, put back what they had moved aside."""
-    for folder in out.parent.glob(f".{out.name}.*-*"):
-        kind, _, mark = folder.name.rsplit(".", 1)[1].partition("-")
-        if not left_behind(folder, mark):
-            continue
-        if kind == "old" and not out.exists():
-            folder.rename(out)
-        elif kind in ("old", "partial"):
-            shutil.rmtree(folder, ignore_errors=True)

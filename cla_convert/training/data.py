@@ -7,8 +7,8 @@ everything it depends on; `Sequences` then cuts the stream into rows. On the way
 
 import hashlib
 import json
-import shutil
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from ..console import human_count, say
 from ..effort import affordable_tokens
 from ..environment import cache_folder
 from ..errors import InputError
-from ..files import own_mark
+from ..files import load_json, read_kept, write_json
+from ..kept import kept
 from ..models.checkpoint import Checkpoint
 from ..models.writer import disk_full_is_an_input_error
 from ..recipe import Data, Recipe, Train
@@ -33,6 +34,7 @@ __all__ = ["Sequences", "TokenStore", "calibration_rows", "held_out_rows", "prep
 _WIDER, _VARIED = 16, 1_000_000
 """A little calibration text is taken from so many times as much, up to a million tokens: a few rows each of many
 documents say more than all of a few. Sampled text is too dear for that."""
+_FILES = ("train.bin", "starts.bin", "held_out.bin")
 _FORMAT = 9  # raise it when the same settings would give other tokens
 
 
@@ -75,11 +77,8 @@ def prepare_data(
     sources = [pinned(source) for source in data.sources or [sample_source()]]
     mixture = Mixture(sources, tokens, held_out_tokens, data.held_out, tokenizer, seed, model)
     folder = cache_dir / _cache_key(mixture)
-    if not folder.exists():
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with disk_full_is_an_input_error(cache_dir):
-            _publish(mixture, folder)
-    return _open(folder)
+    with disk_full_is_an_input_error(cache_dir):
+        return _open(kept(folder, partial(_write, mixture), intact=_intact))
 
 
 def say_passes(store: TokenStore, budget: int) -> None:
@@ -177,36 +176,40 @@ def _cache_key(mixture: Mixture) -> str:
         [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files],
         samples,
         [mixture.share, mixture.tokens, mixture.held_out_tokens, mixture.seed],
-        [vocabulary, mixture.tokenizer.bos_token_id, mixture.tokenizer.eos_token_id],
+        [vocabulary, leading(mixture.tokenizer), mixture.tokenizer.bos_token_id, mixture.tokenizer.eos_token_id],
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
 
 
-def _publish(mixture: Mixture, folder: Path) -> None:
-    """Build under a temporary name, then rename: a cache entry is whole or absent."""
-    temporary = folder.with_name(f".{folder.name}.{own_mark()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        info = mixture.build(temporary) | {"leading": leading(mixture.tokenizer)}
-        digest = hashlib.sha256()
-        for name in ("train.bin", "starts.bin", "held_out.bin"):
-            with (temporary / name).open("rb") as file:
-                while chunk := file.read(1 << 22):
-                    digest.update(chunk)
-            digest.update(name.encode())
-        (temporary / "info.json").write_text(json.dumps(info | {"digest": digest.hexdigest()}, indent=2))
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if not folder.exists():  # otherwise another process was faster with the same content
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def _write(mixture: Mixture, folder: Path) -> None:
+    info = mixture.build(folder) | {"leading": leading(mixture.tokenizer)}
+    write_json(folder / "info.json", info | {"digest": _digest(folder)})
+
+
+def _intact(folder: Path) -> bool:
+    """Whether the tokens are those that were written. Looked at once in a process, and again if a file has changed."""
+    info = read_kept(folder / "info.json") or {}
+    states = [(folder / name).stat() for name in _FILES]
+    return info.get("digest") == _known_digest(folder, tuple((s.st_ino, s.st_mtime_ns, s.st_ctime_ns) for s in states))
+
+
+@cache
+def _known_digest(folder: Path, _states: tuple[tuple[int, ...], ...]) -> str:
+    return _digest(folder)
+
+
+def _digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for name in _FILES:
+        with (folder / name).open("rb") as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+        digest.update(name.encode())
+    return digest.hexdigest()
 
 
 def _open(folder: Path) -> TokenStore:
-    info = json.loads((folder / "info.json").read_text())
+    info = load_json(folder / "info.json")
 
     def array(name: str, dtype: str) -> np.ndarray:
         path = folder / f"{name}.bin"

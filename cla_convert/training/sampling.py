@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 
-from ..console import progress, say
+from ..console import progress, say, warn
 from ..errors import InputError
 from ..files import atomic, read_json, write_json
 from ..models.checkpoint import Checkpoint
@@ -107,10 +108,12 @@ def sampled(
             most = most or automatic_rows(model, settings.length)
             rows = min(most, -int(-needed // (settings.length * (1 - settings.drop))))
             path = folder / f"{number:06d}-{rows}.npz"  # another size: other samples
-            if not path.exists():
+            if (documents := _kept(path, settings.drop)) is None:
                 sampler = sampler or _Sampler(model, tokenizer, settings, folder)
                 try:
-                    _keep(path, sampler.sample(rows, _seed(seed, number), bar))
+                    made = sampler.sample(rows, _seed(seed, number), bar)
+                    _keep(path, made)
+                    documents = made.likely(settings.drop)
                 except torch.OutOfMemoryError as error:
                     if rows == 1 or settings.batch_size != "auto":
                         raise InputError(
@@ -118,12 +121,12 @@ def sampled(
                             fix="Lower generate.batch_size or generate.length.",
                         ) from error
                     most = rows // 2
-                if most < rows:  # outside of the handler, which holds on to what did not fit
+                if documents is None:  # outside of the handler, which holds on to what did not fit
                     sampler.forget()
                     say(f"{rows} rows at a time do not fit into memory: trying {most}")
                     continue
             batch = []
-            for index, ids in enumerate(_kept(path, settings.drop)):
+            for index, ids in enumerate(documents):
                 if (ids := ids[: int(min(limit - done, ids.size))]).size:
                     done += ids.size
                     batch.append(Document(ids, f"{folder.name}/{number}/{index}"))
@@ -211,6 +214,15 @@ class _Batch:
         lengths = np.diff(np.append(starts, ids.size))
         return cls(ids.astype(np.uint32), lengths, np.where(counts < _JUDGED, np.nan, losses))
 
+    def likely(self, drop: float) -> list[np.ndarray]:
+        """The documents, but for the share that the model itself finds least likely."""
+        documents = np.split(self.ids, np.cumsum(self.lengths)[:-1])
+        judged = self.losses[~np.isnan(self.losses)]
+        if not drop or not judged.size:
+            return documents
+        bound = np.quantile(judged, 1 - drop)
+        return [ids for ids, loss in zip(documents, self.losses, strict=True) if not loss > bound]
+
 
 def _ends(model: SourceModel, tokenizer: Any) -> set[int]:
     own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -241,12 +253,13 @@ def _keep(path: Path, batch: _Batch) -> None:
         np.savez(file, ids=batch.ids, lengths=batch.lengths, losses=batch.losses)
 
 
-def _kept(path: Path, drop: float) -> list[np.ndarray]:
-    """The documents of a batch, but for the share that the model itself finds least likely."""
-    with np.load(path) as batch:
-        documents, losses = np.split(batch["ids"], np.cumsum(batch["lengths"])[:-1]), batch["losses"]
-    judged = losses[~np.isnan(losses)]
-    if not drop or not judged.size:
-        return documents
-    bound = np.quantile(judged, 1 - drop)
-    return [ids for ids, loss in zip(documents, losses, strict=True) if not loss > bound]
+def _kept(path: Path, drop: float) -> list[np.ndarray] | None:
+    """The documents of a batch as `likely` gives them; None where there is none, or a damaged one."""
+    if not path.exists():
+        return None
+    try:
+        with np.load(path) as batch:  # a checksum goes with each array
+            return _Batch(batch["ids"], batch["lengths"], batch["losses"]).likely(drop)
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        warn(f"{path} is damaged ({error}): it is sampled again")
+        return None

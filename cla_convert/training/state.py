@@ -28,9 +28,9 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from ..console import human_bytes, warn
 from ..errors import TrainingError
-from ..files import sync
 from ..recipe import PLACES, on_resume
 from ..recipe_file import is_named, told
+from ..staging import sync
 from .parallel import Team
 from .sharded import own_rows
 

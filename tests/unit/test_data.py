@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tokenizers import processors
 from cla_convert.errors import InputError
 from cla_convert.recipe import Data, Recipe, TextSource, Train
 from cla_convert.recipe_file import validate
+from cla_convert.training import data as data_module
 from cla_convert.training import tokenise
 from cla_convert.training.data import (
     Sequences,
@@ -189,6 +191,37 @@ def test_the_cache_is_used_and_follows_what_it_depends_on(tmp_path: Path, table:
     pq.write_table(pa.table({"text": [text.upper() for text in TEXTS]}), table)
     assert prepare(tmp_path, source, tokens=500).digest != first.digest
     assert prepare(tmp_path, source, tokens=501).train.size == 501
+
+
+@pytest.mark.parametrize("damage", ["zeros", "cut off", "no info", "half an info"])
+@pytest.mark.parametrize("name", ["train", "held_out", "starts"])
+def test_a_damaged_entry_is_tokenised_again(
+    tmp_path: Path, table: Path, name: str, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = TextSource(path=str(table))
+    whole = prepare(tmp_path, source, tokens=500)
+    content = [whole.train.tobytes(), whole.held_out.tobytes(), whole.starts.tobytes()]
+    (file,) = (tmp_path / "cache").glob(f"*/{name}.bin")
+    if "info" in damage:
+        text = (file.parent / "info.json").read_text()
+        (file.parent / "info.json").write_text(text[: len(text) // 2])
+        if damage == "no info":
+            (file.parent / "info.json").unlink()
+    else:
+        size = file.stat().st_size
+        os.truncate(file, size // 2)
+        os.truncate(file, size if damage == "zeros" else size // 2)
+    again = prepare(tmp_path, source, tokens=500)
+    assert [again.train.tobytes(), again.held_out.tobytes(), again.starts.tobytes()] == content
+    assert again.digest == whole.digest and capsys.readouterr().err.count("damaged: it is made again") == 1
+
+
+def test_an_entry_is_looked_through_once(tmp_path: Path, table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = TextSource(path=str(table))
+    prepare(tmp_path, source, tokens=500)
+    prepare(tmp_path, source, tokens=500)
+    monkeypatch.setattr(data_module, "_digest", lambda folder: pytest.fail("read once more"))
+    prepare(tmp_path, source, tokens=500)
 
 
 def test_a_failed_build_leaves_nothing_behind(tmp_path: Path) -> None:

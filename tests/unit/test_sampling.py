@@ -1,6 +1,7 @@
 """Text sampled from a model: its own distribution, the same for a seed, kept batch by batch."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -209,6 +210,24 @@ def test_a_seed_fixes_the_samples_wherever_they_stop(
     with monkeypatch.context() as patch:  # all of it is there: no model is loaded
         patch.setattr(sampling, "load_model", lambda *_, **__: pytest.fail("loaded"))
         assert len(sample(cache=tmp_path / "whole")) == len(whole)
+
+
+@pytest.mark.parametrize("damage", ["zeros", "cut off", "empty"])
+def test_a_damaged_batch_is_sampled_again(
+    tmp_path: Path, sample: Callable[..., list[np.ndarray]], damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = [document.tolist() for document in sample()]
+    file = sorted(tmp_path.rglob("*.npz"))[1]
+    size, half = file.stat().st_size, file.stat().st_size // 2
+    if damage == "zeros":
+        content = file.read_bytes()
+        file.write_bytes(content[:100] + bytes(half) + content[100 + half :])
+    else:
+        os.truncate(file, half if damage == "cut off" else 0)
+    for warned in (1, 0):
+        assert [document.tolist() for document in sample()] == whole
+        assert capsys.readouterr().err.count("sampled again") == warned
+    assert file.stat().st_size == size
 
 
 def test_no_more_is_sampled_than_is_asked_for(folder: Path, tmp_path: Path) -> None:
