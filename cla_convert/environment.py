@@ -182,10 +182,19 @@ def launched() -> bool:
     return "CLA_CONVERT_COMMAND" in os.environ
 
 
+def on_command_line() -> bool:
+    """Whether `cla-convert` was started, and not a Python of the user's that imports it."""
+    started = Path(sys.argv[0])
+    as_module = started.name == "__main__.py" and "cla_convert" in started.parts[-3:]
+    return as_module or started.stem in ("cla-convert", "cla-convert-script")
+
+
 def command_line() -> str:
     """The command that continues this process, ready to paste: its own, without what would start over."""
     if given := os.environ.get("CLA_CONVERT_COMMAND"):  # of the process that started this one
         return given
+    if not on_command_line():
+        return shlex.join(["python", *sys.argv]) if Path(sys.argv[0]).is_file() else "the same lines of Python"
     program = ["cla-convert"]
     if world_size() > 1:
         program = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], "-m", "cla_convert"]
