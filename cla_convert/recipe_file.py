@@ -27,12 +27,15 @@ class Resolved:
     origins: dict[str, str]
 
     def table(self) -> str:
-        """One line per value that was given: name, value, origin."""
+        """One line per value that differs from its default or was given on the command line: name, value, origin."""
         values = flatten(self.recipe.model_dump(mode="json"))
         short = flatten(self.recipe.model_dump(mode="json", exclude_defaults=True))  # of what lies in lists, too
-        given = {name: short.get(name, value) for name, value in values.items() if name in self.origins}
+        typed = {name for name, origin in self.origins.items() if origin != "recipe"}
+        given = {name: short.get(name, value) for name, value in values.items() if name in short or name in typed}
         width = max(map(len, given), default=0)
-        lines = [f"{name:<{width}}  {value!r:<28}  {self.origins[name]}" for name, value in given.items()]
+        lines = [
+            f"{name:<{width}}  {value!r:<28}  {self.origins.get(name, 'default')}" for name, value in given.items()
+        ]
         return "\n".join([*lines, f"{len(values) - len(given)} other settings have their defaults"])
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..console import data, data_json
+from ..console import data, data_json, say
 from ..environment import command_line
 from ..files import check_place
 from .app import Json, Quiet, app
@@ -54,6 +54,10 @@ def bench(
 
     Both models run on this machine in turn; nothing is computed from the config.
     """
+    sizes, room = numbers_of(batch_sizes, "--batch-sizes"), size_of(memory, "--memory")
+    if out:
+        check_place(out)
+    say("starting ...")  # torch and transformers take seconds to import, on a busy machine many
     # The cache grows at every step; without this, CUDA memory falls into pieces that no longer fit.
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):  # torch before 2.9 knows only the second
         os.environ.setdefault(name, "expandable_segments:True")
@@ -64,9 +68,6 @@ def bench(
     from ..models.source import resolve_source
     from ..report.render import render_bench
 
-    sizes, room = numbers_of(batch_sizes, "--batch-sizes"), size_of(memory, "--memory")
-    if out:
-        check_place(out)
     device = pick_device(device, "--device ")
     folders = [resolve_source(model) for model in (source, converted)]
     check_order(folders[0], folders[1], f"cla-convert bench {converted} {source}")

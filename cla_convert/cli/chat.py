@@ -30,6 +30,7 @@ def chat(
 
     Lines come from the terminal or a pipe. /reset begins a new conversation; Ctrl-D ends.
     """
+    say("starting ...")  # torch takes seconds to import, on a busy machine many
     from ..chat import Manner, Speaker, check_length, lines_of
     from ..chat import chat as converse
     from ..environment import choose_dtype, pick_device

@@ -49,13 +49,13 @@ def evaluate(
         "eval.task_data": task_data,
     }
     settings = settings_of(recipe, sets, options | {"eval.backend": backend})
-    device = pick_device(settings.device)
     if out:
         check_place(out)
     if not settings.eval.tasks:
         raise UsageError("No tasks to evaluate", fix="Name some with --tasks, or leave it out for the offline pack.")
     local_path(model)
-    say("reading tasks and model ...")  # lm-eval alone takes seconds to import
+    say("reading tasks and model ...")  # torch and lm-eval take seconds to import, on a busy machine many
+    device = pick_device(settings.device)
     from ..evaluation.backend import check_backend
     from ..evaluation.harness import check_tasks
     from ..evaluation.points import Bench, evaluate_points, shared_work
