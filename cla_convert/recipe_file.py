@@ -55,7 +55,14 @@ def is_named(name: str, given: Collection[str]) -> bool:
 
 def told(name: str, before: Any, after: Any) -> str:
     """A setting that changed: `train.clip: 1.0 -> 0.5`."""
-    return f"{name}: {before!r} -> {after!r}"
+    return f"{name}: {_given(before)!r} -> {_given(after)!r}"
+
+
+def _given(value: Any) -> Any:
+    """A value without what nobody gave in the sections that lie in lists."""
+    if isinstance(value, list):
+        return [_given(one) for one in value]
+    return {name: one for name, one in value.items() if one is not None} if isinstance(value, dict) else value
 
 
 def parse_overrides(assignments: list[str]) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def check_same_recipe(folder: RunFolder, recipe: Recipe, overwrite: bool, allow_
     if refused:
         raise UsageError(
             f"{path} holds a run of another recipe",
-            why="; ".join(changed[name] for name in refused),
+            why="\n       ".join(changed[name] for name in refused),
             fix=_what_to_do([name for name in refused if name in can_be_allowed]),
         )
 
@@ -57,7 +57,7 @@ def check_reported(folder: RunFolder, recipe: Recipe) -> None:
     if changed := {name: told for name, told in _changes(folder, recipe).items() if name != "device"}:
         raise UsageError(
             f"{folder.path} holds results of another recipe",
-            why="; ".join(changed.values()),
+            why="\n       ".join(changed.values()),
             fix=f"Evaluate with this one first, or give the one it was made with: {folder.recipe}",
         )
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..console import data, data_json, say
-from ..environment import command_line
+from ..environment import command_line, import_slowly
 from ..files import check_place
 from .app import Json, Quiet, app
 from .words import number, numbers_of, size_of, whole
@@ -57,10 +57,11 @@ def bench(
     sizes, room = numbers_of(batch_sizes, "--batch-sizes"), size_of(memory, "--memory")
     if out:
         check_place(out)
-    say("starting ...")  # torch and transformers take seconds to import, on a busy machine many
+    say("starting ...")
     # The cache grows at every step; without this, CUDA memory falls into pieces that no longer fit.
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):  # torch before 2.9 knows only the second
         os.environ.setdefault(name, "expandable_segments:True")
+    import_slowly("torch", "transformers")
     from ..bench.bench import bench as measure
     from ..bench.bench import check_order
     from ..bench.results import write_results

@@ -1,11 +1,12 @@
 """Under what the stages of a run were made, where that was not the same for all: told stage by stage."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 
 from .content import Column, Row, Table
 from .formats import duration, hardware_line
 from .run_folder import Json, RunFiles
-from .text import Text, code
+from .text import Text
 
 
 def invocations_of(run: RunFiles) -> list[Json]:
@@ -48,19 +49,20 @@ def mixed(invocations: Sequence[Json]) -> list[str]:
 def table(invocations: Sequence[Json]) -> Table:
     """What each made, when, and under what that others were not made under."""
     several = {name for name, versions in versions_of(invocations).items() if len(versions) > 1}
-    columns = [Column("Made", text=True), Column("Begun", text=True), Column("By", text=True, long=True)]
-    columns += [Column("With", text=True, long=True)] if several else []
-    columns += [Column("On", text=True, long=True)] if "machine or device" in mixed(invocations) else []
-    return Table(columns, [_row(one, several, len(columns) - 3 - bool(several)) for one in invocations])
-
-
-def _row(one: Json, several: set[str], with_machine: int) -> Row:
-    cells: list[Text] = [stages_of(one), str(one.get("began") or ""), code(one.get("command") or "not recorded")]
+    shown: dict[str, Callable[[Json], Text]] = {"Made": stages_of, "Begun": lambda one: _minute(one.get("began"))}
+    if len({one.get("command") for one in invocations}) > 1:
+        shown["By"] = lambda one: str(one.get("command") or "not recorded")  # as text it is broken into lines
     if several:
-        cells.append(_versions(one.get("versions") or {}, several))
-    if with_machine:
-        cells.append(f"{one.get('device')}: {hardware_line(one.get('hardware') or {})}")
-    return Row(cells)
+        shown["With"] = lambda one: _versions(one.get("versions") or {}, several)
+    if "machine or device" in mixed(invocations):
+        shown["On"] = lambda one: f"{one.get('device')}: {hardware_line(one.get('hardware') or {})}"
+    columns = [Column(title, text=True, long=title not in ("Made", "Begun")) for title in shown]
+    return Table(columns, [Row([cell(one) for cell in shown.values()]) for one in invocations])
+
+
+def _minute(moment: object) -> str:
+    """`2026-11-26T09:13:41+00:00` -> `2026-11-26 09:13 UTC`; what is none of ours stays."""
+    return re.sub(r"^(\d{4}-\d\d-\d\d)T(\d\d:\d\d):\d\d\+00:00$", r"\1 \2 UTC", str(moment or ""))
 
 
 def _versions(versions: Mapping[str, str], names: set[str]) -> str:

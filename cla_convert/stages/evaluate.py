@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..console import warn
+from ..console import progress, warn
 from ..environment import cache_folder, pick_device
 from ..recipe import Recipe
 from ..record import recorded
@@ -41,9 +41,13 @@ def _evaluate(recipe: Recipe, folder: RunFolder) -> dict[str, PointResult]:
         folder.evaluation.path, pick_device(recipe.device), recipe.seed, texts_of(recipe, folder), cache_dir=cache
     )
     results = evaluate_points(points, recipe.eval, bench)
-    for point, model in points.items():
-        measure_cache(recipe, folder, point, model)
-    write_comparison(folder.path, margins=Margins.of(recipe.eval), seed=recipe.seed)
+    with progress(len(points) + 1, "KV cache, statistics", unit="step", leave=False) as bar:
+        for point, model in points.items():
+            bar.note(point)
+            measure_cache(recipe, folder, point, model)
+            bar.update()
+        bar.note("statistics")
+        write_comparison(folder.path, margins=Margins.of(recipe.eval), seed=recipe.seed)
     return {point: PointResult.model_validate(result) for point, result in results.items()}
 
 

@@ -52,7 +52,9 @@ def show(report: Json) -> Sequence[Block]:
     ]
     blocks: list[Block] = [Listing(report["command"] or "(the command was not recorded)")]
     if len(invocations) > 1:
-        blocks += [Paragraph("This run was not made in one go; the command above is the last one."), table(invocations)]
+        of_several = len({one.get("command") for one in invocations}) > 1
+        told = "This run was not made in one go" + ("; the command above is the last one." if of_several else ".")
+        blocks += [Paragraph(told), table(invocations)]
     blocks += [Paragraph(changed(change)) for change in (report["train"] or {}).get("changes") or []]
     blocks.append(Facts(facts))
     if hashes := {name: value for name, value in report["hashes"].items() if value}:
