@@ -1,7 +1,9 @@
 """What reaches the terminal: errors in red there and plain elsewhere, messages on lines of their own."""
 
 import io
+import re
 import sys
+import time
 from contextlib import suppress
 
 import pytest
