@@ -35,7 +35,7 @@ def _tokens(request: Any, tokenizer: "PreTrainedTokenizerBase", context: int) ->
     if request.request_type == "generate_until":
         from lm_eval.models.utils import normalize_gen_kwargs
 
-        return normalize_gen_kwargs(request.args[1], _GENERATED)["max_gen_toks"] + 1  # and a prompt
+        return normalize_gen_kwargs(request.args[1], _GENERATED).get("max_gen_toks", _GENERATED) + 1  # and a prompt
     if request.request_type != "loglikelihood":
         return 0
     prompt, answer = request.args
