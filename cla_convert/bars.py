@@ -5,7 +5,9 @@ belongs to whoever knows how much there is to do, and a loop far below need not 
 """
 
 import sys
+import threading
 import time
+from itertools import cycle
 from types import TracebackType
 from typing import Any, Self
 
@@ -93,17 +95,26 @@ class Hidden(Bar):
 
 
 class TerminalBar(Bar):
-    """A line of the terminal that changes, as wide as that is."""
+    """A line of the terminal that changes, as wide as that is; a sign behind its name turns while a step takes long."""
 
-    def __init__(self, total: float, desc: str, *, leave: bool = True, **options: Any) -> None:
-        """As `Bar`; without `leave` it is gone once the work is done."""
+    def __init__(self, total: float, desc: str, *, leave: bool = True, shape: str = "", **options: Any) -> None:
+        """As `Bar`; without `leave` it is gone once the work is done. `shape` is a bar_format of tqdm's."""
         from tqdm import tqdm
 
         super().__init__(total, desc, **options)
+        self._signs = cycle("-\\|/")
         self._bar = tqdm(
             total=total, initial=self.n, desc=desc, unit=self._unit, leave=leave, file=sys.stderr, dynamic_ncols=True,
-            mininterval=0.2, maxinterval=1.0, unit_scale=total >= 10_000, bar_format=_FORMAT,
+            mininterval=0.2, maxinterval=1.0, unit_scale=total >= 10_000, bar_format=shape or _FORMAT,
         )  # fmt: skip
+        self._shown = time.monotonic()
+        _Heart.begin()
+
+    def beat(self) -> None:
+        """Show that work goes on, where it has not shown so itself for a second."""
+        if time.monotonic() - self._shown > _BEAT:
+            self._bar.desc = f"{self._desc} {next(self._signs)}"
+            self._bar.refresh()
 
     def _begin(self) -> None:
         pass
@@ -113,16 +124,38 @@ class TerminalBar(Bar):
         self._bar.set_postfix_str(text, refresh=False)
 
     def _show(self) -> None:
+        self._shown, self._bar.desc = time.monotonic(), self._desc
         if self.n > self._bar.n:
             self._bar.update(self.n - self._bar.n)
         else:
             self._bar.refresh()  # the clock goes on, and the note may be another
 
     def _end(self) -> None:
+        self._bar.desc = self._desc
         self._bar.close()
 
 
 _FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {remaining} left, {rate_fmt}{postfix}"
+_BEAT = 1.0
+
+
+class _Heart(threading.Thread):
+    """Lets the innermost bar of a terminal beat, once a second, whatever the work is at."""
+
+    _one: "_Heart | None" = None
+
+    @classmethod
+    def begin(cls) -> None:
+        """There is one, for as long as the process lives."""
+        if cls._one is None or not cls._one.is_alive():  # a process that was forked has none
+            cls._one = cls(daemon=True)
+            cls._one.start()
+
+    def run(self) -> None:
+        while True:
+            time.sleep(_BEAT)
+            if shown := [bar for bar in tuple(_open) if isinstance(bar, TerminalBar)]:
+                shown[-1].beat()
 
 
 def tick(counts: str, n: float = 1, note: str | None = None) -> None:

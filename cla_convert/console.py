@@ -122,3 +122,10 @@ def progress(
     if sys.stderr.isatty():
         return bars.TerminalBar(total, desc, unit=unit, counts=counts, initial=initial, leave=leave)
     return bars.Bar(total, desc, unit=unit, counts=counts, initial=initial)
+
+
+def waiting(desc: str) -> bars.Bar:
+    """Work of which nobody knows how far it is: on a terminal a line with a clock, gone once it is done."""
+    if _quiet or not sys.stderr.isatty():
+        return bars.Hidden(1, desc, unit="it")
+    return bars.TerminalBar(1, desc, unit="it", leave=False, shape="{desc} {elapsed}{postfix}")

@@ -5,17 +5,28 @@ import platform
 import re
 import shlex
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from .console import waiting
 from .errors import UsageError, did_you_mean
+from .version import __version__
 
-PACKAGES = ["cla-convert", "torch", "transformers", "safetensors", "lm-eval", "datasets", "tokenizers", "numpy", "gguf"]
+PACKAGES = ["torch", "transformers", "safetensors", "lm-eval", "datasets", "tokenizers", "numpy", "gguf"]
 
 
 def cache_folder() -> Path:
     """Where rewritten sources and cached results live: $CLA_CONVERT_CACHE or ~/.cache/cla-convert."""
     return Path(os.environ.get("CLA_CONVERT_CACHE", Path.home() / ".cache" / "cla-convert"))
+
+
+def import_slowly(*packages: str) -> None:
+    """Import what takes seconds, on a busy machine many; a terminal shows that it goes on."""
+    with waiting("importing") as bar:
+        for package in packages:
+            bar.note(package)
+            import_module(package)
 
 
 def pick_device(wanted: str = "auto", given_by: str = "--set device=") -> str:
@@ -96,7 +107,7 @@ def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide the numbers."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "cla-convert": __version__}
     for package in PACKAGES:
         try:
             found[package] = version(package)
@@ -192,10 +203,19 @@ def launched() -> bool:
     return "CLA_CONVERT_COMMAND" in os.environ
 
 
+def on_command_line() -> bool:
+    """Whether `cla-convert` was started, and not a Python of the user's that imports it."""
+    started = Path(sys.argv[0])
+    as_module = started.name == "__main__.py" and "cla_convert" in started.parts[-3:]
+    return as_module or started.stem in ("cla-convert", "cla-convert-script")
+
+
 def command_line() -> str:
     """The command that continues this process, ready to paste: its own, without what would start over."""
     if given := os.environ.get("CLA_CONVERT_COMMAND"):  # of the process that started this one
         return given
+    if not on_command_line():
+        return shlex.join(["python", *sys.argv]) if Path(sys.argv[0]).is_file() else "the same lines of Python"
     program = _torchrun() if world_size() > 1 else ["cla-convert"]
     return shlex.join([*program, *(word for word in sys.argv[1:] if word not in ("--overwrite", "--no-resume"))])
 

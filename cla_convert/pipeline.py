@@ -5,17 +5,13 @@ line resumes after any interruption. This file holds the order of things; what a
 """
 
 import tempfile
-import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
-from datetime import UTC, datetime
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .console import say
-from .environment import command_line, hardware, pick_device, versions
 from .recipe import Recipe
-from .results import ConvertResult, Environment, Json, PlanResult, PointResult, Result, TrainResult
+from .results import ConvertResult, Json, PlanResult, PointResult, Result, TrainResult
 from .run_folder import RunFolder
 from .same_recipe import check_same_recipe
 from .stages.check import check
@@ -76,8 +72,7 @@ def run(
         outcome: Outcome = {}
         for number, (name, stage) in enumerate(stages.items(), 1):
             say(f"\n[{number}/{len(stages)}] {name}")
-            with timed(recipe, folder, name):
-                outcome = stage()
+            outcome = stage()
             if name == until:
                 break
         return outcome
@@ -119,26 +114,3 @@ def to_json(outcome: Outcome) -> Json:
     if isinstance(outcome, Result):
         return outcome.to_json()
     return {name: value.to_json() if isinstance(value, Result) else value for name, value in outcome.items()}
-
-
-@contextmanager
-def timed(recipe: Recipe, folder: RunFolder, stage: str) -> Iterator[None]:
-    """Record the environment, and the seconds spent in a stage (added up over resumed runs)."""
-    started = time.monotonic()
-    folder.environment.read()  # a damaged file is found before the work
-    try:
-        yield
-    finally:
-        before = folder.environment.read() or Environment(stages={})
-        spent = round(before.stages.get(stage, 0) + time.monotonic() - started, 1)
-        now = {
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            **before.to_json(),
-            "command": command_line(),
-            "versions": versions(),
-            "hardware": hardware(),
-            "device": pick_device(recipe.device),
-            "seeds": {"seed": recipe.seed},
-            "stages": before.stages | {stage: spent},
-        }
-        folder.environment.write(Environment.model_validate(now))

@@ -27,12 +27,15 @@ class Resolved:
     origins: dict[str, str]
 
     def table(self) -> str:
-        """One line per value that was given: name, value, origin."""
+        """One line per value that differs from its default or was given on the command line: name, value, origin."""
         values = flatten(self.recipe.model_dump(mode="json"))
         short = flatten(self.recipe.model_dump(mode="json", exclude_defaults=True))  # of what lies in lists, too
-        given = {name: short.get(name, value) for name, value in values.items() if name in self.origins}
+        typed = {name for name, origin in self.origins.items() if origin != "recipe"}
+        given = {name: short.get(name, value) for name, value in values.items() if name in short or name in typed}
         width = max(map(len, given), default=0)
-        lines = [f"{name:<{width}}  {value!r:<28}  {self.origins[name]}" for name, value in given.items()]
+        lines = [
+            f"{name:<{width}}  {value!r:<28}  {self.origins.get(name, 'default')}" for name, value in given.items()
+        ]
         return "\n".join([*lines, f"{len(values) - len(given)} other settings have their defaults"])
 
 
@@ -52,7 +55,14 @@ def is_named(name: str, given: Collection[str]) -> bool:
 
 def told(name: str, before: Any, after: Any) -> str:
     """A setting that changed: `train.clip: 1.0 -> 0.5`."""
-    return f"{name}: {before!r} -> {after!r}"
+    return f"{name}: {_given(before)!r} -> {_given(after)!r}"
+
+
+def _given(value: Any) -> Any:
+    """A value without what nobody gave in the sections that lie in lists."""
+    if isinstance(value, list):
+        return [_given(one) for one in value]
+    return {name: one for name, one in value.items() if one is not None} if isinstance(value, dict) else value
 
 
 def parse_overrides(assignments: list[str]) -> dict[str, Any]:

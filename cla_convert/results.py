@@ -129,8 +129,25 @@ class Domains(Result):
     domains: dict[str, Json]
 
 
+class Invocation(Result):
+    """Under what one or more stages of a run were made; what was interrupted and resumed under other is in both."""
+
+    began: str | None = None
+    command: str | None = None
+    versions: dict[str, str] = {}
+    hardware: Json | None = None
+    device: str | None = None
+    stages: dict[str, float] = {}
+    """Seconds by stage."""
+
+
 class Environment(Result):
-    """environment.json: where and how a run was made. Its presence marks a folder as a run."""
+    """environment.json: where and how a run was made. Its presence marks a folder as a run.
+
+    Beside what is named here it holds what the last invocation that made something holds.
+    """
 
     stages: dict[str, float] = {}
     """Seconds by stage, added up over resumed runs."""
+    invocations: list[Invocation] = []
+    """In order of time; each another command, other versions, another machine or device."""

@@ -243,6 +243,17 @@ class RunFolder:
         patterns = ("*.json", "*.jsonl", "*.yaml", "control/*.json*", "eval/*.json", "eval/*/*.json", "eval/*/*/*.json")
         return [file for pattern in patterns for file in self.path.glob(pattern)]
 
+    def made_by(self, stage: str) -> dict[Path, int]:
+        """What there is of a stage's results, and when each was written."""
+        files = {
+            "plan": [self.plan.path],
+            "convert": [self.convert.path],
+            "uptrain": [file for of in (self.training, self.control) for file in (of.metrics, of.result.path)],
+            "eval": [*self.evaluation.path.glob("*/**/*.json")],
+            "report": [*self.pages.values()],
+        }
+        return {file: file.stat().st_mtime_ns for file in files[stage] if file.exists()}
+
     def source(self, recipe: Recipe) -> Path:
         """The source model as a local safetensors folder, found (downloaded, dequantised) once. Raises InputError."""
         return self._find(recipe, recipe.source.model, recipe.source.revision, to_convert=True)

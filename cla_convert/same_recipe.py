@@ -2,11 +2,22 @@
 
 from collections.abc import Collection
 
+from .environment import launched, on_command_line, rank
 from .errors import UsageError
 from .recipe import FREE, NAMED, PLACES, Recipe, on_resume
 from .recipe_file import flatten, is_named, read_yaml, told
 from .removed import without_removed
 from .run_folder import RunFolder
+
+
+def continue_under(recipe: Recipe, folder: RunFolder, allow_changes: Collection[str] = ()) -> None:
+    """What every stage that makes something begins with: `check_same_recipe`, then record the recipe in the folder.
+
+    Not where a verb was given a single model: that is of no run. Raises UsageError.
+    """
+    if folder.converts and not launched() and rank() == 0:  # else another process has done it
+        check_same_recipe(folder, recipe, False, allow_changes)
+        folder.save_recipe(recipe)
 
 
 def check_same_recipe(folder: RunFolder, recipe: Recipe, overwrite: bool, allow_changes: Collection[str] = ()) -> None:
@@ -23,28 +34,43 @@ def check_same_recipe(folder: RunFolder, recipe: Recipe, overwrite: bool, allow_
     """
     path = folder.path
     if path.is_file():
-        raise UsageError(f"{path} is a file", fix="Give a folder for --out.")
+        raise UsageError(f"{path} is a file", fix=f"Give {_a_folder()}.")
     if path.is_dir() and any(path.iterdir()) and not folder.begun:
-        raise UsageError(f"{path} is not empty and holds no run", fix="Give another folder for --out.")
+        raise UsageError(f"{path} is not empty and holds no run", fix=f"Give {_another_folder()}.")
     if overwrite or not folder.begun or not folder.has_work:
         return
-    before = flatten(without_removed(read_yaml(folder.recipe)))
-    after = flatten(recipe.model_dump(mode="json"))
-    changed = {
-        name: told(name, before.get(name), after.get(name))
-        for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name) and on_resume(name) is not FREE
-    }
+    changed = {name: told for name, told in _changes(folder, recipe).items() if on_resume(name) is not FREE}
     can_be_allowed = {name for name in changed if _can_be_allowed(name, folder)}
     refused = [name for name in changed if name not in can_be_allowed or not is_named(name, allow_changes)]
     if refused:
-        options = " ".join(f"--allow-change {name}" for name in refused if name in can_be_allowed)
         raise UsageError(
             f"{path} holds a run of another recipe",
-            why="; ".join(changed[name] for name in refused),
-            fix=f"{f'Accept it with {options}, give' if options else 'Give'} another --out, or --overwrite to start "
-            "this folder anew.",
+            why="\n       ".join(changed[name] for name in refused),
+            fix=_what_to_do([name for name in refused if name in can_be_allowed]),
         )
+
+
+def check_reported(folder: RunFolder, recipe: Recipe) -> None:
+    """Raise UsageError if the results in a folder are of another recipe: of other settings of the evaluation, too."""
+    if not folder.begun:
+        return
+    if changed := {name: told for name, told in _changes(folder, recipe).items() if name != "device"}:
+        raise UsageError(
+            f"{folder.path} holds results of another recipe",
+            why="\n       ".join(changed.values()),
+            fix=f"Evaluate with this one first, or give the one it was made with: {folder.recipe}",
+        )
+
+
+def _changes(folder: RunFolder, recipe: Recipe) -> dict[str, str]:
+    """Every setting that differs from the folder's, and how."""
+    before = flatten(without_removed(read_yaml(folder.recipe)))
+    after = flatten(recipe.model_dump(mode="json"))
+    return {
+        name: told(name, before.get(name), after.get(name))
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    }
 
 
 def _can_be_allowed(name: str, folder: RunFolder) -> bool:
@@ -52,3 +78,21 @@ def _can_be_allowed(name: str, folder: RunFolder) -> bool:
         return False
     mark = on_resume(name)
     return mark is NAMED or (mark is PLACES and not folder.training.checkpoints.exists())
+
+
+def _what_to_do(can_be_allowed: list[str]) -> str:
+    """With a run of another recipe, of which so much may differ."""
+    if not on_command_line():
+        accept = f"Call uptrain with allow_changes={can_be_allowed!r}, or give" if can_be_allowed else "Give"
+        return f"{accept} {_another_folder()}."
+    options = " ".join(f"--allow-change {name}" for name in can_be_allowed)
+    accept = f"Accept it with {options}, give" if options else "Give"
+    return f"{accept} {_another_folder()}, or --overwrite to start this folder anew."
+
+
+def _a_folder() -> str:
+    return "a folder for --out" if on_command_line() else "a folder"
+
+
+def _another_folder() -> str:
+    return "another --out" if on_command_line() else "another folder"

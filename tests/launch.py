@@ -49,6 +49,7 @@ def prepare(folder: Path, source: Path) -> Path:
                 "data": {"sources": [{"path": str(folder / "text.jsonl")}], "held_out": 0.1},
                 "train": dict(sequence_length=LENGTH, batch_tokens=BATCH * LENGTH, micro_batch_size=2,
                               precision="float32", learning_rate=3e-3, validation_tokens=4 * LENGTH),
+                "eval": {"tasks": ["openbookqa"], "limit": 1},
                 "device": "cpu",
             }
         )

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from ..console import data, data_json
-from ..environment import command_line
+from ..console import data, data_json, say
+from ..environment import command_line, import_slowly
 from ..files import check_place
 from .app import Json, Quiet, app
 from .words import number, numbers_of, size_of, whole
@@ -54,9 +54,14 @@ def bench(
 
     Both models run on this machine in turn; nothing is computed from the config.
     """
+    sizes, room = numbers_of(batch_sizes, "--batch-sizes"), size_of(memory, "--memory")
+    if out:
+        check_place(out)
+    say("starting ...")
     # The cache grows at every step; without this, CUDA memory falls into pieces that no longer fit.
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):  # torch before 2.9 knows only the second
         os.environ.setdefault(name, "expandable_segments:True")
+    import_slowly("torch", "transformers")
     from ..bench.bench import bench as measure
     from ..bench.bench import check_order
     from ..bench.results import write_results
@@ -64,9 +69,6 @@ def bench(
     from ..models.source import resolve_source
     from ..report.render import render_bench
 
-    sizes, room = numbers_of(batch_sizes, "--batch-sizes"), size_of(memory, "--memory")
-    if out:
-        check_place(out)
     device = pick_device(device, "--device ")
     folders = [resolve_source(model) for model in (source, converted)]
     check_order(folders[0], folders[1], f"cla-convert bench {converted} {source}")

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ..console import say
+from ..environment import import_slowly
 from ..errors import UsageError
 from .app import Model, Quiet, app
 from .words import number, whole
@@ -30,6 +31,8 @@ def chat(
 
     Lines come from the terminal or a pipe. /reset begins a new conversation; Ctrl-D ends.
     """
+    say("starting ...")
+    import_slowly("torch", "transformers")
     from ..chat import Manner, Speaker, check_length, lines_of
     from ..chat import chat as converse
     from ..environment import choose_dtype, pick_device

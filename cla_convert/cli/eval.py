@@ -40,7 +40,7 @@ def evaluate(
     Without --tasks: the offline pack that ships with the package. With a network: any stock task by name. Also:
     passkey and needle (retrieval in long contexts), and perplexity of text files (eval.perplexity).
     """
-    from ..environment import pick_device
+    from ..environment import import_slowly, pick_device
     from ..models.source import local_path, resolve_source
 
     options = {
@@ -49,13 +49,14 @@ def evaluate(
         "eval.task_data": task_data,
     }
     settings = settings_of(recipe, sets, options | {"eval.backend": backend})
-    device = pick_device(settings.device)
     if out:
         check_place(out)
     if not settings.eval.tasks:
         raise UsageError("No tasks to evaluate", fix="Name some with --tasks, or leave it out for the offline pack.")
     local_path(model)
-    say("reading tasks and model ...")  # lm-eval alone takes seconds to import
+    say("reading tasks and model ...")
+    import_slowly("torch", "transformers", "lm_eval")
+    device = pick_device(settings.device)
     from ..evaluation.backend import check_backend
     from ..evaluation.harness import check_tasks
     from ..evaluation.points import Bench, evaluate_points, shared_work

@@ -4,7 +4,8 @@ from typing import Annotated
 
 import typer
 
-from ..console import data, data_json
+from ..console import data, data_json, say
+from ..environment import import_slowly
 from ..errors import UsageError
 from .app import Json, Model, Quiet, Recipe, Revision, Sets, app, settings_of
 from .words import numbers_of
@@ -26,10 +27,12 @@ def inspect(
     quiet: Quiet = False,
 ) -> None:
     """Say what a model is and what each sharing pattern would save, from headers alone."""
-    from ..conversion.inspect import inspect_model, render
-
     if not training and (gpus or recipe or sets):
         raise UsageError("--gpus, --recipe and --set say how to train", fix="Give --training, too.")
+    say(f"reading {model} ...")
+    import_slowly("torch", "transformers")
+    from ..conversion.inspect import inspect_model, render
+
     result = inspect_model(model, revision=revision)
     more = ""
     if training:

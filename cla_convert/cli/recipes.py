@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ..console import data, data_json
+from ..console import data, data_json, say
 from ..errors import UsageError
 from .app import Json, Quiet, app, recipes_app
 
@@ -15,6 +15,7 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of a shipped rec
 @app.command(epilog="Example: cla-convert env --json > env.json")
 def env(as_json: Json = False, quiet: Quiet = False) -> None:
     """Print versions and hardware, for bug reports."""
+    say("asking torch for the devices ...")
     from ..environment import hardware, versions
 
     result = {"versions": versions(), "hardware": hardware()}

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ..console import data, data_json
+from ..console import data, data_json, say
 from ..errors import InputError
 from .app import Gate, GateStrict, Json, Quiet, app, enforce_gate, gate_mode
 
@@ -25,7 +25,6 @@ def report(
 
     With several folders, the report of the first one shows all of them: accuracy against KV bytes per token.
     """
-    from ..report.report import build_report
     from ..run_folder import RunFolder
 
     folders = [RunFolder(run_dir) for run_dir in run_dirs]
@@ -36,6 +35,9 @@ def report(
                 why=f"It has no {folder.recipe.name}.",
                 fix="Give --out of `cla-convert run`.",
             )
+    say("building the report ...")  # matplotlib takes seconds to import, on a busy machine many
+    from ..report.report import build_report
+
     result = build_report(run_dirs[0], run_dirs[1:])
     data_json(result) if as_json else data(str(folders[0].pages["html"]))
     enforce_gate(folders[0], gate_mode(gate, gate_strict))

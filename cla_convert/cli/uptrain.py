@@ -49,10 +49,12 @@ def uptrain(
     from ..stages.uptrain import uptrain as execute
     from ..training.schedule import budget_of, check_steps
 
+    folder, leads = RunFolder.of_uptraining(model, out), rank() == 0
+    if recipe is None and folder.begun:  # the report that follows is about the run's own recipe
+        recipe = str(folder.recipe)
     resolved = load(recipe, sets, {"train.tokens": tokens})
     if not launched():  # a control is the source model itself
         check_shares(model)
-    folder, leads = RunFolder.of_uptraining(model, out), rank() == 0
     _refuse_taken(folder.training)
     if not resolved.recipe.train.tokens:
         raise UsageError("No token budget", fix="Give --tokens, for example --tokens 26M.")

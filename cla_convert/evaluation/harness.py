@@ -26,6 +26,7 @@ from .context import CHARACTERS_PER_TOKEN
 from .prepare import Prepared, prepare, reset
 from .quiet import quiet
 from .results import digest, finished, store, summary
+from .room import check_room
 from .samples import compact, grid, scores
 
 Results = Iterator[tuple[str, dict[str, Any]]]
@@ -70,6 +71,7 @@ def evaluate(
     first = accelerator is None or accelerator.is_main_process
     with quiet():
         prepared = prepare(spec, seed, model_dir)
+        check_room(prepared, model_dir, spec.max_length)
         processes = accelerator.num_processes if accelerator else 1
         common = common_settings(spec, choose_dtype(dtype, device), device, seed, processes)
         model = fingerprint(model_dir)
@@ -93,10 +95,12 @@ def check_tasks(spec: Evaluate, model_dir: Path | None = None, seed: int = 0) ->
     """Resolve every task and its data, and nothing else: for a caller that wants to fail before hours of work.
 
     Raises:
-        UsageError, InputError: as `evaluate`; passkey and needle are only checked with a `model_dir`.
+        UsageError, InputError: as `evaluate`; what depends on the context and tokenizer of a model, with a `model_dir`.
     """
     with quiet():
         found = prepare(spec, seed, model_dir)
+        if model_dir:
+            check_room(found, model_dir, spec.max_length)
     if unused := sorted(spec.limits.keys() - set(spec.tasks) - {task.name for task in found}):
         warn(f"eval.limits names tasks that are not evaluated by themselves: {', '.join(unused)}")
 

@@ -1,7 +1,7 @@
 """Before stage 1: find out in seconds what would otherwise fail after hours. Nothing is made here."""
 
 from ..console import say
-from ..environment import pick_device
+from ..environment import import_slowly, pick_device
 from ..preflight import check_evaluation, check_lengths
 from ..recipe import Recipe
 from ..run_folder import RunFolder
@@ -13,7 +13,8 @@ def check(recipe: Recipe, folder: RunFolder) -> None:
     Raises:
         UsageError, InputError: for the first thing that will not do.
     """
-    say("checking model, tasks, text and disk before the work begins ...")  # lm-eval alone takes seconds to import
+    say("checking model, tasks, text and disk before the work begins ...")
+    import_slowly("torch", "transformers", "lm_eval")
     from ..evaluation.backend import check_backend
     from ..evaluation.harness import check_tasks
     from ..evaluation.texts import check_texts

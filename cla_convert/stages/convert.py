@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 from ..console import say
 from ..errors import InputError
 from ..recipe import Recipe
+from ..record import recorded
 from ..results import ConvertResult
 from ..run_folder import RunFolder
+from ..same_recipe import continue_under
 from .plan import plan_of
 from .text import calibration
 
@@ -29,15 +31,21 @@ def convert(
     Raises:
         UsageError, InputError: as `plan`, or there is no room for the model.
     """
+    continue_under(recipe, folder)
+    if folder.converted.exists() and (done := folder.convert.read()):
+        _check_source(recipe, folder)
+        say(f"found {folder.converted}")
+        return done
+    with recorded(recipe, folder, "convert"):
+        return _convert(recipe, folder, overwrite, the_plan)
+
+
+def _convert(recipe: Recipe, folder: RunFolder, overwrite: bool, the_plan: "Plan | None") -> ConvertResult:
     from ..conversion.convert import convert as execute
     from ..models.checkpoint import Checkpoint
     from ..models.writer import check_output
     from ..report.model_card import write_first_card
 
-    if folder.converted.exists() and (done := folder.convert.read()):
-        _check_source(recipe, folder)
-        say(f"found {folder.converted}")
-        return done
     check_output(folder.converted, overwrite=overwrite)  # before the minutes that calibration may take
     source = folder.source(recipe)
     checkpoint = Checkpoint.open(source)

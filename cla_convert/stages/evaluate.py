@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..console import warn
+from ..console import progress, warn
 from ..environment import cache_folder, pick_device
 from ..recipe import Recipe
+from ..record import recorded
 from ..results import Domains, KvCache, PointResult
 from ..run_folder import RunFolder
+from ..same_recipe import continue_under
 from .text import text
 
 if TYPE_CHECKING:
@@ -21,8 +23,15 @@ def evaluate(recipe: Recipe, folder: RunFolder) -> dict[str, PointResult]:
     """Measure every point of the run that is missing or was measured under other settings; compare before and after.
 
     Raises:
+        UsageError: the folder is of another recipe, its `eval` section apart.
         UsageError, InputError: a task or a text cannot be had, or memory is too small for a single sequence.
     """
+    continue_under(recipe, folder)
+    with recorded(recipe, folder, "eval"):
+        return _evaluate(recipe, folder)
+
+
+def _evaluate(recipe: Recipe, folder: RunFolder) -> dict[str, PointResult]:
     from ..evaluation.comparison import write_comparison
     from ..evaluation.points import Bench, evaluate_points
     from ..evaluation.verdict import Margins
@@ -32,9 +41,13 @@ def evaluate(recipe: Recipe, folder: RunFolder) -> dict[str, PointResult]:
         folder.evaluation.path, pick_device(recipe.device), recipe.seed, texts_of(recipe, folder), cache_dir=cache
     )
     results = evaluate_points(points, recipe.eval, bench)
-    for point, model in points.items():
-        measure_cache(recipe, folder, point, model)
-    write_comparison(folder.path, margins=Margins.of(recipe.eval), seed=recipe.seed)
+    with progress(len(points) + 1, "KV cache, statistics", unit="step", leave=False) as bar:
+        for point, model in points.items():
+            bar.note(point)
+            measure_cache(recipe, folder, point, model)
+            bar.update()
+        bar.note("statistics")
+        write_comparison(folder.path, margins=Margins.of(recipe.eval), seed=recipe.seed)
     return {point: PointResult.model_validate(result) for point, result in results.items()}
 
 

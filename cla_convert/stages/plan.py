@@ -6,8 +6,10 @@ from ..console import say
 from ..environment import cache_folder, pick_device
 from ..preflight import check_tokenizer
 from ..recipe import Recipe
+from ..record import recorded
 from ..results import PlanResult
 from ..run_folder import RunFolder
+from ..same_recipe import continue_under
 from .text import calibration
 
 if TYPE_CHECKING:
@@ -20,13 +22,16 @@ def plan(recipe: Recipe, folder: RunFolder) -> PlanResult:
     """Plan the conversion, and say what training will need.
 
     Raises:
-        UsageError: the sharing is unknown or impossible for this model.
+        UsageError: the sharing is unknown or impossible for this model, or the folder is of another recipe.
         InputError: the model cannot be converted, or the device has too little memory to train it.
     """
-    the_plan = plan_of(recipe, folder)
-    say(the_plan.render())
-    _check_memory(recipe, folder, the_plan)
-    return folder.plan.write(PlanResult.model_validate(the_plan.to_json()))
+    continue_under(recipe, folder)
+    with recorded(recipe, folder, "plan"):
+        the_plan = plan_of(recipe, folder)
+        say(the_plan.render())
+        _check_memory(recipe, folder, the_plan)
+        result = PlanResult.model_validate(the_plan.to_json())
+        return result if folder.plan.read() == result else folder.plan.write(result)
 
 
 def checked_plan(recipe: Recipe, folder: RunFolder) -> "Plan":

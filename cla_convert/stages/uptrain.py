@@ -8,8 +8,10 @@ from pathlib import Path
 from ..console import quiet, say
 from ..environment import command_line, pick_device, rank, world_size
 from ..recipe import Recipe
+from ..record import recorded
 from ..results import TrainResult
 from ..run_folder import RunFolder, TrainingFolder
+from ..same_recipe import continue_under
 from .text import text
 
 
@@ -22,16 +24,19 @@ def uptrain(
         recipe: its `train` and `data` sections are used; `train.tokens` must not be 0.
         folder: holds the converted model; the uptrained one and its checkpoints go there.
         fresh: start over instead of resuming.
-        allow_changes: settings that may differ from those of the checkpoint.
+        allow_changes: settings that may differ from those of the folder and the checkpoint.
 
     Raises:
+        UsageError: the folder is of another recipe.
         UsageError, InputError, TrainingError, Interrupted: as `training.loop.uptrain`.
     """
+    continue_under(recipe, folder, allow_changes)
     return _train(_Training(recipe, folder, folder.converted, folder.training, fresh, allow_changes))
 
 
 def uptrain_control(recipe: Recipe, folder: RunFolder, *, allow_changes: Collection[str] = ()) -> TrainResult | None:
     """Train the source model likewise, where the recipe asks for it: what CLA cost is the difference."""
+    continue_under(recipe, folder, allow_changes)
     if recipe.train.needs_control:
         say("control: the source model on the same tokens with the same loss")
         return _train(_Training(recipe, folder, folder.source(recipe), folder.control, False, allow_changes))
@@ -59,13 +64,18 @@ def _train(it: _Training) -> TrainResult:
         say(f"found {training.model}")
         training.finish(keep=recipe.train.keep_checkpoints_after_success)  # in case the end of it was interrupted
         return done
-    if rank() == 0:
-        training.result.path.unlink(missing_ok=True)  # of a model that was removed since
-    if recipe.train.processes > 1 and world_size() == 1:
-        return _train_together(it)
+    with recorded(recipe, folder, "uptrain"):
+        if rank() == 0:
+            training.result.path.unlink(missing_ok=True)  # of a model that was removed since
+        return _train_together(it) if recipe.train.processes > 1 and world_size() == 1 else _train_here(it)
+
+
+def _train_here(it: _Training) -> TrainResult:
+    """In this process, which may be one of several."""
     from ..training.loop import uptrain as train
     from ..training.parallel import team
 
+    recipe, folder, training = it.recipe, it.folder, it.training
     with team(pick_device(recipe.device), recipe.train.shard_degree) as crew:
         with crew.leader_first():
             teacher = folder.teacher(recipe)
@@ -92,8 +102,6 @@ def _train_together(it: _Training) -> TrainResult:
     """The same by the verb `uptrain`, in processes of their own."""
     from ..training.launch import launch
 
-    if it.folder.converts and not it.folder.begun:
-        it.folder.save_recipe(it.recipe)  # the verb must know the model for one of a run
     with tempfile.TemporaryDirectory() as scratch:
         resolved = RunFolder(Path(scratch))
         resolved.save_recipe(it.recipe)

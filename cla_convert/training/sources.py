@@ -104,12 +104,12 @@ def local_files(source: TextSource) -> list[Path]:
     assert source.path is not None
     path = Path(source.path).expanduser()
     if path.is_file():
-        if not path.name.endswith(SUFFIXES):
+        if not _is_text(path):
             raise InputError(
                 f"Cannot read text from {str(path)!r}", "The kind of a file is told by its ending.", _SUPPORTED
             )
         return [path]
-    files = sorted(file for file in _all_files(path) if file.name.endswith(SUFFIXES))
+    files = sorted(file for file in _all_files(path) if _is_text(file))
     if not files:
         raise InputError(f"No text files at {source.path!r}", _why_nothing(path), _SUPPORTED)
     return files
@@ -120,14 +120,21 @@ def passed_over(source: TextSource) -> dict[str, int]:
     if source.path is None:
         return {}
     path = Path(source.path).expanduser()
-    unread = (file for file in _all_files(path) if not file.name.startswith(".") and not file.name.endswith(SUFFIXES))
+    unread = (file for file in _all_files(path) if not file.name.startswith(".") and not _is_text(file))
     return dict(Counter(file.suffix for file in unread).most_common())
 
 
 def _all_files(path: Path) -> Iterator[Path]:
-    """The files in a folder at any depth, or those that a glob matches."""
-    found = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))  # noqa: PTH207  (absolute too)
+    """The files in a folder at any depth, none of them hidden or in a hidden folder, or those that a glob matches."""
+    if path.is_dir():
+        found = (file for file in path.rglob("*") if not any(p.startswith(".") for p in file.relative_to(path).parts))
+    else:
+        found = map(Path, glob.glob(str(path), recursive=True))  # noqa: PTH207  (absolute too)
     return (file for file in found if file.is_file())
+
+
+def _is_text(file: Path) -> bool:
+    return file.name.lower().endswith(SUFFIXES)
 
 
 _SUPPORTED = f"Supported: {', '.join(SUFFIXES)}; a file, a folder or a glob such as 'corpus/*.parquet'."
@@ -142,22 +149,26 @@ def _why_nothing(path: Path) -> str:
 
 def _file(path: Path, source: TextSource) -> Iterator[Document]:
     try:
-        if path.name.endswith((".txt", ".md")):
+        if path.name.lower().endswith((".txt", ".md")):
             text = path.read_text(encoding="utf-8-sig")
             if not text.isspace() and text:
                 yield Document(text, text)
             return
-        rows = _parquet(path, source) if path.suffix == ".parquet" else _jsonl(path)
+        rows = _parquet(path, source) if path.suffix.lower() == ".parquet" else _jsonl(path)
         for number, row in enumerate(rows, 1):
             yield from _document(row, source, f"row {number} of {str(path)!r}")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise InputError(f"Cannot read {str(path)!r}", str(error), "Text must be UTF-8.") from error
+    except UnicodeDecodeError as error:
+        why = f"It is not UTF-8: byte {error.object[error.start]:#04x} is part of no letter there."
+        fix = "Write it anew as UTF-8 (iconv -f ENCODING -t UTF-8), or leave the file out."
+        raise InputError(f"Cannot read {str(path)!r}", why, fix) from error
+    except (OSError, EOFError) as error:
+        raise InputError(f"Cannot read {str(path)!r}", str(error), "Mend the file, or leave it out.") from error
 
 
 def _jsonl(path: Path) -> Iterator[Any]:
     with (
         gzip.open(path, "rt", encoding="utf-8-sig")
-        if path.suffix == ".gz"
+        if path.suffix.lower() == ".gz"
         else path.open(encoding="utf-8-sig") as lines
     ):
         for number, line in enumerate(lines, 1):

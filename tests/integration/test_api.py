@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,8 @@ import pytest
 from safetensors.torch import load_file
 
 import cla_convert
-from cla_convert import Recipe, RunFolder, convert, run, uptrain
-from cla_convert.errors import InputError
+from cla_convert import Recipe, RunFolder, convert, evaluate, plan, run, uptrain, write_report
+from cla_convert.errors import InputError, UsageError
 from cla_convert.stages.evaluate import measure_cache
 from tests.conftest import save_tiny_llama
 
@@ -38,7 +39,8 @@ def test_the_example_runs(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.
     (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
     validate = Recipe.model_validate
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Recipe, "model_validate", lambda recipe: validate(tiny(recipe, tiny_llama, tmp_path)))
+    source = shutil.copytree(tiny_llama, tmp_path / "source")
+    monkeypatch.setattr(Recipe, "model_validate", lambda recipe: validate(tiny(recipe, source, tmp_path)))
     found: dict[str, Any] = {}
     exec(compile(code, str(PAGE), "exec"), found)
     assert "perplexity" in found["points"]["after"].to_json()["texts"]["held_out"]
@@ -57,11 +59,45 @@ def test_the_example_runs(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.
     assert cache.write(cache.read().model_copy(update={"model_fingerprint": "another", "bytes_per_token": 1.0}))
     assert measure_cache(found["recipe"], folder, "converted", folder.converted).bytes_per_token == 512
     changed = save_tiny_llama(tmp_path / "changed", seed=1)
-    moved = found["recipe"].model_copy(
-        update={"source": found["recipe"].source.model_copy(update={"model": str(changed)})}
-    )
+    shutil.copy(changed / "model.safetensors", source / "model.safetensors")
     with pytest.raises(InputError, match="made from other weights"):
-        convert(moved, RunFolder("runs/mine"))
+        convert(found["recipe"], RunFolder("runs/mine"))
+
+
+def test_no_stage_goes_on_under_another_recipe(tiny_llama: Path, tmp_path: Path) -> None:
+    settings = tiny({"convert": {"sharing": "cla2", "init": "mean"}}, tiny_llama, tmp_path)
+    recipe, folder = Recipe.model_validate(settings), RunFolder(tmp_path / "run")
+
+    def other(section: str, **values: Any) -> Recipe:
+        return Recipe.model_validate(settings | {section: settings[section] | values})
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.md").write_text("mine")
+    with pytest.raises(UsageError, match="holds no run"):
+        convert(recipe, RunFolder(tmp_path / "mine"))
+    convert(recipe, folder)
+    wider = other("convert", sharing="cla3")
+    for stage in (convert, uptrain, evaluate, plan, write_report):
+        with pytest.raises(UsageError, match="recipe") as caught:
+            stage(wider, folder)  # type: ignore[operator]
+        assert "convert.sharing: 'cla2' -> 'cla3'" in caught.value.why and "--" not in caught.value.fix
+    longer = other("train", tokens=2048)
+    with pytest.raises(UsageError) as caught:
+        uptrain(longer, folder)
+    assert "allow_changes=['train.tokens']" in caught.value.fix
+    assert uptrain(longer, folder, allow_changes=["train.tokens"]).tokens == 2048
+    with pytest.raises(UsageError, match="another recipe"):
+        evaluate(recipe, folder)
+    evaluate(longer, folder)
+    fewer = longer.model_copy(update={"eval": longer.eval.model_copy(update={"domain_tokens": 0})})
+    with pytest.raises(UsageError, match="results of another recipe") as caught:
+        write_report(fewer, folder)
+    assert "eval.domain_tokens: 64 -> 0" in caught.value.why
+    evaluate(fewer, folder)  # what is measured may change at any time
+    elsewhere = fewer.model_copy(update={"device": "auto"})
+    assert write_report(elsewhere, folder)["settings"]["eval"]["domain_tokens"] == 0
+    (one,) = json.loads(folder.environment.path.read_text())["invocations"]
+    assert list(one["stages"]) == ["convert", "uptrain", "eval", "report"]
 
 
 def test_several_processes_from_python(tiny_llama: Path, tmp_path: Path) -> None:

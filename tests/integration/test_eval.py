@@ -6,6 +6,7 @@ import re
 import shutil
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,10 @@ import cla_convert.evaluation.model as model_module
 from cla_convert.errors import InputError, UsageError
 from cla_convert.evaluation import harness
 from cla_convert.evaluation.cache import measure_kv_cache
+from cla_convert.evaluation.harness import check_tasks
 from cla_convert.evaluation.paired import compare
+from cla_convert.evaluation.prepare import Prepared
+from cla_convert.evaluation.room import check_room
 from cla_convert.evaluation.tasks import pack
 from cla_convert.models.export import load_model, load_tokenizer
 from cla_convert.recipe import Evaluate
@@ -197,6 +201,27 @@ def test_no_network_and_no_noise(
 def test_an_answer_longer_than_the_context_is_refused_in_words(tiny_llama: Path, tmp_path: Path):
     with pytest.raises(InputError, match=r"does not fit into the context of 16"):
         evaluate(tiny_llama, tmp_path, Evaluate(tasks=["piqa"], limit=1, max_length=16))
+
+
+def test_answers_without_room_are_refused_before_the_work(tmp_path: Path):
+    """Those to be scored, at the length where they begin to fit, and those to be generated."""
+    model = save_tiny_llama(tmp_path / "model", max_position_embeddings=1024)
+
+    def at(length: int) -> Evaluate:
+        return Evaluate(tasks=["piqa"], limit=1, max_length=length)
+
+    with pytest.raises(InputError, match="piqa: an answer of") as caught:
+        check_tasks(at(20), model)
+    longest = int(re.findall(r"\d+", caught.value.what)[0])
+    with pytest.raises(InputError, match=f"does not fit into the context of {longest - 1}"):
+        check_tasks(at(longest - 1), model)
+    check_tasks(at(longest), model)
+    evaluate(model, tmp_path / "out", at(longest))
+    task = SimpleNamespace(instances=[SimpleNamespace(request_type="generate_until", args=("", {"until": ["."]}))])
+    prepared = Prepared("qa", {"tasks": {"qa": task}}, {}, 0)
+    with pytest.raises(InputError, match="qa: an answer of 257 tokens does not fit into the context of 256"):
+        check_room([prepared], model, 256)
+    check_room([prepared], model, 257)
 
 
 def test_shortened_prompts_are_counted_and_said(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ from cla_convert.errors import ClaError
 from cla_convert.refusals import is_refusal, refusal
 from tests.conftest import save_tiny_llama
 from tests.tiny import cla_model
+
+ROOT = Path(console.__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +51,7 @@ def refused(line: str, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
     with pytest.raises(SystemExit) as ended:
         main()
     said = sys.stderr.getvalue()  # type: ignore[attr-defined]
+    said = re.sub(r"\A.* \.\.\.\n", "", said)  # what is said before torch is imported
     assert said.startswith("error: ") and "Traceback" not in said
     return int(ended.value.code or 0), said
 
@@ -174,6 +178,39 @@ def test_what_the_system_says_of_a_path_anywhere_is_said_like_any_mistake(
     code, said = refused("inspect source", monkeypatch)
     assert code == 3 and said.startswith("error: /a/out/config.json cannot be used\n  why: ") and "\n  fix: " in said
     assert os.strerror(number) not in said and "Errno" not in said
+
+
+FIRST_WORDS = """
+import os, sys
+from cla_convert.cli import main
+
+class Said:
+    encoding = "utf-8"
+    isatty = lambda self: False
+    flush = lambda self: None
+    def write(self, text):
+        heavy = sorted({"torch", "transformers", "lm_eval", "matplotlib"} & set(sys.modules))
+        os.write(1, f"{text.strip()[:80]} {heavy}".encode())
+        os._exit(0)
+
+sys.stdout = sys.stderr = Said()
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "inspect source", "convert source out", "verify converted", "chat converted",
+        "uptrain converted out --tokens 1M",
+        "run demo --out out", "run demo --out out --dry-run", "eval source", "bench source converted", "report begun",
+        "env", "recipes ls",
+    ],
+)  # fmt: skip
+def test_something_is_said_before_what_takes_seconds_to_import(models: Path, line: str) -> None:
+    words = [sys.executable, "-c", FIRST_WORDS, *line.split()]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=models, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.stdout.strip().endswith(" []"), done.stdout + done.stderr
 
 
 def test_what_is_no_mistake_of_a_users_stays_a_bug() -> None:

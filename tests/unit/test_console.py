@@ -1,7 +1,9 @@
 """What reaches the terminal: errors in red there and plain elsewhere, messages on lines of their own."""
 
 import io
+import re
 import sys
+import time
 from contextlib import suppress
 
 import pytest
@@ -111,3 +113,19 @@ def test_a_terminal_gets_lines_broken_between_words_and_commands_whole(monkeypat
 )
 def test_counts_have_the_unit_that_fits(number: float, text: str) -> None:
     assert console.human_count(number) == text
+
+
+def test_a_bar_beats_while_a_step_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(bars, "_BEAT", 0.05)
+    monkeypatch.setattr(bars._Heart, "_one", None)
+    with console.progress(2, "reading", unit="row"):
+        time.sleep(0.5)
+    shown = terminal.getvalue()
+    assert len(set(re.findall(r"reading ([-\\|/]):", shown))) > 1
+    assert re.split(r"[\r\n]+", shown.strip())[-1].startswith("reading: 100%")
+    with console.waiting("importing") as bar:
+        bar.note("torch")
+        time.sleep(0.3)
+    assert re.search(r"importing [-\\|/] 00:00, torch", terminal.getvalue())

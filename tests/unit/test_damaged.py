@@ -21,9 +21,9 @@ from cla_convert.models.checkpoint import Checkpoint
 from cla_convert.models.fingerprint import fingerprint
 from cla_convert.models.gguf_header import Header
 from cla_convert.models.gguf_source import _check_sizes
-from cla_convert.pipeline import timed
 from cla_convert.recipe import Recipe
 from cla_convert.recipe_file import load_recipe
+from cla_convert.record import recorded
 from cla_convert.report.model_card import front_matter, source_card, write_model_card
 from cla_convert.report.report import build_report
 from cla_convert.run_folder import RunFolder
@@ -128,6 +128,7 @@ def test_damaged_json_is_no_absent_json_except_in_a_cache(content: bytes, tmp_pa
 def test_a_damaged_result_is_not_trained_again(tmp_path: Path):
     recipe = Recipe.model_validate({"source": {"model": "m"}, "train": {"tokens": 1000}})
     folder = RunFolder(tmp_path)
+    folder.save_recipe(recipe)
     folder.training.model.mkdir()
     for content, wrong in (('{"tokens": 10', "cannot be read"), ('{"tokens": "ten"}', "is damaged")):
         (tmp_path / "train.json").write_text(content)
@@ -166,9 +167,10 @@ def test_a_trained_model_alone_belongs_to_its_recipe_too(run_dir: Path):
 
 
 def test_an_environment_of_another_type_is_found_before_the_work(tmp_path: Path):
-    write_json(tmp_path / "environment.json", {"stages": ["plan", 3]})
     folder = RunFolder(tmp_path)
-    with pytest.raises(InputError, match=r"environment\.json is damaged"), timed(Recipe(), folder, "plan"):
+    folder.save_recipe(Recipe())
+    write_json(tmp_path / "environment.json", {"stages": ["plan", 3]})
+    with pytest.raises(InputError, match=r"environment\.json is damaged"), recorded(Recipe(), folder, "plan"):
         pytest.fail("the work began")
 
 

@@ -30,7 +30,7 @@ from cla_convert.training.data import (
     say_passes,
     store_for,
 )
-from cla_convert.training.sources import SAMPLE, documents
+from cla_convert.training.sources import SAMPLE, documents, local_files
 from tests.conftest import byte_tokenizer
 
 TEXTS = [f"Document {i}: " + chr(97 + i % 26) * (20 + i) for i in range(200)]
@@ -120,6 +120,17 @@ def test_files_of_a_folder_that_are_not_read_are_told(tmp_path: Path, capsys: py
     assert "corpus: files that are not read: 2 .csv, 1 .zst, 1 without an ending. Supported" in capsys.readouterr().err
     prepare(tmp_path, TextSource(path=str(corpus / "*.txt")))
     assert "not read" not in capsys.readouterr().err  # nobody asked for more
+
+
+def test_hidden_files_are_no_text_and_an_ending_may_be_in_capitals(tmp_path: Path) -> None:
+    for name in ("a.TXT", "._a.txt", ".git/b.txt", "deep/.notes.md", "C.JSONL"):
+        path = tmp_path / ".corpora" / "mine" / name  # only what is hidden inside of the folder counts
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"text": name}) if name.endswith("JSONL") else name)
+    found = local_files(TextSource(path=str(tmp_path / ".corpora" / "mine")))
+    assert [file.name for file in found] == ["C.JSONL", "a.TXT"]
+    read = [document for file in found for document in documents(TextSource(path=str(file)), 0)]
+    assert [document.content for document in read] == ["C.JSONL", "a.TXT"]
 
 
 def test_no_more_tokens_than_asked_for(tmp_path: Path, table: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -267,7 +278,7 @@ def test_bos_comes_first_if_the_tokenizer_adds_one(tmp_path: Path, table: Path) 
         ({"path": "numbers.jsonl"}, "is not text"),
         ({"path": "empty.jsonl"}, "holds no text"),
         ({"path": "fake.parquet"}, "not a parquet file"),
-        ({"path": "latin.txt"}, "UTF-8"),
+        ({"path": "latin.txt"}, "It is not UTF-8: byte 0xe9"),
         ({"path": "data.csv"}, "Supported"),
         ({"dataset": "no-such-owner/no-such-dataset"}, "the dataset 'no-such-owner/no-such-dataset'"),
     ],

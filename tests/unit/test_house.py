@@ -52,8 +52,8 @@ def circles() -> list[list[str]]:
 
 
 LAYERS = [
-    "cli", "pipeline", "stages", "same_recipe", "bench", "report", "conversion", "training", "evaluation", "chat",
-    "transformers_cli", "preflight", "run_folder", "results", "serving", "models", "recipes", "recipe_file",
+    "cli", "pipeline", "stages", "same_recipe", "record", "bench", "report", "conversion", "training", "evaluation",
+    "chat", "transformers_cli", "preflight", "run_folder", "results", "serving", "models", "recipes", "recipe_file",
     "recipe_mistakes", "recipe", "removed", "named", "registry", "effort", "environment", "kept", "files", "staging",
     "yaml_text", "refusals", "surrogates", "console", "bars", "amounts", "errors",
 ]  # fmt: skip

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from cla_convert.errors import UsageError
 from cla_convert.recipe import FREE, NAMED, PLACES, Train, on_resume, parse_count, parse_size
@@ -37,6 +38,10 @@ def test_override_beats_recipe_beats_default(tmp_path):
     table = resolved.table()
     assert [line.split()[-1] for line in table.splitlines() if line.startswith("train.tokens")] == ["--set"]
     assert "train.clip" not in table and "other settings have their defaults" in table
+    # A run's own recipe.yaml names every setting; what is said is what differs, and what was typed.
+    path.write_text(yaml.safe_dump(resolved.recipe.model_dump(mode="json")))
+    told = [line.split()[0] for line in load_recipe(path, ["eval.margin=0.01"]).table().splitlines()]
+    assert told[:-1] == ["convert.sharing", "train.tokens", "train.loss", "eval.margin", "seed"]
 
 
 @pytest.mark.parametrize(

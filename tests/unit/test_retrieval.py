@@ -79,6 +79,20 @@ def test_lengths_follow_the_context_of_the_model(tmp_path: Path):
             prepare(Evaluate(tasks=["passkey"], **changes), 0, model)
 
 
+@pytest.mark.parametrize("name", ["passkey", "needle"])
+def test_a_short_context_gets_the_lengths_that_it_has_room_for(tmp_path: Path, name: str):
+    model = save_tiny_llama(tmp_path, max_position_embeddings=512)
+    spec = Evaluate(tasks=[name], retrieval={"depths": [0.5], "samples": 1})
+    with quiet():
+        (task,) = prepare(spec, 0, model)  # 128 tokens have no room
+        assert [doc["length"] for doc in task.tasks["tasks"][name].eval_docs] == [256, 512]
+        with pytest.raises(InputError, match=f"{name} does not fit into a context of 100 tokens") as caught:
+            prepare(Evaluate(tasks=[name], max_length=100), 0, model)
+        assert f"Leave {name} out" in caught.value.fix
+        with pytest.raises(InputError, match=r"eval\.retrieval\.lengths: 100 tokens are too few"):
+            prepare(Evaluate(tasks=[name], retrieval={"lengths": [512, 100]}), 0, model)
+
+
 def test_without_a_model_the_names_are_known_and_nothing_is_built():
     assert [task.name for task in prepare(Evaluate(tasks=["passkey", "piqa"], limit=1), 0)] == ["piqa"]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import InputError, UsageError
-from ...models.export import load_tokenizer, register
+from ...models.export import load_tokenizer
 from ...recipe import Evaluate
 from ..tasks.pack import Rows
 
@@ -65,28 +65,32 @@ def retrieval_rows(name: str, spec: Evaluate, seed: int, model_dir: Path) -> Row
 
     Raises:
         UsageError: a length is more than the model is fed.
+        InputError: a length, or all that the model is fed, has no room for the question alone.
     """
-    from transformers import AutoConfig
+    from ..context import context_of
 
-    from ..context import fed_tokens
-
-    register()
-    context = fed_tokens(AutoConfig.from_pretrained(model_dir, trust_remote_code=False), spec.max_length)
-    lengths = spec.retrieval.lengths or [context // 4, context // 2, context]
+    context, tokenizer, asked = context_of(model_dir, spec.max_length), load_tokenizer(model_dir), spec.retrieval
+    lengths = asked.lengths or _with_room(name, tokenizer, context)
     if max(lengths) > context:
         raise UsageError(
             f"{name}: a context of {max(lengths)} tokens does not fit",
             why=f"The model is fed at most {context} (eval.max_length, or what it was built for).",
             fix="Lower eval.retrieval.lengths, or raise eval.max_length if the model allows it.",
         )
-    return documents(
-        name,
-        load_tokenizer(model_dir),
-        lengths=lengths,
-        depths=spec.retrieval.depths,
-        samples=spec.retrieval.samples,
-        seed=seed,
-    )
+    return documents(name, tokenizer, lengths=lengths, depths=asked.depths, samples=asked.samples, seed=seed)
+
+
+def _with_room(name: str, tokenizer: "PreTrainedTokenizerBase", context: int) -> list[int]:
+    """A quarter, a half and all of a context, those with room for the question. Raises InputError if there are none."""
+    needed = max(_alone(_MAKE[name](random.Random(n)), _counter(tokenizer)) for n in range(4 * len(_CITIES)))
+    lengths = [length for length in (context // 4, context // 2, context) if length >= needed]
+    if not lengths:
+        raise InputError(
+            f"{name} does not fit into a context of {context} tokens",
+            why=f"The question alone takes {needed}, more than eval.max_length, or what the model was built for.",
+            fix=f"Leave {name} out of eval.tasks.",
+        )
+    return lengths
 
 
 def documents(
@@ -105,12 +109,7 @@ def documents(
     Raises:
         InputError: a length has no room for the question alone.
     """
-    make = {"passkey": _passkey, "needle": _needle}[name]
-
-    @cache
-    def count(text: str) -> int:
-        return len(tokenizer(text)["input_ids"])
-
+    make, count = _MAKE[name], _counter(tokenizer)
     rows = Rows()
     for sample in range(samples):
         for length in lengths:
@@ -147,6 +146,24 @@ def _needle(rng: random.Random) -> Parts:
     )
 
 
+_MAKE = {"passkey": _passkey, "needle": _needle}
+
+
+def _counter(tokenizer: "PreTrainedTokenizerBase") -> Count:
+    """Tokens of a text, each counted once."""
+
+    @cache
+    def count(text: str) -> int:
+        return len(tokenizer(text)["input_ids"])
+
+    return count
+
+
+def _alone(parts: Parts, count: Count) -> int:
+    """Tokens of a document without a haystack."""
+    return count(f"{parts.prompt(0, 0.0)} {parts.answer}")
+
+
 def _longest(parts: Parts, depth: float, length: int, count: Count) -> tuple[str, int]:
     """The longest prompt that fits with its answer into `length` tokens, and the tokens of both."""
 
@@ -155,9 +172,9 @@ def _longest(parts: Parts, depth: float, length: int, count: Count) -> tuple[str
 
     if whole(0) > length:
         raise InputError(
-            f"{length} tokens are too few for a retrieval document",
+            f"eval.retrieval.lengths: {length} tokens are too few for a document",
             why=f"The question alone takes {whole(0)}.",
-            fix="Raise eval.retrieval.lengths.",
+            fix=f"Leave {length} out, or name no lengths: those that the model's context has room for are taken.",
         )
     sentences = 0
     for _ in range(8):  # tokens a sentence so far say how many more will fit; this settles within a few steps

@@ -5,6 +5,7 @@ from typing import Any
 
 from ..content import Block, Bullets
 from ..formats import count
+from ..invocations import invocations_of, mixed
 from ..run_folder import Json, RunFiles
 from ..section import Material, Section, register
 
@@ -29,6 +30,10 @@ def _comparability(run: RunFiles) -> list[str]:
         found.append(
             "Tasks were scored with vLLM, through transformers' modelling code at every point; perplexity of texts, "
             "agreement and the KV cache were measured with transformers itself. Stock vLLM does not save the memory."
+        )
+    if several := mixed(invocations_of(run)):
+        found.append(
+            f"Its stages were not all made with the same {', '.join(several)}: How to reproduce says which with which."
         )
     quantization = (run.convert.get("source") or {}).get("quantization")
     if quantization:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from ..content import Block, Facts
 from ..formats import duration, hardware_line, integer
+from ..invocations import hardware_of
 from ..run_folder import Json
 from ..section import Material, Section, register
 from ..text import Text
@@ -28,8 +29,9 @@ def show(report: Json) -> Sequence[Block]:
         facts.append(
             ("Training tokens", integer(train["tokens"]) + (", and as many for the control" if control else ""))
         )
-    if report["hardware"]:
-        facts.append(("Hardware", hardware_line(report["hardware"])))
+    one = [hardware_line(report["hardware"])] if report["hardware"] else []
+    if machines := hardware_of(report["invocations"]) or one:
+        facts.append(("Hardware", "; ".join(machines)))
     return [Facts([*facts, ("Energy", "not measured")])]
 
 

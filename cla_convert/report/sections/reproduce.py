@@ -4,18 +4,20 @@ from collections.abc import Sequence
 
 from ..content import Block, Details, Facts, Listing, Paragraph
 from ..formats import changed, to_yaml
+from ..invocations import invocations_of, table, versions_of
 from ..run_folder import Json, RunFiles
 from ..section import Material, Section, register
 from ..text import Text, code
 
 
 def collect(material: Material, report: Json) -> Json:
-    """command, seeds, versions, hashes, settings."""
+    """command, seeds and versions of the last invocation, all invocations, hashes, settings."""
     run = material.run
     command = run.environment.get("command")
     return {
         "command": " ".join(map(str, command)) if isinstance(command, list) else command,
         "versions": run.environment.get("versions") or _eval_versions(run),
+        "invocations": invocations_of(run),
         "seeds": run.environment.get("seeds") or {"recipe": material.seed},
         "hashes": _hashes(run),
         "settings": run.recipe,
@@ -36,11 +38,12 @@ def _hashes(run: RunFiles) -> Json:
 
 
 def show(report: Json) -> Sequence[Block]:
-    """The command, and what it depends on."""
-    source = report["source"]
+    """The command, and what it depends on; where stages were made under different circumstances, under which."""
+    source, invocations = report["source"], report["invocations"]
+    versions = {name: " / ".join(found) for name, found in versions_of(invocations).items()} or report["versions"]
     facts: list[tuple[str, Text]] = [
         ("Seeds", ", ".join(f"{name} {seed}" for name, seed in report["seeds"].items())),
-        ("Versions", ", ".join(f"{name} {version}" for name, version in report["versions"].items()) or "not recorded"),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items()) or "not recorded"),
     ]
     facts += [
         (f"Source {name}", code(source[name]))
@@ -48,6 +51,10 @@ def show(report: Json) -> Sequence[Block]:
         if source.get(name)
     ]
     blocks: list[Block] = [Listing(report["command"] or "(the command was not recorded)")]
+    if len(invocations) > 1:
+        of_several = len({one.get("command") for one in invocations}) > 1
+        told = "This run was not made in one go" + ("; the command above is the last one." if of_several else ".")
+        blocks += [Paragraph(told), table(invocations)]
     blocks += [Paragraph(changed(change)) for change in (report["train"] or {}).get("changes") or []]
     blocks.append(Facts(facts))
     if hashes := {name: value for name, value in report["hashes"].items() if value}:
