@@ -176,18 +176,19 @@ def _copy_heads(config: Any, family: Family, processes: int) -> int:
     vLLM's Transformers backend would cut a head in two.
 
     Raises:
-        InputError: the heads cannot be spread.
+        InputError: the heads cannot be spread, or nobody says how: the processes would read each other's heads.
     """
-    shape = shape_of(config.to_dict())
-    copies, key = copies_of_heads(shape.num_key_value_heads, processes), family.key("num_key_value_heads")
+    plan = {name.split(".")[-1]: how for name, how in (config.base_model_tp_plan or {}).items()}
+    if processes > 1 and {plan.get(part) for part in ("q_proj", "k_proj", "v_proj")} != {"colwise"}:
+        raise InputError(
+            f"{family.code.name} cannot run in {processes} tensor-parallel processes",
+            why="The installed transformers has no plan that gives each of them heads of its own.",
+            fix="Leave out --tensor-parallel-size.",
+        )
+    heads = shape_of(config.to_dict()).num_key_value_heads
+    copies = copies_of_heads(heads, processes)
     if copies > 1:
-        if family.code.norm_whole or not hasattr(config, key):
-            raise InputError(
-                f"{family.code.name} with {shape.num_key_value_heads} KV heads cannot run in {processes} processes",
-                why="Its code cannot be built with copies of KV heads.",
-                fix=f"Use --tensor-parallel-size {shape.num_key_value_heads}.",
-            )
-        setattr(config, key, processes)
+        setattr(config, family.key("num_key_value_heads"), processes)
     return copies
 
 

@@ -16,7 +16,7 @@ from cla_convert.conversion.plan import make_plan
 from cla_convert.errors import InputError
 from cla_convert.models.checkpoint import Checkpoint
 from cla_convert.models.shape import shape_of
-from tests.tiny import CASES, save_tiny
+from tests.tiny import ABSENT, CASES, save_tiny
 
 SHAPE: dict[str, Any] = {"hidden_size": 128, "head_dim": 32}
 """vLLM's attention for CPUs takes heads of 32 channels or more."""
@@ -25,6 +25,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "phi3": {"hidden_size": 128, "head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 2},
     "phi3-partial": {"hidden_size": 128, "head_dim": 32},
     "gpt_bigcode": {"hidden_size": 128},
+    "olmoe": SHAPE | {"moe_intermediate_size": ABSENT},  # as published; vLLM would take it for the experts' size
 }
 
 
