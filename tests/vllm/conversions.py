@@ -14,8 +14,11 @@ from cla_convert.conversion.convert import convert
 from cla_convert.conversion.kv_heads import possible_heads
 from cla_convert.conversion.plan import make_plan
 from cla_convert.errors import InputError
+from cla_convert.evaluation.cache import kv_cache_of
 from cla_convert.models.checkpoint import Checkpoint
+from cla_convert.models.export import load_model
 from cla_convert.models.shape import shape_of
+from cla_convert.models.verify import measure_cache
 from tests.tiny import ABSENT, CASES, save_tiny
 
 SHAPE: dict[str, Any] = {"hidden_size": 128, "head_dim": 32}
@@ -42,6 +45,14 @@ def main(folder: Path) -> None:
         promised = {"source": plans["cla2"].kv_bytes_per_token["before"]}
         promised |= {kind: plan.kv_bytes_per_token["after"] for kind, plan in plans.items()}
         (folder / case / "promised.json").write_text(json.dumps(promised))
+    for kind in ("cla2", "cla2-heads"):
+        (folder / "llama" / f"{kind}.json").write_text(json.dumps(counted(folder / "llama" / kind)))
+
+
+def counted(folder: Path) -> dict[str, Any]:
+    """What other commands measure of a converted model."""
+    kv, cache = kv_cache_of(load_model(folder)), measure_cache(folder)
+    return {"bench": kv["bytes_per_token"], "verify": {k: size / cache["tokens"] for k, size in cache["bytes"].items()}}
 
 
 if __name__ == "__main__":

@@ -10,12 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from cla_convert.evaluation.cache import kv_cache_of
-from cla_convert.models.export import load_model
 from cla_convert.models.families import FAMILIES
 from cla_convert.models.served import SERVED
 from cla_convert.models.shape import shape_of
-from cla_convert.models.verify import measure_cache
 from cla_convert.serving.versions import vllm_version
 from tests.tiny import CASES
 from tests.vllm.engine import run
@@ -33,7 +30,7 @@ def served(folder: Path, work: Path, case: str) -> dict[str, Any]:
     """Answers of a model, compared with transformers'; and a cache for the owners alone."""
     family, release = CASES[case][0], ".".join(vllm_version().split(".")[:2])
     found = run(work, folder, [PROMPTS], **SMALL)
-    if family not in SERVED.get(release, FAMILIES):
+    if family not in SERVED.get(release, FAMILIES) and "error" in found:
         assert "InputError" in found["error"], f"models/served.py does not say that {release} serves {family}"
         pytest.skip(f"vLLM {release} is refused for {family}")
     assert "error" not in found, found["log"][-3000:]
@@ -67,10 +64,9 @@ def test_fewer_kv_heads_and_sharing(case: str, conversions: Path, tmp_path: Path
         assert found["tokens"] == found["blocks"] * found["block"]
 
 
-def test_bench_and_verify_count_the_same_bytes(conversions: Path):
+def test_bench_and_verify_count_the_bytes_that_were_promised(conversions: Path):
+    folder = conversions / "llama"
+    promised = json.loads((folder / "promised.json").read_text())
     for kind in ("cla2", "cla2-heads"):
-        folder = conversions / "llama" / kind
-        promised = json.loads((folder.parent / "promised.json").read_text())[kind]
-        assert kv_cache_of(load_model(folder))["bytes_per_token"] == promised
-        measured = measure_cache(folder)
-        assert measured["bytes"] == dict.fromkeys(("dynamic", "static"), measured["tokens"] * promised)
+        counted = json.loads((folder / f"{kind}.json").read_text())
+        assert counted == {"bench": promised[kind], "verify": {"dynamic": promised[kind], "static": promised[kind]}}
