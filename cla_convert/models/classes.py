@@ -1,17 +1,21 @@
 """The CLA classes themselves, as they ship: found by family, and made known to transformers' Auto classes."""
 
 import importlib
+from collections.abc import Iterable
 from typing import Any
 
 from .families import FAMILIES, Family
 
 
-def register() -> None:
-    """Teach transformers' Auto classes the CLA families, so that outputs load here without trust_remote_code."""
+def register(families: Iterable[Family] = FAMILIES.values()) -> None:
+    """Teach transformers' Auto classes the CLA families, so that outputs load here without trust_remote_code.
+
+    `families`: those whose modelling code is wanted, each of which takes a moment to import.
+    """
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     register_configs()
-    for family in FAMILIES.values():
+    for family in families:
         classes = cla_classes(family)
         AutoModel.register(classes["Config"], classes["Model"], exist_ok=True)
         AutoModelForCausalLM.register(classes["Config"], classes["ForCausalLM"], exist_ok=True)

@@ -10,6 +10,7 @@ from .families import FAMILIES, REFUSED
 from .family import Family
 from .family_notes import NOTES
 from .kinds import only_windows_rotate, some_without_rope
+from .served import served_by
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -23,11 +24,14 @@ def page() -> str:
             ((f"`{name}`", NOTES[name].checkpoints, NOTES[name].difference) for name in FAMILIES),
         ),
         kept=_table(
-            ("`model_type`", "kinds of layers", "keys that fold exactly", "measured with published weights"),
             (
-                (f"`{name}`", _kinds(family), _keys(family), NOTES[name].measured or "not yet")
-                for name, family in FAMILIES.items()
+                "`model_type`",
+                "kinds of layers",
+                "keys that fold exactly",
+                "vLLM, tested",
+                "measured with published weights",
             ),
+            (_kept(name, family) for name, family in FAMILIES.items()),
         ),
         refused=_table(("what", "why"), [*_refused(), *_required()]),
     )
@@ -36,6 +40,11 @@ def page() -> str:
 def _table(heading: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     lines = [heading, ("---",) * len(heading), *rows]
     return "\n".join("| " + " | ".join(cells).replace(" |  |", " | |") + " |" for cells in lines)
+
+
+def _kept(name: str, family: Family) -> tuple[str, ...]:
+    releases = ", ".join(served_by(name)) or "not yet"
+    return f"`{name}`", _kinds(family), _keys(family), releases, NOTES[name].measured or "not yet"
 
 
 def _kinds(family: Family) -> str:

@@ -59,3 +59,35 @@ def check_stages(sources: Sequence[int], bounds: Sequence[int]) -> None:
                     if allowed
                     else "Use tensor parallelism: with this sharing map, no stage may begin after the first layer.",
                 )
+
+
+def copies_of_heads(heads: int, processes: int) -> int:
+    """How many tensor-parallel processes hold the same KV head: one, unless there are more processes than heads.
+
+    Raises InputError if neither number divides the other.
+    """
+    if heads % processes == 0:
+        return 1
+    if processes % heads:
+        raise InputError(
+            f"{heads} KV heads cannot be spread over {processes} processes",
+            why="Each needs as many as the others, or a copy of one.",
+            fix=f"Use a --tensor-parallel-size that divides {heads}, or that {heads} divides.",
+        )
+    return processes // heads
+
+
+def gain(layers: int, owners: int, heads: int, source_heads: int, head_bytes: int) -> str:
+    """What a process keeps of a token, in words, and how many times the source's tokens the same memory holds.
+
+    Args:
+        layers, owners: all layers of the process, and those with keys and values.
+        heads, source_heads: KV heads of a layer in this process, and what they are in the source model.
+        head_bytes: of the key and the value of one head.
+    """
+    fewer = f"; KV heads: {heads} instead of {source_heads}" if heads < source_heads else ""
+    return (
+        f"{owners} of {layers} layers keep keys and values, the others read theirs{fewer}; "
+        f"{owners * heads * head_bytes:,} bytes a token: the same memory holds "
+        f"{layers * source_heads / (owners * heads):.2f}x the tokens."
+    )

@@ -5,6 +5,8 @@ and its attention. Imported by vLLM when a CLA model is loaded, after `plugin.re
 """
 
 import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,16 +19,19 @@ from vllm.model_executor.models.transformers import (  # pyright: ignore[reportM
 )
 
 from ..errors import InputError
+from ..files import read_kept
 from ..models.classes import register
 from ..models.families import FAMILIES
-from .sharing import check_stages, layer_of, owner_name
+from ..models.family import Family
+from ..models.shape import shape_of
+from ..models.writer import MANIFEST
+from .sharing import check_stages, copies_of_heads, gain, layer_of, owner_name
 from .versions import check_vllm
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig  # pyright: ignore[reportMissingImports]
 
 check_vllm()
-register()  # vLLM builds the model by AutoModel
 
 logger = logging.getLogger("vllm.plugins.cla_convert")  # below vllm's own, which has a handler
 
@@ -39,15 +44,31 @@ class SharedCache:
         self._sharing_proven = False
         config = vllm_config.model_config.hf_config
         sources: list[int] = config.kv_source_layers
+        self._processes: int = vllm_config.parallel_config.tensor_parallel_size
         stages = vllm_config.parallel_config.pipeline_parallel_size
         starts = [get_pp_indices(len(sources), rank, stages)[0] for rank in range(stages)]
         check_stages(sources, [*starts, len(sources)])
-        _check_settings(vllm_config, config)
+        family = FAMILIES[config.model_type.removeprefix("cla_")]
+        _check_settings(vllm_config, family)
+        self._family, self._copies = family, _copy_heads(config, family, self._processes)
+        register([family])  # vLLM builds the model by AutoModel
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         if logits := getattr(self, "logits_processor", None):  # the last stage has one
             logits.scale /= getattr(config, "logits_scaling", 1.0)  # Granite's; vLLM reads logit_scale
             logits.soft_cap = getattr(config, "final_logit_softcapping", None)
         self._prove_mapping()
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """As ever; a KV head that several processes hold is stored once."""
+        return super().load_weights(self._copied(weights))  # type: ignore[misc]
+
+    def _copied(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        heads = max(1, self._processes // self._copies)
+        for name, tensor in weights:
+            place = self._family.place(name) if self._copies > 1 else None
+            if place and place.module in ("k_proj", "v_proj"):
+                tensor = tensor.unflatten(0, (heads, -1)).repeat_interleave(self._copies, 0).flatten(0, 1)
+            yield name, tensor
 
     def _get_attn_cls(self) -> Any:
         """From vLLM 0.28 on: what builds the attention of each layer."""
@@ -88,11 +109,16 @@ class SharedCache:
                 why="The cache would be larger than the model needs, or wrong.",
                 fix="Use a version of vLLM that docs/serving.md lists, and report this.",
             )
-        layers = len(self._attention)
-        logger.info(
-            "cla-convert: %d of %d layers keep keys and values, the others read theirs: the same memory holds %.2fx "
-            "the tokens.", len(owners), layers, layers / len(owners),
-        )  # fmt: skip
+        kept = self._attention[owners[0]]
+        head_bytes = 2 * kept.head_size * kept.kv_cache_torch_dtype.itemsize
+        source = max(kept.num_kv_heads, self._source_heads() // self._processes)
+        logger.info("cla-convert: %s", gain(len(self._attention), len(owners), kept.num_kv_heads, source, head_bytes))
+
+    def _source_heads(self) -> int:
+        """KV heads of the source model, as far as the folder tells; 0 where it does not."""
+        heads = (read_kept(Path(self.model_config.model) / MANIFEST) or {}).get("kv_heads")  # type: ignore[attr-defined]
+        before = heads.get("before") if isinstance(heads, dict) else None
+        return before if isinstance(before, int) else 0
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As ever; the first time that there is a cache, look whether it is the one that was asked for."""
@@ -122,7 +148,7 @@ class ClaMoEForCausalLM(SharedCache, TransformersMoEForCausalLM):
     """Serves families with experts."""
 
 
-def _check_settings(vllm_config: "VllmConfig", config: Any) -> None:
+def _check_settings(vllm_config: "VllmConfig", family: Family) -> None:
     """Refuse what vLLM would do wrong without a word. Raises InputError."""
     if vllm_config.cache_config.kv_sharing_fast_prefill:
         raise InputError(
@@ -130,18 +156,40 @@ def _check_settings(vllm_config: "VllmConfig", config: Any) -> None:
             why="It skips consumers while the prompt is read, which needs all of them at the end of the model.",
             fix="Leave it out.",
         )
-    if FAMILIES[config.model_type.removeprefix("cla_")].sinks and not hasattr(transformers_backend, "check_sinks"):
+    if family.sinks and not hasattr(transformers_backend, "check_sinks"):
         raise InputError(
             "This version of vLLM leaves out attention sinks",
             why="Its Transformers backend hands them to no kernel, and says nothing.",
             fix="Use vLLM 0.32 or later.",
         )
-    if "gemma" in config.model_type and vllm_config.model_config.dtype == torch.float16:
+    if "gemma" in family.model_type and vllm_config.model_config.dtype == torch.float16:
         raise InputError(
             "Gemma models overflow in float16",
             why="vLLM refuses it for the source model, and knows the converted one by another name.",
             fix="Use --dtype bfloat16 or float32.",
         )
+
+
+def _copy_heads(config: Any, family: Family, processes: int) -> int:
+    """Let a model with fewer KV heads than tensor-parallel processes be built with a copy for each; how many of one.
+
+    vLLM's Transformers backend would cut a head in two.
+
+    Raises:
+        InputError: the heads cannot be spread, or nobody says how: the processes would read each other's heads.
+    """
+    plan = {name.split(".")[-1]: how for name, how in (config.base_model_tp_plan or {}).items()}
+    if processes > 1 and {plan.get(part) for part in ("q_proj", "k_proj", "v_proj")} != {"colwise"}:
+        raise InputError(
+            f"{family.code.name} cannot run in {processes} tensor-parallel processes",
+            why="The installed transformers has no plan that gives each of them heads of its own.",
+            fix="Leave out --tensor-parallel-size.",
+        )
+    heads = shape_of(config.to_dict()).num_key_value_heads
+    copies = copies_of_heads(heads, processes)
+    if copies > 1:
+        setattr(config, family.key("num_key_value_heads"), processes)
+    return copies
 
 
 def _place(attention: Any) -> int:

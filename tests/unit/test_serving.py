@@ -10,7 +10,7 @@ import pytest
 
 from cla_convert.errors import InputError
 from cla_convert.serving import versions
-from cla_convert.serving.sharing import check_stages, layer_of, owner_name
+from cla_convert.serving.sharing import check_stages, copies_of_heads, gain, layer_of, owner_name
 from cla_convert.serving.versions import check_vllm
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +48,24 @@ def test_stages_may_begin_only_where_no_sharing_is_cut():
         check_stages(sources, [0, 2, 6])
     with pytest.raises(InputError, match="no stage may begin"):
         check_stages([0, 0, 0], [0, 1, 3])
+
+
+def test_heads_and_processes():
+    pairs = [(8, 1), (8, 8), (8, 2), (2, 8), (1, 4)]
+    assert [copies_of_heads(heads, processes) for heads, processes in pairs] == [1, 1, 1, 4, 4]
+    with pytest.raises(InputError, match="3 KV heads cannot be spread over 2"):
+        copies_of_heads(3, 2)
+
+
+def test_what_is_gained_counts_layers_and_heads():
+    assert gain(30, 16, 3, 3, 256) == (
+        "16 of 30 layers keep keys and values, the others read theirs; 12,288 bytes a token: the same memory holds "
+        "1.88x the tokens."
+    )
+    assert gain(30, 16, 1, 3, 256) == (
+        "16 of 30 layers keep keys and values, the others read theirs; KV heads: 1 instead of 3; 4,096 bytes a token: "
+        "the same memory holds 5.62x the tokens."
+    )
 
 
 @pytest.mark.parametrize(

@@ -38,9 +38,9 @@ def converter() -> str:
     return os.environ["CLA_CONVERTER"]
 
 
-def pair(model: str, sharing: str, folder: Path) -> Pair:
+def pair(model: str, sharing: str, folder: Path, *options: str) -> Pair:
     """Convert a folder or a GGUF file, which the converter dequantises first."""
-    command = [converter(), "convert", model, folder / "converted", "--sharing", sharing, "--init", "mean"]
+    command = [converter(), "convert", model, folder / "converted", "--sharing", sharing, "--init", "mean", *options]
     sources = folder / "cache" / "sources"
     subprocess.run(command, check=True, env=os.environ | {"CLA_CONVERT_CACHE": str(folder / "cache")})
     return Pair(Path(model) if Path(model).is_dir() else next(sources.iterdir()), folder / "converted")
@@ -53,9 +53,24 @@ def smollm2(tmp_path_factory) -> Pair:
 
 
 @pytest.fixture(scope="session")
+def pooled(smollm2: Pair, tmp_path_factory) -> Pair:
+    """The same with one KV head instead of three."""
+    return pair(str(smollm2.source), "cla2-keep-ends", tmp_path_factory.mktemp("pooled"), "--kv-heads", "1")
+
+
+@pytest.fixture(scope="session")
 def gemma(tmp_path_factory) -> Pair:
     """Gemma 3 270M, with windows of 512 tokens, and its conversion."""
     file = os.environ.get("CLA_GEMMA_GGUF")
     if not file:
         pytest.skip("CLA_GEMMA_GGUF is not set (make test-vllm sets it)")
     return pair(file, "cla2-keep-ends", tmp_path_factory.mktemp("gemma"))
+
+
+@pytest.fixture(scope="session")
+def conversions(tmp_path_factory) -> Path:
+    """A folder with every case, its source and its conversions."""
+    folder = tmp_path_factory.mktemp("conversions")
+    command = [Path(converter()).with_name("python"), "-m", "tests.vllm.conversions", folder]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[2], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return folder

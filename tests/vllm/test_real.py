@@ -58,6 +58,15 @@ def test_smollm2(smollm2: Pair, tmp_path: Path):
     assert before["bytes"] / before["tokens"] * 16 == found["bytes"] / found["tokens"] * 30
 
 
+def test_one_kv_head_instead_of_three(pooled: Pair, tmp_path: Path):
+    """16 of 30 layers with a third of the heads: 5.625 times the tokens of the source, in whole blocks."""
+    found = check_tokens(tmp_path, pooled.converted)
+    assert found["buffers"] == 16
+    assert "KV heads: 1 instead of 3; 8,192 bytes a token: the same memory holds 5.62x the tokens" in found["log"]
+    assert found["blocks"] == found["tokens"] // 128 == int(2**30 / (16 * 128 * 512))
+    assert found["bytes"] / found["tokens"] == 8192 == 30 * 1536 / 5.625
+
+
 def test_gemma_with_its_windows(gemma: Pair, tmp_path: Path):
     found = check_tokens(tmp_path, gemma.converted)
     before = served(tmp_path, gemma.source, [[[1, 2, 3]]])

@@ -8,15 +8,14 @@ import torch
 
 from tests.vllm.engine import run
 from tests.vllm.reference import greedy
-from tests.vllm.test_families import PROMPTS, save
+from tests.vllm.test_families import PROMPTS, SMALL
 
-SMALL = {"max_model_len": 400, "max_num_seqs": 4, "max_num_batched_tokens": 64}
 UNKNOWN_VERSION = "import cla_convert.serving.versions as v; v.NEWEST = (0, 31)\n"
 
 
 @pytest.fixture
-def llama(tmp_path: Path) -> Path:
-    return save("llama", tmp_path / "model")[0]
+def llama(conversions: Path) -> Path:
+    return conversions / "llama" / "cla2"
 
 
 def test_an_unknown_vllm_serves_no_cla_model(llama: Path, tmp_path: Path):
@@ -30,30 +29,41 @@ def test_fast_prefill_is_refused(llama: Path, tmp_path: Path):
     assert "--kv-sharing-fast-prefill does not fit" in found["error"]
 
 
-def test_gemma_in_float16_is_refused(tmp_path: Path):
-    found = run(tmp_path, save("gemma3", tmp_path / "model")[0], [[[1, 2]]], **SMALL | {"dtype": "float16"})
+def test_gemma_in_float16_is_refused(conversions: Path, tmp_path: Path):
+    found = run(tmp_path, conversions / "gemma3" / "cla2", [[[1, 2]]], **SMALL | {"dtype": "float16"})
     assert "overflow in float16" in found["error"]
 
 
-def test_a_vllm_that_leaves_out_sinks_serves_no_model_that_has_them(tmp_path: Path):
+def test_a_vllm_that_leaves_out_sinks_serves_no_model_that_has_them(conversions: Path, tmp_path: Path):
     """As 0.26 does: its Transformers backend has no such check."""
     backend = "vllm.model_executor.models.transformers"
     (tmp_path / "sitecustomize.py").write_text(f"import {backend} as backend\ndel backend.check_sinks\n")
     path = {"PYTHONPATH": f"{tmp_path}:{Path.cwd()}"}
-    found = run(tmp_path, save("gpt_oss", tmp_path / "model")[0], [[[1, 2]]], **SMALL, environment=path)
+    found = run(tmp_path, conversions / "gpt_oss" / "cla2", [[[1, 2]]], **SMALL, environment=path)
     assert "leaves out attention sinks" in found["error"]
 
 
 TWO = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "OMP_NUM_THREADS": "1"}
 
 
-def test_tensor_parallelism(llama: Path, tmp_path: Path):
-    found = run(tmp_path, llama, [PROMPTS], **SMALL, tensor_parallel_size=2, environment=TWO)
+@pytest.mark.parametrize(("case", "kind"), [("llama", "cla2"), ("llama", "cla2-heads"), ("qwen3", "cla2-heads")])
+def test_tensor_parallelism(case: str, kind: str, conversions: Path, tmp_path: Path):
+    """With one KV head, too, of which both processes have a copy."""
+    folder = conversions / case / kind
+    found = run(tmp_path, folder, [PROMPTS], **SMALL, tensor_parallel_size=2, environment=TWO)
     assert "error" not in found, found["log"][-3000:]
-    for ours, theirs in zip(greedy(llama, PROMPTS), found["rounds"][0], strict=True):
+    for ours, theirs in zip(greedy(folder, PROMPTS), found["rounds"][0], strict=True):
         assert theirs["tokens"] == ours["tokens"]
         torch.testing.assert_close(torch.tensor(theirs["logprobs"]), torch.tensor(ours["logprobs"]), rtol=0, atol=1e-3)
     assert found["log"].count("3 of 6 layers keep") == 2
+
+
+def test_heads_that_cannot_be_spread_are_refused(conversions: Path, tmp_path: Path):
+    """Of OLMo 2 every process would have all heads, and vLLM would read beyond them."""
+    for case, what in (("llama-odd", "3 KV heads cannot be spread over 2"), ("olmo2", "OLMo 2 cannot run in 2")):
+        folder = conversions / case / "cla2"
+        found = run(tmp_path, folder, [[[1, 2]]], **SMALL, tensor_parallel_size=2, environment=TWO)
+        assert what in found["error"]
 
 
 def test_pipeline_stages_share_within_themselves(llama: Path, tmp_path: Path):

@@ -15,7 +15,7 @@ import aiohttp
 import pytest
 
 from tests.vllm.conftest import Pair
-from tests.vllm.engine import ENVIRONMENT
+from tests.vllm.engine import ENVIRONMENT, GIB
 from tests.vllm.reference import greedy
 from tests.vllm.test_real import BATCH, prompts
 
@@ -36,7 +36,7 @@ class Server:
         command = [
             sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", self.model, "--host", "127.0.0.1",
             "--port", port, "--dtype", "float32", "--enforce-eager", "--max-model-len", CONTEXT,
-            "--max-num-batched-tokens", BATCH, "--max-num-seqs", AT_ONCE // 2,
+            "--max-num-batched-tokens", BATCH, "--max-num-seqs", AT_ONCE // 2, "--kv-cache-memory-bytes", GIB,
         ]  # fmt: skip
         self.process = subprocess.Popen(
             list(map(str, command)), stdout=log.open("w"), stderr=subprocess.STDOUT, env=os.environ | ENVIRONMENT
