@@ -61,6 +61,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "granitemoe": ("granitemoe", {"num_local_experts": 4, "attention_multiplier": 0.3, "residual_multiplier": 0.5}),
     "glm4_moe": ("glm4_moe", EXPERTS | {"n_routed_experts": 4}),
     "gpt_oss": ("gpt_oss", EXPERTS | {"num_local_experts": 4, "sliding_window": 8}),
+    "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"] * 2 + ["conv", "conv"] + ["full_attention"] * 3,
+                      "num_hidden_layers": 9, "block_auto_adjust_ff_dim": False}),
     "granite": ("granite", {"attention_multiplier": 0.3, "residual_multiplier": 0.5, "logits_scaling": 2.0}),
     "smollm3": ("smollm3", {"no_rope_layer_interval": 3}),
     "starcoder2": ("starcoder2", {"sliding_window": 8}),
@@ -95,7 +97,7 @@ def source_model(case: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     return shake(AutoModelForCausalLM.from_config(tiny_config(case, **overrides))).eval()
 
 
-def cla_model(case: str, sources: list[int] | None, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+def cla_model(case: str, sources: list[int | None] | list[int] | None, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """The CLA model with a sharing map (None: the identity)."""
     settings = tiny_config(case, **overrides).to_dict()
     settings.pop("model_type")

@@ -39,7 +39,7 @@ class Choice:
     """Of every group alone."""
 
     @property
-    def kv_source_layers(self) -> list[int]:
+    def kv_source_layers(self) -> list[int | None]:
         """The chosen map."""
         return list(self.candidates[0].layers)
 
@@ -96,7 +96,7 @@ def choose(
 
     kinds, left = shape.kinds, kv_heads / shape.num_key_value_heads
     budget = DEFAULT_BUDGET * left if kv_budget is None else kv_budget
-    owners = owners_for(min(1.0, budget / left), len(kinds))
+    owners = owners_for(min(1.0, budget / left), len(shape.kv_layers))
     heads = [] if left == 1 else [kv_heads]
     largest = Search.default(calibration.device).largest
     sensitivity = _measured(

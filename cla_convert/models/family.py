@@ -1,7 +1,7 @@
 """What conversion must know of a family of models: the columns of the table in `family_rows`. Imports no torch."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -105,6 +105,8 @@ class Family:
     """What Python imports them from."""
     experts: bool = False
     """Whether its layers have experts (a mixture), which servers treat apart."""
+    state: Callable[[Mapping[str, Any]], tuple[int, int]] | None = None
+    """Of a hybrid: what each layer without keys and values keeps of a text (`models/states.py`)."""
 
     @property
     def cla_type(self) -> str:

@@ -60,6 +60,10 @@ NOTES = {
     "smollm3": Notes("SmolLM3 3B", "every fourth layer has no RoPE"),
     "starcoder2": Notes("StarCoder2 3B, 7B, 15B", "LayerNorm; biases everywhere; may slide"),
     "gpt_bigcode": Notes("SantaCoder, StarCoder, StarCoderBase", "multi-query, one fused `c_attn`, learned positions"),
+    "lfm2": Notes(
+        "LFM2, LFM2.5 350M, 700M, 1.2B, 2.6B",
+        "a hybrid: most layers are short convolutions and stay as they are; q and k are normed per head",
+    ),
     "mixtral": Notes("Mixtral 8x7B, 8x22B", "experts"),
     "qwen2_moe": Notes("Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B", "experts, one of them always; biases on q, k and v"),
     "qwen3_moe": Notes("Qwen3-30B-A3B, Qwen3-235B-A22B", "experts; q and k are normed"),

@@ -4,7 +4,7 @@ A new family is one row here and a tiny case in tests/tiny.py; `python -m cla_co
 two code files.
 """
 
-from . import kinds
+from . import kinds, states
 from .family import POST_NORM, SANDWICH, Family, LayerNorms, Requirement
 from .family_code import FROM_ATTENTION, FROM_CONFIG, Code, Fused
 
@@ -158,6 +158,11 @@ ROWS = [
         ),
         defaults={"num_key_value_heads": 1}, layers="transformer.h", attention="attn",
         o_proj="c_proj", fused="c_attn", norms=LayerNorms("ln_1", "ln_2"), keys=_GPT2_KEYS, requires=(_MULTI_QUERY,),
+    ),
+    Family(
+        "lfm2", "Lfm2", Code("LFM2", layer_types=True, dropout=None), kinds.convolutions_between,
+        {"num_key_value_heads": 8}, state=states.convolution, o_proj="out_proj", qk_norm=True, qk_norm_names=("q_layernorm", "k_layernorm"),
+        mlp="feed_forward", norms=LayerNorms("operator_norm", "ffn_norm"),
     ),
     Family(
         "mixtral", "Mixtral", Code("Mixtral", arguments=(FROM_CONFIG,), experts=True), kinds.windowed,

@@ -11,7 +11,8 @@ from cla_convert.models.checkpoint import Checkpoint
 from cla_convert.models.classes import cla_classes, register
 from cla_convert.models.export import load_model
 from cla_convert.models.families import FAMILIES
-from cla_convert.models.shape import shape_of
+from cla_convert.models.kinds import has_kv
+from cla_convert.models.shape import owners_of, shape_of, unshared
 from cla_convert.models.verify import planned_bytes
 from cla_convert.recipe import Train
 from cla_convert.training.objective import Objective
@@ -22,7 +23,7 @@ MIXTURES = [case for case, (family, _) in CASES.items() if FAMILIES[family].code
 MAPS = {"cla2-keep-ends": [0, 1, 1, 3, 3, 5], "cla3": [0, 0, 0, 3, 3, 3], "interleaved": [0, 1, 0, 1, 4, 1]}
 
 
-def share(case: str, pattern: str) -> list[int]:
+def share(case: str, pattern: str) -> list[int | None]:
     """A named pattern on the layers of a case, whatever their kinds."""
     return sharing_map(pattern, shape_of(tiny_config(case).to_dict()).kinds)
 
@@ -58,8 +59,8 @@ def test_sharing_between_equal_layers_changes_nothing(case, ids, tmp_path):
     """
     family, kinds = FAMILIES[CASES[case][0]], shape_of(tiny_config(case).to_dict()).kinds
     first_pairs = {kinds[group[0]]: group[:2] for group in reversed(groups_of(share(case, "cla2"))) if len(group) > 1}
-    assert first_pairs.keys() == set(kinds)
-    model, sources = source_model(case), list(range(len(kinds)))
+    assert first_pairs.keys() == set(filter(has_kv, kinds))
+    model, sources = source_model(case), unshared(kinds)
     for owner, consumer in first_pairs.values():
         sources[consumer] = owner
         equalise(model.get_submodule(family.layers), family, owner, consumer)
@@ -82,8 +83,8 @@ def equalise(layers, family, owner: int, consumer: int) -> None:
         elif family.fused and f".{family.fused}." in name:
             theirs[name].data[queries:] = parameter.data[queries:]
     for layer in layers[owner:consumer]:
-        for module in (layer.get_submodule(family.mlp), layer.get_submodule(output)):
-            for parameter in module.parameters():
+        for name, parameter in layer.named_parameters():
+            if name.startswith((f"{family.mlp}.", f"{output}.")) or name.endswith(".out_proj.weight"):  # of a state
                 torch.nn.init.zeros_(parameter)
 
 
@@ -133,6 +134,12 @@ def test_beams_and_lookahead_decoding_use_the_small_cache_rightly(case, ids):
             assert torch.equal(generate(prompt_lookup_num_tokens=3), generate())
 
 
+def kv_bytes(cache) -> list[int]:
+    """Of keys and values in each layer; 0 for one that has none."""
+    found = [[getattr(layer, name, None) for name in ("keys", "values")] for layer in cache.layers]
+    return [sum(tensor.nbytes for tensor in tensors if tensor is not None) for tensors in found]
+
+
 @pytest.mark.parametrize("implementation", [None, "static"])
 @pytest.mark.parametrize("case", CASES)
 def test_cache_holds_exactly_the_owners(case, implementation, ids):
@@ -143,13 +150,12 @@ def test_cache_holds_exactly_the_owners(case, implementation, ids):
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, return_dict_in_generate=True,
             cache_implementation=implementation, disable_compile=True, eos_token_id=None,
         ).past_key_values  # fmt: skip
-        states = [[state for state in (layer.keys, layer.values) if state is not None] for layer in cache.layers]
-        return [sum(state.numel() * state.element_size() for state in layer) for layer in states]
+        return kv_bytes(cache)
 
     sources = share(case, "cla2-keep-ends")
     with torch.inference_mode():
         before, after = sizes(source_model(case)), sizes(cla_model(case, sources))
-    assert min(before) > 0
+    assert [layer for layer, size in enumerate(before) if size] == [i for i, s in enumerate(sources) if s is not None]
     assert after == [size if sources[layer] == layer else 0 for layer, size in enumerate(before)]
 
 
@@ -161,8 +167,7 @@ def test_the_cache_is_as_large_as_verify_demands(case, ids, tmp_path):
     with torch.inference_mode():
         cache = model(ids[:1], use_cache=True).past_key_values
         cache = model(ids[:1, :1], past_key_values=cache).past_key_values
-    held = [sum(t.nbytes for t in (layer.keys, layer.values) if t is not None) for layer in cache.layers]
-    assert planned_bytes(tmp_path, 25) == held
+    assert planned_bytes(tmp_path, 25) == kv_bytes(cache)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -183,7 +188,7 @@ def test_gradients_do_not_depend_on_activation_checkpointing(case, ids):
 @pytest.mark.parametrize("case", CASES)
 def test_owners_receive_gradient_through_their_consumers(case, ids):
     sources = share(case, "cla2")
-    owner = next(source for layer, source in enumerate(sources) if source != layer)
+    owner = next(source for layer, source in enumerate(sources) if source not in (layer, None))
     model, family = cla_model(case, sources), FAMILIES[CASES[case][0]]
     parameters = dict(model.named_parameters())
     torch.nn.init.zeros_(parameters[family.tensor(owner, family.o_proj)])  # cut the owner's own use of its K/V
@@ -196,8 +201,9 @@ def test_owners_receive_gradient_through_their_consumers(case, ids):
 def test_consumers_have_no_kv_parameters(case):
     sources, family = share(case, "cla2"), FAMILIES[CASES[case][0]]
     kept = {family.place(name) for name, _ in cla_model(case, sources).named_parameters()}
-    assert {place.layer for place in kept if place and place.module in family.kv_modules} == set(sources)
-    assert {place.layer for place in kept if place and place.module == "q_proj"} == set(range(len(sources)))
+    attending = {layer for layer, source in enumerate(sources) if source is not None}
+    assert {place.layer for place in kept if place and place.module in family.kv_modules} == set(owners_of(sources))
+    assert {place.layer for place in kept if place and place.module == "q_proj"} == attending
 
 
 @pytest.mark.parametrize("case", CASES)

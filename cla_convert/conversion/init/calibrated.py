@@ -8,7 +8,7 @@ from pathlib import Path
 from ...effort import Effort
 from ...models.checkpoint import Checkpoint
 from ...models.families import Family
-from ...models.shape import shape_of
+from ...models.shape import owners_of, shape_of
 from ..initialisation import INITIALISATIONS, Initialisation
 from ..layer_patch import LayerPatch
 from ..sharing import groups_of, matched_groups
@@ -47,7 +47,8 @@ class Calibrated(Initialisation):
         self, checkpoint: Checkpoint, sources: list[int], kv_heads: int, text: CalibrationText | None, spill: Path
     ) -> Iterator[LayerPatch]:
         """One for every layer; none where no layer and no head shares."""
-        if len(set(sources)) == len(sources) and kv_heads == shape_of(checkpoint.config).num_key_value_heads:
+        shape = shape_of(checkpoint.config)
+        if owners_of(sources) == shape.kv_layers and kv_heads == shape.num_key_value_heads:
             return iter(())
         from ..calibration import calibrated_pooling
 
