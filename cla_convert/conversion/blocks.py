@@ -93,7 +93,7 @@ class Factory:
         turned = 0 if positions is None or self._attention.kinds[layer].endswith(NOPE) else positions[0].shape[-1]
         turned *= 2 if self.family.half_tables else 1
         heads, kv_heads = self._attention.num_attention_heads, self._attention.num_key_value_heads
-        return HeadShape(heads, kv_heads, self._attention.head_dim, turned)
+        return HeadShape(heads, kv_heads, self._attention.head_dim, turned, self.family.gated)
 
     def read_layer(self, index: int, *, mlp: bool = True) -> dict[str, Tensor]:
         """Weights of a layer in float32, by their name inside the layer."""

@@ -71,11 +71,14 @@ def _unquantised(settings: Any) -> str:
 
 
 def _predicting_ahead(checkpoint: Checkpoint, family: Family, shape: AttentionShape) -> set[str]:
-    """Tensors of layers behind the last that guess tokens further ahead (GLM-4 MoE): transformers leaves them out."""
+    """Tensors of layers behind the last that guess tokens further ahead (GLM-4 MoE, Qwen3-Next's `mtp`).
+
+    transformers leaves them out.
+    """
     count = checkpoint.config.get("num_nextn_predict_layers")
     ahead = range(shape.num_layers, shape.num_layers + (count if isinstance(count, int) else 0))
     places = {name: family.place(name) for name in checkpoint.tensors}
-    return {name for name, place in places.items() if place and place.layer in ahead}
+    return {name for name, place in places.items() if name.startswith("mtp.") or (place and place.layer in ahead)}
 
 
 def _unused(checkpoint: Checkpoint, family: Family, ahead: set[str]) -> set[str]:

@@ -84,6 +84,8 @@ class Family:
     """Names of these norms inside the attention."""
     sinks: bool = False
     """Whether each query head has a logit that no key belongs to (`sinks`)."""
+    gated: bool = False
+    """Whether each channel of a head is multiplied by a gate, whose rows follow those of the head in `q_proj`."""
     adjacent_pairs: bool = False
     """Whether RoPE turns neighbouring channels (0 and 1, 2 and 3, ...) together; else those of two halves."""
     half_tables: bool = False

@@ -67,6 +67,14 @@ NOTES = {
     "mixtral": Notes("Mixtral 8x7B, 8x22B", "experts"),
     "qwen2_moe": Notes("Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B", "experts, one of them always; biases on q, k and v"),
     "qwen3_moe": Notes("Qwen3-30B-A3B, Qwen3-235B-A22B", "experts; q and k are normed"),
+    "qwen3_next": Notes(
+        "Qwen3-Next 80B-A3B",
+        "a hybrid: three layers in four are linear attention (Gated DeltaNet) and stay as they are; experts; a gate on each "
+        "channel of a head; q and k are normed; a quarter of each head is rotated",
+    ),
+    "qwen3_5_text": Notes(
+        "the language model of Qwen3.5 0.8B to 27B", "a hybrid as `qwen3_next`, without experts"
+    ),
     "olmoe": Notes("OLMoE 1B-7B", "experts; q and k are normed over all heads at once; multi-head"),
     "granitemoe": Notes("Granite 3.0 and 3.1 1B-A400M, 3B-A800M", "experts; multipliers as in Granite"),
     "glm4_moe": Notes("GLM-4.5-Air", "experts, one of them always; half of each head is rotated; biases on q, k and v"),

@@ -177,6 +177,16 @@ ROWS = [
         kinds.optional_window, {"num_key_value_heads": 4, "sliding_window": 4096}, qk_norm=True,
     ),
     Family(
+        "qwen3_next", "Qwen3Next", Code("Qwen3-Next", experts=True, layer_types=True), kinds.linear_but_every_fourth,
+        {"num_key_value_heads": 2, "head_dim": 256}, state=states.gated_delta, qk_norm=True, gated=True,
+    ),
+    Family(
+        "qwen3_5_text", "Qwen3_5",
+        Code("Qwen3.5", module="qwen3_5", model="TextModel", config="TextConfig", layer_types=True),
+        kinds.linear_but_every_fourth, {"num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 256},
+        state=states.gated_delta, qk_norm=True, gated=True,
+    ),
+    Family(
         "olmoe", "Olmoe", Code("OLMoE", arguments=(FROM_CONFIG,), norm_whole=True, experts=True),
         qk_norm=True, requires=(_NOT_CLIPPED,),
     ),

@@ -41,6 +41,8 @@ class AttentionShape:
     """Map of the model as it stands: every layer with keys and values its own, unless it already shares."""
     sliding_window: int | None = None
     """Tokens that a sliding layer sees, itself included; None without sliding layers."""
+    gated: bool = False
+    """Whether the projection of the queries holds gates, too."""
     state_bytes_each: tuple[int, int] = (0, 0)
     """Of what a layer without keys and values keeps of a text, however long: bytes, and numbers of the cache's dtype."""
 
@@ -63,7 +65,8 @@ class AttentionShape:
     def projection_rows(self) -> dict[str, int]:
         """Rows of q_proj, k_proj and v_proj."""
         keys = self.num_key_value_heads * self.head_dim
-        return {"q_proj": self.num_attention_heads * self.head_dim, "k_proj": keys, "v_proj": keys}
+        queries = self.num_attention_heads * self.head_dim * (2 if self.gated else 1)
+        return {"q_proj": queries, "k_proj": keys, "v_proj": keys}
 
     def kv_bytes_per_token(self, element_size: int, owners: int | None = None) -> int:
         """Bytes of K and V that one token adds to the cache, for `owners` layers (default: as the model stands)."""
@@ -104,6 +107,7 @@ def shape_of(config: Mapping[str, Any]) -> AttentionShape:
             kinds=tuple(kinds),
             kv_source_layers=_map(config, kinds) if family else _published_map(config, kinds),
             sliding_window=_size(config, "sliding_window") if slides else None,
+            gated=bool(family and family.gated),
             state_bytes_each=family.state(config) if family and family.state else (0, 0),
         )
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:

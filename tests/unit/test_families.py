@@ -93,7 +93,7 @@ def test_names_of_the_table_are_those_of_the_models(case):
     family = FAMILIES[CASES[case][0]]
     places = {name: family.place(name) for name, _ in cla_model(case, None).named_parameters()}
     attention = {name: place for name, place in places.items() if place and place.module}
-    assert {place.layer for place in places.values() if place} == set(range(6))
+    assert {place.layer for place in places.values() if place} == set(range(tiny_config(case).num_hidden_layers))
     assert {place.module for place in attention.values()} == set(family.attention_modules)
     assert all(family.tensor(*place) == name for name, place in attention.items())
 

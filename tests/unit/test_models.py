@@ -13,6 +13,7 @@ from cla_convert.models.export import load_model
 from cla_convert.models.families import FAMILIES
 from cla_convert.models.kinds import has_kv
 from cla_convert.models.shape import owners_of, shape_of, unshared
+from cla_convert.models.states import gated_delta
 from cla_convert.models.verify import planned_bytes
 from cla_convert.recipe import Train
 from cla_convert.training.objective import Objective
@@ -26,6 +27,12 @@ MAPS = {"cla2-keep-ends": [0, 1, 1, 3, 3, 5], "cla3": [0, 0, 0, 3, 3, 3], "inter
 def share(case: str, pattern: str) -> list[int | None]:
     """A named pattern on the layers of a case, whatever their kinds."""
     return sharing_map(pattern, shape_of(tiny_config(case).to_dict()).kinds)
+
+
+def rounding(case: str) -> float:
+    """Of a logit. Linear attention is float32 whatever the model is, and its two forms sum in two orders: 3e-4 in the
+    source models of these cases, too."""
+    return 1e-3 if FAMILIES[CASES[case][0]].state is gated_delta else 1e-5
 
 
 @pytest.fixture
@@ -100,7 +107,7 @@ def test_cached_uncached_stepwise_and_static_agree(case, ids):
             out = model(ids[:, i : i + 1], past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             steps.append(out.logits)
-        torch.testing.assert_close(torch.cat(steps, 1), full, rtol=1e-5, atol=1e-5)  # norms are float32
+        torch.testing.assert_close(torch.cat(steps, 1), full, rtol=1e-5, atol=rounding(case))  # norms are float32
         dynamic = model.generate(ids, **generation)
         static = model.generate(ids, **generation, cache_implementation="static", disable_compile=True)
     assert torch.equal(dynamic, static)
@@ -243,7 +250,7 @@ def test_attention_implementations_agree(case, ids):
         if not model._supports_sdpa or (case == "gemma2" and not hasattr(cache_utils, "KVSharingDict")):
             pytest.skip("transformers has no sdpa with softcap, and before 5.23 leaves it out")
         model.set_attn_implementation("sdpa")
-        torch.testing.assert_close(model(ids).logits, eager, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(ids).logits, eager, rtol=1e-4, atol=rounding(case))
 
 
 def test_flex_attention_agrees(ids):
@@ -262,7 +269,7 @@ def test_padding_does_not_change_real_tokens(case, ids):
     mask = torch.cat([torch.zeros(2, 5, dtype=torch.long), torch.ones_like(ids)], 1)
     with torch.inference_mode():
         out = model(padded, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0)).logits[:, 5:]
-        torch.testing.assert_close(out, model(ids).logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(out, model(ids).logits, rtol=1e-4, atol=rounding(case))
 
 
 @pytest.mark.parametrize("sources", [[0, 0, 2], [0, 2, 2, 3, 4, 5], [0, 0, 1, 3, 4, 5], [0, 1, 2, 3, 4, -1]], ids=str)
