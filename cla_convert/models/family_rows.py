@@ -165,6 +165,12 @@ ROWS = [
         mlp="feed_forward", norms=LayerNorms("operator_norm", "ffn_norm"),
     ),
     Family(
+        "lfm2_moe", "Lfm2Moe", Code("LFM2 MoE", layer_types=True, dropout=None, experts=True),
+        kinds.convolutions_between, {"num_key_value_heads": 8}, state=states.convolution, o_proj="out_proj",
+        qk_norm=True, qk_norm_names=("q_layernorm", "k_layernorm"),
+        mlp="feed_forward", norms=LayerNorms("operator_norm", "ffn_norm"),
+    ),
+    Family(
         "mixtral", "Mixtral", Code("Mixtral", arguments=(FROM_CONFIG,), experts=True), kinds.windowed,
         {"num_key_value_heads": 8},
     ),
@@ -184,6 +190,14 @@ ROWS = [
         "qwen3_5_text", "Qwen3_5",
         Code("Qwen3.5", module="qwen3_5", model="TextModel", config="TextConfig", layer_types=True),
         kinds.linear_but_every_fourth, {"num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 256},
+        state=states.gated_delta, qk_norm=True, gated=True,
+    ),
+    Family(
+        "qwen3_5_moe_text", "Qwen3_5Moe",
+        Code(
+            "Qwen3.5 MoE", module="qwen3_5_moe", model="TextModel", config="TextConfig", layer_types=True, experts=True,
+        ),
+        kinds.linear_but_every_fourth, {"num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 256},
         state=states.gated_delta, qk_norm=True, gated=True,
     ),
     Family(

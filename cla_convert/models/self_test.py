@@ -64,6 +64,8 @@ def tiny_model(family: Family) -> "PreTrainedModel":
     classes = cla_classes(family)
     windows = {"sliding_window": WINDOW} if hasattr(classes["Config"], "sliding_window") else {}
     settings = TINY | windows  # a cache would believe in a window that the layers of the family know nothing of
+    if family.state:  # some do not make up a list themselves
+        settings["layer_types"] = family.kinds(settings)
     kinds = shape_of(classes["Config"](**settings).to_dict()).kinds
     sources = unshared(kinds)
     for kind in set(filter(has_kv, kinds)):
