@@ -1,5 +1,6 @@
 """A tiny random model of every supported family: 6 layers or so, 4 query heads, windows shorter than the test texts."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def source_model(case: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     return shake(AutoModelForCausalLM.from_config(tiny_config(case, **overrides))).eval()
 
 
-def cla_model(case: str, sources: list[int | None] | list[int] | None, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+def cla_model(case: str, sources: Sequence[int | None] | None, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """The CLA model with a sharing map (None: the identity)."""
     settings = tiny_config(case, **overrides).to_dict()
     settings.pop("model_type")

@@ -202,7 +202,12 @@ def _sharing_name(sharing: Sharing, choice: Choice | None) -> str:
 
 
 def _plan_tensors(
-    checkpoint: Checkpoint, family: Family, shape: AttentionShape, each: int, sources: list[int | None], unused: set[str]
+    checkpoint: Checkpoint,
+    family: Family,
+    shape: AttentionShape,
+    each: int,
+    sources: list[int | None],
+    unused: set[str],
 ) -> list[TensorPlan]:
     """One entry per tensor of the source: first those outside the layers, then layer by layer.
 

@@ -67,6 +67,11 @@ class Sensitivity:
     delta_nll: float
     """Rise of the loss, nats per token."""
 
+    @property
+    def group(self) -> tuple[int, ...]:
+        """`layers`, of a group: all of them have keys and values."""
+        return tuple(layer for layer in self.layers if layer is not None)
+
 
 def measure_sensitivity(
     source: Source,

@@ -29,7 +29,11 @@ def check_convertible(checkpoint: Checkpoint) -> Convertible:
         InputError: the family is not supported, the weights are quantised, or they are not what config.json describes.
     """
     family, shape = family_of(checkpoint.config), shape_of(checkpoint.config)
-    if unknown := {kind.removesuffix(NOPE) for kind in shape.kinds} - {FULL, SLIDING, *(STATES if family.state else ())}:
+    if unknown := {kind.removesuffix(NOPE) for kind in shape.kinds} - {
+        FULL,
+        SLIDING,
+        *(STATES if family.state else ()),
+    }:
         raise InputError(
             f"The model has layers of the kind {min(unknown)!r}",
             why=f"The CLA code of {family.model_type!r} knows {FULL} and {SLIDING} only.",

@@ -4,6 +4,8 @@ A new family is one row here and a tiny case in tests/tiny.py; `python -m cla_co
 two code files.
 """
 
+from typing import Any
+
 from . import kinds, states
 from .family import POST_NORM, SANDWICH, Family, LayerNorms, Requirement
 from .family_code import FROM_ATTENTION, FROM_CONFIG, Code, Fused
@@ -45,6 +47,10 @@ _PHI3_PLAN = (
     ("mlp.gate_up_proj", "colwise_gather_output", "as in Phi-3: the output is chunked"),
     ("mlp.down_proj", "rowwise_split_input", ""),
 )
+_LFM2: dict[str, Any] = {
+    "state": states.convolution, "o_proj": "out_proj", "mlp": "feed_forward", "qk_norm": True,
+    "qk_norm_names": ("q_layernorm", "k_layernorm"), "norms": LayerNorms("operator_norm", "ffn_norm"),
+}  # fmt: skip
 _DROPPED_OUT = "nn.functional.dropout({}, p=self.residual_dropout, training=self.training)"
 
 _GLM = {"num_key_value_heads": 2, "head_dim": 128}
@@ -161,14 +167,11 @@ ROWS = [
     ),
     Family(
         "lfm2", "Lfm2", Code("LFM2", layer_types=True, dropout=None), kinds.convolutions_between,
-        {"num_key_value_heads": 8}, state=states.convolution, o_proj="out_proj", qk_norm=True, qk_norm_names=("q_layernorm", "k_layernorm"),
-        mlp="feed_forward", norms=LayerNorms("operator_norm", "ffn_norm"),
+        {"num_key_value_heads": 8}, **_LFM2,
     ),
     Family(
         "lfm2_moe", "Lfm2Moe", Code("LFM2 MoE", layer_types=True, dropout=None, experts=True),
-        kinds.convolutions_between, {"num_key_value_heads": 8}, state=states.convolution, o_proj="out_proj",
-        qk_norm=True, qk_norm_names=("q_layernorm", "k_layernorm"),
-        mlp="feed_forward", norms=LayerNorms("operator_norm", "ffn_norm"),
+        kinds.convolutions_between, {"num_key_value_heads": 8}, **_LFM2,
     ),
     Family(
         "mixtral", "Mixtral", Code("Mixtral", arguments=(FROM_CONFIG,), experts=True), kinds.windowed,

@@ -44,7 +44,7 @@ class AttentionShape:
     gated: bool = False
     """Whether the projection of the queries holds gates, too."""
     state_bytes_each: tuple[int, int] = (0, 0)
-    """Of what a layer without keys and values keeps of a text, however long: bytes, and numbers of the cache's dtype."""
+    """Of what a layer without keys and values keeps of a text: bytes, and numbers of the cache's dtype."""
 
     @property
     def kv_layers(self) -> list[int]:
@@ -76,7 +76,9 @@ class AttentionShape:
     def kv_bytes(self, element_size: int, tokens: int, sources: Iterable[int | None]) -> int:
         """Bytes of the cache of a context under a map: sliding layers keep their window."""
         window = self.sliding_window or tokens
-        kept = [min(tokens, window) if self.kinds[owner].startswith(SLIDING) else tokens for owner in owners_of(sources)]
+        kept = [
+            min(tokens, window) if self.kinds[owner].startswith(SLIDING) else tokens for owner in owners_of(sources)
+        ]
         return self.kv_bytes_per_token(element_size, 1) * sum(kept)
 
 

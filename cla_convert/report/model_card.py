@@ -13,7 +13,20 @@ from ..models.checkpoint import ELEMENT_SIZE, FLOATING
 from ..models.shape import long_cache, shape_of
 from ..models.writer import MANIFEST
 from ..run_folder import RECIPE
-from .formats import changed, count, groups_text, integer, model_name, number, owners_text, percent, quoted, titled, to_yaml, unit_of
+from .formats import (
+    changed,
+    count,
+    groups_text,
+    integer,
+    model_name,
+    number,
+    owners_text,
+    percent,
+    quoted,
+    titled,
+    to_yaml,
+    unit_of,
+)
 from .model_index import eval_results
 from .run_folder import Json
 from .sections.kv import how_long, ratio, with_ratio

@@ -19,7 +19,7 @@ from vllm.model_executor.models.transformers import (  # pyright: ignore[reportM
 from ..errors import InputError
 from ..models.classes import register
 from ..models.families import FAMILIES
-from .sharing import check_stages, layer_of, owner_name
+from .sharing import check_attends, check_stages, layer_of, owner_name
 from .versions import check_vllm
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ class SharedCache:
         self._attention: dict[int, Any] = {}
         self._sharing_proven = False
         config = vllm_config.model_config.hf_config
+        check_attends(config.kv_source_layers)
         sources: list[int] = config.kv_source_layers
         stages = vllm_config.parallel_config.pipeline_parallel_size
         starts = [get_pp_indices(len(sources), rank, stages)[0] for rank in range(stages)]

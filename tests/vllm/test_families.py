@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cla_convert.models.families import FAMILIES
 from cla_convert.models.shape import shape_of
 from tests.conftest import byte_tokenizer
 from tests.tiny import CASES, cla_model, tiny_config
@@ -36,7 +37,19 @@ def save(case: str, folder: Path) -> tuple[Path, list[int]]:
     return folder, sources
 
 
-@pytest.mark.parametrize("case", CASES)
+HYBRIDS = [case for case, (family, _) in CASES.items() if FAMILIES[family].state]
+
+
+@pytest.mark.parametrize("case", HYBRIDS)
+def test_hybrids_are_refused_with_the_reason(case: str, tmp_path: Path):
+    model = cla_model(case, None, **SHAPE)
+    model.float().save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    found = run(tmp_path, tmp_path / "model", [PROMPTS], max_model_len=256)
+    assert "layers have no attention" in found["error"] and "Serve it with transformers" in found["error"]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in HYBRIDS])
 def test_served_as_transformers_computes_it(case: str, tmp_path: Path):
     folder, sources = save(case, tmp_path / "model")
     expected = greedy(folder, PROMPTS)

@@ -28,7 +28,7 @@ class Calibrated(Initialisation):
         return family.attention_modules
 
     def working_bytes(
-        self, checkpoint: Checkpoint, family: Family, sources: list[int], tensors: list[TensorPlan]
+        self, checkpoint: Checkpoint, family: Family, sources: list[int | None], tensors: list[TensorPlan]
     ) -> int:
         """A layer in float32 and bfloat16; or the attention of a group, 36 bytes a parameter.
 
@@ -44,7 +44,12 @@ class Calibrated(Initialisation):
         return max(6 * max(layers.values()), 36 * max(groups, default=0))
 
     def patches(
-        self, checkpoint: Checkpoint, sources: list[int], kv_heads: int, text: CalibrationText | None, spill: Path
+        self,
+        checkpoint: Checkpoint,
+        sources: list[int | None],
+        kv_heads: int,
+        text: CalibrationText | None,
+        spill: Path,
     ) -> Iterator[LayerPatch]:
         """One for every layer; none where no layer and no head shares."""
         shape = shape_of(checkpoint.config)
@@ -58,7 +63,7 @@ class Calibrated(Initialisation):
             effort=_effort(text), spill=spill, kv_heads=kv_heads,
         )  # fmt: skip
 
-    def steps(self, sources: list[int], text: CalibrationText | None, *, every: bool = False) -> int:
+    def steps(self, sources: list[int | None], text: CalibrationText | None, *, every: bool = False) -> int:
         """Those of block reconstruction, of every group from the first that shares on."""
         return _effort(text).steps * matched_groups(sources, every=every) if text else 0
 

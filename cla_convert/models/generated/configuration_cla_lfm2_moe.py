@@ -19,9 +19,7 @@ class ClaLfm2MoeConfig(Lfm2MoeConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         if self.kv_source_layers is None:
-            self.kv_source_layers = [
-                i if kind == "full_attention" else None for i, kind in enumerate(self.layer_types)
-            ]
+            self.kv_source_layers = [i if kind == "full_attention" else None for i, kind in enumerate(self.layer_types)]
         if len(self.kv_source_layers) != self.num_hidden_layers:
             raise ValueError(
                 f"kv_source_layers has {len(self.kv_source_layers)} entries for {self.num_hidden_layers} layers"
