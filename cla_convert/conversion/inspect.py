@@ -64,7 +64,7 @@ def render(result: dict[str, Any]) -> str:
     if state := result["state_bytes"]:
         without = sum(count for kind, count in result["layer_kinds"].items() if not has_kv(kind))
         lines.append(
-            f"state       {state:>8} bytes per sequence, of {without} layers without attention, which stay as they are"
+            f"state       {state} bytes per sequence, of {without} layers without attention, which stay as they are"
         )
     if result["shares"]:
         lines += render_sharing(result["shares"], result["num_layers"])

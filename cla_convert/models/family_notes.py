@@ -70,8 +70,8 @@ NOTES = {
     "qwen3_moe": Notes("Qwen3-30B-A3B, Qwen3-235B-A22B", "experts; q and k are normed"),
     "qwen3_next": Notes(
         "Qwen3-Next 80B-A3B",
-        "a hybrid: three layers in four are linear attention (Gated DeltaNet), which stays as it is; experts; a gate on "
-        "each channel of a head; q and k are normed; a quarter of each head is rotated",
+        "a hybrid: three layers in four are linear attention (Gated DeltaNet) and stay as they are; experts; a gate "
+        "on each channel of a head; q and k are normed; a quarter of each head is rotated",
     ),
     "qwen3_5_text": Notes("the language model of Qwen3.5 0.8B to 27B", "a hybrid as `qwen3_next`, without experts"),
     "qwen3_5_moe_text": Notes(
