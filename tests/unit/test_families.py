@@ -217,9 +217,10 @@ def test_refusals_say_why_and_what_is_supported(config, reason):
 @pytest.mark.parametrize(
     ("model_type", "nearest", "obstacle"),
     [
-        ("olmo_hybrid", "olmo2", "24 of its layers are linear_attention"),
+        ("olmo_hybrid", "olmo2", "of another class in transformers"),
+        ("bamba", "llama", "keep a state"),
         ("qwen3_vl", "qwen3", "a part of one that reads more than text"),
-        ("granitemoehybrid", "granitemoe", "keep a state"),
+        ("granitemoehybrid", "granitemoe", "an MLP and experts at once"),
         ("llama4_text", "llama", "attend within chunks"),
         ("ernie4_5_moe", "ernie4_5", "its layers have experts"),
         ("mistral4", "mistral", "multi-head latent attention"),
