@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from .console import say, warn
 from .effort import affordable_length
 from .errors import InputError
-from .models.shape import positions_of, size_of
+from .models.shape import AttentionShape, positions_of, shape_of, size_of
 from .recipe import Recipe, TextFile
 
 if TYPE_CHECKING:
@@ -72,6 +72,27 @@ def check_lengths(recipe: Recipe, config: Mapping[str, Any]) -> None:
             raise InputError(
                 f"{name} is {length}, more than the model's {longest} positions", fix=f"Lower {name} to {longest}."
             )
+
+
+def check_packing(recipe: Recipe, config: Mapping[str, Any]) -> None:
+    """Raise InputError if several texts of one row are to be kept apart in a model that cannot do so."""
+    shape = shape_of(config)
+    if recipe.train.document_masking and recipe.train.tokens:
+        check_apart(shape, "train.document_masking", "Leave it out: documents are separated by EOS then.")
+    for number, source in enumerate(recipe.data.sources):
+        if source.generate:
+            check_apart(shape, f"data.sources[{number}].generate", "Name a text instead, such as {path: my-corpus/}.")
+
+
+def check_apart(shape: AttentionShape, setting: str, fix: str) -> None:
+    """Raise InputError if texts in one row would see each other: masks reach attention, and no other layer."""
+    if without := shape.num_layers - len(shape.kv_layers):
+        raise InputError(
+            f"{setting} does not work with models of type {shape.model_type!r}",
+            why=f"It puts several texts into one row, and {without} layers without attention would carry what they "
+            "remember of one text into the next.",
+            fix=fix,
+        )
 
 
 def calibration_length(recipe: Recipe, config: Mapping[str, Any], device: str) -> int:

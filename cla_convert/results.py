@@ -67,7 +67,7 @@ class PlanResult(Result):
     source: Json
     sharing: str
     init: str
-    kv_source_layers: list[int]
+    kv_source_layers: list[int | None]
     groups: list[Json]
     kv_bytes_per_token: Change
     parameters: Change

@@ -1,5 +1,6 @@
 """A tiny random model of every supported family: 6 layers or so, 4 query heads, windows shorter than the test texts."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,11 @@ COMMON: dict[str, Any] = dict(
 )  # fmt: skip
 ABSENT = object()
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+          "num_hidden_layers": 8, "layer_types": ["linear_attention", "full_attention"] * 4, "head_dim": 16,
+          "partial_rotary_factor": 0.5}  # fmt: skip
+CONVOLUTIONS = {"num_hidden_layers": 9, "layer_types": [*["conv", "full_attention"] * 2, *["conv"] * 2,
+                                                        *["full_attention"] * 3]}  # fmt: skip
 LLAMA_4_ROPE = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "original_max_position_embeddings": 8,
                 "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}  # fmt: skip
 """Queries grow beyond 8 tokens."""
@@ -61,6 +67,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "granitemoe": ("granitemoe", {"num_local_experts": 4, "attention_multiplier": 0.3, "residual_multiplier": 0.5}),
     "glm4_moe": ("glm4_moe", EXPERTS | {"n_routed_experts": 4}),
     "gpt_oss": ("gpt_oss", EXPERTS | {"num_local_experts": 4, "sliding_window": 8}),
+    "lfm2": ("lfm2", CONVOLUTIONS | {"block_auto_adjust_ff_dim": False}),
+    "qwen3_next": ("qwen3_next", EXPERTS | LINEAR | {"shared_expert_intermediate_size": 16}),
+    "qwen3_5": ("qwen3_5_text", LINEAR),
+    "qwen3_5_moe": ("qwen3_5_moe_text", EXPERTS | LINEAR | {"shared_expert_intermediate_size": 16}),
+    "lfm2_moe": ("lfm2_moe", EXPERTS | CONVOLUTIONS | {"num_dense_layers": 2}),
     "granite": ("granite", {"attention_multiplier": 0.3, "residual_multiplier": 0.5, "logits_scaling": 2.0}),
     "smollm3": ("smollm3", {"no_rope_layer_interval": 3}),
     "starcoder2": ("starcoder2", {"sliding_window": 8}),
@@ -95,7 +106,7 @@ def source_model(case: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     return shake(AutoModelForCausalLM.from_config(tiny_config(case, **overrides))).eval()
 
 
-def cla_model(case: str, sources: list[int] | None, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+def cla_model(case: str, sources: Sequence[int | None] | None, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """The CLA model with a sharing map (None: the identity)."""
     settings = tiny_config(case, **overrides).to_dict()
     settings.pop("model_type")

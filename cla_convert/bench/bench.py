@@ -15,7 +15,7 @@ from ..errors import InputError, UsageError
 from ..evaluation.cache import kv_cache_of
 from ..files import load_json
 from ..models.export import load_model
-from ..models.shape import shape_of
+from ..models.shape import owners_of, shape_of
 from .memory import MemoryBudget, capacity, make_budget
 from .speed import TURNS, Case, Work, cut, measure_speed, row
 from .subject import Subject
@@ -104,7 +104,7 @@ def check_order(source: Path, converted: Path, turned: str) -> None:
             why=f"{source} caches {before} keys and values a token, {converted} {after}.",
             fix=turned,
         )
-    if len(set(ours.kv_source_layers)) == ours.num_layers:
+    if owners_of(ours.kv_source_layers) == ours.kv_layers:
         raise UsageError(
             f"{converted} is not a converted model",
             why="No layer of it shares keys and values, so there is nothing to compare.",

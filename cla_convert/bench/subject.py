@@ -64,6 +64,9 @@ def filled_cache(model: Any, batch: int, length: int) -> Any:
     real = prefill(model, 1, min(length, PROTOTYPE))
     cache = DynamicCache(config=model.config)
     for index, layer in enumerate(real.layers):
+        if not hasattr(layer, "keys"):  # a layer without attention: its state has one size for any length
+            _keep_state(cache, index, layer, batch)
+            continue
         if layer.keys is None:  # a consumer
             continue
         sliding = getattr(layer, "is_sliding", False)
@@ -77,9 +80,20 @@ def filled_cache(model: Any, batch: int, length: int) -> Any:
     return cache
 
 
+def _keep_state(cache: Any, index: int, layer: Any, batch: int) -> None:
+    """Give layer `index` of `cache` the state of `layer`, for every sequence of a batch."""
+    for states, update in (
+        (layer.conv_states, cache.update_conv_state),
+        (layer.recurrent_states, cache.update_recurrent_state),
+    ):
+        for number, state in states.items():
+            if state is not None:
+                update(state.repeat_interleave(batch, 0), index, state_idx=number)
+
+
 def cache_bytes(cache: Any) -> int:
     """Bytes that a cache keeps alive."""
-    return sum(layer.bytes for layer in live_layers(cache))
+    return sum(layer.bytes + layer.state_bytes for layer in live_layers(cache))
 
 
 def release(device: str, *, failed: bool) -> None:

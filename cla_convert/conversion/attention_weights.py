@@ -31,6 +31,8 @@ class AttentionWeights:
         if has_biases(weights, prefix):
             biases = (weights[f"{prefix}{name}_proj.bias"].double() for name in "qkv")
             parts = [torch.cat([part, bias[:, None]], 1) for part, bias in zip(parts, biases, strict=True)]
+        if block.family.gated:
+            parts[0], _ = _queries_and_gates(parts[0], block.shape.head_dim)
         modules = {name: block.norm(name) for name in "qk"}
         gains = {name: gain_of(module)[0].double() for name, module in modules.items() if module is not None}
         order = block.channel_order
@@ -68,14 +70,16 @@ class AttentionWeights:
         norms = {name: norm for name, (_, norm, _) in splits.items()}
         return AttentionWeights(replace(wanted, **maps), norms), [error for _, _, error in splits.values()]
 
-    def tensors(self, block: Block, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The inverse of `of`, float32, by name."""
+    def tensors(self, block: Block, weights: Mapping[str, Tensor], order: Sequence[int]) -> dict[str, Tensor]:
+        """The inverse of `of`, float32, by name; gates and sinks of query heads go with their KV heads into `order`."""
         prefix = f"{block.family.attention}."
         tensors = {block.family.output_weight: self.projections.o}
         own_order = block.channel_order.argsort()
         for name in "qkv":
             weight = getattr(self.projections, name)
             weight = weight if name == "v" else _per_head(weight, own_order)
+            if name == "q" and block.family.gated:
+                weight = _with_gates(weight, weights, block, order)
             if has_biases(weights, prefix):
                 weight, tensors[f"{prefix}{name}_proj.bias"] = weight[:, :-1], weight[:, -1]
             tensors[f"{prefix}{name}_proj.weight"] = weight
@@ -84,6 +88,9 @@ class AttentionWeights:
             assert module is not None, f"the block has no norm of {name}"
             gain = _per_head(norm.gain, own_order)
             tensors[f"{prefix}{block.family.norm_name(name)}.weight"] = gain - gain_of(module)[1]
+        if block.family.sinks:
+            name = f"{prefix}sinks"
+            tensors[name] = _reordered(weights[name][None], order)[0]
         return {name: tensor.to(block.device, torch.float32).contiguous() for name, tensor in tensors.items()}
 
 
@@ -134,12 +141,21 @@ def _reordered(rows: Tensor, order: Sequence[int]) -> Tensor:
     return rows.unflatten(1, (len(order), -1))[:, list(order)].flatten(1)
 
 
-def sinks(weights: Mapping[str, Tensor], block: Block, order: Sequence[int]) -> dict[str, Tensor]:
-    """Logits that no key belongs to, by name: one for each query head, so they go with their KV heads."""
-    if not block.family.sinks:
-        return {}
-    name = f"{block.family.attention}.sinks"
-    return {name: _reordered(weights[name][None], order)[0].contiguous()}
+def _queries_and_gates(rows: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Rows of the queries, and those of the gates, from a projection that has both head by head."""
+    queries, gates = rows.unflatten(0, (-1, 2, head_dim)).unbind(1)
+    return queries.flatten(0, 1), gates.flatten(0, 1)
+
+
+def _with_gates(queries: Tensor, weights: Mapping[str, Tensor], block: Block, order: Sequence[int]) -> Tensor:
+    """Rows of queries [heads * D, p], and between them those of the layer's gates."""
+    prefix, dim = f"{block.family.attention}.q_proj.", block.shape.head_dim
+    stored = weights[f"{prefix}weight"]
+    if f"{prefix}bias" in weights:
+        stored = torch.cat([stored, weights[f"{prefix}bias"][:, None]], 1)
+    _, gates = _queries_and_gates(stored, dim)
+    heads = [rows.unflatten(0, (-1, dim)) for rows in (queries, _reordered(gates.T, order).T.to(queries))]
+    return torch.stack(heads, 1).flatten(0, 2)
 
 
 def has_biases(weights: Mapping[str, Tensor], prefix: str) -> bool:

@@ -39,7 +39,7 @@ class Choice:
     """Of every group alone."""
 
     @property
-    def kv_source_layers(self) -> list[int]:
+    def kv_source_layers(self) -> list[int | None]:
         """The chosen map."""
         return list(self.candidates[0].layers)
 
@@ -57,7 +57,7 @@ class Choice:
 
     def render(self) -> str:
         """The table of sensitivities: a line for each first layer, a column for each size of group."""
-        costs = {entry.layers: entry.kl for entry in self.sensitivity}
+        costs = {entry.group: entry.kl for entry in self.sensitivity}
         chosen = {tuple(group) for group in groups_of(self.kv_source_layers)}
         sizes = sorted({len(group) for group in costs})
         lines = ["sensitivity of sharing these layers alone, KL from the source in nats per token; * chosen"]
@@ -96,14 +96,14 @@ def choose(
 
     kinds, left = shape.kinds, kv_heads / shape.num_key_value_heads
     budget = DEFAULT_BUDGET * left if kv_budget is None else kv_budget
-    owners = owners_for(min(1.0, budget / left), len(kinds))
+    owners = owners_for(min(1.0, budget / left), len(shape.kv_layers))
     heads = [] if left == 1 else [kv_heads]
     largest = Search.default(calibration.device).largest
     sensitivity = _measured(
         "measuring groups", partial(measure_sensitivity, kinds=kinds, kv_heads=kv_heads), checkpoint, calibration,
         cache, [list(kinds), *heads], len(candidate_groups(kinds, largest, 1 if left < 1 else 2)),
     )  # fmt: skip
-    maps = likely_maps({entry.layers: entry.kl for entry in sensitivity}, kinds, owners)
+    maps = likely_maps({entry.group: entry.kl for entry in sensitivity}, kinds, owners)
     candidates = _measured(
         "measuring maps", partial(measure_maps, maps=maps, kv_heads=kv_heads), checkpoint, calibration, cache,
         [maps, *heads], sum(matched_groups(one, every=left < 1) for one in maps),

@@ -5,7 +5,7 @@ layer is told about positions and masks is what `Skeleton` saw the whole model t
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,14 +14,17 @@ from torch import Tensor, nn
 
 from ..environment import has_native_bfloat16
 from ..errors import InputError
-from ..models.kinds import NOPE
-from ..models.shape import shape_of
+from ..models.kinds import NOPE, has_kv
+from ..models.shape import shape_of, unshared
 from .group_fit import HeadShape
 from .pieces import Pieces
 from .skeleton import Skeleton, Source
 
 _GPU_BATCH, _CPU_BATCH = 32_768, 2048
 """Tokens that run through a layer at a time: fill a GPU, stay in a CPU's caches."""
+
+Passage = Callable[[Tensor], Tensor]
+"""The residual stream [rows, T, hidden] that a layer reads -> the one behind it."""
 
 SharedKV = dict[int, tuple[Tensor, Tensor]]
 """Owner -> its post-RoPE keys and values, [rows, KV heads, T, D] each: what consumers read."""
@@ -62,8 +65,7 @@ class Factory:
 
     def _check_names(self) -> None:
         """Everything that a layer runs on must be there, whole or in pieces."""
-        with torch.device("meta"):
-            names = self.skeleton.layer_class(self.config, 0).state_dict().keys()
+        names = self._empty(0, self.config).state_dict().keys()
         stored = {self._pieces.whole(name) for name in self.source.tensors}
         if missing := [n for n in names if f"{self.family.layers}.0.{n}" not in stored]:
             raise InputError(
@@ -81,13 +83,17 @@ class Factory:
         """A part of a residual stream as layers take it: on the device, float32."""
         return stream.to(self.device, torch.float32)
 
+    def attends(self, layer: int) -> bool:
+        """Whether a layer has keys and values: some of a hybrid have not."""
+        return has_kv(self._attention.kinds[layer])
+
     def head_shape(self, layer: int) -> HeadShape:
         """Sizes of a layer's attention in the source."""
         positions = self._calls[layer].get("position_embeddings")
         turned = 0 if positions is None or self._attention.kinds[layer].endswith(NOPE) else positions[0].shape[-1]
         turned *= 2 if self.family.half_tables else 1
         heads, kv_heads = self._attention.num_attention_heads, self._attention.num_key_value_heads
-        return HeadShape(heads, kv_heads, self._attention.head_dim, turned)
+        return HeadShape(heads, kv_heads, self._attention.head_dim, turned, self.family.gated)
 
     def read_layer(self, index: int, *, mlp: bool = True) -> dict[str, Tensor]:
         """Weights of a layer in float32, by their name inside the layer."""
@@ -109,12 +115,33 @@ class Factory:
         config = copy.copy(self.config)
         if group and self.pools_heads:
             setattr(config, self.family.key("num_key_value_heads"), self.kv_heads)
-        config.kv_source_layers = [group[0] if i in group else i for i in range(config.num_hidden_layers)]
-        with torch.device("meta"):
-            layer = self.skeleton.layer_class(config, index)
+        config.kv_source_layers = [
+            group[0] if layer in group else own for layer, own in enumerate(unshared(self._attention.kinds))
+        ]
+        layer = self._empty(index, config)
         cast = {n: w if training or w.dim() < 2 else w.to(self.dtype) for n, w in weights.items()}
         layer.load_state_dict(cast, strict=False, assign=True)
-        return Block(layer.eval().requires_grad_(False), self, self._calls[index], self.head_shape(index))
+        return Block(layer.requires_grad_(False), self, self._calls[index], self.head_shape(index))
+
+    def passage(self, index: int, weights: Mapping[str, Tensor] | None = None) -> "Passage":
+        """What moves residual streams past a layer of the source; `weights` if they have been read already."""
+        weights = self.read_layer(index) if weights is None else weights
+        if self.attends(index):
+            block = self.build(index, weights)
+            return lambda hidden: block.past(hidden, {})
+        layer = self._empty(index, self.config)
+        layer.load_state_dict(weights, strict=False, assign=True)  # float32, because a recurrence adds up errors
+        layer.requires_grad_(False)
+
+        def past(hidden: Tensor) -> Tensor:
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                return layer(hidden, **self._calls[index])
+
+        return past
+
+    def _empty(self, index: int, config: Any) -> Any:
+        with torch.device("meta"):
+            return self.skeleton.layer_class(config, index).eval()
 
 
 class Block:
@@ -172,6 +199,10 @@ class Block:
             branch = self._mlp(self._mlp_input(hidden, residual).to(self._factory.dtype))
             branch = branch[0] if isinstance(branch, tuple) else branch  # GPT-OSS: and what its router says
             return residual + _added(branch, self._norm_mlp, self._multiplier)
+
+    def past(self, hidden: Tensor, shared: SharedKV) -> Tensor:
+        """The residual stream behind the layer."""
+        return self.mlp(hidden, self.attend(hidden, self.heads(self.norm_in(hidden), shared)))
 
     def _mlp_input(self, hidden: Tensor, residual: Tensor) -> Tensor:
         if self.family.parallel:

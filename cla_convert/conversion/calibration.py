@@ -21,7 +21,7 @@ from .blocks import Block, Factory, SharedKV
 from .group_pooling import Pooler
 from .layer_patch import LayerPatch
 from .refit import ridge_towards
-from .sharing import activation_bytes
+from .sharing import activation_bytes, groups_of
 from .skeleton import Source
 from .source_streams import SourceStreams
 from .streams import SecondMoment, Store, batches, stream_dtype
@@ -33,7 +33,7 @@ REFIT_STRENGTH = 0.1
 def calibrated_pooling(
     source: Source,
     config: dict[str, Any],
-    kv_source_layers: list[int],
+    kv_source_layers: list[int | None],
     tokens: Tensor,
     *,
     device: str = "cpu",
@@ -79,14 +79,14 @@ class Walk:
     def __init__(
         self,
         factory: Factory,
-        kv_source_layers: Sequence[int],
+        kv_source_layers: Sequence[int | None],
         tokens: Tensor,
         effort: Effort,
         seed: int,
         spill: Path | None,
     ) -> None:
         self._factory, self._map = factory, list(kv_source_layers)
-        self._groups = {o: [i for i, owner in enumerate(self._map) if owner == o] for o in sorted(set(self._map))}
+        self._groups = {group[0]: group for group in groups_of(self._map)}
         itemsize = stream_dtype(str(factory.device)).itemsize
         needed = activation_bytes(self._map, tokens.numel(), factory.config.hidden_size, itemsize)
         store = Store.choose(str(factory.device), needed, spill)
@@ -100,6 +100,8 @@ class Walk:
         """Decide one layer and move both streams past it."""
         self._teacher.upto(layer)
         owner = self._map[layer]
+        if owner is None:
+            return self._leave(layer)
         group = self._groups[owner]
         fit = None
         if owner == layer and (len(group) > 1 or self._factory.pools_heads):
@@ -111,18 +113,27 @@ class Walk:
         elif owner == layer and self._student is not None:
             block = self._factory.build(layer, self._factory.read_layer(layer, mlp=False), training=True)
             self._decided |= self._pooler.reconstruct([block], group, self._student)[0]
-        patch = LayerPatch(layer, {}) if self._student is None else LayerPatch(layer, self._pass(layer), fit)
+        patch = LayerPatch(layer, {}) if self._student is None else LayerPatch(layer, self._pass(layer, group), fit)
         self._teacher.release(layer)
         if layer == group[-1]:
             self._kv.pop(owner, None)
         return patch
 
-    def _pass(self, layer: int) -> dict[str, Tensor]:
+    def _leave(self, layer: int) -> LayerPatch:
+        """Move both streams past a layer without attention, which stays as it is."""
+        if self._student is not None:
+            past = self._factory.passage(layer)
+            for part in batches(self._student, self._factory.batch):
+                self._student[part] = past(self._factory.load(self._student[part])).to(self._student.device)
+        self._teacher.release(layer)
+        return LayerPatch(layer, {})
+
+    def _pass(self, layer: int, group: Sequence[int]) -> dict[str, Tensor]:
         """Move the student's stream past a layer, refitting its W_O on the way; returns the patch's tensors."""
         assert self._student is not None
         tick("matching", 0, f"layer {layer}: output")
         decided = self._decided.pop(layer)
-        block = self._factory.build(layer, self._factory.read_layer(layer) | decided, self._groups[self._map[layer]])
+        block = self._factory.build(layer, self._factory.read_layer(layer) | decided, group)
         output = block.family.output_weight
         heads, decided[output] = self._refit(layer, block, decided[output])
         for part in batches(self._student, self._factory.batch):
@@ -155,7 +166,7 @@ class Walk:
     def _shared(self, layer: int, part: slice) -> SharedKV:
         """What a consumer's attention reads; an owner writes into it."""
         owner = self._map[layer]
-        if owner == layer:
+        if owner is None or owner == layer:
             return {}
         keys, values = (tensor[part].to(self._factory.device) for tensor in self._kv[owner])
         return {owner: (keys, values)}

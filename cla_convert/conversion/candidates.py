@@ -14,7 +14,7 @@ from torch import Tensor
 from .blocks import Factory, SharedKV
 from .calibration import calibrated_pooling
 from .layer_patch import LayerPatch
-from .sensitivity import Search, Sensitivity, divergence, through
+from .sensitivity import Search, Sensitivity, divergence
 from .sharing import groups_of
 from .skeleton import Source
 
@@ -22,7 +22,7 @@ from .skeleton import Source
 def measure_maps(
     source: Source,
     config: dict[str, Any],
-    maps: Sequence[Sequence[int]],
+    maps: Sequence[Sequence[int | None]],
     tokens: Tensor,
     *,
     search: Search | None = None,
@@ -65,19 +65,23 @@ def _source_end(factory: Factory, probe: Tensor) -> Tensor:
     """The residual stream [rows, T, hidden] of the probe rows behind the last layer of the source."""
     stream = factory.skeleton.embed(probe)
     for layer in range(factory.config.num_hidden_layers):
-        stream = through(factory.build(layer, factory.read_layer(layer)), stream, {})
+        stream = factory.passage(layer)(stream)
     return stream
 
 
-def _end(factory: Factory, probe: Tensor, sources: Sequence[int], patches: Iterable[LayerPatch]) -> Tensor:
+def _end(factory: Factory, probe: Tensor, sources: Sequence[int | None], patches: Iterable[LayerPatch]) -> Tensor:
     """The same of the patched model."""
     groups = {group[0]: group for group in groups_of(sources)}
     stream, shared = factory.skeleton.embed(probe), SharedKV()
     for patch in patches:
-        prefix, group = f"{factory.family.layers}.{patch.layer}.", groups[sources[patch.layer]]
+        owner = sources[patch.layer]
+        if owner is None:
+            stream = factory.passage(patch.layer)(stream)
+            continue
+        prefix, group = f"{factory.family.layers}.{patch.layer}.", groups[owner]
         changed = {name.removeprefix(prefix): tensor.to(factory.device) for name, tensor in patch.tensors.items()}
         block = factory.build(patch.layer, factory.read_layer(patch.layer) | changed, group)
-        stream = through(block, stream, shared)
+        stream = block.past(stream, shared)
         if patch.layer == group[-1]:
             shared.pop(group[0], None)
     return stream

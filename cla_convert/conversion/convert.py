@@ -162,7 +162,7 @@ def _head_groups(plan: Plan, fits: list[GroupFit]) -> dict[str, Any]:
     """For the manifest: which KV heads of every layer became one; nothing where each stays itself."""
     if plan.heads_each == 1:
         return {}
-    groups = dict.fromkeys(range(plan.shape.num_layers), adjacent_groups(plan.kv_heads, plan.heads_each))
+    groups = dict.fromkeys(plan.shape.kv_layers, adjacent_groups(plan.kv_heads, plan.heads_each))
     for fit in fits:
         groups |= {layer: grouped(order, plan.heads_each) for layer, order in fit.head_permutation.items()}
     return {"kv_heads": {"before": plan.shape.num_key_value_heads, "after": plan.kv_heads, "groups": groups}}

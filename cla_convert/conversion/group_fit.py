@@ -14,7 +14,7 @@ from torch import Tensor
 from .head_matching import match_heads
 from .keys import RotaryFit, fit_rotary, fold_queries, mix_rotary, rotary_gram
 from .refit import ridge_towards
-from .values import BasisFit, fit_basis, fold_free_queries, fold_outputs, square_roots
+from .values import BasisFit, channel_energy, fit_basis, fit_channels, fold_free_queries, fold_outputs, square_roots
 
 _PAIRS = 256
 """Pairs of heads compared at a time: of multi-head attention there are a thousand, of 256 channels together."""
@@ -29,6 +29,8 @@ class HeadShape:
     head_dim: int
     rotary_dim: int
     """Channels of a head that RoPE turns: the first ones. 0 for a NoPE layer."""
+    gated: bool = False
+    """Whether each channel of a head's values meets a gate of its own before W_O."""
 
     @property
     def repeat(self) -> int:
@@ -163,7 +165,8 @@ def _fit_keys(second: _Second, heads: Sequence[int]) -> tuple[RotaryFit, BasisFi
 
 def _fit_values(second: _Second, heads: Sequence[int]) -> BasisFit:
     index = torch.tensor(heads)
-    return fit_basis(_stacked(second.v, index[None])[0], *(list(part[index]) for part in second.o_roots))
+    fit = fit_channels if second.shape.gated else fit_basis
+    return fit(_stacked(second.v, index[None])[0], *(list(part[index]) for part in second.o_roots))
 
 
 def _stacked(gram: Tensor, index: Tensor) -> Tensor:
@@ -179,7 +182,8 @@ def _pair_scores(second: _Second, pairs: Tensor) -> Tensor:
     power = torch.linalg.eigvalsh(weighted[:, pairs[:, :, None], pairs[:, None, :]])
     free_kept, free_total = _basis_power(second.k[:, :, rotary:, rotary:], second.q_roots[0], pairs)
     keys = (power[..., -1].sum(0) + free_kept) / (power.sum((0, -1)) + free_total).clamp_min(1e-30)
-    kept, total = _basis_power(second.v, second.o_roots[0], pairs)
+    value_power = _channel_power if second.shape.gated else _basis_power
+    kept, total = value_power(second.v, second.o_roots[0], pairs)
     return keys + kept / total.clamp_min(1e-30)
 
 
@@ -189,6 +193,14 @@ def _basis_power(gram: Tensor, roots: Tensor, pairs: Tensor) -> tuple[Tensor, Te
     weighted = roots[:, None] @ gram @ roots[None]
     power = torch.cat([torch.linalg.eigvalsh(_stacked(weighted, part)) for part in pairs.split(_PAIRS)])
     return power[:, width:].sum(-1), power.sum(-1)
+
+
+def _channel_power(gram: Tensor, roots: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
+    """The same where a shared head's channels may only be scaled (`fit_channels`)."""
+    energy, own = channel_energy(roots)[pairs], gram.diagonal(dim1=2, dim2=3)
+    blocks = own[pairs[:, :, None], pairs[:, None, :]] * energy[:, :, None] * energy[:, None, :]
+    power = torch.linalg.eigvalsh(blocks.movedim(-1, 1))
+    return power[..., -1].sum(-1), power.sum((-1, -2))
 
 
 def _captured(fit: tuple[RotaryFit, BasisFit | None]) -> tuple[float, float]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..bars import tick
 from ..effort import Effort
-from .attention_weights import AttentionWeights, has_biases, sinks, with_norms
+from .attention_weights import AttentionWeights, has_biases, with_norms
 from .blocks import Block, Factory
 from .group_fit import ClosedForm, Moments, fit_group
 from .layer_patch import GroupFit
@@ -52,9 +52,7 @@ class Pooler:
             samples = self._samples(blocks, group, with_bias, student)
             new, error = with_norms(sources, wanted, closed.permutations, moments.member, *samples, shape)
         ready = [
-            self._factory.build(
-                layer, old | attention.tensors(block, old) | sinks(old, block, order), group, training=True
-            )
+            self._factory.build(layer, old | attention.tensors(block, old, order), group, training=True)
             for layer, block, attention, order in zip(group, blocks, new, closed.permutations, strict=True)
             for old in [self._factory.read_layer(layer, mlp=False)]
         ]

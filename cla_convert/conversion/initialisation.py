@@ -37,11 +37,11 @@ class Initialisation(ABC):
 
     @abstractmethod
     def working_bytes(
-        self, checkpoint: Checkpoint, family: Family, sources: list[int], tensors: list[TensorPlan]
+        self, checkpoint: Checkpoint, family: Family, sources: list[int | None], tensors: list[TensorPlan]
     ) -> int:
         """Memory that it needs beside the program and the text's activations, for the plan."""
 
-    def steps(self, sources: list[int], text: CalibrationText | None, *, every: bool = False) -> int:
+    def steps(self, sources: list[int | None], text: CalibrationText | None, *, every: bool = False) -> int:
         """Steps that `patches` takes, for a bar that counts them: each is told by `bars.tick("matching")`. 0: none.
 
         `every`: layers that share nothing change too, for they get fewer heads.
@@ -49,7 +49,12 @@ class Initialisation(ABC):
         return 0
 
     def patches(
-        self, checkpoint: Checkpoint, sources: list[int], kv_heads: int, text: CalibrationText | None, spill: Path
+        self,
+        checkpoint: Checkpoint,
+        sources: list[int | None],
+        kv_heads: int,
+        text: CalibrationText | None,
+        spill: Path,
     ) -> Iterator[LayerPatch]:
         """One patch per layer, in order; what they bring is written instead of what the plan says. Most bring none.
 
@@ -83,7 +88,7 @@ class Pooling(Initialisation):
     """Of the group's members, the owner's first; the result has their shape and dtype."""
 
     def working_bytes(
-        self, checkpoint: Checkpoint, family: Family, sources: list[int], tensors: list[TensorPlan]
+        self, checkpoint: Checkpoint, family: Family, sources: list[int | None], tensors: list[TensorPlan]
     ) -> int:
         """The members of one tensor, as stored and in float32, and what they give."""
         return max((sum(checkpoint.tensors[m].numel for m in t.members) * 10 for t in tensors), default=0)

@@ -6,8 +6,8 @@ from typing import Any
 from ..console import human_bytes, human_count
 from ..errors import ClaError, InputError
 from ..models.checkpoint import ELEMENT_SIZE, FLOATING, Checkpoint, TensorInfo
-from ..models.kinds import SLIDING
-from ..models.shape import AttentionShape, shape_of
+from ..models.kinds import SLIDING, has_kv
+from ..models.shape import AttentionShape, owners_of, shape_of
 from ..models.source import open_headers
 from ..recipe import Convert
 from .kv_heads import possible_heads
@@ -61,6 +61,11 @@ def render(result: dict[str, Any], more: str = "") -> str:
         f" of {result['head_dim']} channels",
         f"KV cache    {_bytes(result).strip()}",
     ]
+    if state := result["state_bytes"]:
+        without = sum(count for kind, count in result["layer_kinds"].items() if not has_kv(kind))
+        lines.append(
+            f"state       {state} bytes per sequence, of {without} layers without attention, which stay as they are"
+        )
     if result["shares"]:
         lines += render_sharing(result["shares"], result["num_layers"])
     if window := result["sliding_window"]:
@@ -93,8 +98,8 @@ def _sequence_bytes(cache: dict[str, Any], window: int | None) -> int:
 
 _ATTENTION_KEYS = (
     "num_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "layer_kinds", "sliding_window",
-    "kv_bytes_per_token", "kv_bytes_per_token_beyond_window", "kv_source_layers", "shares", "kv_head_counts",
-    "patterns",
+    "kv_bytes_per_token", "kv_bytes_per_token_beyond_window", "state_bytes", "kv_source_layers", "shares",
+    "kv_head_counts", "patterns",
 )  # fmt: skip
 
 
@@ -109,6 +114,7 @@ def _attention(checkpoint: Checkpoint, shape: AttentionShape, size: int, support
         "layer_kinds": {kind: shape.kinds.count(kind) for kind in dict.fromkeys(shape.kinds)},
         "sliding_window": shape.sliding_window,
         **_cache(shape, shape.kv_source_layers, per_layer),
+        "state_bytes": shape.state_bytes(size),
         "kv_source_layers": list(shape.kv_source_layers),
         "shares": sharing(shape),
         "kv_head_counts": possible_heads(shape) if supported else [],
@@ -141,13 +147,13 @@ def _patterns(shape: AttentionShape, per_layer: Sequence[int]) -> dict[str, dict
             sources = sharing_map(name, shape.kinds)
         except ClaError:
             continue  # impossible for this model
-        patterns[name] = {"kv_layers": len(set(sources)), **_cache(shape, sources, per_layer)}
+        patterns[name] = {"kv_layers": len(owners_of(sources)), **_cache(shape, sources, per_layer)}
     return patterns
 
 
-def _cache(shape: AttentionShape, sources: Iterable[int], per_layer: Sequence[int]) -> dict[str, int]:
+def _cache(shape: AttentionShape, sources: Iterable[int | None], per_layer: Sequence[int]) -> dict[str, int]:
     """Bytes that one more token adds to the cache, before and after the sliding layers are full."""
-    owners = set(sources)
+    owners = owners_of(sources)
     growing = [owner for owner in owners if not shape.kinds[owner].startswith(SLIDING)]
     return {
         "kv_bytes_per_token": sum(per_layer[owner] for owner in owners),

@@ -10,11 +10,11 @@ from ..models.checkpoint import ELEMENT_SIZE, FLOATING, Checkpoint, TensorInfo
 from ..models.export import cla_config
 from ..models.families import Family
 from ..models.fit import check_converted
-from ..models.shape import AttentionShape, long_cache
+from ..models.shape import AttentionShape, long_cache, owners_of
 from .auto import Choice
 from .initialisation import INITIALISATIONS, Initialisation
 from .kv_heads import check_kv_heads
-from .sharing import activation_bytes, groups_of, picture, sharing_map
+from .sharing import Sharing, activation_bytes, groups_of, picture, sharing_map
 from .supported import check_convertible
 from .tensor_plan import TensorPlan
 
@@ -38,13 +38,15 @@ class Plan:
     """Of every layer of the converted model."""
     sharing: str
     init: str
-    kv_source_layers: list[int]
+    kv_source_layers: list[int | None]
     tensors: list[TensorPlan]
     dtype: str
     """Dtype of the projections written, as torch names it."""
     cast: bool
     """Whether all tensors get this dtype; else each keeps the one that it has."""
     kv_bytes_per_token: dict[str, int]
+    state_bytes: int
+    """What layers without attention keep of a text, however long; 0 except in hybrids. It stays as it is."""
     parameters: dict[str, int]
     output_bytes: int
     memory_bytes: int
@@ -101,6 +103,7 @@ class Plan:
             "kv_heads": {"before": self.shape.num_key_value_heads, "after": self.kv_heads},
             "groups": [{"layers": group} for group in self.groups],
             "kv_bytes_per_token": self.kv_bytes_per_token,
+            **({"state_bytes": self.state_bytes} if self.state_bytes else {}),
             **({"kv_bytes_of_long_context": self.long_cache} if self.long_cache else {}),
             "parameters": self.parameters,
             "dtype": self.dtype,
@@ -118,13 +121,14 @@ class Plan:
         lines = [
             f"source      {self.source} ({self.shape.model_type}, {self.shape.num_layers} layers, "
             f"{self.shape.num_attention_heads} query / {self.shape.num_key_value_heads} KV heads)",
-            f"sharing     {self.sharing}: {owners} of {self.shape.num_layers} layers own their K/V, init {self.init}",
+            f"sharing     {self.sharing}: {owners} of {_layers(self.shape)} own their K/V, init {self.init}",
             *(f"            {line}" for line in picture(self.kv_source_layers).splitlines()),
             *([f"heads       {self.heads_each} KV heads of a layer become one"] if self.heads_each > 1 else []),
             *(self.choice.render().splitlines() if self.choice else []),
             f"tensors     {self.count('keep')} kept, {self._changed()}, {self.count('drop')} dropped",
             f"parameters  {human_count(self.parameters['before'])} -> {human_count(self.parameters['after'])}",
             f"KV cache    {before} -> {after} bytes per token in {self.dtype} ({before / after:.2f}x smaller)",
+            *([f"            beside it a state: {_state(self)}"] if self.state_bytes else []),
             *([f"            sliding layers keep their last {window} tokens at most{self._long()}"] if window else []),
             f"needs       {human_bytes(self.output_bytes)} of disk, about {human_bytes(self.memory_bytes)} of memory",
         ]
@@ -134,7 +138,7 @@ class Plan:
 def make_plan(
     checkpoint: Checkpoint,
     *,
-    sharing: str | list[int] | list[list[int]],
+    sharing: Sharing,
     init: str,
     kv_heads: int | None = None,
     dtype: str = "auto",
@@ -152,9 +156,9 @@ def make_plan(
     kv_heads = check_kv_heads(kv_heads, family, shape)
     after, each = replace(shape, num_key_value_heads=kv_heads), shape.num_key_value_heads // kv_heads
     start = INITIALISATIONS.named(init)
-    first = 0 if each > 1 else min((source for i, source in enumerate(sources) if source != i), default=len(sources))
+    first = 0 if each > 1 else min((group[0] for group in groups_of(sources) if group[1:]), default=len(sources))
     tensors = _fitted(_plan_tensors(checkpoint, family, shape, each, sources, unused), family, first, start)
-    source_dtype = checkpoint.tensors[family.tensor(0, "k_proj")].dtype
+    source_dtype = checkpoint.tensors[family.tensor(shape.kv_layers[0], "k_proj")].dtype
     out_dtype = FLOATING[source_dtype] if dtype == "auto" else dtype
     size = ELEMENT_SIZE[_DTYPES[out_dtype]]
     written = {t.name: _written(t, checkpoint.tensors[t.name]) for t in tensors if t.action != "drop"}
@@ -174,8 +178,9 @@ def make_plan(
         cast=dtype != "auto",
         kv_bytes_per_token={
             "before": shape.kv_bytes_per_token(size),
-            "after": after.kv_bytes_per_token(size, len(set(sources))),
+            "after": after.kv_bytes_per_token(size, len(owners_of(sources))),
         },
+        state_bytes=shape.state_bytes(size),
         parameters={
             "before": sum(info.numel for name, info in checkpoint.tensors.items() if name not in unused),
             "after": sum(info.numel for info in written.values()),
@@ -190,14 +195,19 @@ def make_plan(
     return plan
 
 
-def _sharing_name(sharing: str | list[int] | list[list[int]], choice: Choice | None) -> str:
+def _sharing_name(sharing: Sharing, choice: Choice | None) -> str:
     if choice:
         return f"auto, at most {choice.kv_budget:.0%} of the KV cache"
     return sharing if isinstance(sharing, str) else "by hand"
 
 
 def _plan_tensors(
-    checkpoint: Checkpoint, family: Family, shape: AttentionShape, each: int, sources: list[int], unused: set[str]
+    checkpoint: Checkpoint,
+    family: Family,
+    shape: AttentionShape,
+    each: int,
+    sources: list[int | None],
+    unused: set[str],
 ) -> list[TensorPlan]:
     """One entry per tensor of the source: first those outside the layers, then layer by layer.
 
@@ -241,8 +251,18 @@ def _fitted(tensors: list[TensorPlan], family: Family, first: int, init: Initial
     return [refit(tensor) for tensor in tensors]
 
 
+def _layers(shape: AttentionShape) -> str:
+    every = len(shape.kv_layers)
+    return f"{every} layers" if every == shape.num_layers else f"{every} layers with attention"
+
+
+def _state(plan: Plan) -> str:
+    without = plan.shape.num_layers - len(plan.shape.kv_layers)
+    return f"{plan.state_bytes} bytes of {without} layers without attention, which stay as they are"
+
+
 def _warnings(
-    checkpoint: Checkpoint, shape: AttentionShape, each: int, sources: list[int], unused: set[str]
+    checkpoint: Checkpoint, shape: AttentionShape, each: int, sources: list[int | None], unused: set[str]
 ) -> list[str]:
     warnings = []
     if unused:
@@ -261,8 +281,8 @@ def _warnings(
         warnings.append(
             "the model is multi-head attention: grouping its heads as well (GQA, --kv-heads N) saves more for less"
         )
-    if len(sources) > 1 and sources.count(0) > 1:
+    if sources.count(0) > 1:
         warnings.append("layer 0 shares its K/V; that costs far more than any other layer (cla2-keep-ends spares it)")
-    if len(set(sources)) == len(sources) and each == 1:
+    if owners_of(sources) == shape.kv_layers and each == 1:
         warnings.append("no layer shares: the KV cache stays as it is")
     return warnings

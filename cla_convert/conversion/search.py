@@ -8,6 +8,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 from ..errors import InputError
+from ..models.kinds import has_kv
+from ..models.shape import owners_of
 from .sharing import sharing_map
 
 Group = tuple[int, ...]
@@ -33,7 +35,7 @@ def candidate_groups(kinds: Sequence[str], largest: int, smallest: int = 2) -> l
     )
 
 
-def likely_maps(costs: Mapping[Group, float], kinds: Sequence[str], owners: int) -> list[list[int]]:
+def likely_maps(costs: Mapping[Group, float], kinds: Sequence[str], owners: int) -> list[list[int | None]]:
     """Maps worth measuring, each once: the cheapest one, the cheapest ones of smaller groups, and plain patterns.
 
     Where errors compound, smaller groups or equal ones can beat the sum's winner. Of the patterns `cla<k>` and
@@ -46,13 +48,13 @@ def likely_maps(costs: Mapping[Group, float], kinds: Sequence[str], owners: int)
     sizes = range(max(map(len, costs), default=1), 1, -1)
     maps += [found for size in sizes if (found := _cheapest(_up_to(size, costs), kinds, owners))]
     names = (f"cla{size}{ends}" for size in sizes for ends in ("", "-keep-ends"))
-    patterns = [found for name in names if len(set(found := sharing_map(name, kinds))) <= owners]
-    most = max((len(set(found)) for found in patterns), default=0)
-    maps += [found for found in patterns if len(set(found)) == most]
+    patterns = [found for name in names if len(owners_of(found := sharing_map(name, kinds))) <= owners]
+    most = max((len(owners_of(found)) for found in patterns), default=0)
+    maps += [found for found in patterns if len(owners_of(found)) == most]
     return [found for i, found in enumerate(maps) if found not in maps[:i]]
 
 
-def choose_map(costs: Mapping[Group, float], kinds: Sequence[str], owners: int) -> list[int]:
+def choose_map(costs: Mapping[Group, float], kinds: Sequence[str], owners: int) -> list[int | None]:
     """The sharing map with at most `owners` owners whose groups' costs add up to least. Exact (dynamic programme).
 
     Every attention kind has its share of the owners, rounded up: beyond the window of sliding layers only full ones
@@ -65,7 +67,7 @@ def choose_map(costs: Mapping[Group, float], kinds: Sequence[str], owners: int) 
     if found := _cheapest(costs, kinds, owners):
         return found
     raise InputError(
-        f"No sharing map has only {owners} of {len(kinds)} layers own K/V",
+        f"No sharing map has only {owners} of {_with_kv(kinds)} layers own K/V",
         why=f"At least {_fewest(costs, kinds)} are needed with the groups that were measured.",
         fix="Raise kv_budget.",
     )
@@ -79,20 +81,20 @@ def _fewest(costs: Mapping[Group, float], kinds: Sequence[str]) -> int:
     return next(owners for owners in range(1, len(kinds) + 1) if _cheapest(costs, kinds, owners))
 
 
-def _cheapest(costs: Mapping[Group, float], kinds: Sequence[str], owners: int) -> list[int] | None:
+def _cheapest(costs: Mapping[Group, float], kinds: Sequence[str], owners: int) -> list[int | None] | None:
     feasible = [plan for count, plan in _plans(costs, kinds, owners).items() if count <= owners]
     if not feasible:
         return None
     _, groups = min(feasible, key=lambda plan: plan[0])
     owner_of = {layer: group[0] for group in groups for layer in group}
-    return [owner_of[layer] for layer in range(len(kinds))]
+    return [owner_of.get(layer) for layer in range(len(kinds))]
 
 
 def _plans(costs: Mapping[Group, float], kinds: Sequence[str], owners: int) -> Plans:
     """The cheapest partition of all layers for every number of owners, of which a kind has no more than its share."""
     plans: Plans = {0: (0.0, [])}
     for sequence in _by_kind(kinds):
-        share = math.ceil(owners * len(sequence) / len(kinds))
+        share = math.ceil(owners * len(sequence) / _with_kv(kinds))
         options = {count: plan for count, plan in _partitions(sequence, costs).items() if count <= share}
         merged: Plans = {}
         for used, (cost, groups) in plans.items():
@@ -103,7 +105,12 @@ def _plans(costs: Mapping[Group, float], kinds: Sequence[str], owners: int) -> P
 
 
 def _by_kind(kinds: Sequence[str]) -> list[list[int]]:
-    return [[i for i, other in enumerate(kinds) if other == kind] for kind in dict.fromkeys(kinds)]
+    """Layers with keys and values, apart by kind."""
+    return [[i for i, other in enumerate(kinds) if other == kind] for kind in dict.fromkeys(kinds) if has_kv(kind)]
+
+
+def _with_kv(kinds: Sequence[str]) -> int:
+    return sum(map(has_kv, kinds))
 
 
 def _partitions(sequence: Sequence[int], costs: Mapping[Group, float]) -> Plans:

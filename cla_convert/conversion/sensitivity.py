@@ -7,6 +7,7 @@ side, so only one layer's weights are in memory, and the new attention weights o
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 from ..effort import Effort
 from ..errors import InputError
 from ..models.scoring import kl, log_probabilities, nll, positions_at_a_time
-from .blocks import Block, Factory, SharedKV
+from .blocks import Factory, SharedKV
 from .group_pooling import Pooler
 from .search import candidate_groups
 from .skeleton import Source
@@ -59,12 +60,17 @@ class Search:
 class Sensitivity:
     """What sharing costs after calibrated pooling, on text it was not fitted to."""
 
-    layers: tuple[int, ...]
+    layers: tuple[int | None, ...]
     """One group that shares alone; or a whole map, the owner of every layer."""
     kl: float
     """Nats per token, source to pooled model."""
     delta_nll: float
     """Rise of the loss, nats per token."""
+
+    @property
+    def group(self) -> tuple[int, ...]:
+        """`layers`, of a group: all of them have keys and values."""
+        return tuple(layer for layer in self.layers if layer is not None)
 
 
 def measure_sensitivity(
@@ -130,16 +136,16 @@ class _Race:
             self._streams[group], self._shared[group] = self._store.empty(*self._clean.shape, dtype=torch.float32), {}
             self._streams[group].copy_(self._clean)
         weights = self._factory.read_layer(layer)
-        unchanged = self._factory.build(layer, weights)
+        unchanged = self._factory.passage(layer, weights)
         for group, stream in self._streams.items():
-            block, shared = unchanged, {}
+            past = unchanged
             if layer in group:
                 changed = weights | self._weights[group].pop(layer)
-                block, shared = self._factory.build(layer, changed, group), self._shared[group]
+                past = partial(self._factory.build(layer, changed, group).past, shared=self._shared[group])
             if layer == group[-1]:
                 self._shared.pop(group)
-            stream.copy_(through(block, stream.to(self._factory.device), shared))
-        self._clean = through(unchanged, self._clean, {})
+            stream.copy_(past(stream.to(self._factory.device)))
+        self._clean = unchanged(self._clean)
         self._teacher.release(layer)
 
     def finish(self) -> list[Sensitivity]:
@@ -173,8 +179,3 @@ def divergence(
 
 def _total(values: Tensor) -> float:
     return values.cpu().double().sum().item()
-
-
-def through(block: Block, stream: Tensor, shared: SharedKV) -> Tensor:
-    """The residual stream [rows, T, hidden] behind a layer."""
-    return block.mlp(stream, block.attend(stream, block.heads(block.norm_in(stream), shared)))

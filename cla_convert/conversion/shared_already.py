@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import ClaError
 from ..models.checkpoint import Checkpoint
-from ..models.shape import AttentionShape
+from ..models.shape import AttentionShape, owners_of
 from ..recipe import Convert
 from .sharing import groups_of, sharing_map
 
@@ -34,10 +34,10 @@ def sharing(shape: AttentionShape) -> dict[str, Any] | None:
     groups = [group for group in groups_of(list(shape.kv_source_layers)) if len(group) > 1]
     if not groups:
         return None
-    owners = sorted(set(shape.kv_source_layers))
+    owners = owners_of(shape.kv_source_layers)
     pattern = Convert.model_fields["sharing"].default
     try:
-        left = len(set(sharing_map(pattern, [shape.kinds[owner] for owner in owners])))
+        left = len(owners_of(sharing_map(pattern, [shape.kinds[owner] for owner in owners])))
     except ClaError:  # too few layers
         left = len(owners)
     return {"groups": groups, "kv_layers": len(owners), "left": {"sharing": pattern, "kv_layers": left}}

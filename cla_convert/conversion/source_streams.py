@@ -22,6 +22,9 @@ class SourceStreams:
     def upto(self, layer: int) -> None:
         """Run all layers up to and including `layer`."""
         for index in range(self._next, layer + 1):
+            if not self._factory.attends(index):
+                self._pass(index)
+                continue
             block = self._factory.build(index, self._factory.read_layer(index))
             hidden = self.inputs[index]
             residual, output = (self._store.empty(*hidden.shape) for _ in range(2))
@@ -33,7 +36,14 @@ class SourceStreams:
             self.residuals[index], self.inputs[index + 1] = residual, output
         self._next = max(self._next, layer + 1)
 
+    def _pass(self, index: int) -> None:
+        """Run a layer without attention."""
+        past, hidden = self._factory.passage(index), self.inputs[index]
+        self.inputs[index + 1] = self._store.empty(*hidden.shape)
+        for part in batches(hidden, self._factory.batch):
+            self.inputs[index + 1][part] = past(self._factory.load(hidden[part])).to(hidden.device)
+
     def release(self, layer: int) -> None:
         """Free the streams of a layer the walk has passed."""
         self.inputs.pop(layer)
-        self.residuals.pop(layer)
+        self.residuals.pop(layer, None)

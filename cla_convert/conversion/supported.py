@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from ..errors import InputError
 from ..models.checkpoint import FLOATING, Checkpoint
 from ..models.families import Family, family_of
-from ..models.kinds import FULL, NOPE, SLIDING
+from ..models.kinds import FULL, NOPE, SLIDING, STATES
 from ..models.shape import AttentionShape, shape_of
 
 _BUFFERS = re.compile(r"(^|\.)(position_ids|masked_bias|attn\.bias)$")
@@ -29,11 +29,17 @@ def check_convertible(checkpoint: Checkpoint) -> Convertible:
         InputError: the family is not supported, the weights are quantised, or they are not what config.json describes.
     """
     family, shape = family_of(checkpoint.config), shape_of(checkpoint.config)
-    if unknown := {kind.removesuffix(NOPE) for kind in shape.kinds} - {FULL, SLIDING}:
+    if unknown := {kind.removesuffix(NOPE) for kind in shape.kinds} - {
+        FULL,
+        SLIDING,
+        *(STATES if family.state else ()),
+    }:
         raise InputError(
             f"The model has layers of the kind {min(unknown)!r}",
             why=f"The CLA code of {family.model_type!r} knows {FULL} and {SLIDING} only.",
         )
+    if not shape.kv_layers:
+        raise InputError("No layer of the model has attention", why="So it has no KV cache to make smaller.")
     if named := checkpoint.config.get("transformers_weights"):
         raise InputError(
             f"config.json names other weights: {named!r}",
@@ -69,11 +75,14 @@ def _unquantised(settings: Any) -> str:
 
 
 def _predicting_ahead(checkpoint: Checkpoint, family: Family, shape: AttentionShape) -> set[str]:
-    """Tensors of layers behind the last that guess tokens further ahead (GLM-4 MoE): transformers leaves them out."""
+    """Tensors of layers behind the last that guess tokens further ahead (GLM-4 MoE, Qwen3-Next's `mtp`).
+
+    transformers leaves them out.
+    """
     count = checkpoint.config.get("num_nextn_predict_layers")
     ahead = range(shape.num_layers, shape.num_layers + (count if isinstance(count, int) else 0))
     places = {name: family.place(name) for name in checkpoint.tensors}
-    return {name for name, place in places.items() if place and place.layer in ahead}
+    return {name for name, place in places.items() if name.startswith("mtp.") or (place and place.layer in ahead)}
 
 
 def _unused(checkpoint: Checkpoint, family: Family, ahead: set[str]) -> set[str]:
@@ -90,7 +99,7 @@ def _unused(checkpoint: Checkpoint, family: Family, ahead: set[str]) -> set[str]
 
 def _check_layers(checkpoint: Checkpoint, family: Family, shape: AttentionShape, ahead: set[str]) -> None:
     """Every layer has the q, k and v that config.json describes, so that any two can be pooled; there are no others."""
-    for layer in range(shape.num_layers):
+    for layer in shape.kv_layers:
         for module, rows in shape.projection_rows.items():
             info = checkpoint.tensors.get(family.tensor(layer, module))
             if info is None:
@@ -121,4 +130,4 @@ def _why_missing(checkpoint: Checkpoint, name: str, model_type: str) -> str:
             f"It is stored as {found!r}: the model was saved inside a wrapper (torch.compile, DDP, PEFT), and "
             "transformers would not find its weights either."
         )
-    return f"A {model_type} checkpoint has one in every layer."
+    return f"A {model_type} checkpoint has one in every layer with attention."

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .keys import fit_rotary
+
 
 @dataclass(frozen=True)
 class BasisFit:
@@ -55,6 +57,24 @@ def fit_basis(gram: Tensor, roots: Sequence[Tensor], inverses: Sequence[Tensor])
     maps = torch.stack([(inverse @ part).T for inverse, part in zip(inverses, top.split(width), strict=True)])
     size = (gram[:width, :width].trace() / (basis.T @ gram @ basis).trace().clamp_min(1e-30)).sqrt()
     return BasisFit(basis * size, maps / size, power[-width:].sum().item(), power.sum().item())
+
+
+def channel_energy(roots: Tensor) -> Tensor:
+    """What an error in each channel costs by itself, as a root: [..., D] from square roots [..., D, D] of a metric."""
+    return roots.square().sum(-1).sqrt()
+
+
+def fit_channels(gram: Tensor, roots: Sequence[Tensor], inverses: Sequence[Tensor]) -> BasisFit:
+    """As `fit_basis`, where a gate on each channel of a head stands between its values and W_O.
+
+    Of all changes of basis only sizes of channels pass a gate: v_bc ~ scale_bc s_c, as for a rotary pair (`fit_rotary`)
+    but real.
+    """
+    count, width = len(roots), roots[0].shape[0]
+    own = gram.view(count, width, count, width).diagonal(dim1=1, dim2=3)
+    fit = fit_rotary(own.permute(2, 0, 1), torch.stack([channel_energy(root) for root in roots], 1))
+    basis = torch.cat([part.diag() for part in fit.mix.T])
+    return BasisFit(basis, torch.stack([part.diag() for part in fit.scale.T]), fit.captured, fit.total)
 
 
 def fold_outputs(columns: Tensor, member_map: Tensor) -> Tensor:

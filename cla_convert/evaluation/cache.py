@@ -22,6 +22,7 @@ def measure_kv_cache(model_dir: Path, *, device: str, tokens: int = 64) -> dict[
             and `full_layers` of those how many had stopped growing.
         measured_bytes: bytes of the cache at `tokens` tokens.
         layer_bytes_per_token: the same for every layer; 0 for one that reads another's keys and values.
+        state_bytes: of what layers without attention keep instead, which does not grow; in none of the others.
         tokens, cached_layers (layers that hold anything), layers, dtype, bytes_at (both lengths).
     """
     from ..models.export import load_model
@@ -43,6 +44,7 @@ def kv_cache_of(model: Any, tokens: int = 64) -> dict[str, Any]:
         "bytes_per_token": (sizes[2 * tokens] - sizes[tokens]) / tokens,
         "layer_bytes_per_token": [(b.bytes - a.bytes) / tokens for a, b in zip(short, long, strict=True)],
         "measured_bytes": sizes[tokens],
+        "state_bytes": sum(layer.state_bytes for layer in long),
         "tokens": tokens,
         "bytes_at": {str(length): size for length, size in sizes.items()},
         "layers": len(long),
@@ -57,8 +59,11 @@ class Layer(NamedTuple):
     """What one layer of a cache holds."""
 
     bytes: int
+    """Of keys and values."""
     sliding: bool
     dtype: str
+    state_bytes: int
+    """Of what a layer without attention keeps instead."""
 
 
 def live_layers(cache: Any) -> list[Layer]:
@@ -68,7 +73,9 @@ def live_layers(cache: Any) -> list[Layer]:
         tensors = [value for value in vars(layer).values() if isinstance(value, torch.Tensor) and value.numel()]
         # A view keeps all of its storage alive, and two tensors may share one: count distinct storages.
         dtype = str(tensors[0].dtype).removeprefix("torch.") if tensors else ""
-        found.append(Layer(storage_bytes(tensors), bool(getattr(layer, "is_sliding", False)), dtype))
+        kept = (getattr(layer, name, {}).values() for name in ("conv_states", "recurrent_states"))
+        state = storage_bytes(value for values in kept for value in values if value is not None)
+        found.append(Layer(storage_bytes(tensors), bool(getattr(layer, "is_sliding", False)), dtype, state))
     return found
 
 

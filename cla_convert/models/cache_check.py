@@ -34,7 +34,8 @@ def check(folder: str) -> dict[str, Any]:
 
 def _bytes(layer: Any) -> int:
     """Bytes that a layer's tensors keep alive, whatever they are views of."""
-    held = [tensor for tensor in (layer.keys, layer.values) if isinstance(tensor, torch.Tensor)]
+    tensors = (getattr(layer, name, None) for name in ("keys", "values"))  # a hybrid has layers without
+    held = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
     return sum({tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}.values())
 
 

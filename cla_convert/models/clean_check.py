@@ -64,8 +64,10 @@ def compare(model: Any, ids: torch.Tensor) -> dict[str, Any]:
         out = model(ids[:, part], **{name: cache}, use_cache=True)
         cache = out[name]
         steps.append(out.logits)
-    held = [sum(t.nbytes for t in (layer.keys, layer.values) if t is not None) for layer in cache.layers]
-    owners = sorted(set(getattr(model.config, "kv_source_layers", range(len(held)))))
+    keys_and_values = ([getattr(layer, name, None) for name in ("keys", "values")] for layer in cache.layers)
+    held = [sum(t.nbytes for t in tensors if t is not None) for tensors in keys_and_values]
+    sources = getattr(model.config, "kv_source_layers", range(len(held)))
+    owners = sorted({source for source in sources if source is not None})  # a hybrid has layers without K/V
     return {
         "tokens": ids.shape[1],
         "cached_difference": (full - cached).abs().max().item(),

@@ -158,7 +158,11 @@ def _say_once(note: str) -> None:
 
 
 def cla_config(
-    source: Mapping[str, Any], family: Family, kv_source_layers: list[int], dtype: str, kv_heads: int | None = None
+    source: Mapping[str, Any],
+    family: Family,
+    kv_source_layers: list[int | None],
+    dtype: str,
+    kv_heads: int | None = None,
 ) -> dict[str, Any]:
     """config.json of the converted model: the source's, with the CLA classes, the sharing map and other KV heads."""
     dropped = {"_name_or_path", "quantization_config", "torch_dtype", "auto_map", *IMPLEMENTATIONS}

@@ -1,7 +1,7 @@
 """What conversion must know of a family of models: the columns of the table in `family_rows`. Imports no torch."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,6 +84,8 @@ class Family:
     """Names of these norms inside the attention."""
     sinks: bool = False
     """Whether each query head has a logit that no key belongs to (`sinks`)."""
+    gated: bool = False
+    """Whether each channel of a head is multiplied by a gate, whose rows follow those of the head in `q_proj`."""
     adjacent_pairs: bool = False
     """Whether RoPE turns neighbouring channels (0 and 1, 2 and 3, ...) together; else those of two halves."""
     half_tables: bool = False
@@ -105,6 +107,8 @@ class Family:
     """What Python imports them from."""
     experts: bool = False
     """Whether its layers have experts (a mixture), which servers treat apart."""
+    state: Callable[[Mapping[str, Any]], tuple[int, int]] | None = None
+    """Of a hybrid: what each layer without keys and values keeps of a text (`models/states.py`)."""
 
     @property
     def cla_type(self) -> str:

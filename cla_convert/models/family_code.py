@@ -30,8 +30,8 @@ class Code:
     layer: str = "DecoderLayer"
     model: str = "Model"
     config: str = "Config"
-    dropout: str = "attention_dropout"
-    """The attention's own, by its name in it."""
+    dropout: str | None = "attention_dropout"
+    """The attention's own, by its name in it; None where it has none."""
     rope: str = "all"
     """Which layers rotate queries and keys: all, none, or the condition, such as `self.use_rope`."""
     norm_whole: bool = False

@@ -60,9 +60,23 @@ NOTES = {
     "smollm3": Notes("SmolLM3 3B", "every fourth layer has no RoPE"),
     "starcoder2": Notes("StarCoder2 3B, 7B, 15B", "LayerNorm; biases everywhere; may slide"),
     "gpt_bigcode": Notes("SantaCoder, StarCoder, StarCoderBase", "multi-query, one fused `c_attn`, learned positions"),
+    "lfm2": Notes(
+        "LFM2, LFM2.5 350M, 700M, 1.2B, 2.6B",
+        "a hybrid: most layers are short convolutions and stay as they are; q and k are normed per head",
+    ),
+    "lfm2_moe": Notes("LFM2 8B-A1B, 24B-A2B", "as `lfm2`; experts"),
     "mixtral": Notes("Mixtral 8x7B, 8x22B", "experts"),
     "qwen2_moe": Notes("Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B", "experts, one of them always; biases on q, k and v"),
     "qwen3_moe": Notes("Qwen3-30B-A3B, Qwen3-235B-A22B", "experts; q and k are normed"),
+    "qwen3_next": Notes(
+        "Qwen3-Next 80B-A3B",
+        "a hybrid: three layers in four are linear attention (Gated DeltaNet) and stay as they are; experts; a gate "
+        "on each channel of a head; q and k are normed; a quarter of each head is rotated",
+    ),
+    "qwen3_5_text": Notes("the language model of Qwen3.5 0.8B to 27B", "a hybrid as `qwen3_next`, without experts"),
+    "qwen3_5_moe_text": Notes(
+        "the language model of Qwen3.5 35B-A3B, 122B-A10B, 397B-A17B", "as `qwen3_5_text`; experts, one of them always"
+    ),
     "olmoe": Notes("OLMoE 1B-7B", "experts; q and k are normed over all heads at once; multi-head"),
     "granitemoe": Notes("Granite 3.0 and 3.1 1B-A400M, 3B-A800M", "experts; multipliers as in Granite"),
     "glm4_moe": Notes("GLM-4.5-Air", "experts, one of them always; half of each head is rotated; biases on q, k and v"),

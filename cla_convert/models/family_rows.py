@@ -4,7 +4,9 @@ A new family is one row here and a tiny case in tests/tiny.py; `python -m cla_co
 two code files.
 """
 
-from . import kinds
+from typing import Any
+
+from . import kinds, states
 from .family import POST_NORM, SANDWICH, Family, LayerNorms, Requirement
 from .family_code import FROM_ATTENTION, FROM_CONFIG, Code, Fused
 
@@ -45,6 +47,10 @@ _PHI3_PLAN = (
     ("mlp.gate_up_proj", "colwise_gather_output", "as in Phi-3: the output is chunked"),
     ("mlp.down_proj", "rowwise_split_input", ""),
 )
+_LFM2: dict[str, Any] = {
+    "state": states.convolution, "o_proj": "out_proj", "mlp": "feed_forward", "qk_norm": True,
+    "qk_norm_names": ("q_layernorm", "k_layernorm"), "norms": LayerNorms("operator_norm", "ffn_norm"),
+}  # fmt: skip
 _DROPPED_OUT = "nn.functional.dropout({}, p=self.residual_dropout, training=self.training)"
 
 _GLM = {"num_key_value_heads": 2, "head_dim": 128}
@@ -160,6 +166,14 @@ ROWS = [
         o_proj="c_proj", fused="c_attn", norms=LayerNorms("ln_1", "ln_2"), keys=_GPT2_KEYS, requires=(_MULTI_QUERY,),
     ),
     Family(
+        "lfm2", "Lfm2", Code("LFM2", layer_types=True, dropout=None), kinds.convolutions_between,
+        {"num_key_value_heads": 8}, **_LFM2,
+    ),
+    Family(
+        "lfm2_moe", "Lfm2Moe", Code("LFM2 MoE", layer_types=True, dropout=None, experts=True),
+        kinds.convolutions_between, {"num_key_value_heads": 8}, **_LFM2,
+    ),
+    Family(
         "mixtral", "Mixtral", Code("Mixtral", arguments=(FROM_CONFIG,), experts=True), kinds.windowed,
         {"num_key_value_heads": 8},
     ),
@@ -170,6 +184,24 @@ ROWS = [
     Family(
         "qwen3_moe", "Qwen3Moe", Code("Qwen3 MoE", arguments=(FROM_ATTENTION,), experts=True),
         kinds.optional_window, {"num_key_value_heads": 4, "sliding_window": 4096}, qk_norm=True,
+    ),
+    Family(
+        "qwen3_next", "Qwen3Next", Code("Qwen3-Next", experts=True, layer_types=True), kinds.linear_but_every_fourth,
+        {"num_key_value_heads": 2, "head_dim": 256}, state=states.gated_delta, qk_norm=True, gated=True,
+    ),
+    Family(
+        "qwen3_5_text", "Qwen3_5",
+        Code("Qwen3.5", module="qwen3_5", model="TextModel", config="TextConfig", layer_types=True),
+        kinds.linear_but_every_fourth, {"num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 256},
+        state=states.gated_delta, qk_norm=True, gated=True,
+    ),
+    Family(
+        "qwen3_5_moe_text", "Qwen3_5Moe",
+        Code(
+            "Qwen3.5 MoE", module="qwen3_5_moe", model="TextModel", config="TextConfig", layer_types=True, experts=True,
+        ),
+        kinds.linear_but_every_fourth, {"num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 256},
+        state=states.gated_delta, qk_norm=True, gated=True,
     ),
     Family(
         "olmoe", "Olmoe", Code("OLMoE", arguments=(FROM_CONFIG,), norm_whole=True, experts=True),

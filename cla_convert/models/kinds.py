@@ -5,15 +5,22 @@ made. Newer files list `layer_types`; older ones leave transformers to derive th
 `tests/unit/test_families.py` holds these rules to transformers' configuration classes.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+STATES = ("conv", "linear_attention")
+"""Layers of these kinds keep a state of one size in place of keys and values: there is nothing to share in them."""
 NOPE = ", no RoPE"
 """Ends the kind of a layer that does not rotate its queries and keys."""
 
 Config = Mapping[str, Any]
 KindRule = Callable[[Config], list[str]]
+
+
+def has_kv(kind: Hashable) -> bool:
+    """Whether layers of this kind have keys and values."""
+    return kind not in STATES
 
 
 def full(config: Config) -> list[str]:
@@ -88,6 +95,23 @@ def some_without_rope(config: Config) -> list[str]:
     slides = bool(config.get("use_sliding_window")) and config.get("sliding_window") is not None
     kinds = config.get("layer_types") or [SLIDING if slides and not rotates[i] else FULL for i in range(count)]
     return [kind + ("" if rotated else NOPE) for kind, rotated in zip(kinds, rotates, strict=False)]
+
+
+def convolutions_between(config: Config) -> list[str]:
+    """Short convolutions with full layers between them (LFM2; `full_attn_idxs` in older files)."""
+    if config.get("layer_types"):
+        return list(config["layer_types"])
+    count = config["num_hidden_layers"]
+    attention = config.get("full_attn_idxs")
+    return [FULL if attention is None or layer in attention else STATES[0] for layer in range(count)]
+
+
+def linear_but_every_fourth(config: Config) -> list[str]:
+    """Linear attention, and every fourth layer full (Qwen3-Next; the number is `full_attention_interval`)."""
+    if config.get("layer_types"):
+        return list(config["layer_types"])
+    every = config.get("full_attention_interval") or 4
+    return [STATES[1] if (layer + 1) % every else FULL for layer in range(config["num_hidden_layers"])]
 
 
 def _every(n: int, config: Config) -> list[str]:

@@ -12,7 +12,8 @@ from ..errors import InputError
 from .classes import cla_classes
 from .families import FAMILIES, Family
 from .family_code import NEWEST
-from .shape import shape_of
+from .kinds import has_kv
+from .shape import shape_of, unshared
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,7 +22,7 @@ TINY: dict[str, Any] = dict(
     vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=8, num_attention_heads=4,
     num_key_value_heads=2, head_dim=8, max_position_embeddings=64, initializer_range=0.2, pad_token_id=None,
     use_sliding_window=True, max_window_layers=4, sliding_window_pattern=3, no_rope_layer_interval=3,
-    num_local_experts=4, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+    full_attn_idxs=[1, 2, 5], num_local_experts=4, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
 )  # fmt: skip
 """A configuration of any family: each takes what it knows. Two layers of every kind that it has, at least."""
 WINDOW, TOKENS = 8, 24
@@ -63,9 +64,11 @@ def tiny_model(family: Family) -> "PreTrainedModel":
     classes = cla_classes(family)
     windows = {"sliding_window": WINDOW} if hasattr(classes["Config"], "sliding_window") else {}
     settings = TINY | windows  # a cache would believe in a window that the layers of the family know nothing of
+    if family.state:  # some do not make up a list themselves
+        settings["layer_types"] = family.kinds(settings)
     kinds = shape_of(classes["Config"](**settings).to_dict()).kinds
-    sources = list(range(len(kinds)))
-    for kind in set(kinds):
+    sources = unshared(kinds)
+    for kind in set(filter(has_kv, kinds)):
         owner = kinds.index(kind)
         sources[kinds.index(kind, owner + 1)] = owner
     return classes["ForCausalLM"](classes["Config"](**settings, kv_source_layers=sources)).eval()

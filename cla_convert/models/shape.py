@@ -6,10 +6,23 @@ from typing import Any
 
 from ..errors import InputError
 from .families import FAMILIES
-from .kinds import SLIDING
+from .kinds import SLIDING, has_kv
 
 _LARGEST = {"num_hidden_layers": 10_000, "num_attention_heads": 100_000, "num_key_value_heads": 100_000}
 """Beyond these a config.json is not one: lists of a billion layers would fill the memory before anything is refused."""
+
+SharingMap = tuple[int | None, ...]
+"""Per layer whose K/V it reads, its own or an earlier one's; None for a layer that has neither (of a hybrid)."""
+
+
+def owners_of(sources: Iterable[int | None]) -> list[int]:
+    """The layers that keep K/V under a map, in order."""
+    return sorted({source for source in sources if source is not None})
+
+
+def unshared(kinds: Sequence[str]) -> list[int | None]:
+    """The map in which no layer reads another's K/V."""
+    return [layer if has_kv(kind) else None for layer, kind in enumerate(kinds)]
 
 
 @dataclass(frozen=True)
@@ -24,10 +37,24 @@ class AttentionShape:
     head_dim: int
     kinds: tuple[str, ...]
     """Attention kind of each layer; only layers of one kind may share."""
-    kv_source_layers: tuple[int, ...]
-    """Map of the model as it stands: the identity, unless it already shares."""
+    kv_source_layers: SharingMap
+    """Map of the model as it stands: every layer with keys and values its own, unless it already shares."""
     sliding_window: int | None = None
     """Tokens that a sliding layer sees, itself included; None without sliding layers."""
+    gated: bool = False
+    """Whether the projection of the queries holds gates, too."""
+    state_bytes_each: tuple[int, int] = (0, 0)
+    """Of what a layer without keys and values keeps of a text: bytes, and numbers of the cache's dtype."""
+
+    @property
+    def kv_layers(self) -> list[int]:
+        """Layers that have attention: all, except in hybrids."""
+        return [layer for layer, kind in enumerate(self.kinds) if has_kv(kind)]
+
+    def state_bytes(self, element_size: int) -> int:
+        """Bytes that the layers without keys and values keep of one text, however long it is."""
+        fixed, numbers = self.state_bytes_each
+        return (self.num_layers - len(self.kv_layers)) * (fixed + numbers * element_size)
 
     @property
     def is_mha(self) -> bool:
@@ -38,17 +65,20 @@ class AttentionShape:
     def projection_rows(self) -> dict[str, int]:
         """Rows of q_proj, k_proj and v_proj."""
         keys = self.num_key_value_heads * self.head_dim
-        return {"q_proj": self.num_attention_heads * self.head_dim, "k_proj": keys, "v_proj": keys}
+        queries = self.num_attention_heads * self.head_dim * (2 if self.gated else 1)
+        return {"q_proj": queries, "k_proj": keys, "v_proj": keys}
 
     def kv_bytes_per_token(self, element_size: int, owners: int | None = None) -> int:
         """Bytes of K and V that one token adds to the cache, for `owners` layers (default: as the model stands)."""
-        owners = len(set(self.kv_source_layers)) if owners is None else owners
+        owners = len(owners_of(self.kv_source_layers)) if owners is None else owners
         return 2 * owners * self.num_key_value_heads * self.head_dim * element_size
 
-    def kv_bytes(self, element_size: int, tokens: int, sources: Iterable[int]) -> int:
+    def kv_bytes(self, element_size: int, tokens: int, sources: Iterable[int | None]) -> int:
         """Bytes of the cache of a context under a map: sliding layers keep their window."""
         window = self.sliding_window or tokens
-        kept = [min(tokens, window) if self.kinds[owner].startswith(SLIDING) else tokens for owner in set(sources)]
+        kept = [
+            min(tokens, window) if self.kinds[owner].startswith(SLIDING) else tokens for owner in owners_of(sources)
+        ]
         return self.kv_bytes_per_token(element_size, 1) * sum(kept)
 
 
@@ -77,8 +107,10 @@ def shape_of(config: Mapping[str, Any]) -> AttentionShape:
             num_key_value_heads=_size(config, "num_key_value_heads", heads),
             head_dim=_size(config, "head_dim", hidden // heads),
             kinds=tuple(kinds),
-            kv_source_layers=_map(config, layers) if family else _published_map(config, kinds),
+            kv_source_layers=_map(config, kinds) if family else _published_map(config, kinds),
             sliding_window=_size(config, "sliding_window") if slides else None,
+            gated=bool(family and family.gated),
+            state_bytes_each=family.state(config) if family and family.state else (0, 0),
         )
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise InputError(
@@ -92,7 +124,7 @@ LONG = 32_768
 
 
 def long_cache(
-    config: Mapping[str, Any], element_size: int, sources: Iterable[int], heads: tuple[int, int]
+    config: Mapping[str, Any], element_size: int, sources: Iterable[int | None], heads: tuple[int, int]
 ) -> dict[str, int] | None:
     """The cache of a long context, where windows make it another than the bytes of its first tokens say.
 
@@ -105,7 +137,7 @@ def long_cache(
     shape, tokens = shape_of(config), min(LONG, positions_of(config) or LONG)
     if shape.sliding_window is None or shape.sliding_window >= tokens:
         return None
-    maps = (range(shape.num_layers), sources)
+    maps = (shape.kv_layers, sources)
     before, after = (
         replace(shape, num_key_value_heads=count).kv_bytes(element_size, tokens, one)
         for count, one in zip(heads, maps, strict=True)
@@ -121,14 +153,14 @@ def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> in
     return value
 
 
-def _published_map(config: Mapping[str, Any], kinds: Sequence[str]) -> tuple[int, ...]:
+def _published_map(config: Mapping[str, Any], kinds: Sequence[str]) -> SharingMap:
     """Of a family that shares by itself (Gemma 3n, Gemma 4): the last layers read the last owner of their kind.
 
     Raises ValueError if there is none.
     """
     layers, readers = len(kinds), config.get("num_kv_shared_layers")
     if type(readers) is not int or not 0 < readers < layers:
-        return _map(config, layers)
+        return _map(config, kinds)
     owners = kinds[: layers - readers]
     last = {kind: layer for layer, kind in enumerate(owners)}
     if missing := set(kinds) - last.keys():
@@ -136,11 +168,15 @@ def _published_map(config: Mapping[str, Any], kinds: Sequence[str]) -> tuple[int
     return (*range(len(owners)), *(last[kind] for kind in kinds[len(owners) :]))
 
 
-def _map(config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
-    """The map of a model that shares; the identity for others. Raises ValueError for what is no map."""
+def _map(config: Mapping[str, Any], kinds: Sequence[str]) -> SharingMap:
+    """The map of a model that shares; of others, every layer its own. Raises ValueError for what is no map."""
     sources = config.get("kv_source_layers")
-    found = tuple(sources or range(layers))
-    if len(found) != layers or not all(type(source) is int and 0 <= source < layers for source in found):
+    found = tuple(sources or unshared(kinds))
+    fits = len(found) == len(kinds) and all(
+        type(source) is int and 0 <= source < len(kinds) if has_kv(kind) else source is None
+        for source, kind in zip(found, kinds, strict=True)
+    )
+    if not fits:
         raise ValueError(f"kv_source_layers is {sources!r}")
     return found
 

@@ -10,7 +10,9 @@ from typing import Any
 from .checkpoint import Checkpoint
 from .families import FAMILIES, as_transformers_reads
 
-_TYPES = {"gemma3": "gemma3_text", "mistral3": "mistral"}
+_TYPES = {
+    "gemma3": "gemma3_text", "mistral3": "mistral", "qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text",
+}  # fmt: skip
 """`model_type` of the whole -> of its text_config, where that says nothing."""
 _PREFIXES = {
     "language_model.model.": "model.",  # as published

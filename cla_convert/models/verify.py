@@ -15,7 +15,7 @@ from ..files import did_you_mean_path, load_json
 from .export import has_other_code
 from .kinds import SLIDING
 from .self_test import ROUNDING, check_interface
-from .shape import shape_of
+from .shape import owners_of, shape_of
 from .tokenization import recorded_ids
 
 SCRIPT = Path(__file__).with_name("clean_check.py")
@@ -82,7 +82,8 @@ def measure_cache(folder: Path, source: Path | None = None) -> dict[str, Any]:
     for layer, owner in enumerate(sources):
         if (ours["dynamic"][layer] > 0) != (layer == owner):
             raise InputError(f"In {folder}, layer {layer} {'has no' if layer == owner else 'has a'} KV cache")
-    theirs = found[1]["layers"] if source else {k: [held[s] for s in sources] for k, held in ours.items()}
+    readers = [owner for owner in sources if owner is not None]
+    theirs = found[1]["layers"] if source else {k: [held[owner] for owner in readers] for k, held in ours.items()}
     shared, unshared = ({kind: sum(held) for kind, held in layers.items()} for layers in (ours, theirs))
     return {
         "folder": str(folder),
@@ -175,7 +176,6 @@ def render_cache(measured: dict[str, Any]) -> str:
         f"{against}: {human_bytes(measured['unshared_bytes'][kind])}"
         for kind in measured["bytes"]
     ]
-    owners = len(set(sources))
-    return "\n".join(
-        [*rows, f"{owners} of {len(sources)} layers hold keys and values: {measured['saved']:.2f}x smaller"]
-    )
+    owners, readers = len(owners_of(sources)), sum(source is not None for source in sources)
+    which = f"{readers} layers" if readers == len(sources) else f"the {readers} layers with attention"
+    return "\n".join([*rows, f"{owners} of {which} hold keys and values: {measured['saved']:.2f}x smaller"])

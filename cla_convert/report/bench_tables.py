@@ -26,6 +26,13 @@ def described(bench: Json) -> Json:
     return bench | {"table": speed_table(bench), "gains": gains, "notes": bench_notes(bench)}
 
 
+def _state(*models: Json) -> list[Row]:
+    """What layers without attention keep of a sequence, where there are some."""
+    kept = [one["kv"].get("state_bytes") or 0 for one in models]
+    name = "state of layers without attention, bytes a sequence"
+    return [Row([name, *map(integer, kept), ""])] if any(kept) else []
+
+
 def bench_blocks(bench: Json) -> list[Block]:
     """The tables of memory and of speed, and the notes, of what `described` returns."""
     source, converted, gains = bench["models"]["source"], bench["models"]["converted"], bench["gains"]
@@ -34,6 +41,7 @@ def bench_blocks(bench: Json) -> list[Block]:
              smaller(gains["kv"])]),
         Row([f"layers that cache, of {source['kv']['layers']}",
              *(layer_bytes(one["kv"]["layer_bytes_per_token"]) for one in (source, converted)), ""]),
+        *_state(source, converted),
         Row(["weights", *(size(one["weight_bytes"]) for one in (source, converted)), ""]),
         Row([f"largest batch of {source['length']} tokens in {size(bench['memory']['bytes'])}",
              *(integer(one["largest_batch"]) for one in (source, converted)), as_many(gains["batch"])]),

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from ..console import human_bytes, human_count
+from ..models.shape import owners_of
 from ..recipe_file import told
 from .run_folder import Json
 
@@ -128,11 +129,11 @@ def to_yaml(value: Any) -> str:
     return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=110).strip()
 
 
-def groups_text(sources: list[int] | None, width: int = 100) -> str:
+def groups_text(sources: list[int | None] | None, width: int = 100) -> str:
     """[0, 1, 1, 3] -> `0 | 1 <- 2 | 3`, wrapped: each owner and the layers that read its K/V."""
     if not sources:
         return MISSING
-    groups = {owner: [i for i, source in enumerate(sources) if source == owner] for owner in dict.fromkeys(sources)}
+    groups = {owner: [i for i, source in enumerate(sources) if source == owner] for owner in owners_of(sources)}
     lines, line = [], ""
     for owner, members in groups.items():
         text = str(owner) + "".join(f" <- {member}" for member in members if member != owner)
@@ -141,6 +142,12 @@ def groups_text(sources: list[int] | None, width: int = 100) -> str:
             line = ""
         line = f"{line} | {text}" if line else text
     return "\n".join([*lines, line])
+
+
+def owners_text(sources: list[int | None]) -> str:
+    """[0, 1, 1, 3] -> `3 of 4 layers`; of a hybrid, only layers with attention count."""
+    readers = sum(source is not None for source in sources)
+    return f"{len(owners_of(sources))} of {readers} layers" + (" with attention" if readers < len(sources) else "")
 
 
 def size(value: float | None) -> str:

@@ -13,7 +13,20 @@ from ..models.checkpoint import ELEMENT_SIZE, FLOATING
 from ..models.shape import long_cache, shape_of
 from ..models.writer import MANIFEST
 from ..run_folder import RECIPE
-from .formats import changed, count, groups_text, integer, model_name, number, percent, quoted, titled, to_yaml, unit_of
+from .formats import (
+    changed,
+    count,
+    groups_text,
+    integer,
+    model_name,
+    number,
+    owners_text,
+    percent,
+    quoted,
+    titled,
+    to_yaml,
+    unit_of,
+)
 from .model_index import eval_results
 from .run_folder import Json
 from .sections.kv import how_long, ratio, with_ratio
@@ -139,7 +152,7 @@ def described(folder: Path, train: Json | None = None) -> Json:
         "source": {**source, "model": model},
         "converted": {key: manifest[key] for key in _MADE if key in manifest},
         "kv": {
-            "bytes_per_token_before": source_shape.kv_bytes_per_token(size, shape.num_layers),
+            "bytes_per_token_before": source_shape.kv_bytes_per_token(size, len(shape.kv_layers)),
             "bytes_per_token_after": shape.kv_bytes_per_token(size),
             "long_context": with_ratio(
                 long_cache(config, size, shape.kv_source_layers, (heads, shape.num_key_value_heads))
@@ -197,6 +210,11 @@ def _results(report: Json, name: str, point: str) -> Json:
     return {"model_name": name, "eval_results": found} if found else {}
 
 
+def _shares(sources: list[int | None]) -> bool:
+    """Whether any layer reads another's K/V."""
+    return any(source not in (layer, None) for layer, source in enumerate(sources))
+
+
 def _template() -> "jinja2.Template":
     """The card's body: whatever it prints is guarded, unless it stands in a block of code."""
     import jinja2
@@ -213,7 +231,7 @@ def _template() -> "jinja2.Template":
         "fenced": lambda text: _Fenced(fenced(text)),
         "quoted": lambda text: _Fenced(quoted(text)),
     }
-    env.filters |= filters | {"groups": groups_text}
+    env.filters |= filters | {"groups": groups_text, "owners": owners_text, "shares": _shares}
     return env.get_template("model_card.md.j2")
 
 

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from .figures import CLA, INK, MUTED, WARM, in_style, new_figure
+from .formats import owners_text
 from .run_folder import Json
 
 if TYPE_CHECKING:
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
 
 
 @in_style
-def draw_sharing(sources: list[int], groups: list[Json], width: float | None = None) -> "Figure":
+def draw_sharing(sources: list[int | None], groups: list[Json], width: float | None = None) -> "Figure":
     """One square a layer: owners solid, consumers pale with an arrow to their owner; the colour is the damage.
 
     Args:
@@ -22,7 +23,7 @@ def draw_sharing(sources: list[int], groups: list[Json], width: float | None = N
     from matplotlib.patches import FancyBboxPatch
 
     count = len(sources)
-    reach = max(layer - owner for layer, owner in enumerate(sources))
+    reach = max(layer - owner for layer, owner in enumerate(sources) if owner is not None)
     figure, axes = new_figure(width=max(5.0, 0.36 * count + 0.6), height=1.5)
     axis = axes[0, 0]
     for group in groups:
@@ -40,7 +41,7 @@ def draw_sharing(sources: list[int], groups: list[Json], width: float | None = N
     axis.set(xlim=(-0.6, count - 0.4), ylim=(-0.5, 1.1))
     axis.set_aspect("equal")
     axis.set_axis_off()
-    axis.set_title(f"{len(set(sources))} of {count} layers cache K/V; a pale layer reads where its arrow points")
+    axis.set_title(f"{owners_text(sources)} cache K/V; a pale layer reads where its arrow points")
     axis.title.set_fontsize(9)
     _legend(axis, groups)
     return figure

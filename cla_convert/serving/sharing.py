@@ -37,6 +37,17 @@ def layer_of(name: str) -> int:
     return numbers[0]
 
 
+def check_attends(sources: Sequence[int | None]) -> None:
+    """Refuse a hybrid: its layers without attention keep states. Raises InputError."""
+    if without := sum(source is None for source in sources):
+        raise InputError(
+            f"vLLM cannot serve this model: {without} of its {len(sources)} layers have no attention",
+            why="vLLM pages their states and keys and values together, in groups of layers that must be as large as "
+            "each other, and its Transformers backend knows no such layers.",
+            fix="Serve it with transformers (generate, transformers serve), or serve the source model.",
+        )
+
+
 def check_stages(sources: Sequence[int], bounds: Sequence[int]) -> None:
     """Refuse a pipeline that parts a consumer from its owner: K/V do not travel between stages.
 

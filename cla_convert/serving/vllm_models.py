@@ -25,7 +25,7 @@ from ..models.families import FAMILIES
 from ..models.family import Family
 from ..models.shape import shape_of
 from ..models.writer import MANIFEST
-from .sharing import check_stages, copies_of_heads, gain, layer_of, owner_name
+from .sharing import check_attends, check_stages, copies_of_heads, gain, layer_of, owner_name
 from .versions import check_vllm
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ class SharedCache:
         self._attention: dict[int, Any] = {}
         self._sharing_proven = False
         config = vllm_config.model_config.hf_config
+        check_attends(config.kv_source_layers)
         sources: list[int] = config.kv_source_layers
         self._processes: int = vllm_config.parallel_config.tensor_parallel_size
         stages = vllm_config.parallel_config.pipeline_parallel_size

@@ -2,7 +2,7 @@
 
 from ..console import say
 from ..environment import import_slowly, pick_device
-from ..preflight import check_evaluation, check_lengths
+from ..preflight import check_evaluation, check_lengths, check_packing
 from ..recipe import Recipe
 from ..run_folder import RunFolder
 
@@ -33,6 +33,7 @@ def check(recipe: Recipe, folder: RunFolder) -> None:
     check_texts(recipe.eval.perplexity)
     check_evaluation(source, recipe.eval.perplexity)
     check_lengths(recipe, config)
+    check_packing(recipe, config)
     check_steps(recipe.train)
     _check_training(recipe, folder)
     check_data(recipe, load_tokenizer(source), source, device)

@@ -20,6 +20,7 @@ from transformers import Cache, StaticLayer
 from ..console import say
 from ..models.kinds import SLIDING
 from ..models.shape import AttentionShape
+from ..preflight import check_apart
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -109,7 +110,11 @@ class Decoder:
             ends: tokens that end a text when they are sampled.
             choice: how a token is chosen.
             record: on a GPU, whether to record steps as CUDA graphs.
+
+        Raises:
+            InputError: the model has layers that no mask keeps from seeing the text before.
         """
+        check_apart(shape, "Sampling", "Name a text instead.")
         device = model.device
         self._model, self._choice, self._device = model, choice, device
         self._rows, self._length = rows, length

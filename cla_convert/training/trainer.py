@@ -16,6 +16,7 @@ from ..models.fingerprint import fingerprint
 from ..models.self_test import check_interface
 from ..models.shape import positions_of
 from ..models.tokenization import check_as_recorded
+from ..preflight import check_packing
 from ..recipe import FREE, Recipe, Train
 from .compiling import choose_compile, compile_layers
 from .data import Sequences, TokenStore, held_out_rows, say_passes, store_for
@@ -90,7 +91,9 @@ def set_up(
     The data are what `text` gives, or else what the recipe names; or `data`, and then nothing is checked.
     """
     budget = budget_of(recipe.train)
-    check_interface(Checkpoint.open(student_dir).config.get("model_type", ""))
+    student = Checkpoint.open(student_dir).config
+    check_interface(student.get("model_type", ""))
+    check_packing(recipe, student)
     check_trackers(recipe.train.log_to)
     if data is None:
         check_as_recorded(student_dir)

@@ -18,12 +18,17 @@ class Zeros(Initialisation):
         return ("k_proj", "v_proj")
 
     def working_bytes(
-        self, checkpoint: Checkpoint, family: Family, sources: list[int], tensors: list[TensorPlan]
+        self, checkpoint: Checkpoint, family: Family, sources: list[int | None], tensors: list[TensorPlan]
     ) -> int:
         return 0
 
     def patches(
-        self, checkpoint: Checkpoint, sources: list[int], kv_heads: int, text: CalibrationText | None, spill: Path
+        self,
+        checkpoint: Checkpoint,
+        sources: list[int | None],
+        kv_heads: int,
+        text: CalibrationText | None,
+        spill: Path,
     ) -> Iterator[LayerPatch]:
         for layer in range(len(sources)):
             name = family_of(checkpoint.config).tensor(layer, "v_proj")

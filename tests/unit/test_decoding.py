@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from cla_convert.errors import InputError
+from cla_convert.models.families import FAMILIES
 from cla_convert.models.shape import AttentionShape, shape_of
 from cla_convert.training.decoding import Choice, Decoder, Drawn, Prompts
 from tests.tiny import CASES, source_model
@@ -37,7 +39,16 @@ def texts(rows: Drawn) -> list[tuple[int, int, int]]:
     return found
 
 
-@pytest.mark.parametrize("case", CASES)
+HYBRIDS = [case for case, (family, _) in CASES.items() if FAMILIES[family].state]
+
+
+@pytest.mark.parametrize("case", HYBRIDS)
+def test_a_state_that_goes_on_from_text_to_text_is_refused(case: str) -> None:
+    with pytest.raises(InputError, match="into the next"):
+        drawn(case, Choice(VOCABULARY))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in HYBRIDS])
 def test_every_token_is_drawn_from_what_the_model_says_of_its_text_alone(case: str) -> None:
     model, rows = drawn(case, Choice(VOCABULARY))
     found = texts(rows)

@@ -36,7 +36,7 @@ def change(folder: Path, weights: Callable[[Tensors], Tensors] = lambda t: t, dr
 
 
 def plan_of(folder: Path, **options: Any) -> Plan:
-    return make_plan(Checkpoint.open(folder), **{"sharing": list(range(6)), "init": "mean", **options})
+    return make_plan(Checkpoint.open(folder), **{"sharing": "cla1", "init": "mean", **options})
 
 
 def converted(folder: Path, out: Path, **options: Any) -> Path:

@@ -11,7 +11,9 @@ from cla_convert.models.checkpoint import Checkpoint
 from cla_convert.models.classes import cla_classes, register
 from cla_convert.models.export import load_model
 from cla_convert.models.families import FAMILIES
-from cla_convert.models.shape import shape_of
+from cla_convert.models.kinds import has_kv
+from cla_convert.models.shape import owners_of, shape_of, unshared
+from cla_convert.models.states import gated_delta
 from cla_convert.models.verify import planned_bytes
 from cla_convert.recipe import Train
 from cla_convert.training.objective import Objective
@@ -22,9 +24,15 @@ MIXTURES = [case for case, (family, _) in CASES.items() if FAMILIES[family].code
 MAPS = {"cla2-keep-ends": [0, 1, 1, 3, 3, 5], "cla3": [0, 0, 0, 3, 3, 3], "interleaved": [0, 1, 0, 1, 4, 1]}
 
 
-def share(case: str, pattern: str) -> list[int]:
+def share(case: str, pattern: str) -> list[int | None]:
     """A named pattern on the layers of a case, whatever their kinds."""
     return sharing_map(pattern, shape_of(tiny_config(case).to_dict()).kinds)
+
+
+def rounding(case: str) -> float:
+    """Of a logit. Linear attention is float32 whatever the model is, and its two forms sum in two orders: 3e-4 in the
+    source models of these cases, too."""
+    return 1e-3 if FAMILIES[CASES[case][0]].state is gated_delta else 1e-5
 
 
 @pytest.fixture
@@ -58,8 +66,8 @@ def test_sharing_between_equal_layers_changes_nothing(case, ids, tmp_path):
     """
     family, kinds = FAMILIES[CASES[case][0]], shape_of(tiny_config(case).to_dict()).kinds
     first_pairs = {kinds[group[0]]: group[:2] for group in reversed(groups_of(share(case, "cla2"))) if len(group) > 1}
-    assert first_pairs.keys() == set(kinds)
-    model, sources = source_model(case), list(range(len(kinds)))
+    assert first_pairs.keys() == set(filter(has_kv, kinds))
+    model, sources = source_model(case), unshared(kinds)
     for owner, consumer in first_pairs.values():
         sources[consumer] = owner
         equalise(model.get_submodule(family.layers), family, owner, consumer)
@@ -82,8 +90,8 @@ def equalise(layers, family, owner: int, consumer: int) -> None:
         elif family.fused and f".{family.fused}." in name:
             theirs[name].data[queries:] = parameter.data[queries:]
     for layer in layers[owner:consumer]:
-        for module in (layer.get_submodule(family.mlp), layer.get_submodule(output)):
-            for parameter in module.parameters():
+        for name, parameter in layer.named_parameters():
+            if name.startswith((f"{family.mlp}.", f"{output}.")) or name.endswith(".out_proj.weight"):  # of a state
                 torch.nn.init.zeros_(parameter)
 
 
@@ -99,7 +107,7 @@ def test_cached_uncached_stepwise_and_static_agree(case, ids):
             out = model(ids[:, i : i + 1], past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             steps.append(out.logits)
-        torch.testing.assert_close(torch.cat(steps, 1), full, rtol=1e-5, atol=1e-5)  # norms are float32
+        torch.testing.assert_close(torch.cat(steps, 1), full, rtol=1e-5, atol=rounding(case))  # norms are float32
         dynamic = model.generate(ids, **generation)
         static = model.generate(ids, **generation, cache_implementation="static", disable_compile=True)
     assert torch.equal(dynamic, static)
@@ -133,6 +141,12 @@ def test_beams_and_lookahead_decoding_use_the_small_cache_rightly(case, ids):
             assert torch.equal(generate(prompt_lookup_num_tokens=3), generate())
 
 
+def kv_bytes(cache) -> list[int]:
+    """Of keys and values in each layer; 0 for one that has none."""
+    found = [[getattr(layer, name, None) for name in ("keys", "values")] for layer in cache.layers]
+    return [sum(tensor.nbytes for tensor in tensors if tensor is not None) for tensors in found]
+
+
 @pytest.mark.parametrize("implementation", [None, "static"])
 @pytest.mark.parametrize("case", CASES)
 def test_cache_holds_exactly_the_owners(case, implementation, ids):
@@ -143,13 +157,12 @@ def test_cache_holds_exactly_the_owners(case, implementation, ids):
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, return_dict_in_generate=True,
             cache_implementation=implementation, disable_compile=True, eos_token_id=None,
         ).past_key_values  # fmt: skip
-        states = [[state for state in (layer.keys, layer.values) if state is not None] for layer in cache.layers]
-        return [sum(state.numel() * state.element_size() for state in layer) for layer in states]
+        return kv_bytes(cache)
 
     sources = share(case, "cla2-keep-ends")
     with torch.inference_mode():
         before, after = sizes(source_model(case)), sizes(cla_model(case, sources))
-    assert min(before) > 0
+    assert [layer for layer, size in enumerate(before) if size] == [i for i, s in enumerate(sources) if s is not None]
     assert after == [size if sources[layer] == layer else 0 for layer, size in enumerate(before)]
 
 
@@ -161,8 +174,7 @@ def test_the_cache_is_as_large_as_verify_demands(case, ids, tmp_path):
     with torch.inference_mode():
         cache = model(ids[:1], use_cache=True).past_key_values
         cache = model(ids[:1, :1], past_key_values=cache).past_key_values
-    held = [sum(t.nbytes for t in (layer.keys, layer.values) if t is not None) for layer in cache.layers]
-    assert planned_bytes(tmp_path, 25) == held
+    assert planned_bytes(tmp_path, 25) == kv_bytes(cache)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -183,7 +195,7 @@ def test_gradients_do_not_depend_on_activation_checkpointing(case, ids):
 @pytest.mark.parametrize("case", CASES)
 def test_owners_receive_gradient_through_their_consumers(case, ids):
     sources = share(case, "cla2")
-    owner = next(source for layer, source in enumerate(sources) if source != layer)
+    owner = next(source for layer, source in enumerate(sources) if source not in (layer, None))
     model, family = cla_model(case, sources), FAMILIES[CASES[case][0]]
     parameters = dict(model.named_parameters())
     torch.nn.init.zeros_(parameters[family.tensor(owner, family.o_proj)])  # cut the owner's own use of its K/V
@@ -196,8 +208,9 @@ def test_owners_receive_gradient_through_their_consumers(case, ids):
 def test_consumers_have_no_kv_parameters(case):
     sources, family = share(case, "cla2"), FAMILIES[CASES[case][0]]
     kept = {family.place(name) for name, _ in cla_model(case, sources).named_parameters()}
-    assert {place.layer for place in kept if place and place.module in family.kv_modules} == set(sources)
-    assert {place.layer for place in kept if place and place.module == "q_proj"} == set(range(len(sources)))
+    attending = {layer for layer, source in enumerate(sources) if source is not None}
+    assert {place.layer for place in kept if place and place.module in family.kv_modules} == set(owners_of(sources))
+    assert {place.layer for place in kept if place and place.module == "q_proj"} == attending
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -237,7 +250,7 @@ def test_attention_implementations_agree(case, ids):
         if not model._supports_sdpa or (case == "gemma2" and not hasattr(cache_utils, "KVSharingDict")):
             pytest.skip("transformers has no sdpa with softcap, and before 5.23 leaves it out")
         model.set_attn_implementation("sdpa")
-        torch.testing.assert_close(model(ids).logits, eager, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(ids).logits, eager, rtol=1e-4, atol=rounding(case))
 
 
 def test_flex_attention_agrees(ids):
@@ -256,7 +269,7 @@ def test_padding_does_not_change_real_tokens(case, ids):
     mask = torch.cat([torch.zeros(2, 5, dtype=torch.long), torch.ones_like(ids)], 1)
     with torch.inference_mode():
         out = model(padded, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0)).logits[:, 5:]
-        torch.testing.assert_close(out, model(ids).logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(out, model(ids).logits, rtol=1e-4, atol=rounding(case))
 
 
 @pytest.mark.parametrize("sources", [[0, 0, 2], [0, 2, 2, 3, 4, 5], [0, 0, 1, 3, 4, 5], [0, 1, 2, 3, 4, -1]], ids=str)

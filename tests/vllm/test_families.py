@@ -47,12 +47,24 @@ def served(folder: Path, work: Path, case: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("case", CASES)
+HYBRIDS = [case for case, (family, _) in CASES.items() if FAMILIES[family].state]
+SERVABLE = [case for case in CASES if case not in HYBRIDS]
+
+
+@pytest.mark.parametrize("case", HYBRIDS)
+def test_hybrids_are_refused_with_the_reason(case: str, conversions: Path, tmp_path: Path):
+    found = run(tmp_path, conversions / case / "cla2", [PROMPTS], **SMALL)
+    assert "layers have no attention" in found["error"] and "Serve it with transformers" in found["error"]
+
+
+@pytest.mark.parametrize("case", SERVABLE)
 def test_served_as_transformers_computes_it(case: str, conversions: Path, tmp_path: Path):
     served(conversions / case / "cla2", tmp_path, case)
 
 
-@pytest.mark.parametrize("case", [case for family, case in FIRST.items() if family != "gpt_bigcode"])
+@pytest.mark.parametrize(
+    "case", [case for family, case in FIRST.items() if family != "gpt_bigcode" and case in SERVABLE]
+)
 def test_fewer_kv_heads_and_sharing(case: str, conversions: Path, tmp_path: Path):
     """The cache is as large as the conversion promised, to the byte."""
     found = served(conversions / case / "cla2-heads", tmp_path, case)

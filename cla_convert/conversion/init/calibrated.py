@@ -8,7 +8,7 @@ from pathlib import Path
 from ...effort import Effort
 from ...models.checkpoint import Checkpoint
 from ...models.families import Family
-from ...models.shape import shape_of
+from ...models.shape import owners_of, shape_of
 from ..initialisation import INITIALISATIONS, Initialisation
 from ..layer_patch import LayerPatch
 from ..sharing import groups_of, matched_groups
@@ -28,7 +28,7 @@ class Calibrated(Initialisation):
         return family.attention_modules
 
     def working_bytes(
-        self, checkpoint: Checkpoint, family: Family, sources: list[int], tensors: list[TensorPlan]
+        self, checkpoint: Checkpoint, family: Family, sources: list[int | None], tensors: list[TensorPlan]
     ) -> int:
         """A layer in float32 and bfloat16; or the attention of a group, 36 bytes a parameter.
 
@@ -44,10 +44,16 @@ class Calibrated(Initialisation):
         return max(6 * max(layers.values()), 36 * max(groups, default=0))
 
     def patches(
-        self, checkpoint: Checkpoint, sources: list[int], kv_heads: int, text: CalibrationText | None, spill: Path
+        self,
+        checkpoint: Checkpoint,
+        sources: list[int | None],
+        kv_heads: int,
+        text: CalibrationText | None,
+        spill: Path,
     ) -> Iterator[LayerPatch]:
         """One for every layer; none where no layer and no head shares."""
-        if len(set(sources)) == len(sources) and kv_heads == shape_of(checkpoint.config).num_key_value_heads:
+        shape = shape_of(checkpoint.config)
+        if owners_of(sources) == shape.kv_layers and kv_heads == shape.num_key_value_heads:
             return iter(())
         from ..calibration import calibrated_pooling
 
@@ -57,7 +63,7 @@ class Calibrated(Initialisation):
             effort=_effort(text), spill=spill, kv_heads=kv_heads,
         )  # fmt: skip
 
-    def steps(self, sources: list[int], text: CalibrationText | None, *, every: bool = False) -> int:
+    def steps(self, sources: list[int | None], text: CalibrationText | None, *, every: bool = False) -> int:
         """Those of block reconstruction, of every group from the first that shares on."""
         return _effort(text).steps * matched_groups(sources, every=every) if text else 0
 

@@ -37,6 +37,8 @@ def collect(material: Material, report: Json) -> Json:
         "dtype_before": before.get("dtype"),
         "dtype_after": after.get("dtype"),
         "sliding_layers": after.get("sliding_layers"),
+        "state_bytes_before": before.get("state_bytes"),
+        "state_bytes_after": after.get("state_bytes"),
     }
     ratios = {
         name: ratio(kv[f"{size}_before"], kv[f"{size}_after"])
@@ -81,6 +83,7 @@ def show(report: Json) -> Sequence[Block]:
         row(f"live bytes at {kv['measured_tokens'] or '-'} tokens", "measured_bytes", "measured_bytes_ratio"),
         *_long(kv["long_context"]),
         row("layers that cache", "cached_layers"),
+        *([row("state of layers without attention, bytes", "state_bytes")] if kv["state_bytes_after"] else []),
         *([row("KV heads of a layer", "heads")] if kv["heads_before"] != kv["heads_after"] else []),
         Row(["number format", kv["dtype_before"] or "-", kv["dtype_after"] or "-", ""]),
     ]

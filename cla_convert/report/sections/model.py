@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
+from ...models.shape import owners_of
 from ..content import Block, Paragraph
-from ..formats import count, model_name, plural
+from ..formats import count, model_name, owners_text, plural
 from ..run_folder import POINTS, Json
 from ..section import Material, Section, register
 from ..text import code
@@ -19,7 +20,7 @@ def collect(material: Material, report: Json) -> Json:
     source = run.convert.get("source") or {"model": (run.recipe.get("source") or {}).get("model")}
     converted = {key: run.convert[key] for key in _KEPT if key in run.convert}
     if sources := converted.get("kv_source_layers"):
-        converted |= {"layers": len(sources), "owners": len(set(sources))}
+        converted |= {"layers": len(sources), "owners": len(owners_of(sources))}
     measured = [run.results, run.held_out, *({p: texts for p, texts in run.texts.items() if texts},)]
     points = [point for point in POINTS if any(point in one for one in measured)]
     return {"source": source, "converted": converted, "title": model_name(source), "points": points}
@@ -34,7 +35,7 @@ def show(report: Json) -> Sequence[Block]:
     return [
         Paragraph(
             [
-                f"{converted['owners']} of {converted['layers']} layers cache keys and values (",
+                f"{owners_text(converted['kv_source_layers'])} cache keys and values (",
                 code(converted.get("sharing") or "by hand"), f"){fewer_heads(converted)}, initialised by ",
                 code(converted.get("init") or "?"), f"{trained}.",
             ],

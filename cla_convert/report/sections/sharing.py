@@ -6,6 +6,7 @@ from functools import partial
 
 from markupsafe import Markup
 
+from ...models.shape import owners_of
 from ..content import Block, Column, Details, Figure, Paragraph, Row, Svgs, Table
 from ..formats import groups_text, number, percent
 from ..run_folder import Json, RunFiles
@@ -25,7 +26,7 @@ def collect(material: Material, report: Json) -> Json:
     sources = converted.get("kv_source_layers") or []
     found = {tuple(group["layers"]): group for group in converted.get("groups") or []}
     groups: list[Json] = []
-    for owner in dict.fromkeys(sources):
+    for owner in owners_of(sources):
         layers = [layer for layer, source in enumerate(sources) if source == owner]
         fit = found.get(tuple(layers), {})
         groups.append(
@@ -86,7 +87,7 @@ def group_title(group: Json) -> str:
 class Strip:
     """The sharing map: one box a group in HTML; owner <- readers, and a picture, in Markdown."""
 
-    sources: list[int]
+    sources: list[int | None]
     groups: list[Json]
     worst: float | None
     picture: bool
