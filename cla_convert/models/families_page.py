@@ -43,7 +43,7 @@ def _table(heading: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 
 def _kept(name: str, family: Family) -> tuple[str, ...]:
-    releases = ", ".join(served_by(name)) or "not yet"
+    releases = "refused" if family.state else ", ".join(served_by(name)) or "not yet"
     return f"`{name}`", _kinds(family), _keys(family), releases, NOTES[name].measured or "not yet"
 
 

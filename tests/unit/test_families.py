@@ -13,6 +13,8 @@ from transformers import (
     Gemma3ForConditionalGeneration,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
 )
 from transformers.cache_utils import get_layer_types_and_kwargs
 
@@ -123,6 +125,7 @@ SEEING = {
     "gemma3": (Gemma3ForConditionalGeneration, Gemma3Config),
     "mistral": (Mistral3ForConditionalGeneration, Mistral3Config),
     "ministral3": (Mistral3ForConditionalGeneration, Mistral3Config),
+    "qwen3_5": (Qwen3_5ForConditionalGeneration, Qwen3_5Config),
 }
 
 

@@ -162,3 +162,18 @@ def test_vllm_is_not_asked_to_serve_one():
     with pytest.raises(InputError, match="2 of its 4 layers have no attention"):
         check_attends([None, 1, None, 1])
     check_attends([0, 0, 2])
+
+
+def test_gates_go_with_their_heads(sources):
+    """Into the order of the shared KV heads; in their own order nothing changes."""
+    tokens = torch.randint(2, 258, (2, 16), generator=torch.Generator().manual_seed(1))
+    checkpoint = Checkpoint.open(sources["qwen3_5"])
+    factory = Factory(checkpoint, checkpoint.config, tokens, "cpu", torch.float32)
+    weights = factory.read_layer(1, mlp=False)
+    block, stored = factory.build(1, weights), weights["self_attn.q_proj.weight"]
+    attention = AttentionWeights.of(block, weights)
+    same, swapped = (attention.tensors(block, weights, order)["self_attn.q_proj.weight"] for order in ((0, 1), (1, 0)))
+    assert torch.equal(same, stored)
+    heads, moved = (rows.unflatten(0, (4, 2, 16)) for rows in (stored, swapped))
+    assert torch.equal(moved[:, 0], heads[:, 0])  # the caller has moved the queries themselves
+    assert torch.equal(moved[:, 1], heads[[2, 3, 0, 1], 1])
