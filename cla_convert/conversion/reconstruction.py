@@ -180,8 +180,8 @@ def _directions(updates: Sequence[Tensor]) -> list[Tensor]:
 def orthogonalise(matrices: Tensor) -> Tensor:
     """Approximate U V^T of each SVD U S V^T, [n, rows, columns].
 
-    By the first steps of the Polar Express (Amsel et al. 2025, arXiv:2505.16932, table of its algorithm), a Newton-Schulz
-    iteration whose polynomials change from step to step: four of them leave a group closer to the teacher than five of
+    By the first steps of the Polar Express (Amsel et al. 2025, arXiv:2505.16932, table of its algorithm), a
+    Newton-Schulz iteration whose polynomials change from step to step: four of them leave a group closer to the teacher than five of
     Muon's fixed quintic do, for a fifth less work. bfloat16 is enough: the iteration corrects itself.
     """
     tall = matrices.shape[1] > matrices.shape[2]

@@ -63,9 +63,7 @@ def test_answers_stream_to_stdout_and_are_the_models_own(pair: tuple[Path, Path]
         ("", "no chat template"),
     ],
 )
-def test_a_system_prompt_that_has_no_place_is_refused(
-    pair: tuple[Path, Path], tmp_path: Path, template: str, why: str
-):
+def test_a_system_prompt_that_has_no_place_is_refused(pair: tuple[Path, Path], tmp_path: Path, template: str, why: str):
     shutil.copytree(pair[0], tmp_path / "model")
     (tmp_path / "model/chat_template.jinja").write_text(template)
     done = cla("chat", tmp_path / "model", "--system", "Be brief.")
