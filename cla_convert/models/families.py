@@ -36,13 +36,8 @@ REFUSED = {
     "nothing at all, not even the state, for a layer that reads another's K/V. That takes a kind of cache of its own.",
     "jamba": f"{_TWO_CLASSES} the state of Mamba 1 in the accounts of the cache.",
     "olmo_hybrid": f"{_TWO_CLASSES} layers whose norms stand in two places, before a state and behind attention.",
-<<<<<<< HEAD
-    "granitemoehybrid": "Its layers have an MLP and experts at once, or the MLP alone; its attention rotates or not "
-    "by one setting. That takes these two in the CLA code, and the state of Mamba 2 in the accounts of the cache.",
-=======
     "granitemoehybrid": "Its layers have an MLP and experts at once, or the MLP alone, and its attention rotates or "
     "not by one setting. That takes these two in the CLA code, and the state of Mamba 2 in the accounts of the cache.",
->>>>>>> hybrids
     "falcon": "Its attention is code of its own in transformers, outside the attention interface that CLA code calls, "
     "and it copies K/V to every query head before caching them, so its cache is as large as with multi-head attention.",
     "stablelm": _STABLELM,
