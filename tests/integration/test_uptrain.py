@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ class StopAtOnce(StopRequest):
 
     def __enter__(self) -> "StopAtOnce":
         super().__enter__()
-        self.requested = True
+        signal.raise_signal(signal.SIGTERM)
         return self
 
 
