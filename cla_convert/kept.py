@@ -10,7 +10,7 @@ from .staging import claimed, staged
 _SIZES = ".sizes.json"
 
 
-def kept(folder: Path, make: Callable[[Path], None], *, intact: Callable[[Path], bool] = lambda _: True) -> Path:
+def kept(folder: Path, make: Callable[[Path], object], *, intact: Callable[[Path], bool] = lambda _: True) -> Path:
     """`folder`, as it is if it is whole, otherwise filled by `make`, which is given an empty folder to write into.
 
     Args:

@@ -96,7 +96,7 @@ def test_without_locks_nothing_of_others_is_removed_and_the_first_stays(
         assert all(folder.exists() for folder in left)
         (out / "x").write_text("second")
         if out.parent == tmp_path and not (tmp_path / "entry").exists():  # meanwhile another one is faster
-            kept(tmp_path / "entry", lambda other: (other / "x").write_text("first") and None)
+            kept(tmp_path / "entry", lambda other: (other / "x").write_text("first"))
 
     for folder in left:
         folder.mkdir()
@@ -168,7 +168,7 @@ def test_all_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: 
         assert (tmp_path / "entry").exists() == (path == tmp_path)
 
     monkeypatch.setattr(staging, "sync", recorded)
-    kept(tmp_path / "entry", lambda out: (out / "x").write_text("x") and None)
+    kept(tmp_path / "entry", lambda out: (out / "x").write_text("x"))
     assert sorted(synced[:-2]) == [".sizes.json", "x"] and synced[-2:] == [".entry.partial", "parent"]
 
 
@@ -176,13 +176,13 @@ def test_all_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: 
 def test_a_damaged_entry_is_made_again(tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
     entry = tmp_path / "entry"
     for _ in range(2):
-        kept(entry, lambda out: (out / "x").write_text("whole") and None)
+        kept(entry, lambda out: (out / "x").write_text("whole"))
     assert "damaged" not in capsys.readouterr().err
     if damage == "cut":
         os.truncate(entry / "x", 2)
     else:
         (entry / ("x" if damage == "gone" else ".sizes.json")).unlink()
-    kept(entry, lambda out: (out / "x").write_text("whole") and None)
+    kept(entry, lambda out: (out / "x").write_text("whole"))
     assert (entry / "x").read_text() == "whole" and "damaged: it is made again" in capsys.readouterr().err
     assert names(tmp_path) == ["entry"]
 
