@@ -239,7 +239,8 @@ def inputs(folder: Path) -> Path:
     write_json(folder / "recipe.yaml", {
         "source": {"model": str(folder / "llama")}, "convert": {"sharing": "cla2", "init": "mean"},
         "data": {"sources": [{"path": str(folder / "text.jsonl")}], "held_out": 0.1},
-        "train": {"tokens": 0, "sequence_length": 64, "batch_tokens": 256}, "eval": {"tasks": ["piqa"], "limit": 2},
+        "train": {"tokens": 0, "sequence_length": 64, "batch_tokens": 256},
+        "eval": {"tasks": ["openbookqa"], "limit": 2},
         "seed": 1, "device": "cpu",
     })  # fmt: skip
     return folder

@@ -26,7 +26,7 @@ def inspect(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Say what a model is and what each sharing pattern would save, from headers alone."""
+    """Say what a model is and what each sharing pattern would save."""
     if not training and (gpus or recipe or sets):
         raise UsageError("--gpus, --recipe and --set say how to train", fix="Give --training, too.")
     say(f"reading {model} ...")

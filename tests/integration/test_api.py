@@ -117,7 +117,14 @@ def test_the_script_converts_trains_and_talks(tiny_llama: Path, tmp_path: Path) 
         for section in ("convert", "train")
         for key, value in recipe[section].items()
     ]
-    words = [str(tiny_llama), str(tmp_path / "text.jsonl"), str(tmp_path / "run"), "device=cpu", *settings]
+    words = [
+        str(tiny_llama),
+        str(tmp_path / "text.jsonl"),
+        str(tmp_path / "run"),
+        "device=cpu",
+        "eval.tasks=[openbookqa]",
+        *settings,
+    ]
     line = [sys.executable, str(PAGE.parent.parent / "examples" / "convert_and_chat.py"), *words]
     done = subprocess.run(line, input="Who sat on the mat?\n", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, quants
+from gguf import GGMLQuantizationType, GGUFWriter, quants
 
 from cla_convert.conversion.inspect import inspect_model
 from cla_convert.errors import InputError
@@ -31,7 +31,6 @@ CASES = {
     "qwen2_moe": {"norm_topk_prob": False, "use_sliding_window": False},
     "qwen3_moe": {"norm_topk_prob": True},
     "nemotron": {},
-    "nemotron-all-turned": {"partial_rotary_factor": 1.0},
 }
 IDS = torch.randint(2, 250, (1, 200), generator=torch.Generator().manual_seed(0))
 
@@ -62,6 +61,18 @@ def refused(path, name):
 def test_every_architecture(case, tmp_path):
     model = source_model(case, **CASES[case])
     same(model, save_gguf(model, tmp_path / "m.gguf"))
+
+
+def test_a_nemotron_that_turns_all_channels(tmp_path):
+    model = source_model("nemotron", partial_rotary_factor=1.0)
+    assert same(model, save_gguf(model, tmp_path / "m.gguf"))["rope_parameters"]["partial_rotary_factor"] == 1.0
+
+
+def test_multi_head_attention_that_names_no_kv_heads(tmp_path, monkeypatch):
+    """As llama.cpp's converter writes it from a config.json without `num_key_value_heads`."""
+    monkeypatch.setattr(GGUFWriter, "add_head_count_kv", lambda self, count: None)
+    model = source_model("llama", num_key_value_heads=4)
+    assert same(model, save_gguf(model, tmp_path / "m.gguf"))["num_key_value_heads"] == 4
 
 
 def rope(kind, **settings):

@@ -89,7 +89,10 @@ def write(folder: Path, model_type: str, tokenizer: Tokenizer, **config: Any) ->
     folder.mkdir(exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({**SPECIALS, **config}))
-    (folder / "config.json").write_text(json.dumps({"model_type": model_type, "transformers_version": "4.50.0"}))
+    model = {"model_type": model_type, "transformers_version": "4.50.0"}
+    if model_type == "lfm2_moe":  # whose layers nothing tells by default
+        model |= {"layer_types": ["full_attention"], "num_hidden_layers": 1}
+    (folder / "config.json").write_text(json.dumps(model))
     return folder
 
 
