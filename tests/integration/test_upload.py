@@ -161,6 +161,8 @@ def test_an_upload_is_the_folder_and_loads_from_the_hub(hub, source, tmp_path):
     result, uploaded = json.loads(done.stdout), files(hub.folder / "me" / "model")
     assert result["uploaded"].endswith("/me/model") and hub.private == {"me/model": True} and hub.commits == 1
     assert same_but_for_its_teacher(hub.folder / "me" / "model", tmp_path / "out")
+    kept = json.loads((tmp_path / "out/cla_manifest.json").read_text())
+    assert kept["source"]["model"] == str(source)  # `uptrain` finds the teacher
     card = uploaded["README.md"].decode()
     assert "# me/model\n" in card and 'folder = "me/model"' in card and "library_name: transformers" in card
     for name in ("LICENSE", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):

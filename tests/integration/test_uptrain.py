@@ -16,6 +16,7 @@ from cla_convert.conversion.plan import make_plan
 from cla_convert.errors import InputError, Interrupted, TrainingError
 from cla_convert.models.checkpoint import Checkpoint
 from cla_convert.models.export import load_model
+from cla_convert.models.scoring import hidden_states
 from cla_convert.recipe import Recipe
 from cla_convert.recipe_file import validate
 from cla_convert.run_folder import TrainingFolder
@@ -26,6 +27,7 @@ from cla_convert.training.parallel import Team
 from cla_convert.training.step import gradients
 from cla_convert.training.stop import StopRequest
 from cla_convert.training.trainer import set_up
+from tests.tiny import save_tiny
 
 LENGTH, BATCH = 32, 4
 
@@ -154,6 +156,29 @@ def test_with_document_masking_the_loss_is_that_of_the_documents_alone(
             losses.extend(-log_p.gather(-1, document[1:, None]).flatten())
     assert len(losses) < 0.95 * BATCH * (LENGTH - 1)
     torch.testing.assert_close(mine, torch.stack(losses).mean(), rtol=1e-4, atol=1e-5)
+
+
+def test_documents_that_attention_would_not_keep_apart_are_refused_before_training(work: Path, tmp_path: Path) -> None:
+    """GPT-OSS of transformers 5.23 does not tell its mask of the positions."""
+    model = save_tiny("gpt_oss", tmp_path / "model")
+    ids, positions = torch.arange(2, 26)[None], torch.arange(12).repeat(2)[None]
+    with torch.no_grad():
+        loaded = load_model(model, dtype=torch.float32)
+        apart = torch.allclose(
+            hidden_states(loaded, ids, positions)[:, 12:], hidden_states(loaded, ids[:, 12:]), atol=1e-3
+        )
+    settings = recipe(work, document_masking=True, loss="cross_entropy")
+    if apart:
+        set_up(model, model, settings, "cpu")
+    else:
+        with pytest.raises(InputError, match="document_masking does nothing to models of type 'gpt_oss'"):
+            set_up(model, model, settings, "cpu")
+
+
+def test_a_source_distilled_from_itself_is_at_its_goal_whatever_its_dropout(work: Path, tmp_path: Path) -> None:
+    model = save_tiny("starcoder2", tmp_path / "model", residual_dropout=0.3, attention_dropout=0.3)
+    trainer = set_up(model, model, recipe(work, hidden_weight=0), "cpu")
+    assert trainer.student.training and gradients(trainer, 0, BATCH)[..., 0].sum() < 1e-5
 
 
 def grads(work: Path, teacher: Path, **train: Any) -> dict[str, torch.Tensor]:
