@@ -42,9 +42,8 @@ def check_attends(sources: Sequence[int | None]) -> None:
     if without := sum(source is None for source in sources):
         raise InputError(
             f"vLLM cannot serve this model: {without} of its {len(sources)} layers have no attention",
-            why="vLLM pages their states and keys and values together, in groups of layers that must be as large as "
-            "each other, and its Transformers backend knows no such layers.",
-            fix="Serve it with transformers (generate, transformers serve), or serve the source model.",
+            why="Converted models run on its Transformers backend, which refuses layers that do not attend.",
+            fix="Serve it with transformers (python -m cla_convert.transformers_cli serve), or serve the source model.",
         )
 
 
