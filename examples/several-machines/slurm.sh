@@ -24,7 +24,7 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=500 # seconds that saving may take
 srun --nodes=1 --ntasks=1 cla-convert run "$RECIPE" --out "$OUT" --until convert
 
 if [ ! -e "$OUT/train.json" ]; then
-    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p) # which reads all: head would end the pipe early
     srun torchrun --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "$GPUS" --max-restarts 3 \
         --rdzv-backend c10d --rdzv-endpoint "$first:29500" --rdzv-id "$SLURM_JOB_ID" \
         -m cla_convert uptrain "$OUT/converted" "$OUT/uptrained" --recipe "$OUT/recipe.yaml" \
