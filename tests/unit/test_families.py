@@ -22,8 +22,10 @@ from cla_convert.conversion.sharing import groups_of, sharing_map
 from cla_convert.errors import InputError
 from cla_convert.models import families_page
 from cla_convert.models.checkpoint import Checkpoint
+from cla_convert.models.classes import cla_classes
 from cla_convert.models.export import load_model
 from cla_convert.models.families import CODE_FOLDER, FAMILIES, REFUSED, family_of
+from cla_convert.models.family import Family
 from cla_convert.models.generate import render
 from cla_convert.models.kinds import NOPE, SLIDING
 from cla_convert.models.shape import shape_of
@@ -238,3 +240,9 @@ def test_the_nearest_family_and_what_is_between(model_type, nearest, obstacle):
     with pytest.raises(InputError) as caught:
         family_of(AutoConfig.for_model(model_type).to_dict())
     assert f"nearest supported family is {nearest}" in caught.value.why and obstacle in caught.value.why
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
+def test_a_configuration_of_defaults_can_be_made(family: Family) -> None:
+    """Some versions of transformers compare a config with one when they save or show it."""
+    assert cla_classes(family)["Config"]().model_type == family.cla_type

@@ -18,6 +18,8 @@ class ClaLfm2Config(Lfm2Config):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        if self.layer_types is None:  # defaults alone, which some versions of transformers compare a config with
+            return
         if self.kv_source_layers is None:
             self.kv_source_layers = [i if kind == "full_attention" else None for i, kind in enumerate(self.layer_types)]
         if len(self.kv_source_layers) != self.num_hidden_layers:
