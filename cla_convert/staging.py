@@ -108,12 +108,20 @@ def _locked(name: Path, out: Path, *, wait: bool) -> tuple[int | None, bool]:
             return None, False
         try:
             held = _lock_for(descriptor, out, wait=wait)
-            if not held or (name.exists() and os.path.samestat(os.fstat(descriptor), name.stat())):
+            if not held or _is_at(name, descriptor):
                 return descriptor, held
         except BaseException:
             os.close(descriptor)
             raise
         os.close(descriptor)
+
+
+def _is_at(name: Path, descriptor: int) -> bool:
+    """One call to the file system: between two, another process may remove the file."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), name.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _lock_for(descriptor: int, out: Path, *, wait: bool) -> bool:
@@ -132,12 +140,15 @@ def _clear_left(out: Path) -> None:
     """To be called with the lock. Another kernel's locks may not be seen here: what it left must be a day old, too."""
     for folder in list(out.parent.iterdir()):
         found = re.fullmatch(rf"\.{re.escape(out.name)}\.(partial|old)-([0-9a-f]+)-[0-9a-f]+", folder.name)
-        if not found or (found[2] != _kernel() and time.time() - _last_change(folder) < _DAY):
+        if not found:
             continue
-        if found[1] == "old" and not out.exists():
-            folder.rename(out)
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(FileNotFoundError):  # a process under another kernel may be at it
+            if found[2] != _kernel() and time.time() - _last_change(folder) < _DAY:
+                continue
+            if found[1] == "old" and not out.exists():
+                folder.rename(out)
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _last_change(folder: Path) -> float:

@@ -4,8 +4,7 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from cla_convert.files import atomic
 from cla_convert.kept import kept
 from cla_convert.models.source import resolve_source
 from cla_convert.models.writer import MANIFEST, publishing
-from tests.conftest import save_tiny_llama
+from tests.conftest import save_tiny_llama, wait_for
 
 FOREIGN = "0" * 8
 """The mark of another kernel."""
@@ -39,14 +38,6 @@ def another_process(folder: Path, script: str) -> Iterator[subprocess.Popen[byte
     finally:
         (folder / "end").touch()
         process.wait(60)
-
-
-def wait_for(reached: Callable[[], object]) -> None:
-    for _ in range(6000):
-        if reached():
-            return
-        time.sleep(0.01)
-    raise AssertionError("it never came")
 
 
 def names(folder: Path) -> list[str]:
@@ -141,16 +132,27 @@ def test_what_was_moved_aside_is_put_back_before_it_is_judged(tmp_path: Path) ->
 def test_the_lock_goes_to_one_of_those_who_wait(tmp_path: Path) -> None:
     """Who had the lock removes its file; those who waited for it must not each hold one."""
     script = (
-        "import sys, time; from pathlib import Path; from cla_convert.staging import claimed\n"
+        "import sys; from pathlib import Path; from cla_convert.staging import claimed\n"
         "folder = Path(sys.argv[1])\n"
-        "for _ in range(20):\n"
+        "for _ in range(300):\n"  # without pauses: the file that one looks at is being removed by another
         "    with claimed(folder / 'x', wait=True):\n"
-        "        (folder / 'mine').mkdir(); time.sleep(0.002); (folder / 'mine').rmdir()\n"
+        "        (folder / 'mine').mkdir(); (folder / 'mine').rmdir()\n"
     )
     processes = [
         subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stderr=subprocess.DEVNULL) for _ in "123"
     ]
     assert [process.wait(60) for process in processes] == [0, 0, 0] and names(tmp_path) == []
+
+
+def test_a_lock_whose_file_went_meanwhile_is_not_held(tmp_path: Path) -> None:
+    """Whoever held it removed the file, and the next one's too, before this process could look."""
+    name = tmp_path / "lock"
+    with name.open("w") as mine:
+        assert staging._is_at(name, mine.fileno())
+        name.unlink()
+        assert not staging._is_at(name, mine.fileno())
+        name.touch()
+        assert not staging._is_at(name, mine.fileno())
 
 
 def test_files_have_temporary_names_of_their_own(tmp_path: Path) -> None:
@@ -185,6 +187,18 @@ def test_a_damaged_entry_is_made_again(tmp_path: Path, damage: str, capsys: pyte
     kept(entry, lambda out: (out / "x").write_text("whole"))
     assert (entry / "x").read_text() == "whole" and "damaged: it is made again" in capsys.readouterr().err
     assert names(tmp_path) == ["entry"]
+
+
+@pytest.mark.parametrize("name", [".DS_Store", ".nfs000000000004", "sub/Thumbs.db"])
+def test_what_the_system_puts_into_an_entry_is_no_damage(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = tmp_path / "entry"
+    kept(entry, lambda out: (out / "x").write_text("whole"))
+    (entry / name).parent.mkdir(exist_ok=True)
+    (entry / name).write_text("theirs")
+    kept(entry, lambda out: (out / "x").write_text("made anew"))
+    assert (entry / "x").read_text() == "whole" and "damaged" not in capsys.readouterr().err
 
 
 @pytest.fixture
