@@ -72,6 +72,24 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_5": ("qwen3_5_text", LINEAR),
     "qwen3_5_moe": ("qwen3_5_moe_text", EXPERTS | LINEAR | {"shared_expert_intermediate_size": 16}),
     "lfm2_moe": ("lfm2_moe", EXPERTS | CONVOLUTIONS | {"num_dense_layers": 2}),
+    "gemma": ("gemma", {}),
+    "vaultgemma": ("vaultgemma", {"sliding_window": 8, "query_pre_attn_scalar": 4}),
+    "cohere": ("cohere", {"head_dim": ABSENT}),
+    "cwm": ("cwm", {"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"] * 3}),
+    "jais2": ("jais2", {}),
+    "ernie4_5_moe": ("ernie4_5_moe", {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16}),
+    "flex_olmo": ("flex_olmo", EXPERTS),
+    "dots1": (
+        "dots1",
+        EXPERTS | {"n_routed_experts": 4, "n_shared_experts": 1, "max_window_layers": 3, "sliding_window": 8},
+    ),
+    "exaone_moe": ("exaone_moe", EXPERTS | {"sliding_window": 8, "sliding_window_pattern": 3}),
+    "hy_v3": ("hy_v3", EXPERTS),
+    "mellum": ("mellum", EXPERTS | {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 3}),
+    "minimax_m2": ("minimax_m2", EXPERTS | {"num_local_experts": 4}),
+    "phimoe": ("phimoe", EXPERTS | {"num_local_experts": 4}),
+    "phimoe-window": ("phimoe", EXPERTS | {"num_local_experts": 4, "sliding_window": 8}),
+    "solar_open": ("solar_open", EXPERTS | {"n_routed_experts": 4}),
     "granite": ("granite", {"attention_multiplier": 0.3, "residual_multiplier": 0.5, "logits_scaling": 2.0}),
     "smollm3": ("smollm3", {"no_rope_layer_interval": 3}),
     "starcoder2": ("starcoder2", {"sliding_window": 8}),
@@ -95,7 +113,7 @@ def shake(model: PreTrainedModel) -> PreTrainedModel:
     for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator).to(parameter)
-    if {"num_experts", "num_local_experts"} & set(dir(model.config)):
+    if {"num_experts", "num_local_experts", "moe_num_experts"} & set(dir(model.config)):
         model.set_experts_implementation("eager")  # the default has no float64
     return model
 

@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache, StaticCache
 
 sys.modules["cla_convert"] = None  # type: ignore[assignment]
 
@@ -18,7 +18,7 @@ TOKENS = 256
 
 def check(folder: str) -> dict[str, Any]:
     """Bytes of every layer in a cache that grows, and in one that is allocated at once."""
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    model = loaded(folder)
     config = model.config.get_text_config()
     tokens = min(TOKENS, config.max_position_embeddings)
     ids = torch.arange(tokens)[None] % config.vocab_size
@@ -30,6 +30,15 @@ def check(folder: str) -> dict[str, Any]:
         layers[name] = [_bytes(layer) for layer in cache.layers]
     sources = list(getattr(config, "kv_source_layers", range(config.num_hidden_layers)))
     return {"tokens": tokens, "layers": layers, "kv_source_layers": sources}
+
+
+def loaded(folder: str) -> Any:
+    """The model; of one that sees images transformers may know no class that only reads."""
+    settings: dict[str, Any] = {"trust_remote_code": True, "dtype": torch.float32}
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, **settings).eval()
+    except ValueError:
+        return AutoModelForImageTextToText.from_pretrained(folder, **settings).eval()
 
 
 def _bytes(layer: Any) -> int:

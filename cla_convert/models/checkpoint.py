@@ -1,63 +1,31 @@
 """A checkpoint folder, read lazily: names, shapes and dtypes from the headers, tensors one at a time. Imports no torch.
 
-Headers are parsed here (8 bytes of length, JSON; https://huggingface.co/docs/safetensors) because a plan must know a
-model of any size without loading it and must name what is wrong with a broken file. Tensors are read from their place
-in the file and not through a map of it, whose pages would count as memory for as long as it is open.
+Tensors are read from their place in the file and not through a map of it, whose pages would count as memory for as long
+as it is open.
 """
 
-import json
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from ..files import load_json, stays_in
 from .families import FAMILIES, Family, as_transformers_reads
+from .headers import ELEMENT_SIZE, TORCH_NAMES, TensorInfo, read_header
 from .shape import positions_of, shape_of
+from .whole import Around, around, text_config
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
-ELEMENT_SIZE = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
-    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
-}  # fmt: skip
-TORCH_NAMES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
-    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
-}  # fmt: skip
-FLOATING = {code: name for code, name in TORCH_NAMES.items() if "float" in name}
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".py"}
 _TEMPLATES = "additional_chat_templates"
 """Where transformers keeps the chat templates but for the first."""
 _REWRITTEN = {"config.json", "README.md", INDEX, "pytorch_model.bin.index.json", "cla_manifest.json", "cla_source.json"}
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where a tensor lies and what it is."""
-
-    file: str
-    dtype: str
-    """safetensors' name: F32, BF16, ..."""
-    shape: tuple[int, ...]
-    start: int = 0
-    """Byte of the file where it begins."""
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in the file."""
-        return self.numel * ELEMENT_SIZE[self.dtype]
 
 
 @dataclass
@@ -72,6 +40,10 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     whole: dict[str, TensorInfo] = field(default_factory=dict)
     """The same with fused projections as they are stored, for a family that has them."""
+    around: Around | None = None
+    """Of a model that also sees images, what stands around the language model, which is all that is shown else."""
+    others: dict[str, TensorInfo] = field(default_factory=dict)
+    """Tensors around the language model, by their names in the files."""
 
     @classmethod
     def open(cls, folder: Path, *, as_stored: bool = False) -> "Checkpoint":
@@ -101,13 +73,23 @@ class Checkpoint:
                     fix="Remove the shards of another model, or download the model again.",
                 )
             tensors |= header
-        return cls(folder, config, tensors) if as_stored else cls.of(folder, config, tensors)
+        return cls.of(folder, config, tensors, as_stored=as_stored)
 
     @classmethod
-    def of(cls, folder: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> "Checkpoint":
+    def of(
+        cls, folder: Path, config: dict[str, Any], tensors: dict[str, TensorInfo], *, as_stored: bool = False
+    ) -> "Checkpoint":
         """From the tensors as they are stored. Raises InputError for types that cannot be read."""
         if not tensors:
             raise InputError(f"{folder} holds no tensors", fix="Download the model again.")
+        if outside := around(config, tensors):
+            text = {name: tensors[stored] for name, stored in outside.names.items()}
+            inner = cls.of(folder, text_config(config, text), text, as_stored=as_stored)
+            stored = set(outside.names.values())
+            others = {name: info for name, info in tensors.items() if name not in stored}
+            return replace(inner, around=outside, others=others)
+        if as_stored:
+            return cls(folder, config, tensors)
         if unknown := {info.dtype for info in tensors.values()} - ELEMENT_SIZE.keys():
             raise InputError(
                 f"{folder} holds {', '.join(sorted(unknown))} tensors",
@@ -139,6 +121,14 @@ class Checkpoint:
             found = file.readinto(bytes_of(tensor))
         assert found == tensor.nbytes, f"{info.file} became shorter while it was read"
         return tensor
+
+    def stored_name(self, name: str) -> str:
+        """What a tensor is called in the files, of this checkpoint and of an output made from it."""
+        return self.around.stored(name) if self.around else name
+
+    def as_stored(self, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+        """What an output holds that has these tensors in its language model, by the names in the files."""
+        return {self.stored_name(name): info for name, info in tensors.items()} | self.others
 
     @property
     def positions(self) -> int | None:
@@ -175,27 +165,6 @@ def bytes_of(tensor: "Tensor") -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Names, dtypes and shapes of a safetensors file. Raises InputError if it is truncated or not safetensors."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > size - 8:
-                raise ValueError(f"its header claims {length} bytes, the file has {size}")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        infos = {name: _info(path.name, name, entry, 8 + length) for name, entry in header.items()}
-        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        if end != size:
-            raise ValueError(f"its header describes {end} bytes, the file has {size}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(
-            f"{path} is not a whole safetensors file", why=f"{error}.", fix="Download or copy the file again."
-        ) from error
-    return infos
-
-
 def refuse_adapter(folder: Path) -> None:
     """Raise InputError if the folder holds a PEFT adapter, which transformers would load on top of a model."""
     if (folder / "adapter_config.json").exists():
@@ -212,18 +181,6 @@ def _with_prefix(tensors: dict[str, TensorInfo], family: Family) -> dict[str, Te
     if any(name.startswith(f"{prefix}.") for name in tensors) or not any(n.startswith(f"{layers}.") for n in tensors):
         return tensors
     return {name if name.startswith("lm_head.") else f"{prefix}.{name}": info for name, info in tensors.items()}
-
-
-def _info(file: str, name: str, entry: dict[str, Any], data: int) -> TensorInfo:
-    """What a header says of a tensor, where the data begin at byte `data`. Raises ValueError for what cannot be."""
-    (first, last), shape, dtype = entry["data_offsets"], entry["shape"], entry["dtype"]
-    counts = [first, last, *shape]
-    if not isinstance(dtype, str) or not all(type(count) is int and 0 <= count < 2**63 for count in counts):
-        raise ValueError(f"the type, shape or place of {name!r} is none: {dtype!r}, {shape!r}, {[first, last]!r}"[:300])
-    info = TensorInfo(file, dtype, tuple(shape), data + first)
-    if dtype in ELEMENT_SIZE and last - first != info.nbytes:
-        raise ValueError(f"{name} does not have the bytes that its shape needs")
-    return info
 
 
 def _split_fused(tensors: dict[str, TensorInfo], family: Family, config: dict[str, Any]) -> dict[str, TensorInfo]:

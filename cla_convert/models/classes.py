@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from .families import FAMILIES, Family
+from .whole_rows import INNER
 
 
 def register(families: Iterable[Family] = FAMILIES.values()) -> None:
@@ -28,7 +29,7 @@ def register_configs() -> None:
     """Teach AutoConfig the CLA families: the part of `register` that imports no modelling code."""
     from transformers import AutoConfig
 
-    for family in FAMILIES.values():
+    for family in (*FAMILIES.values(), *(inner.code for inner in INNER.values())):
         AutoConfig.register(family.cla_type, _config_class(family), exist_ok=True)
 
 

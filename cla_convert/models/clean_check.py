@@ -37,12 +37,18 @@ def check(folder: str) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "missing_keys": sorted(info["missing_keys"]),
         "unexpected_keys": sorted(info["unexpected_keys"]),
+        "not_finite": sorted(name for name, tensor in model.state_dict().items() if not is_finite(tensor)),
         "tokenizer_digest": DIGEST_OF(tokenizer),
         "family_tokenizer_digest": DIGEST_OF(as_the_family_loads_it(folder, model.config.model_type)),
         "tokenizer_round_trip": tokenizer.decode(ids[0], skip_special_tokens=True) == TEXT,
         "generated_tokens": new.shape[1] - ids.shape[1],
         "generated": tokenizer.decode(new[0, ids.shape[1] :]),
     }
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether it holds neither NaN nor infinity. A token or an expert that the probe does not meet would hide them."""
+    return not tensor.numel() or all(bool(end.isfinite()) for end in tensor.aminmax())  # NaN wins; needs no memory
 
 
 def as_the_family_loads_it(folder: str, model_type: str) -> Any:
@@ -66,7 +72,7 @@ def compare(model: Any, ids: torch.Tensor) -> dict[str, Any]:
         steps.append(out.logits)
     keys_and_values = ([getattr(layer, name, None) for name in ("keys", "values")] for layer in cache.layers)
     held = [sum(t.nbytes for t in tensors if t is not None) for tensors in keys_and_values]
-    sources = getattr(model.config, "kv_source_layers", range(len(held)))
+    sources = getattr(model.config.get_text_config(), "kv_source_layers", range(len(held)))
     owners = sorted({source for source in sources if source is not None})  # a hybrid has layers without K/V
     return {
         "tokens": ids.shape[1],
@@ -99,10 +105,11 @@ def beyond_the_window(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """The tokens, repeated until a sliding window (if there is one) has to let go of some."""
     cache = model(ids, use_cache=True)[cache_argument(model)]
     sliding = any(getattr(layer, "is_sliding", False) for layer in cache.layers)
-    if not sliding or model.config.sliding_window > LARGEST_WINDOW:
+    config = model.config.get_text_config()
+    if not sliding or config.sliding_window > LARGEST_WINDOW:
         return ids
-    repeats = 2 + model.config.sliding_window // ids.shape[1]
-    return ids.repeat(1, repeats)[:, : model.config.max_position_embeddings]
+    repeats = 2 + config.sliding_window // ids.shape[1]
+    return ids.repeat(1, repeats)[:, : config.max_position_embeddings]
 
 
 if __name__ == "__main__":

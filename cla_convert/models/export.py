@@ -5,21 +5,26 @@ sidecar of the source byte for byte, and cla_manifest.json. One exporter writes 
 `register_for_auto_class` is never used, because under FSDP2 it saves torch's wrapper classes instead of ours.
 """
 
+import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..console import human_bytes, say
 from ..errors import ClaError, InputError, first_line
-from ..files import read_json, write_bytes, write_json
-from .checkpoint import FLOATING, Checkpoint
+from ..files import read_json, write_json
+from ..refusals import unread
+from .checkpoint import Checkpoint
 from .classes import cla_classes as cla_classes
 from .classes import register
-from .families import FAMILIES, Family
+from .families import Family
+from .headers import FLOATING
 from .self_test import check_interface
+from .shipped import converted_family
+from .whole_rows import WHOLES
 from .writer import MANIFEST, ShardWriter, publishing
 
 if TYPE_CHECKING:
@@ -33,10 +38,22 @@ IMPLEMENTATIONS = ("_attn_implementation", "attn_implementation", "_attn_impleme
 """Keys of a config.json that name code which need not be installed here. transformers writes none of them."""
 
 
-def load_model(folder: Path, *, dtype: "torch.dtype | str" = "auto", device: str = "cpu") -> "PreTrainedModel":
+def load_model(
+    folder: Path,
+    *,
+    dtype: "torch.dtype | str" = "auto",
+    device: str = "cpu",
+    parts: Mapping[str, int | str] | None = None,
+) -> "PreTrainedModel":
     """Load a causal language model (plain or CLA) from a local folder, in eval mode; code in the folder is never run.
 
     Attention runs as transformers does by default, whatever implementation config.json names.
+
+    Args:
+        folder: plain transformers or CLA.
+        dtype: of the weights; default: as stored.
+        device: where all of it lies.
+        parts: in place of that, where each part lies (`placement.over_gpus`).
 
     Raises:
         InputError: transformers cannot build the model, weights are missing, or the installed transformers is not one
@@ -47,11 +64,12 @@ def load_model(folder: Path, *, dtype: "torch.dtype | str" = "auto", device: str
     say_if_large(folder)
     with _building(folder) as config:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True
-        )
+            folder, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True,
+            device_map=dict(parts) if parts else None, **_names_in(folder),
+        )  # fmt: skip
         model, info = loaded
     refuse_missing(folder, info["missing_keys"])
-    return model.to(device).eval()
+    return (model if parts else model.to(device)).eval()
 
 
 def empty_model(folder: Path, *, dtype: "torch.dtype | None" = None, device: str = "meta") -> "PreTrainedModel":
@@ -65,9 +83,24 @@ def empty_model(folder: Path, *, dtype: "torch.dtype | None" = None, device: str
 
     with _building(folder) as config, torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        _keep_in_float32(model)
     if device != "meta":
         fill_computed(model, device)
     return model.eval()
+
+
+def _keep_in_float32(model: Any) -> None:
+    """What transformers leaves in float32 when it loads a model in another dtype: biases that choose experts."""
+    kept = stays_float32(model, model.dtype)
+    for name, buffer in model.named_buffers():
+        if kept.search(name):
+            owner, _, own = name.rpartition(".")
+            model.get_submodule(owner)._buffers[own] = buffer.float()
+
+
+def stays_float32(model: "PreTrainedModel", dtype: "torch.dtype") -> "re.Pattern[str]":
+    """What the names of those tensors match that transformers leaves in float32 when it loads a model in `dtype`."""
+    return re.compile("|".join(model._get_dtype_plan(dtype)) or "$^")
 
 
 def fill_computed(model: "PreTrainedModel", device: "torch.device | str") -> None:
@@ -91,7 +124,6 @@ def fill_computed(model: "PreTrainedModel", device: "torch.device | str") -> Non
 @contextmanager
 def _building(folder: Path) -> Iterator[Any]:
     """The folder's configuration; inside, what transformers raises is turned into an InputError."""
-    from transformers import AutoConfig
     from transformers.utils import logging
 
     checkpoint = Checkpoint.open(folder)  # names a truncated shard or an index that reaches outside
@@ -100,11 +132,44 @@ def _building(folder: Path) -> Iterator[Any]:
     register()
     logging.disable_progress_bar()
     with loading(f"The model in {folder} cannot be loaded", "Check that config.json belongs to the weights."):
-        config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config: Any = _config(folder, checkpoint)
         if stored := named_implementation(checkpoint.config):
             _say_once(f"config.json asks for the attention {stored!r}: transformers' default is used instead")
         config._attn_implementation = None
-        yield config
+        with _quiet() if checkpoint.around else nullcontext():
+            yield config
+
+
+def _config(folder: Path, checkpoint: Checkpoint) -> Any:
+    """The configuration of the language model."""
+    from transformers import AutoConfig
+
+    if checkpoint.around is None:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    settings = {key: value for key, value in checkpoint.config.items() if key != "model_type"}
+    return AutoConfig.for_model(checkpoint.config["model_type"], **settings)
+
+
+def _names_in(folder: Path) -> dict[str, Any]:
+    """For `from_pretrained`: how the language model's tensors are called where it is a part of a whole."""
+    if not (outside := Checkpoint.open(folder, as_stored=True).around):
+        return {}
+    starts = {f"^{re.escape(stored)}": own for own, stored in outside.starts.items()}
+    return {"key_mapping": dict(sorted(starts.items(), key=lambda start: -len(start[0])))}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers tells of every tensor that it does not load, and those of what sees images are meant to be left."""
+    from transformers.utils import logging
+
+    logger = logging.get_logger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def say_if_large(folder: Path) -> None:
@@ -125,12 +190,15 @@ def refuse_missing(folder: Path, missing: Collection[str]) -> None:
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     """Load the tokenizer of a local folder. Raises InputError if it has none."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedConfig
 
     register()
     fix = "Put the model's tokenizer files (tokenizer.json, tokenizer_config.json) into the folder."
+    kind = str((read_json(folder / "config.json") or {}).get("model_type"))
+    of_whole = kind.startswith("cla_") and kind.removeprefix("cla_") in WHOLES
     with loading(f"{folder} has no usable tokenizer", fix):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        config = {"config": PreTrainedConfig()} if of_whole else {}  # of a type that nobody knows, as theirs is
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **config)
 
 
 def named_implementation(config: Mapping[str, Any]) -> str | None:
@@ -149,7 +217,7 @@ def loading(what: str, fix: str) -> Iterator[None]:
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's: the caller knows what to do with less
             raise
-        raise InputError(what, why=f"{type(error).__name__}: {first_line(error)}", fix=fix) from error
+        raise unread(error, InputError(what, f"{type(error).__name__}: {first_line(error)}", fix)) from error
 
 
 @cache
@@ -175,38 +243,6 @@ def cla_config(
         "kv_source_layers": list(kv_source_layers),
         "model_type": family.cla_type,
     }
-
-
-def write_sidecars(source: Checkpoint, family: Family, out: Path) -> None:
-    """Copy the family's code and the source's tokenizer, template, generation and licence files, byte for byte."""
-    for file in family.code_files:
-        shutil.copyfile(file, out / file.name)
-    source.copy_sidecars(out)
-
-
-def update_code(folder: Path) -> None:
-    """Put this version's modelling code into an output folder; weights and config.json stay as they are.
-
-    Raises:
-        InputError: it is not a converted model of a known family.
-    """
-    family = converted_family(read_json(folder / "config.json") or {})
-    if family is None:
-        raise InputError(f"{folder} is not a converted model", fix="Give the output folder of convert or uptrain.")
-    for file in family.code_files:
-        write_bytes(folder / file.name, file.read_bytes())
-
-
-def has_other_code(folder: Path) -> bool:
-    """Whether a converted model carries other modelling code than this version would write."""
-    family = converted_family(read_json(folder / "config.json") or {})
-    files = family.code_files if family else []
-    return any(not (folder / f.name).is_file() or (folder / f.name).read_bytes() != f.read_bytes() for f in files)
-
-
-def converted_family(config: Mapping[str, Any]) -> Family | None:
-    """The family of a converted model's config.json; None for any other."""
-    return next((family for family in FAMILIES.values() if family.cla_type == config.get("model_type")), None)
 
 
 def export_model(
@@ -242,15 +278,16 @@ def export_model(
     files = StoredTensors(source, empty_model(template))
     tensors = state.state_dict() if isinstance(state, torch.nn.Module) else state
     with publishing(out, overwrite=overwrite) as staging:
-        writer = ShardWriter(staging, source.tensors, SHARD_SIZE)
+        writer = ShardWriter(staging, source.as_stored(source.tensors), SHARD_SIZE)
         kept = [part.name for name, parts in files.parts.items() if name in unchanged for part in parts]
-        for stored in [*kept, *sorted(files.unused)]:
-            info = source.tensors[stored]
-            writer.copy(stored, template / info.file, info.start)
+        for part in [*kept, *sorted(files.unused)]:
+            info = source.tensors[part]
+            writer.copy(source.stored_name(part), template / info.file, info.start)
+        writer.copy_others(source)
         for name in (name for name in files.parts if name not in unchanged):
-            for stored, tensor in files.split(name, tensors[name].detach()).items():
-                dtype = getattr(torch, FLOATING[source.tensors[stored].dtype])
-                writer.add(stored, tensor.to("cpu", dtype))
+            for part, tensor in files.split(name, tensors[name].detach()).items():
+                dtype = getattr(torch, FLOATING[source.tensors[part].dtype])
+                writer.add(source.stored_name(part), tensor.to("cpu", dtype))
         writer.finish()
         source.copy_sidecars(staging)
         for file in [*template.glob("*.py"), template / "config.json", template / "README.md"]:

@@ -11,6 +11,7 @@ from .family import Family
 from .family_notes import NOTES
 from .kinds import only_windows_rotate, some_without_rope
 from .served import served_by
+from .whole_rows import WHOLES
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -32,6 +33,13 @@ def page() -> str:
                 "measured with published weights",
             ),
             (_kept(name, family) for name, family in FAMILIES.items()),
+        ),
+        wholes=_table(
+            ("`model_type`", "checkpoints that people have", "language model, tested"),
+            (
+                (f"`{row.model_type}`", row.checkpoints, ", ".join(f"`{name}`" for name in row.around.split(", ")))
+                for row in WHOLES.values()
+            ),
         ),
         refused=_table(("what", "why"), [*_refused(), *_required()]),
     )

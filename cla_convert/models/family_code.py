@@ -30,6 +30,12 @@ class Code:
     layer: str = "DecoderLayer"
     model: str = "Model"
     config: str = "Config"
+    pretrained: str | None = None
+    """What the name of its PreTrainedModel begins with, where it is not the row's prefix."""
+    causal: bool = True
+    """Has a causal language model; a language model that exists inside a larger one only has none."""
+    oldest: str = OLDEST
+    """Release of transformers that its modelling files work with at least."""
     dropout: str | None = "attention_dropout"
     """The attention's own, by its name in it; None where it has none."""
     rope: str = "all"

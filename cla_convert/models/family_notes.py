@@ -29,6 +29,13 @@ NOTES = {
     ),
     "qwen2": Notes("Qwen2, Qwen2.5, and what is distilled into them", "biases on q, k and v; late layers may slide"),
     "qwen3": Notes("Qwen3 0.6B to 32B", "q and k are normed per head, before RoPE"),
+    "gemma": Notes("Gemma 2B, 7B; CodeGemma", "wide heads; embeddings are scaled"),
+    "vaultgemma": Notes("VaultGemma 1B", "as Gemma 2, without norms behind the branches"),
+    "cohere": Notes(
+        "Command R (08-2024), Aya 23, Aya Expanse", "attention and MLP in parallel; LayerNorm; adjacent pairs"
+    ),
+    "cwm": Notes("Code World Model 32B", "three layers in four slide"),
+    "jais2": Notes("Jais 2 8B, 70B", "LayerNorm; biases everywhere; an MLP without a gate"),
     "gemma2": Notes("Gemma 2 2B, 9B, 27B", "every other layer slides; soft caps on scores and logits"),
     "gemma3_text": Notes(
         "Gemma 3 270M, 1B; the language model of 4B, 12B, 27B",
@@ -77,11 +84,25 @@ NOTES = {
     "qwen3_5_moe_text": Notes(
         "the language model of Qwen3.5 35B-A3B, 122B-A10B, 397B-A17B", "as `qwen3_5_text`; experts, one of them always"
     ),
+    "ernie4_5_moe": Notes("ERNIE 4.5 21B-A3B, 300B-A47B", "as `ernie4_5`; experts, some of them always"),
+    "flex_olmo": Notes("FlexOlmo 7x7B", "as OLMo 2; experts; multi-head"),
+    "dots1": Notes("dots.llm1 142B-A14B", "experts, some of them always; q and k are normed; multi-head"),
+    "exaone_moe": Notes(
+        "K-EXAONE 236B-A23B",
+        "experts, one of them always; q and k are normed; full layers have no RoPE beside sliding ones",
+    ),
+    "hy_v3": Notes("HunYuan 3", "experts, one of them always; q and k are normed"),
+    "mellum": Notes("Mellum 2", "experts; q and k are normed; some layers slide, with a RoPE of their own"),
+    "minimax_m2": Notes(
+        "MiniMax M2, M2.1 in bf16", "experts; q and k are normed over all heads at once; a part of each head is rotated"
+    ),
+    "phimoe": Notes("Phi-3.5-MoE, Phi-mini-MoE", "experts; LayerNorm; biases; long RoPE"),
+    "solar_open": Notes("Solar Open 100B-A12B", "experts, one of them always"),
     "olmoe": Notes("OLMoE 1B-7B", "experts; q and k are normed over all heads at once; multi-head"),
     "granitemoe": Notes("Granite 3.0 and 3.1 1B-A400M, 3B-A800M", "experts; multipliers as in Granite"),
     "glm4_moe": Notes("GLM-4.5-Air", "experts, one of them always; half of each head is rotated; biases on q, k and v"),
     "gpt_oss": Notes(
-        "GPT-OSS 20B, 120B, dequantised to bf16",
+        "GPT-OSS 20B, 120B; experts in MXFP4 are dequantised to bf16",
         "experts; every other layer slides; each query head has a sink, a logit that no key belongs to",
     ),
 }

@@ -31,6 +31,11 @@ _NO_QK_NORM = Requirement(
     "code is that of those that do not.",
     "Give one of the others (GLM-4.5-Air).",
 )  # fmt: skip
+_NOT_NORMED = Requirement(
+    "use_qk_norm", False,
+    "Command R+ norms queries and keys with a gain for each head; the CLA code is that of those that do not.",
+    "Give one of the others (Command R).",
+)  # fmt: skip
 _QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
 _GEMMA = {"num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096}
 _GPT2_KEYS = {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "hidden_size": "n_embd"}
@@ -92,6 +97,21 @@ ROWS = [
         "qwen3", "Qwen3", Code("Qwen3", arguments=(FROM_ATTENTION,), layer_types=True), kinds.late_windows,
         _QWEN | {"head_dim": 128}, qk_norm=True,
     ),
+    Family("gemma", "Gemma", Code("Gemma"), defaults={"num_key_value_heads": 16, "head_dim": 256}, requires=(_CAUSAL,)),
+    Family(
+        "vaultgemma", "VaultGemma",
+        Code("VaultGemma", arguments=(FROM_ATTENTION, "softcap=self.attn_logit_softcapping"), layer_types=True),
+        kinds.alternating, _GEMMA, norms=LayerNorms(before_mlp="pre_feedforward_layernorm"),
+    ),
+    Family(
+        "cohere", "Cohere", Code("Cohere"), norms=LayerNorms(before_mlp=None), adjacent_pairs=True, parallel=True,
+        requires=(_NOT_NORMED,),
+    ),
+    Family(
+        "cwm", "Cwm", Code("CWM", arguments=(FROM_ATTENTION,), layer_types=True), kinds.first_of_four,
+        {"num_key_value_heads": 8, "head_dim": 128, "sliding_window": 8192},
+    ),
+    Family("jais2", "Jais2", Code("Jais 2")),
     Family(
         "gemma2", "Gemma2",
         Code("Gemma 2", arguments=(FROM_ATTENTION, "softcap=self.attn_logit_softcapping"), layer_types=True),
@@ -202,6 +222,44 @@ ROWS = [
         ),
         kinds.linear_but_every_fourth, {"num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 256},
         state=states.gated_delta, qk_norm=True, gated=True,
+    ),
+    Family(
+        "ernie4_5_moe", "Ernie4_5_Moe", Code("ERNIE 4.5 MoE", experts=True), defaults={"num_key_value_heads": 4},
+        adjacent_pairs=True,
+    ),
+    Family("flex_olmo", "FlexOlmo", Code("FlexOlmo", norm_whole=True, experts=True), qk_norm=True, norms=POST_NORM),
+    Family(
+        "dots1", "Dots1",
+        Code("dots.llm1", arguments=(FROM_ATTENTION,), layer_types=True, experts=True, router="TopkRouter"),
+        kinds.late_windows,
+        {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 62, "use_sliding_window": True},
+        qk_norm=True,
+    ),
+    Family(
+        "exaone_moe", "ExaoneMoe",
+        Code(
+            "K-EXAONE", rope="self.sliding_window is None or self.is_sliding",
+            arguments=("sliding_window=self.sliding_window if self.is_sliding else None",), layer_types=True,
+            experts=True, router="TopkRouter",
+        ),
+        kinds.only_windows_rotate, {"num_key_value_heads": 32, "sliding_window": 4096}, qk_norm=True,
+    ),
+    Family(
+        "hy_v3", "HYV3", Code("HunYuan 3", experts=True), defaults={"num_key_value_heads": 8, "head_dim": 128},
+        qk_norm=True,
+    ),
+    Family(
+        "mellum", "Mellum", Code("Mellum", arguments=(FROM_ATTENTION,), layer_types=True, experts=True),
+        kinds.listed_or_full, {"num_key_value_heads": 4, "head_dim": 128, "sliding_window": 1024}, qk_norm=True,
+    ),
+    Family(
+        "minimax_m2", "MiniMaxM2", Code("MiniMax M2", norm_whole=True, experts=True),
+        defaults={"num_key_value_heads": 8, "head_dim": 128}, qk_norm=True,
+    ),
+    Family("phimoe", "Phimoe", Code("Phi-3.5 MoE", experts=True), kinds.windowed, {"num_key_value_heads": 8}),
+    Family(
+        "solar_open", "SolarOpen", Code("Solar Open", experts=True, router="TopkRouter"),
+        defaults={"num_key_value_heads": 8, "head_dim": 128},
     ),
     Family(
         "olmoe", "Olmoe", Code("OLMoE", arguments=(FROM_CONFIG,), norm_whole=True, experts=True),

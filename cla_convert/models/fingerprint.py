@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ..environment import cache_folder
-from ..files import read_kept, write_json
+from ..environment import cache_of
+from ..files import read_kept
+from ..kept import note
 
 _CONTENT = (
     "config.json", "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
@@ -45,11 +46,11 @@ def _hash_of(path: Path, threads: ThreadPoolExecutor) -> str:
     if state.st_size < _WORTH_KEEPING:
         return _all_bytes(path, state.st_size, threads)
     key = f"{path.resolve()} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns} {state.st_ino}"
-    kept = cache_folder() / "fingerprints" / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}.json"
+    kept = cache_of("fingerprints") / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}.json"
     if (found := read_kept(kept)) and "sha256" in found:
         return str(found["sha256"])
     made = _all_bytes(path, state.st_size, threads)
-    write_json(kept, {"sha256": made})
+    note(kept, {"sha256": made})
     return made
 
 

@@ -9,12 +9,15 @@ import copy
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, first_line
-from .checkpoint import FLOATING, TensorInfo
-from .export import IMPLEMENTATIONS, cla_classes
+from ..errors import InputError
+from .checkpoint import Checkpoint
+from .export import IMPLEMENTATIONS, cla_classes, stays_float32
 from .families import Family
+from .headers import FLOATING, TensorInfo
+from .whole import Around, cannot_be_built
 
 _OTHER_CONFIG = "Check that config.json belongs to the weights."
 
@@ -31,6 +34,15 @@ def unused_tensors(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo])
     """
     settings = model_config(config)
     return _unused(model_class(settings), settings, tensors)
+
+
+def check_whole(around: Around, tensors: Mapping[str, TensorInfo]) -> None:
+    """Raise InputError unless the model around a language model finds all that it needs among `tensors`."""
+    import transformers
+
+    with _explained():
+        settings = getattr(transformers, f"{around.whole.class_prefix}Config").from_dict(_plain(around.config))
+    _unused(getattr(transformers, f"{around.whole.class_prefix}ForConditionalGeneration"), settings, tensors)
 
 
 def model_config(config: Mapping[str, Any]) -> Any:
@@ -59,6 +71,25 @@ def check_converted(family: Family, config: Mapping[str, Any], tensors: Mapping[
             why="The checkpoint stores them under names, or in pieces, that only transformers' own class reads.",
             fix="Load the model with transformers and save it again, then convert that.",
         )
+
+
+def kept_in_float32(
+    family: Family, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], dtype: str
+) -> set[str]:
+    """Which tensors of a CLA model transformers leaves in float32 when it loads the model in `dtype`.
+
+    Biases by which experts are chosen, most of all: rounded, they choose others.
+    """
+    import torch
+
+    from .stored import StoredTensors
+
+    classes = cla_classes(family)
+    with _explained(), torch.device("meta"):
+        model = classes["ForCausalLM"](classes["Config"].from_dict(_plain(config)))
+    kept = stays_float32(model, getattr(torch, dtype))
+    parts = StoredTensors(Checkpoint(Path(), {}, dict(tensors)), model).parts
+    return {part.name for name, found in parts.items() if kept.search(name) for part in found}
 
 
 def _unused(cls: Any, settings: Any, tensors: Mapping[str, TensorInfo]) -> set[str]:
@@ -152,11 +183,7 @@ def _explained() -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # of any kind: what a config.json may hold is whatever people write
-        raise InputError(
-            "transformers cannot build the model that config.json describes",
-            why=f"{type(error).__name__}: {first_line(error)}",
-            fix="Mend config.json, or take it from where the weights come from.",
-        ) from error
+        raise cannot_be_built(error) from error
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

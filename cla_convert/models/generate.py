@@ -1,6 +1,7 @@
 """Writes the modelling code that ships with every output: `python -m cla_convert.models.generate`.
 
-Two templates and the table of families make all files; nobody edits them by hand, and a test holds them to this.
+Two templates and the table of families make all files; nobody edits them by hand, and a test holds them to this. Two
+more make what stands around a language model, for the one that it is: those are rendered into the output.
 """
 
 import re
@@ -9,13 +10,41 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from .families import FAMILIES, Family
-from .family_code import NEWEST, OLDEST
+from .family_code import NEWEST
+from .whole_rows import INNER, Whole
 
 TEMPLATES = Path(__file__).parent / "templates"
 
 
 def render(family: Family) -> dict[Path, str]:
     """The two files of a family, as they should be."""
+    environment, names = _environment(), _names(family)
+    return {
+        path: environment.get_template(f"{kind}.py.j2").render(names)
+        for kind, path in zip(("configuration", "modeling"), family.code_files, strict=True)
+    }
+
+
+def render_whole(whole: Whole, text: Family) -> dict[str, str]:
+    """The two files of a whole around a language model with the code of `text`, by name."""
+    environment, parent = _environment(), whole.class_prefix
+    names = {
+        "whole": whole,
+        "text": text,
+        "parent": parent,
+        "cla": f"Cla{parent}",
+        "text_config": text.class_name("Config"),
+        "text_model": text.class_name("Model"),
+        "article": _article(parent),
+        "article_of_name": _article(whole.name),
+    }
+    return {
+        f"{kind}_{whole.cla_type}.py": environment.get_template(f"whole_{kind}.py.j2").render(names)
+        for kind in ("configuration", "modeling")
+    }
+
+
+def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         undefined=StrictUndefined,
@@ -24,31 +53,33 @@ def render(family: Family) -> dict[Path, str]:
         keep_trailing_newline=True,
     )
     environment.filters["argument_names"] = lambda text: re.findall(r"^\w+", text, re.MULTILINE)
-    names = _names(family)
-    return {
-        path: environment.get_template(f"{kind}.py.j2").render(names)
-        for kind, path in zip(("configuration", "modeling"), family.code_files, strict=True)
-    }
+    return environment
+
+
+def _article(name: str) -> str:
+    return "An" if name[0] in "AEIO" else "A"
 
 
 def _names(family: Family) -> dict[str, object]:
     """What the templates call things by."""
     code, parent = family.code, family.class_prefix
     functions = sorted(["eager_attention_forward", *code.functions, *(["apply_rotary_pos_emb"] * code.rotates)])
-    parts = ["Attention", code.layer, "ForCausalLM", code.model, "PreTrainedModel", *([code.router] * code.experts)]
+    pretrained = code.pretrained or parent
+    parts = ["Attention", code.layer, *["ForCausalLM"] * code.causal, code.model, *([code.router] * code.experts)]
     decoder, layers = family.layers.split(".")
     return {
-        "tested": f"{OLDEST} to {NEWEST}",
+        "tested": f"{code.oldest} to {NEWEST}",
         "family": family,
         "code": code,
         "parent": parent,
         "cla": f"Cla{parent}",
         "module": code.module or family.model_type,
-        "imports": sorted(parent + part for part in parts) + functions,
+        "pretrained": pretrained,
+        "imports": sorted([*(parent + part for part in parts), f"{pretrained}PreTrainedModel"]) + functions,
         "decoder": decoder,
         "layers": layers,
-        "article": "An" if parent[0] in "AEIO" else "A",
-        "article_of_name": "An" if code.name[0] in "AEIO" else "A",
+        "article": _article(parent),
+        "article_of_name": _article(code.name),
     }
 
 
@@ -60,7 +91,7 @@ def write(family: Family) -> None:
 
 def main() -> None:
     """Write every file anew."""
-    for family in FAMILIES.values():
+    for family in (*FAMILIES.values(), *(inner.code for inner in INNER.values())):
         write(family)
 
 

@@ -15,14 +15,16 @@ import numpy as np
 
 from ..errors import ClaError, InputError
 from ..files import write_json
-from .checkpoint import Checkpoint, TensorInfo
+from .checkpoint import Checkpoint
 from .families import family_of
 from .fit import model_class, model_config, unused_tensors
 from .gguf_config import config_of
 from .gguf_header import Header, read_gguf_header
 from .gguf_names import ARCHITECTURES, Target, target_of
 from .gguf_rope import FACTOR_TENSORS
+from .headers import TensorInfo
 from .shape import shape_of
+from .whole import unversioned
 from .writer import ShardWriter, check_disk
 
 
@@ -36,6 +38,13 @@ def headers(path: Path) -> Checkpoint:
         header = read_gguf_header(path)
         tensors = {name: TensorInfo(path.name, "F32", shape) for name, shape in header.shapes.items()}
         return Checkpoint(path.parent, header.config(), tensors)
+
+
+def as_converted(path: Path) -> Checkpoint:
+    """What `dequantise` would write, and no numbers of it. Raises InputError as that does."""
+    with _explained(path):
+        model = _Model.read(path)
+        return Checkpoint.of(path.parent, model.config, model.infos)
 
 
 def check(path: Path) -> None:
@@ -69,7 +78,7 @@ def dequantise(path: Path, digest: str, out: Path) -> None:
     config = model_config(model.config)
     GenerationConfig.from_model_config(config).save_pretrained(out)
     settings = {"architectures": [model_class(config).__name__], "dtype": "float32"}
-    write_json(out / "config.json", config.to_diff_dict() | settings)
+    write_json(out / "config.json", unversioned(config.to_diff_dict()) | settings)
     write_json(out / "cla_source.json", origin)
 
 

@@ -10,9 +10,10 @@ from urllib.request import getproxies
 
 from ..errors import InputError
 from ..files import did_you_mean_path
-from .checkpoint import Checkpoint, TensorInfo
+from .checkpoint import Checkpoint
 from .families import as_transformers_reads, family_of
-from .text_part import text_config
+from .headers import TensorInfo
+from .whole import text_config
 
 _FILES = [
     "*.json",

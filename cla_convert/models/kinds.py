@@ -39,6 +39,17 @@ def listed_or_windowed(config: Config) -> list[str]:
     return list(config.get("layer_types") or windowed(config))
 
 
+def listed_or_full(config: Config) -> list[str]:
+    """`layer_types`, or else every layer full (Mellum)."""
+    return list(config.get("layer_types") or full(config))
+
+
+def first_of_four(config: Config) -> list[str]:
+    """Every fourth layer is full, beginning with the first (CWM)."""
+    count = config["num_hidden_layers"]
+    return list(config.get("layer_types") or [SLIDING if layer % 4 else FULL for layer in range(count)])
+
+
 def optional_window(config: Config) -> list[str]:
     """One `sliding_window` for all layers, if `use_sliding_window` says so (Qwen 3 with experts)."""
     return windowed(config if config.get("use_sliding_window") else {**config, "sliding_window": None})

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..console import warn
 from ..errors import InputError, first_line
-from .checkpoint import TORCH_NAMES
+from ..refusals import unread
+from .headers import TORCH_NAMES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,7 +57,7 @@ def _load(path: Path) -> Any:
         except RuntimeError:  # the format before torch 1.6 cannot be mapped
             return load(mapped=False)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
-        raise InputError(f"{path} cannot be loaded with weights_only=True", why=first_line(error)) from error
+        raise unread(error, InputError(f"{path} cannot be loaded with weights_only=True", first_line(error))) from error
 
 
 def _unwrapped(path: Path, value: Any) -> Mapping[Any, Any]:

@@ -54,7 +54,8 @@ def split_model(model: "PreTrainedModel", sample: Tensor) -> tuple[Forward, Forw
         return model(input_ids=batch, use_cache=False).logits
 
     head = output_head(model)
-    if torch.allclose(head(body(ids)).float(), whole(ids).float(), rtol=1e-3, atol=1e-3):
+    logits = head(body(ids)).float()  # of a model on several GPUs: on the last
+    if torch.allclose(logits, whole(ids).to(logits), rtol=1e-3, atol=1e-3):
         return body, head
     return whole, lambda logits: logits
 
@@ -71,7 +72,7 @@ def log_probabilities(logits: Tensor) -> Tensor:
 
 def nll(log_p: Tensor, targets: Tensor) -> Tensor:
     """Negative log-likelihood in nats of `targets` [n] under log-probabilities [n, V]."""
-    return -log_p.gather(1, targets[:, None])[:, 0]
+    return -log_p.gather(1, targets.to(log_p.device)[:, None])[:, 0]
 
 
 def kl(log_q: Tensor, log_p: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ TINY: dict[str, Any] = dict(
     num_key_value_heads=2, head_dim=8, max_position_embeddings=64, initializer_range=0.2, pad_token_id=None,
     use_sliding_window=True, max_window_layers=4, sliding_window_pattern=3, no_rope_layer_interval=3,
     full_attn_idxs=[1, 2, 5], num_local_experts=4, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+    n_routed_experts=4, n_shared_experts=1, moe_num_experts=4, moe_k=2,
 )  # fmt: skip
 """A configuration of any family: each takes what it knows. Two layers of every kind that it has, at least."""
 WINDOW, TOKENS = 8, 24
@@ -67,6 +68,9 @@ def tiny_model(family: Family) -> "PreTrainedModel":
     if family.state:  # some do not make up a list themselves
         settings["layer_types"] = family.kinds(settings)
     kinds = shape_of(classes["Config"](**settings).to_dict()).kinds
+    if windows and not any(kind.startswith("sliding") for kind in kinds):  # nor a window
+        settings["layer_types"] = ["sliding_attention", "full_attention"] * (len(kinds) // 2)
+        kinds = shape_of(classes["Config"](**settings).to_dict()).kinds
     sources = unshared(kinds)
     for kind in set(filter(has_kv, kinds)):
         owner = kinds.index(kind)

@@ -12,27 +12,36 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..console import say
-from ..environment import cache_folder
+from ..environment import cache_of
 from ..errors import InputError
-from ..files import did_you_mean_path, load_json, write_json
+from ..files import did_you_mean_path, load_json, models_in, read_json, write_json
 from ..kept import kept
-from . import gguf_source, hub
+from . import gguf_source, hub, mxfp4
 from .checkpoint import INDEX, Checkpoint, refuse_adapter
 from .pickles import pickled_files, read_pickles
-from .text_part import OF_IMAGES, has_text_part, text_part
+from .whole import OF_IMAGES, unversioned
 from .writer import ShardWriter, check_disk, infos_of
 
-_FORMAT = 3
+_FORMAT = 4
 """Raise it when the same files would become another folder: what an older version wrote is not used then."""
+_PAGE = re.compile(r"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)([\w.-]+/[\w.-]+)")
+"""Where people copy the name of a model from."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_WITH_SLASH = re.compile(r"([\w-][\w.-]*/[\w.-]+)/+")
 
 
 def resolve_source(
-    model: str, *, revision: str | None = None, allow_pickle: bool = False, to_convert: bool = False
+    model: str,
+    *,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    to_convert: bool = False,
+    text_only: bool = False,
 ) -> Path:
     """Return a local folder with config.json and safetensors weights for a hub id, folder, .gguf file or `package:`.
 
-    With `to_convert`, a model of the hub that cannot be converted is refused before its weights are fetched.
+    With `to_convert`, a model of the hub that cannot be converted is refused before its weights are fetched; with
+    `text_only`, the language model of one that also sees images is copied into the cache.
 
     Raises:
         InputError: there is no such model, it cannot be reached, or its weights are pickled and `allow_pickle` is off.
@@ -40,30 +49,42 @@ def resolve_source(
     path = local_path(model)
     if path is None:
         path = hub.download(model, revision, allow_pickle=allow_pickle, to_convert=to_convert)
-    return _from_gguf(path) if path.is_file() else _text_only(_with_safetensors(path, allow_pickle))
+    if path.is_file():
+        return _from_gguf(path)
+    folder = _in_bf16(_with_safetensors(path, allow_pickle))
+    return _text_only(folder) if text_only else folder
 
 
-def open_headers(model: str, *, revision: str | None = None) -> Checkpoint:
-    """As much of a model as describes it; of a model on the hub, the weights stay there. Raises InputError."""
+def open_headers(model: str, *, revision: str | None = None, to_convert: bool = False) -> Checkpoint:
+    """As much of a model as describes it; of a model on the hub, the weights stay there. Raises InputError.
+
+    With `to_convert`, a GGUF file has the tensors that it will be written as, and not its own.
+    """
     path = local_path(model)
     if path is None:
-        return text_part(hub.headers(model, revision))
+        return mxfp4.unpacked(hub.headers(model, revision))
     if path.is_file():
-        return gguf_source.headers(path)
-    return text_part(Checkpoint.open(_with_safetensors(path, allow_pickle=False)))
+        return gguf_source.as_converted(path) if to_convert else gguf_source.headers(path)
+    return mxfp4.unpacked(Checkpoint.open(_with_safetensors(path, allow_pickle=False)))
+
+
+_NAME = "Name a hub id, a local folder or a .gguf file: source.model in the recipe, or --set source.model=NAME."
 
 
 def local_path(model: str) -> Path | None:
     """The folder or .gguf file that `model` names; None for a hub id. Raises InputError."""
     if not model:
-        raise InputError("No model was given", fix="Name a hub id, a local folder or a .gguf file (source.model).")
+        raise InputError("No model was given", fix=_NAME)
     path = _package_file(model) if model.startswith("package:") else Path(model).expanduser()
     if path.is_file() and path.suffix != ".gguf":
-        raise InputError(f"{path} is not a model", fix="Give a folder, a .gguf file or a hub id.")
+        inside = (path.parent / "config.json").is_file()
+        fix = f"Give its folder: {path.parent}" if inside else "Give a folder, a .gguf file or a hub id."
+        raise InputError(f"{path} is not a model", fix=fix)
     if path.exists():
         return path
     if model.startswith((".", "/", "~")) or model.endswith(".gguf") or not _HUB_ID.fullmatch(model):
-        hint = did_you_mean_path(path)
+        meant = _PAGE.match(model) or _WITH_SLASH.fullmatch(model)
+        hint = f" Did you mean {meant[1]!r}?" if meant else did_you_mean_path(path)
         raise InputError(f"There is no model at {model!r}.{hint}", fix="Check the path, or give a hub id (owner/name).")
     return None
 
@@ -100,7 +121,8 @@ def _with_safetensors(folder: Path, allow_pickle: bool) -> Path:
             + (f"and {len(ggufs)} GGUF files." if ggufs else "GGUF or .bin file."),
             fix="Name one of the .gguf files."
             if ggufs
-            else "Give a model folder in Hugging Face format; pickled weights of a hub model need --allow-pickle.",
+            else models_in(folder)
+            or "Give a model folder in Hugging Face format; pickled weights of a hub model need --allow-pickle.",
         )
     if not allow_pickle:
         raise InputError(
@@ -132,30 +154,43 @@ def _from_pickle(folder: Path, pickles: list[Path]) -> Path:
 
 def _text_only(folder: Path) -> Path:
     """Copy the language model of a multimodal checkpoint into the cache; any other folder stays what it is."""
-    checkpoint = Checkpoint.open(folder)
-    if not has_text_part(checkpoint.config):
+    checkpoint = Checkpoint.open(folder, as_stored=True)
+    if checkpoint.around is None:
         return folder
 
     def copy(out: Path) -> None:
-        say(f"copying the language model, without the vision tower, to {out.parent}")
-        text = text_part(checkpoint)
-        check_disk(out, sum(info.nbytes for info in text.tensors.values()))
-        writer = ShardWriter(out, text.tensors, max_shard_size=5_000_000_000)
-        for name, info in text.tensors.items():
+        say(f"copying the language model, without what sees images, to {out.parent}")
+        check_disk(out, sum(info.nbytes for info in checkpoint.tensors.values()))
+        writer = ShardWriter(out, checkpoint.tensors, max_shard_size=5_000_000_000)
+        for name, info in checkpoint.tensors.items():
             writer.copy(name, folder / info.file, info.start)
         writer.finish()
         checkpoint.copy_sidecars(out, without=OF_IMAGES)
-        write_json(out / "config.json", text.config)
+        write_json(out / "config.json", unversioned(checkpoint.config))
 
     weights = sorted({folder / info.file for info in checkpoint.tensors.values()})
     return kept(_place(folder, [*weights, *checkpoint.sidecars, folder / "config.json"]), copy)
+
+
+def _in_bf16(folder: Path) -> Path:
+    """Dequantise experts that are packed (GPT-OSS) into the cache; any other folder stays what it is."""
+    if not mxfp4.is_packed(read_json(folder / "config.json") or {}):
+        return folder
+    checkpoint = Checkpoint.open(folder)
+
+    def dequantise(out: Path) -> None:
+        say(f"dequantising the experts of {folder.name} (MXFP4) to bfloat16 in {out.parent}")
+        mxfp4.dequantise(checkpoint, out)
+
+    weights = sorted({folder / info.file for info in checkpoint.tensors.values()})
+    return kept(_place(folder, [*weights, *checkpoint.sidecars, folder / "config.json"]), dequantise)
 
 
 def _place(folder: Path, read: list[Path]) -> Path:
     """Where a copy that is made of these files lies, or will."""
     states = [(str(file.resolve()), file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in read]
     key = hashlib.sha256(json.dumps([_FORMAT, states]).encode()).hexdigest()
-    return cache_folder() / "sources" / f"{folder.name}-{key[:16]}"
+    return cache_of("sources") / f"{folder.name}-{key[:16]}"
 
 
 def _from_gguf(path: Path) -> Path:
@@ -166,7 +201,7 @@ def _from_gguf(path: Path) -> Path:
         say(f"dequantising {path.name} to float32 in {out.parent}")
         gguf_source.dequantise(path, digest, out)
 
-    return kept(cache_folder() / "sources" / f"{path.stem}-{digest[:16]}-{_FORMAT}", dequantise)
+    return kept(cache_of("sources") / f"{path.stem}-{digest[:16]}-{_FORMAT}", dequantise)
 
 
 def _sha256(path: Path) -> str:

@@ -9,14 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..console import human_bytes, say
+from ..console import command, human_bytes, say
 from ..errors import InputError
-from ..files import did_you_mean_path, load_json
-from .export import has_other_code
+from ..files import did_you_mean_path, load_json, models_in
 from .kinds import SLIDING
 from .self_test import ROUNDING, check_interface
 from .shape import owners_of, shape_of
+from .shipped import has_other_code
 from .tokenization import recorded_ids
+from .whole import text_config
 
 SCRIPT = Path(__file__).with_name("clean_check.py")
 CACHE_SCRIPT = Path(__file__).with_name("cache_check.py")
@@ -49,8 +50,8 @@ def check_shares(folder: Path) -> dict[str, Any]:
         what = f"{folder} is a file" if folder.exists() else f"There is no folder {folder}.{did_you_mean_path(folder)}"
         raise InputError(what, fix=fix)
     if not (folder / "config.json").exists():
-        raise InputError(f"{folder} is not a model folder", why="It has no config.json.", fix=fix)
-    config = load_json(folder / "config.json")
+        raise InputError(f"{folder} is not a model folder", why="It has no config.json.", fix=models_in(folder) or fix)
+    config = text_config(load_json(folder / "config.json"))
     if not config.get("kv_source_layers"):
         raise InputError(
             f"{folder} is not a converted model",
@@ -123,6 +124,7 @@ def _judged(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     checks = {
         "loads with the shipped code": result["module"].startswith("transformers_modules"),
         "no weights missing or unexpected": not (result["missing_keys"] or result["unexpected_keys"]),
+        "all weights are finite": not result["not_finite"],
         "logits are finite": result["logits_finite"],
         "logits with and without cache agree": result["cached_difference"] <= rounding,
         "logits token by token agree": result["stepwise_difference"] <= rounding,
@@ -135,12 +137,17 @@ def _judged(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     result |= {"folder": str(folder), "checks": checks, "ok": all(checks.values())}
     if not result["ok"]:
         failed = ", ".join(name for name, passed in checks.items() if not passed)
+        lost = result["not_finite"]
+        named = f" NaN or infinity in {', '.join(lost[:3])}{', ...' if lost[3:] else ''}." if lost else ""
         raise InputError(
             f"{folder} failed verification",
-            why=f"Failed: {failed} (transformers {result['transformers']}).",
-            fix=_fix(folder),
+            why=f"Failed: {failed} (transformers {result['transformers']}).{named}",
+            fix=_DAMAGED if lost else _fix(folder),
         )
     return result
+
+
+_DAMAGED = "Check the source's weights, which are copied as they are, or download them again; then convert again."
 
 
 def _fix(folder: Path) -> str:
@@ -148,14 +155,14 @@ def _fix(folder: Path) -> str:
     if has_other_code(folder):
         return (
             "Its modelling files are not this version's, and may be older than the installed transformers: "
-            f"cla-convert verify {folder} --update-code replaces them (weights stay) and checks again."
+            f"`{command('verify', folder, '--update-code')}` replaces them (weights stay) and checks again."
         )
     return "Convert it again; if it stays, report a bug."
 
 
 def planned_bytes(folder: Path, tokens: int) -> list[int]:
     """Bytes of each layer's cache in float32 after so many tokens; a full window keeps room for the one to come."""
-    shape = shape_of(load_json(folder / "config.json"))
+    shape = shape_of(text_config(load_json(folder / "config.json")))
     per_token, window = shape.kv_bytes_per_token(4, 1), shape.sliding_window
     kept = {kind: min(tokens, window - 1) if window and kind.startswith(SLIDING) else tokens for kind in shape.kinds}
     sources = shape.kv_source_layers

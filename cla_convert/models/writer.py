@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InputError
 from ..files import check_place, write_json
 from ..staging import claimed, staged
-from .checkpoint import ELEMENT_SIZE, INDEX, TORCH_NAMES, TensorInfo, bytes_of
+from .checkpoint import INDEX, Checkpoint, bytes_of
+from .headers import ELEMENT_SIZE, TORCH_NAMES, TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 MANIFEST = "cla_manifest.json"
+_FOLDERS = ("additional_chat_templates", "__pycache__", ".cache")
+"""What an output may hold: with what Python and the hub's library leave in it."""
 _PAGE = 4096
 _BLOCK = 1 << 18
 """Bytes copied at a time: what stays in a processor's cache."""
@@ -63,6 +66,11 @@ class ShardWriter:
         with source.open("rb", buffering=0) as reader, self._at(name) as file:
             reader.seek(start)
             _copy_bytes(reader, file, self._tensors[name].nbytes)
+
+    def copy_others(self, source: Checkpoint) -> None:
+        """Write what stands around the language model of a checkpoint, as it is. Raises InputError likewise."""
+        for name, info in source.others.items():
+            self.copy(name, source.folder / info.file, info.start)
 
     def finish(self) -> None:
         """Check that nothing is missing."""
@@ -159,7 +167,7 @@ def publishing(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         InputError: `out` exists with content and `overwrite` is off, it is not a folder that this tool wrote, or
             another process is writing it.
     """
-    out = out.absolute()
+    out = out.resolve()  # of a link, what it points to is replaced, on the disk where that lies
     check_place(out)
 
     def free() -> bool:
@@ -175,6 +183,12 @@ def publishing(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
 def check_output(out: Path, *, overwrite: bool) -> None:
     """Refuse an output folder that cannot be made or must not be replaced. Raises InputError."""
     check_place(out)
+    if Path.cwd().is_relative_to(out.resolve()):
+        raise InputError(
+            f"{out} is the folder that you are in, or above it",
+            why="An output takes the place of its folder as a whole; you would be left in one that is gone.",
+            fix="Name a new folder in it.",
+        )
     if not out.exists() or not any(out.iterdir()):
         return
     ours = (out / MANIFEST).exists()
@@ -186,6 +200,12 @@ def check_output(out: Path, *, overwrite: bool) -> None:
             f"{out} will not be replaced",
             why=f"It has no {MANIFEST}, so it was not written by cla-convert.",
             fix="Give another folder, or remove this one yourself.",
+        )
+    if foreign := sorted(path for path in out.iterdir() if path.is_dir() and path.name not in _FOLDERS):
+        raise InputError(
+            f"{out} will not be replaced",
+            why=f"{foreign[0]} lies in it, which is not of cla-convert and would be lost.",
+            fix="Move it, or give another folder.",
         )
 
 

@@ -31,8 +31,15 @@ from .configuration_cla_olmo3 import ClaOlmo3Config
 
 try:
     from transformers.cache_utils import KVSharingDict
-except ImportError:  # transformers < 5.23: all it lacks is moving between devices
-    from collections import UserDict as KVSharingDict
+except ImportError:  # transformers < 5.23
+    from collections import UserDict
+
+    class KVSharingDict(UserDict):
+        """Moves in place where accelerate takes what a layer is called with to another device."""
+
+        def to(self, device, **options):
+            self.data = {owner: tuple(one.to(device, **options) for one in pair) for owner, pair in self.data.items()}
+            return self
 
 
 def cache_argument(*parts: type) -> str:
@@ -55,6 +62,17 @@ def unknown_interface(what: str) -> str:
         f"In transformers {transformers.__version__} {what}, so {__name__} would run without one. Install a release "
         "from 5.16 to 5.24, or get this model's code from a newer cla-convert."
     )
+
+
+def refuse_full_cache(config) -> None:
+    """Raise RuntimeError in a vLLM that would keep keys and values of consumers, too, unless that is asked for."""
+    asked = getattr(config, "vllm_kv_cache", None) in ("shared", "full")
+    if config._attn_implementation == "vllm" and "reuse" in config.kv_sharing_modes and not asked:
+        raise RuntimeError(
+            "Nothing tells vLLM that layers share keys and values here: it would keep those of every layer. The plugin "
+            "of cla-convert does, for language models: install it beside vLLM, and name cla_convert in VLLM_PLUGINS if "
+            """that is set. For a KV cache as large as the source's: --hf-overrides '{"vllm_kv_cache": "full"}'."""
+        )
 
 
 class ClaOlmo3Attention(Olmo3Attention):
@@ -129,6 +147,7 @@ class ClaOlmo3PreTrainedModel(Olmo3PreTrainedModel):
     _can_record_outputs = {"hidden_states": ClaOlmo3DecoderLayer, "attentions": ClaOlmo3Attention}
 
     def __init__(self, config, *args, **kwargs):
+        refuse_full_cache(config)
         # from_pretrained(num_hidden_layers=...) changes that number alone: the layers that are left keep their sources.
         config.kv_source_layers = config.kv_source_layers[: config.num_hidden_layers]
         # transformers heeds this old flag once, while the parent still has layers that are about to be replaced.
