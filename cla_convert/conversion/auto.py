@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..console import progress, say
-from ..files import read_kept, write_json
+from ..files import read_kept
+from ..kept import note
 from ..models.checkpoint import Checkpoint
 from ..models.fingerprint import fingerprint
 from ..models.shape import AttentionShape
@@ -98,7 +99,7 @@ def choose(
     budget = DEFAULT_BUDGET * left if kv_budget is None else kv_budget
     owners = owners_for(min(1.0, budget / left), len(shape.kv_layers))
     heads = [] if left == 1 else [kv_heads]
-    largest = Search.default(calibration.device).largest
+    largest = Search.default(calibration.first_device).largest
     sensitivity = _measured(
         "measuring groups", partial(measure_sensitivity, kinds=kinds, kv_heads=kv_heads), checkpoint, calibration,
         cache, [list(kinds), *heads], len(candidate_groups(kinds, largest, 1 if left < 1 else 2)),
@@ -123,7 +124,7 @@ def _measured(
     """The result of `measure`, from `cache` if the same was measured before."""
     from .sensitivity import Search, Sensitivity
 
-    search = Search.default(calibration.device)
+    search = Search.default(calibration.first_device)
     depends = [
         __version__,
         fingerprint(checkpoint.folder),
@@ -131,7 +132,7 @@ def _measured(
         calibration.digest,
         list(calibration.tokens.shape),
     ]
-    depends += [calibration.seed, calibration.device.partition(":")[0], asdict(search)]
+    depends += [calibration.seed, calibration.first_device.partition(":")[0], asdict(search)]
     file = cache / f"{hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:16]}.json"
     if found := read_kept(file):
         say(f"{what}: done before, {file}")
@@ -142,7 +143,7 @@ def _measured(
             checkpoint, checkpoint.config, tokens=calibration.tokens, search=search, device=calibration.device,
             seed=calibration.seed, spill=cache,
         )  # fmt: skip
-    write_json(file, {"damage": [asdict(entry) for entry in found]})
+    note(file, {"damage": [asdict(entry) for entry in found]})
     return found
 
 

@@ -6,6 +6,7 @@ layer is told about positions and masks is what `Skeleton` saw the whole model t
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from .group_fit import HeadShape
 from .pieces import Pieces
 from .skeleton import Skeleton, Source
 
+_READERS = 8
+"""Threads that read a layer for a GPU: one copies from memory slower than a GPU takes."""
 _GPU_BATCH, _CPU_BATCH = 32_768, 2048
 """Tokens that run through a layer at a time: fill a GPU, stay in a CPU's caches."""
 
@@ -61,7 +64,14 @@ class Factory:
         self._check_names()
         self._attention = shape_of(config)
         self.kv_heads = kv_heads or self._attention.num_key_value_heads
-        self._calls = [_for_layers(call, self.dtype) for call in self.skeleton.calls]
+        self._calls = [_for_layers(call, self.dtype, self.device) for call in self.skeleton.calls]
+
+    def on(self, device: str) -> "Factory":
+        """The same on another device; embeddings and head stay where they are."""
+        other = copy.copy(self)
+        other.device = torch.device(device)
+        other._calls = [_for_layers(call, self.dtype, other.device) for call in self._calls]
+        return other
 
     def _check_names(self) -> None:
         """Everything that a layer runs on must be there, whole or in pieces."""
@@ -80,8 +90,8 @@ class Factory:
         return self.kv_heads < self._attention.num_key_value_heads
 
     def load(self, stream: Tensor) -> Tensor:
-        """A part of a residual stream as layers take it: on the device, float32."""
-        return stream.to(self.device, torch.float32)
+        """A part of a residual stream as layers take it: on the device, float32 only there: it moves half."""
+        return stream.to(self.device).float()
 
     def attends(self, layer: int) -> bool:
         """Whether a layer has keys and values: some of a hybrid have not."""
@@ -100,9 +110,15 @@ class Factory:
         prefix = f"{self.family.layers}.{index}."
         stored = (name for name in self.source.tensors if name.startswith(prefix))
         names = [name for name in stored if mlp or f".{self.family.mlp}." not in self._pieces.whole(name)]
-        # A copy, because weights are trained in place.
-        weights = {name: self.source.read(name).to(self.device, torch.float32, copy=True) for name in names}
+        readers = _READERS if self.device.type == "cuda" else 1  # a CPU has no room for several tensors at once
+        with ThreadPoolExecutor(readers) as pool:
+            weights = dict(zip(names, pool.map(self._read, names), strict=True))
         return {name.removeprefix(prefix): weight for name, weight in self._pieces.assemble(weights).items()}
+
+    def _read(self, name: str) -> Tensor:
+        """A copy, because weights are trained in place. It becomes float32 on the device: that moves half the bytes."""
+        stored = self.source.read(name)
+        return stored.to(self.device).to(torch.float32, copy=self.device.type == "cpu")
 
     def build(
         self, index: int, weights: Mapping[str, Tensor], group: Sequence[int] = (), *, training: bool = False
@@ -273,10 +289,15 @@ def _added(branch: Tensor, norm: nn.Module | None, multiplier: float) -> Tensor:
     return branch if multiplier == 1 else branch.float() * multiplier
 
 
-def _for_layers(call: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+def _for_layers(call: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """A recorded call without cache and shared K/V, floating tensors (rotary tables, masks) in the compute dtype."""
     dropped = ("shared_kv_states", "past_key_values", "cache", "layer_past", "use_cache")
-    cast = lambda value: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value  # noqa: E731
+
+    def cast(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(device, dtype if value.is_floating_point() else value.dtype)
+
     return {
         name: tuple(map(cast, value)) if isinstance(value, tuple) else cast(value)
         for name, value in call.items()

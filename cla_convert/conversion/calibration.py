@@ -17,14 +17,16 @@ from torch import Tensor
 from ..bars import tick
 from ..effort import Effort
 from ..errors import InputError
+from ..models.shape import shape_of
 from .blocks import Block, Factory, SharedKV
+from .factories import Factories, devices_for
 from .group_pooling import Pooler
 from .layer_patch import LayerPatch
 from .refit import ridge_towards
 from .sharing import activation_bytes, groups_of
 from .skeleton import Source
 from .source_streams import SourceStreams
-from .streams import SecondMoment, Store, batches, stream_dtype
+from .streams import Part, SecondMoment, Store, Stream, batches, stream_dtype
 
 REFIT_STRENGTH = 0.1
 """Ridge of the W_O refit, relative to the mean diagonal. 0.03 to 0.3 measured alike."""
@@ -36,7 +38,7 @@ def calibrated_pooling(
     kv_source_layers: list[int | None],
     tokens: Tensor,
     *,
-    device: str = "cpu",
+    device: str | Sequence[str] = "cpu",
     seed: int = 0,
     effort: Effort | None = None,
     dtype: torch.dtype | None = None,
@@ -50,7 +52,7 @@ def calibrated_pooling(
         config: its config.json.
         kv_source_layers: a validated sharing map.
         tokens: int64 [rows, T] of calibration text, rows in random order.
-        device: where layers run, `cpu` or `cuda`.
+        device: where layers run, `cpu` or `cuda`; or several, which share the rows (`factories.devices_for`).
         seed: of the order of rows; the same seed, device and library versions give the same result.
         effort: steps of block reconstruction; with 0 the closed form stays. Default: `Effort.for_text`.
         dtype: of matrix products; default bfloat16 where the hardware has it. Linear algebra is float64 in any case.
@@ -63,9 +65,10 @@ def calibrated_pooling(
     """
     if tokens.dim() != 2 or not tokens.numel():
         raise InputError("Calibration needs tokens", why=f"Got a tensor of shape {tuple(tokens.shape)}.")
-    effort = effort or Effort.for_text(tokens.numel(), device)
-    factory = Factory(source, config, tokens, device, dtype, kv_heads)
-    walk = Walk(factory, kv_source_layers, tokens, effort, seed, spill)
+    devices = devices_for(device, shape_of(config).hidden_size, len(tokens))
+    effort = effort or Effort.for_text(tokens.numel(), devices[0])
+    factories = Factories(Factory(source, config, tokens, devices[0], dtype, kv_heads), devices)
+    walk = Walk(factories, kv_source_layers, tokens, effort, seed, spill)
     for layer in range(len(kv_source_layers)):
         with torch.no_grad(), _deterministic():
             patch = walk.visit(layer)
@@ -78,22 +81,22 @@ class Walk:
 
     def __init__(
         self,
-        factory: Factory,
+        factories: Factories,
         kv_source_layers: Sequence[int | None],
         tokens: Tensor,
         effort: Effort,
         seed: int,
         spill: Path | None,
     ) -> None:
-        self._factory, self._map = factory, list(kv_source_layers)
+        self._factories, self._factory, self._map = factories, factories.first, list(kv_source_layers)
         self._groups = {group[0]: group for group in groups_of(self._map)}
-        itemsize = stream_dtype(str(factory.device)).itemsize
-        needed = activation_bytes(self._map, tokens.numel(), factory.config.hidden_size, itemsize)
-        store = Store.choose(str(factory.device), needed, spill)
-        self._store, self._teacher = store, SourceStreams(factory, tokens, store)
-        self._pooler = Pooler(factory, self._teacher, effort, seed)
-        self._student: Tensor | None = None  # None while it is still the teacher's
-        self._kv: dict[int, tuple[Tensor, Tensor]] = {}
+        itemsize = stream_dtype(self._factory.device).itemsize
+        needed = activation_bytes(self._map, tokens.numel(), self._factory.config.hidden_size, itemsize)
+        store = Store.choose(factories.devices, needed, spill)
+        self._store, self._teacher = store, SourceStreams(factories, tokens, store)
+        self._pooler = Pooler(factories, self._teacher, effort, seed)
+        self._student: Stream | None = None  # None while it is still the teacher's
+        self._kv: dict[int, tuple[Stream, Stream]] = {}
         self._decided: dict[int, dict[str, Tensor]] = {}
 
     def visit(self, layer: int) -> LayerPatch:
@@ -111,8 +114,8 @@ class Walk:
             decided, fit = self._pooler.pool(group, self._student)
             self._decided |= decided
         elif owner == layer and self._student is not None:
-            block = self._factory.build(layer, self._factory.read_layer(layer, mlp=False), training=True)
-            self._decided |= self._pooler.reconstruct([block], group, self._student)[0]
+            blocks = self._factories.build(layer, self._factories.read_layer(layer, mlp=False), training=True)
+            self._decided |= self._pooler.reconstruct([blocks], group, self._student)[0]
         patch = LayerPatch(layer, {}) if self._student is None else LayerPatch(layer, self._pass(layer, group), fit)
         self._teacher.release(layer)
         if layer == group[-1]:
@@ -122,9 +125,9 @@ class Walk:
     def _leave(self, layer: int) -> LayerPatch:
         """Move both streams past a layer without attention, which stays as it is."""
         if self._student is not None:
-            past = self._factory.passage(layer)
-            for part in batches(self._student, self._factory.batch):
-                self._student[part] = past(self._factory.load(self._student[part])).to(self._student.device)
+            past = self._factories.passages(layer)
+            for part in batches(self._student, self._factories.batch):
+                self._student[part] = past[part.device](self._factories.load(self._student, part))
         self._teacher.release(layer)
         return LayerPatch(layer, {})
 
@@ -133,54 +136,56 @@ class Walk:
         assert self._student is not None
         tick("matching", 0, f"layer {layer}: output")
         decided = self._decided.pop(layer)
-        block = self._factory.build(layer, self._factory.read_layer(layer) | decided, group)
-        output = block.family.output_weight
-        heads, decided[output] = self._refit(layer, block, decided[output])
-        for part in batches(self._student, self._factory.batch):
-            hidden, head = self._factory.load(self._student[part]), heads[part].to(self._factory.device)
-            self._student[part] = block.mlp(hidden, block.attend(hidden, head)).to(self._student.device)
+        blocks = self._factories.build(layer, self._factories.read_layer(layer) | decided, group)
+        output = self._factory.family.output_weight
+        heads, decided[output] = self._refit(layer, blocks, decided[output])
+        for part in batches(self._student, self._factories.batch):
+            block, hidden = blocks[part.device], self._factories.load(self._student, part)
+            self._student[part] = block.mlp(hidden, block.attend(hidden, heads[part].to(block.device)))
         return {f"{self._factory.family.layers}.{layer}.{name}": tensor.cpu() for name, tensor in decided.items()}
 
-    def _refit(self, layer: int, block: Block, output: Tensor) -> tuple[Tensor, Tensor]:
+    def _refit(self, layer: int, blocks: Sequence[Block], output: Tensor) -> tuple[Stream, Tensor]:
         """Regress what would bring the student onto the teacher's post-attention residual on the student's heads.
 
-        Returns the heads, whose stream is needed again, and the new W_O, which the block has, too.
+        Returns the heads, whose stream is needed again, and the new W_O, which the blocks have, too.
         """
         assert self._student is not None
-        gram, cross = SecondMoment(), SecondMoment()
-        heads = self._store.empty(*self._student.shape[:2], block.output.in_features, dtype=self._factory.dtype)
-        for part in batches(self._student, self._factory.batch):
-            hidden, target = (self._factory.load(s[part]) for s in (self._student, self._teacher.residuals[layer]))
-            shared = self._shared(layer, part)
+        gram, cross, width = SecondMoment(), SecondMoment(), blocks[0].output.in_features
+        heads = self._store.empty(*self._student.shape[:2], width, dtype=self._factory.dtype)
+        for part in batches(self._student, self._factories.batch):
+            streams = (self._student, self._teacher.residuals[layer])
+            block, (hidden, target) = blocks[part.device], (self._factories.load(one, part) for one in streams)
+            shared = self._shared(layer, part, block.device)
             head = block.heads(block.norm_in(hidden), shared)
             self._keep(layer, part, shared)
-            heads[part] = head.to(heads.device, heads.dtype)
+            heads[part] = head
             wanted, weight = block.wanted_output(hidden, target, head)
             gram.add(head, head, weight)
             cross.add(head, wanted, weight)
-        strength = REFIT_STRENGTH / block.output_gains().double()
+        strength = REFIT_STRENGTH / blocks[0].output_gains().double()
         output = ridge_towards(output.double(), gram.value, cross.value, strength).float()
-        block.output.weight.data = output.to(self._factory.dtype)
+        for block in blocks:
+            block.output.weight.data = output.to(self._factory.dtype).to(block.device)
         return heads, output
 
-    def _shared(self, layer: int, part: slice) -> SharedKV:
+    def _shared(self, layer: int, part: Part, device: torch.device) -> SharedKV:
         """What a consumer's attention reads; an owner writes into it."""
         owner = self._map[layer]
         if owner is None or owner == layer:
             return {}
-        keys, values = (tensor[part].to(self._factory.device) for tensor in self._kv[owner])
+        keys, values = (stream[part].to(device) for stream in self._kv[owner])
         return {owner: (keys, values)}
 
-    def _keep(self, layer: int, part: slice, shared: SharedKV) -> None:
+    def _keep(self, layer: int, part: Part, shared: SharedKV) -> None:
         """Keep an owner's K/V if somebody reads them."""
         if self._map[layer] != layer or len(self._groups[layer]) == 1:
             return
         assert self._student is not None
         if layer not in self._kv:
-            shape, dtype = (self._student.shape[0], *shared[layer][0].shape[1:]), self._factory.dtype
-            self._kv[layer] = self._store.empty(*shape, dtype=dtype), self._store.empty(*shape, dtype=dtype)
+            rows, shape, dtype = self._student.shape[0], shared[layer][0].shape[1:], self._factory.dtype
+            self._kv[layer] = self._store.empty(rows, *shape, dtype=dtype), self._store.empty(rows, *shape, dtype=dtype)
         for kept, new in zip(self._kv[layer], shared[layer], strict=True):
-            kept[part] = new.to(kept.device, kept.dtype)
+            kept[part] = new
 
 
 @contextmanager

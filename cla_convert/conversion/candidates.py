@@ -26,7 +26,7 @@ def measure_maps(
     tokens: Tensor,
     *,
     search: Search | None = None,
-    device: str = "cpu",
+    device: str | Sequence[str] = "cpu",
     seed: int = 0,
     dtype: torch.dtype | None = None,
     spill: Path | None = None,
@@ -40,15 +40,16 @@ def measure_maps(
         maps: validated sharing maps.
         tokens: int64 [rows, T] of calibration text, rows in random order.
         search: how thoroughly; default by device.
-        device: where layers run.
+        device: where layers run; or several, as for `measure_sensitivity`.
         seed: of the order of rows.
         dtype: of matrix products; default by device.
         spill: folder for activations that memory has no room for.
         kv_heads: what every layer will have; default: as many as the source's.
     """
-    search = search or Search.default(device)
+    first = device if isinstance(device, str) else device[0]
+    search = search or Search.default(first)
     fit, probe = search.split(tokens)
-    factory = Factory(source, config, probe, device, dtype, kv_heads)
+    factory = Factory(source, config, probe, first, dtype, kv_heads)
     with torch.no_grad():
         clean = _source_end(factory, probe)
         ends = {}

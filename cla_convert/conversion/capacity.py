@@ -66,15 +66,14 @@ class Capacity:
         for one in self.demands:
             row = (one.parameters, _KEPT[one.recomputed], _WHOLE[one.sharded_teacher] if one.needs.teacher else "-")
             rows.setdefault(row, {})[one.gpus] = f"{one.bytes / 2**30:.1f}"
-        columns = ["GPUs:", *map(str, numbers)]
         lines = [
-            f"training    GiB on each GPU, in passes of {self.train.micro_batch_size} x {self.train.sequence_length} "
-            f"tokens, {self.train.precision}; foreseen, not measured",
-            f"  {'trained':<11}{'activations':<13}{'teacher':<9}" + "".join(f"{word:>8}" for word in columns),
+            f"training    GiB on each of so many GPUs, in passes of {self.train.micro_batch_size} x "
+            f"{self.train.sequence_length} tokens, {self.train.precision}; foreseen, not measured",
+            f" {'trained':<10}{'activations':<12}{'teacher':<7}" + "".join(f"{number:>6}" for number in numbers),
         ]
         for (trained, activations, teacher), cells in rows.items():
-            line = "".join(f"{cells.get(number, '-'):>8}" for number in numbers)
-            lines.append(f"  {trained:<11}{activations:<13}{teacher:<9}{'':>8}{line}")
+            line = "".join(f"{cells.get(number, '-'):>6}" for number in numbers)
+            lines.append(f" {trained:<10}{activations:<12}{teacher:<7}{line}")
         return "\n".join(lines)
 
 
@@ -84,7 +83,7 @@ def capacity_of(model: str, recipe: Recipe, *, revision: str | None = None, gpus
     Raises InputError, UsageError if it cannot be converted so.
     """
     checkpoint = open_headers(model, revision=revision)
-    family, shape, _ = check_convertible(checkpoint)
+    family, shape, *_ = check_convertible(checkpoint)
     wanted = "cla2-keep-ends" if recipe.convert.sharing == "auto" else recipe.convert.sharing  # about as large
     student = cla_config(checkpoint.config, family, sharing_map(wanted, shape.kinds), "bfloat16")
     teacher = open_headers(recipe.train.teacher).config if recipe.train.teacher else checkpoint.config

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +11,10 @@ from ..console import progress
 from ..environment import peak_memory_bytes
 from ..errors import InputError
 from ..files import write_json
-from ..models.checkpoint import FLOATING, Checkpoint
-from ..models.export import write_sidecars
+from ..models.checkpoint import Checkpoint
 from ..models.fingerprint import fingerprint
+from ..models.headers import FLOATING
+from ..models.shipped import write_sidecars
 from ..models.tokenization import keep_tokenizer
 from ..models.writer import MANIFEST, ShardWriter, check_disk, check_output, publishing
 from ..version import __version__
@@ -58,7 +60,7 @@ def convert(
     check_output(out, overwrite=overwrite)
     check_disk(out.parent, plan.output_bytes + _spilled(plan, calibration))
     with publishing(out, overwrite=overwrite) as staging:
-        write_json(staging / "config.json", plan.config(checkpoint.config))
+        write_json(staging / "config.json", _config(plan, checkpoint))
         write_sidecars(checkpoint, plan.family, staging)
         tokenizer = keep_tokenizer(checkpoint.folder, staging)  # before the weights: it may refuse
         init, fewer = INITIALISATIONS.named(plan.init), plan.heads_each > 1
@@ -74,6 +76,12 @@ def convert(
         "seconds": round(time.monotonic() - started, 3),
         "peak_rss_bytes": peak_memory_bytes("cpu"),
     }
+
+
+def _config(plan: Plan, checkpoint: Checkpoint) -> dict[str, Any]:
+    """config.json of the output: of the whole model, if the source is more than a language model."""
+    config = plan.config(checkpoint.config)
+    return checkpoint.around.config_with(config) if checkpoint.around else config
 
 
 def manifest(
@@ -104,45 +112,67 @@ def _tensors(plan: Plan) -> Bar:
 def _write(
     plan: Plan, checkpoint: Checkpoint, patches: Iterator[LayerPatch], out: Path, max_shard_size: int
 ) -> list[GroupFit]:
-    """Write the output's tensors, in the plan's order; returns what calibration found."""
-    import torch
+    """Write the output's tensors, in the plan's order; returns what calibration found.
 
+    A thread writes a layer while the next one is computed.
+    """
     written = plan.written(checkpoint)
-    writer = ShardWriter(out, written, max_shard_size)
+    writer = ShardWriter(out, checkpoint.as_stored(written), max_shard_size)
+    writer.copy_others(checkpoint)
     fits: list[GroupFit] = []
-    layer, patch, fitted = None, None, dict[str, torch.Tensor]()
-    for tensor in plan.tensors:
-        if tensor.layer != layer:
-            layer, patch, fitted = tensor.layer, None, {}  # the last layer goes before the next needs the room
-            patch = next(patches, None)
-            fitted = patch.tensors if patch else {}
-            fits.extend([patch.fit] if patch and patch.fit else [])
-        tick("tensors")
-        if tensor.action == "drop":
-            continue
-        info, wanted = checkpoint.tensors[tensor.name], written[tensor.name].dtype
-        dtype = getattr(torch, FLOATING[wanted])
-        if tensor.name in fitted:
-            writer.add(tensor.name, fitted[tensor.name].to(dtype))
-        elif tensor.action == "pool":
-            writer.add(tensor.name, _pooled(tensor, checkpoint, plan).to(dtype))
-        elif info.dtype == wanted:  # untouched bytes need no torch
-            writer.copy(tensor.name, checkpoint.folder / info.file, info.start)
-        else:
-            writer.add(tensor.name, checkpoint.read(tensor.name).to(dtype))
+    layer, patch, writes = None, None, list[Future[None]]()
+    with ThreadPoolExecutor(1) as disk:
+        for tensor in plan.tensors:
+            if tensor.layer != layer:
+                layer, patch = tensor.layer, None
+                patch = next(patches, None)
+                fits.extend([patch.fit] if patch and patch.fit else [])
+                while writes:
+                    writes.pop(0).result()
+            tick("tensors")
+            if tensor.action != "drop":
+                fitted = patch.tensors.pop(tensor.name, None) if patch else None
+                dtype = written[tensor.name].dtype
+                writes.append(disk.submit(_write_one, tensor, fitted, dtype, plan, checkpoint, writer))
+                del fitted  # written, it goes
+        while writes:
+            writes.pop(0).result()
     writer.finish()
     return fits
+
+
+def _write_one(
+    tensor: TensorPlan, fitted: "Tensor | None", wanted: str, plan: Plan, checkpoint: Checkpoint, writer: ShardWriter
+) -> None:
+    """Write a tensor, `fitted` if calibration brought it, in the dtype `wanted`."""
+    import torch
+
+    info, dtype = checkpoint.tensors[tensor.name], getattr(torch, FLOATING[wanted])
+    name = checkpoint.stored_name(tensor.name)
+    if fitted is not None:
+        writer.add(name, fitted.to(dtype))
+    elif tensor.action == "pool":
+        writer.add(name, _pooled(tensor, checkpoint, plan).to(dtype))
+    elif info.dtype == wanted:  # untouched bytes need no torch
+        writer.copy(name, checkpoint.folder / info.file, info.start)
+    else:
+        writer.add(name, checkpoint.read(tensor.name).to(dtype))
 
 
 def _spilled(plan: Plan, calibration: CalibrationText | None) -> int:
     """Bytes of activations that will lie beside the output while it is made."""
     if calibration is None:
         return 0
-    from .streams import place_for, stream_dtype
+    import torch
 
-    itemsize = stream_dtype(calibration.device).itemsize
+    from .factories import devices_for
+    from .streams import places_for, stream_dtype
+
+    named = devices_for(calibration.device, plan.shape.hidden_size, len(calibration.tokens))
+    devices = [torch.device(device) for device in named]
+    itemsize = stream_dtype(devices[0]).itemsize
     needed = activation_bytes(plan.kv_source_layers, calibration.tokens.numel(), plan.shape.hidden_size, itemsize)
-    return 0 if place_for(calibration.device, needed) else needed
+    return 0 if places_for(devices, needed) else needed
 
 
 def _pooled(tensor: TensorPlan, checkpoint: Checkpoint, plan: Plan) -> "Tensor":

@@ -47,10 +47,6 @@ class Projections:
     v: Tensor
     o: Tensor
 
-    def to(self, device: torch.device) -> "Projections":
-        """The same on another device."""
-        return Projections(*(tensor.to(device) for tensor in (self.q, self.k, self.v, self.o)))
-
 
 @dataclass(frozen=True)
 class Moments:
@@ -125,19 +121,19 @@ def fit_group(
         [ridge_towards(weight, moments.owner, cross @ weight.T, strength) for weight in (member.k, member.v)]
         for member, cross in zip(members, moments.cross, strict=True)
     ]
-    keys, values = (torch.cat(parts).cpu() for parts in zip(*fitted, strict=True))
-    spread = (moments.owner - (1 - mean_weight) * moments.owner_mean.outer(moments.owner_mean)).cpu()
+    keys, values = (torch.cat(parts) for parts in zip(*fitted, strict=True))
+    spread = moments.owner - (1 - mean_weight) * moments.owner_mean.outer(moments.owner_mean)
     second = _second_moments(shape, members, moments, keys, values, spread)
     permutations = match_heads(partial(_pair_scores, second), len(members), shape.kv_heads, shared)
-    on_cpu = [member.to(torch.device("cpu")) for member in members]
-    return _assemble(second, on_cpu, keys, values, permutations, shape.kv_heads // shared)
+    return _assemble(second, members, keys, values, permutations, shape.kv_heads // shared)
 
 
 def _second_moments(
     shape: HeadShape, members: Sequence[Projections], moments: Moments, keys: Tensor, values: Tensor, spread: Tensor
 ) -> _Second:
     total, dim, rotary, half = len(members) * shape.kv_heads, shape.head_dim, shape.rotary_dim, shape.rotary_dim // 2
-    gram_k, gram_v = ((w @ spread @ w.T).view(total, dim, total, dim).transpose(1, 2) for w in (keys, values))
+    grams = ((w @ spread @ w.T).cpu() for w in (keys, values))
+    gram_k, gram_v = (gram.view(total, dim, total, dim).transpose(1, 2) for gram in grams)
     q_parts, o_parts = [], []
     for member, second in zip(members, moments.member, strict=True):
         heads = member.q.view(shape.kv_heads, shape.repeat, dim, -1)
@@ -153,14 +149,34 @@ def _second_moments(
     )
 
 
-def _fit_keys(second: _Second, heads: Sequence[int]) -> tuple[RotaryFit, BasisFit | None]:
+@dataclass(frozen=True)
+class _KeyFit:
+    """One shared key head."""
+
+    turning: RotaryFit
+    """Of the channels with RoPE."""
+    free: BasisFit | None
+    """Of the others, if there are any."""
+
+    @property
+    def energy(self) -> tuple[float, float]:
+        """Captured, and in all."""
+        parts = [part for part in (self.turning, self.free) if part is not None]
+        return sum(part.captured for part in parts), sum(part.total for part in parts)
+
+    def to(self, device: torch.device) -> "_KeyFit":
+        """The same on another device."""
+        return _KeyFit(self.turning.to(device), self.free and self.free.to(device))
+
+
+def _fit_keys(second: _Second, heads: Sequence[int]) -> _KeyFit:
     """Fit one shared key head for `heads` (indices into m): RoPE channels, and the free ones if any."""
     rotary, index = second.shape.rotary_dim, torch.tensor(heads)
     turning = fit_rotary(second.k_rotary[:, index][:, :, index], second.q_energy[:, index])
     if rotary == second.shape.head_dim:
-        return turning, None
+        return _KeyFit(turning, None)
     free = _stacked(second.k[:, :, rotary:, rotary:], index[None])[0]
-    return turning, fit_basis(free, *(list(part[index]) for part in second.q_roots))
+    return _KeyFit(turning, fit_basis(free, *(list(part[index]) for part in second.q_roots)))
 
 
 def _fit_values(second: _Second, heads: Sequence[int]) -> BasisFit:
@@ -203,14 +219,9 @@ def _channel_power(gram: Tensor, roots: Tensor, pairs: Tensor) -> tuple[Tensor, 
     return power[..., -1].sum(-1), power.sum((-1, -2))
 
 
-def _captured(fit: tuple[RotaryFit, BasisFit | None]) -> tuple[float, float]:
-    parts = [part for part in fit if part is not None]
-    return sum(part.captured for part in parts), sum(part.total for part in parts)
-
-
 def _assemble(
     second: _Second,
-    members: list[Projections],
+    members: Sequence[Projections],
     keys: Tensor,
     values: Tensor,
     permutations: list[tuple[int, ...]],
@@ -225,21 +236,22 @@ def _assemble(
     for first in range(0, shape.kv_heads, each):
         places = [(b, place) for b in range(len(members)) for place in range(first, first + each)]
         index = [b * shape.kv_heads + permutations[b][place] for b, place in places]
-        key_fit, value_fit = _fit_keys(second, index), _fit_values(second, index)
+        key_fit, value_fit = _fit_keys(second, index).to(keys.device), _fit_values(second, index).to(keys.device)
         shared_k.append(_shared_key(shape, key_heads[index], key_fit))
         shared_v.append(value_fit.basis.T @ value_heads[index].flatten(0, 1))
-        k_energy += _captured(key_fit)
+        k_energy += key_fit.energy
         v_energy += value_fit.captured, value_fit.total
         for i, (b, place) in enumerate(places):
             _fold(shape, members[b], results[b], permutations[b][place], place, i, key_fit, value_fit)
     results[0] = replace(results[0], k=torch.cat(shared_k), v=torch.cat(shared_v))
-    return ClosedForm(results, permutations, float(k_energy[0] / k_energy[1]), float(v_energy[0] / v_energy[1]))
+    captured = (float(part / whole) if whole else 1.0 for part, whole in (k_energy, v_energy))  # of nothing, all
+    return ClosedForm(results, permutations, *captured)
 
 
-def _shared_key(shape: HeadShape, heads: Tensor, fit: tuple[RotaryFit, BasisFit | None]) -> Tensor:
+def _shared_key(shape: HeadShape, heads: Tensor, fit: _KeyFit) -> Tensor:
     """Rows [D, p] of the shared W_K, from the members' heads [n, D, p]."""
-    turning, free = fit
-    rows = [mix_rotary(head[: shape.rotary_dim], turning.mix[:, b]) for b, head in enumerate(heads)]
+    free = fit.free
+    rows = [mix_rotary(head[: shape.rotary_dim], fit.turning.mix[:, b]) for b, head in enumerate(heads)]
     shared = torch.stack(rows).sum(0)
     return shared if free is None else torch.cat([shared, free.basis.T @ heads[:, shape.rotary_dim :].flatten(0, 1)])
 
@@ -251,14 +263,14 @@ def _fold(
     old_head: int,
     place: int,
     i: int,
-    key_fit: tuple[RotaryFit, BasisFit | None],
+    key_fit: _KeyFit,
     value_fit: BasisFit,
 ) -> None:
     """Write a member's query heads of KV head `old_head`, the i-th of the fits, re-based, to their new `place`.
 
     Places are counted in KV heads of the source: those of a shared head follow each other, as attention expects it.
     """
-    turning, free = key_fit
+    turning, free = key_fit.turning, key_fit.free
     for r in range(shape.repeat):
         source, target = (_channels(shape, head * shape.repeat + r) for head in (old_head, place))
         rows = old.q[source]

@@ -9,12 +9,13 @@ from torch import Tensor
 from ..bars import tick
 from ..effort import Effort
 from .attention_weights import AttentionWeights, has_biases, with_norms
-from .blocks import Block, Factory
+from .blocks import Block
+from .factories import Factories
 from .group_fit import ClosedForm, Moments, fit_group
 from .layer_patch import GroupFit
 from .reconstruction import Member, reconstruct_group
 from .source_streams import SourceStreams
-from .streams import SecondMoment, batches
+from .streams import SecondMoment, Stream, batches
 
 _SAMPLE = 4096
 """Tokens that the gains of norms are fitted to and judged by, half of them each."""
@@ -23,10 +24,11 @@ _SAMPLE = 4096
 class Pooler:
     """Pools groups of one model towards one teacher."""
 
-    def __init__(self, factory: Factory, teacher: SourceStreams, effort: Effort, seed: int) -> None:
-        self._factory, self._teacher, self._effort, self._seed = factory, teacher, effort, seed
+    def __init__(self, factories: Factories, teacher: SourceStreams, effort: Effort, seed: int) -> None:
+        self._factories, self._factory, self._teacher = factories, factories.first, teacher
+        self._effort, self._seed = effort, seed
 
-    def pool(self, group: Sequence[int], student: Tensor) -> tuple[dict[int, dict[str, Tensor]], GroupFit]:
+    def pool(self, group: Sequence[int], student: Stream) -> tuple[dict[int, dict[str, Tensor]], GroupFit]:
         """New attention weights per layer (a consumer has no k and v), by their name inside the layer."""
         tick("matching", 0, f"{_named(group)}: closed form")
         self._teacher.upto(group[-1])
@@ -35,62 +37,73 @@ class Pooler:
         permutations = dict(zip(group, closed.permutations, strict=True))
         return decided, GroupFit(tuple(group), permutations, closed.captured_k, closed.captured_v, mismatch, error)
 
-    def _closed_form(self, group: Sequence[int], student: Tensor) -> tuple[list[Block], ClosedForm, float | None]:
-        """Blocks ready to be matched. All float64 ends with this call; float32 is read twice, for want of room."""
+    def _closed_form(self, group: Sequence[int], student: Stream) -> tuple[list[list[Block]], ClosedForm, float | None]:
+        """Blocks ready to be matched, of each layer one on each device.
+
+        All float64 ends with this call; float32 is read twice, for want of room.
+        """
         weights = {layer: self._factory.read_layer(layer, mlp=False) for layer in group}
-        blocks = [self._factory.build(layer, weights[layer]) for layer in group]
+        everywhere = [self._factories.build(layer, weights[layer]) for layer in group]
+        blocks = [on[0] for on in everywhere]
         sources = [AttentionWeights.of(block, weights[layer]) for block, layer in zip(blocks, group, strict=True)]
         with_bias = has_biases(weights[group[0]], f"{blocks[0].family.attention}.")
         del weights
-        moments = self._moments(blocks, group, with_bias, student)
+        moments = self._moments(everywhere, group, with_bias, student)
+        del everywhere
         linear = [source.linear(second) for source, second in zip(sources, moments.member, strict=True)]
         shape = self._factory.head_shape(group[0])
         closed = fit_group(shape, linear, moments, kv_heads=self._factory.kv_heads)
-        new, error = [AttentionWeights(wanted.to(moments.owner.device), {}) for wanted in closed.members], None
+        new, error = [AttentionWeights(wanted, {}) for wanted in closed.members], None
         if sources[0].norms:
             wanted = [weights.projections for weights in new]
             samples = self._samples(blocks, group, with_bias, student)
             new, error = with_norms(sources, wanted, closed.permutations, moments.member, *samples, shape)
         ready = [
-            self._factory.build(layer, old | attention.tensors(block, old, order), group, training=True)
+            self._factories.build(layer, old | attention.tensors(block, old, order), group, training=True)
             for layer, block, attention, order in zip(group, blocks, new, closed.permutations, strict=True)
             for old in [self._factory.read_layer(layer, mlp=False)]
         ]
         return ready, replace(closed, members=[]), error
 
     def reconstruct(
-        self, blocks: Sequence[Block], group: Sequence[int], student: Tensor
+        self, blocks: Sequence[Sequence[Block]], group: Sequence[int], student: Stream
     ) -> tuple[dict[int, dict[str, Tensor]], float]:
-        """Match blocks to the teacher; consumers read the teacher's stream, the owner the student's."""
+        """Match blocks (of each layer one on each device) to the teacher's.
+
+        Consumers read the teacher's stream, the owner the student's.
+        """
         inputs = [student, *(self._teacher.inputs[layer] for layer in group[1:])]
         targets = [self._teacher.residuals[layer] for layer in group]
         members = [Member(*parts) for parts in zip(blocks, inputs, targets, strict=True)]
         mismatch = reconstruct_group(members, self._effort, seed=self._seed + group[0], name=_named(group))
-        trained = [{name: p.data for name, p in block.trainable().items()} for block in blocks]
+        trained = [{name: p.data for name, p in first.trainable().items()} for first, *_ in blocks]
         return dict(zip(group, trained, strict=True)), mismatch
 
-    def _moments(self, blocks: Sequence[Block], group: Sequence[int], with_bias: bool, student: Tensor) -> Moments:
+    def _moments(
+        self, blocks: Sequence[Sequence[Block]], group: Sequence[int], with_bias: bool, student: Stream
+    ) -> Moments:
         """Moments of the normed inputs: the owner's in the student, the members' in the teacher."""
         own, mean = SecondMoment(), SecondMoment()
         cross, member = [SecondMoment() for _ in blocks], [SecondMoment() for _ in blocks]
-        for part in batches(student, self._factory.batch):
-            x = _append_one(blocks[0].norm_in(self._factory.load(student[part])), with_bias)
+        for part in batches(student, self._factories.batch):
+            here = [on[part.device] for on in blocks]
+            x = _append_one(here[0].norm_in(self._factories.load(student, part)), with_bias)
             own.add(x, x)
             mean.add(x, torch.ones_like(x[..., :1]))
-            for i, (layer, block) in enumerate(zip(group, blocks, strict=True)):
-                y = _append_one(block.norm_in(self._factory.load(self._teacher.inputs[layer][part])), with_bias)
+            for i, (layer, block) in enumerate(zip(group, here, strict=True)):
+                y = _append_one(block.norm_in(self._factories.load(self._teacher.inputs[layer], part)), with_bias)
                 cross[i].add(x, y)
                 member[i].add(y, y)
         return Moments(own.value, mean.value[:, 0], [c.value for c in cross], [m.value for m in member])
 
     def _samples(
-        self, blocks: Sequence[Block], group: Sequence[int], with_bias: bool, student: Tensor
+        self, blocks: Sequence[Block], group: Sequence[int], with_bias: bool, student: Stream
     ) -> tuple[Tensor, list[Tensor]]:
         """Normed inputs of some tokens, float64 [n, p]: the owner's in the student, the members' in the teacher."""
-        rows = -(-_SAMPLE // student.shape[1])
+        rows = torch.arange(min(student.shape[0], -(-_SAMPLE // student.shape[1])))
         streams = [student, *(self._teacher.inputs[layer] for layer in group)]
         own, *members = [
-            block.norm_in(self._factory.load(stream[:rows])).double().flatten(0, 1)[:_SAMPLE]
+            block.norm_in(self._factory.load(stream.rows(rows, block.device))).double().flatten(0, 1)[:_SAMPLE]
             for block, stream in zip([blocks[0], *blocks], streams, strict=True)
         ]
         return _append_one(own, with_bias), [_append_one(member, with_bias) for member in members]

@@ -31,7 +31,8 @@ def match_heads(score: Score, members: int, heads: int, shared: int) -> list[tup
             continue
         scores = score(torch.cartesian_prod(numbers, numbers + member * heads)).view(heads, heads)
         joint = scores[owner].unflatten(0, (shared, each)).sum(1).repeat_interleave(each, 0)
-        orders.append(tuple(map(int, linear_sum_assignment(joint.numpy(), maximize=True)[1])))
+        found = linear_sum_assignment(joint.numpy(), maximize=True)[1].reshape(shared, each)
+        orders.append(tuple(map(int, np.sort(found).flat)))  # whoever sits on one head may do so in any order
     return orders
 
 

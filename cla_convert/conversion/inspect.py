@@ -3,13 +3,15 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ..console import human_bytes, human_count
+from ..console import command, human_bytes, human_count
 from ..errors import ClaError, InputError
-from ..models.checkpoint import ELEMENT_SIZE, FLOATING, Checkpoint, TensorInfo
+from ..models.checkpoint import Checkpoint
+from ..models.headers import ELEMENT_SIZE, FLOATING, TensorInfo
 from ..models.kinds import SLIDING, has_kv
 from ..models.shape import AttentionShape, owners_of, shape_of
 from ..models.source import open_headers
 from ..recipe import Convert
+from ..tables import table
 from .kv_heads import possible_heads
 from .pattern import PATTERNS
 from .shared_already import language_config, render_sharing, sharing, stored_rows
@@ -37,6 +39,7 @@ def inspect_model(model: str, *, revision: str | None = None) -> dict[str, Any]:
         "reason": reason,
         "dtype": FLOATING.get(largest.dtype, largest.dtype),
         "parameters": sum(info.numel for info in checkpoint.tensors.values()),
+        "whole": _whole(checkpoint),
     }
     try:
         shape = shape_of(checkpoint.config if reason is None else language_config(checkpoint.config))
@@ -47,11 +50,27 @@ def inspect_model(model: str, *, revision: str | None = None) -> dict[str, Any]:
         return description | dict.fromkeys(_ATTENTION_KEYS) | {"layer_kinds": {}, "kv_head_counts": [], "patterns": {}}
 
 
-def render(result: dict[str, Any], more: str = "") -> str:
-    """The description for a person, with `more` before what to do next."""
+def _whole(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """What stands around the language model, which all else is about; None for a model that only reads."""
+    if not (outside := checkpoint.around):
+        return None
+    return {
+        "model_type": outside.config["model_type"],
+        "name": outside.whole.name,
+        "architectures": outside.config.get("architectures"),
+        "tensors": len(checkpoint.others),
+        "parameters": sum(info.numel for info in checkpoint.others.values()),
+    }
+
+
+def render(result: dict[str, Any], more: str = "", width: int = 80) -> str:
+    """The description for a person whose screen has so many columns, with `more` before what to do next."""
     count = human_count(result["parameters"])
     what = f"{result['model']}: {result['model_type']}, {count} parameters in {result['dtype']}"
     lines = [what, "supported   yes"] if result["supported"] else [f"supported: no. {result['reason']}", what]
+    if whole := result["whole"]:
+        others = f"{whole['tensors']} other tensors ({human_count(whole['parameters'])} parameters)"
+        lines.insert(1, f"inside      {whole['name']} ({whole['model_type']}), whose {others} stay as they are")
     if result["num_layers"] is None:
         return "\n".join(lines)
     kinds = ", ".join(f"{count} {kind}" for kind, count in result["layer_kinds"].items())
@@ -59,7 +78,7 @@ def render(result: dict[str, Any], more: str = "") -> str:
         f"layers      {result['num_layers']} ({kinds})",
         f"heads       {result['num_attention_heads']} query / {result['num_key_value_heads']} KV"
         f" of {result['head_dim']} channels",
-        f"KV cache    {_bytes(result).strip()}",
+        f"KV cache    {_bytes(result)}",
     ]
     if state := result["state_bytes"]:
         without = sum(count for kind, count in result["layer_kinds"].items() if not has_kv(kind))
@@ -71,20 +90,30 @@ def render(result: dict[str, Any], more: str = "") -> str:
     if window := result["sliding_window"]:
         lines.append(f"            sliding layers keep only their window: {window} tokens, then they stop growing")
     default = Convert.model_fields["sharing"].default
-    for name, pattern in result["patterns"].items():
-        less = result["kv_bytes_per_token"] / pattern["kv_bytes_per_token"]
-        mark = "  (the default)" if name == default else ""
-        lines.append(f"  {name:<18}{_bytes(pattern)}, {pattern['kv_layers']} KV layers, {less:.2f}x smaller{mark}")
+    lines += [_choices(result, default, width)] if result["patterns"] else []
     if fewer := result["kv_head_counts"]:
         counts = ", ".join(f"{count}: {result['num_key_value_heads'] // count}x" for count in reversed(fewer))
-        lines.append(f"  --kv-heads        {counts} smaller, with any of these patterns or alone (cla1)")
+        lines.append(f"--kv-heads  {counts} smaller, with any of these patterns or alone (cla1)")
     if chosen := result["patterns"].get(default):
         before, after = (human_bytes(_SEQUENCES * _sequence_bytes(cache, window)) for cache in (result, chosen))
         lines.append(f"at {_SEQUENCES} contexts of {_CONTEXT} tokens: {before} -> {after} of KV cache with {default}")
     lines += [more] if more else []
     if result["supported"]:
-        lines.append(f"next        cla-convert convert {result['model']} OUT")
+        lines.append(f"next        {command('convert', result['model'], 'OUT')}")
     return "\n".join(lines)
+
+
+def _choices(result: dict[str, Any], default: str, width: int) -> str:
+    """The patterns, and what each saves."""
+    windowed = result["kv_bytes_per_token_beyond_window"] != result["kv_bytes_per_token"]
+    titles = ["sharing", "KV layers", "bytes per token", *["beyond the window"] * windowed, "smaller"]
+    rows = []
+    for name, pattern in result["patterns"].items():
+        less = result["kv_bytes_per_token"] / pattern["kv_bytes_per_token"]
+        counted = ("kv_layers", "kv_bytes_per_token", *["kv_bytes_per_token_beyond_window"] * windowed)
+        mark = " (default)" if name == default else ""
+        rows.append([name, *(str(pattern[key]) for key in counted), f"{less:.2f}x{mark}"])
+    return table(titles, rows, numbers=[title not in ("sharing", "smaller") for title in titles], width=width)
 
 
 _CONTEXT, _SEQUENCES = 8192, 32
@@ -163,4 +192,4 @@ def _cache(shape: AttentionShape, sources: Iterable[int | None], per_layer: Sequ
 
 def _bytes(cache: dict[str, Any]) -> str:
     early, late = cache["kv_bytes_per_token"], cache["kv_bytes_per_token_beyond_window"]
-    return f"{early:>8} bytes per token" + (f", {late} beyond the window" if late != early else "")
+    return f"{early} bytes per token" + (f", {late} beyond the window" if late != early else "")

@@ -7,7 +7,7 @@ k_bf ~ scale_bf s_f, if its query turns into conj(scale_bf) q_f. CommVQ (arXiv 2
 codebooks; RoRoPE (TransMLA, arXiv 2502.07864) the real rotations across heads.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,6 +25,10 @@ class RotaryFit:
     """Query-weighted key energy that the shared channel reproduces."""
     total: float
     """Query-weighted key energy of all members."""
+
+    def to(self, device: torch.device) -> "RotaryFit":
+        """The same on another device."""
+        return replace(self, mix=self.mix.to(device), scale=self.scale.to(device))
 
 
 def rotary_gram(gram: Tensor, rotary_dim: int) -> Tensor:
@@ -53,6 +57,8 @@ def fit_rotary(gram: Tensor, energy: Tensor) -> RotaryFit:
     weight = energy.clamp_min(1e-6 * energy.max().clamp_min(1e-30))
     power, vectors = torch.linalg.eigh(weight[:, :, None] * gram * weight[:, None, :])
     top = vectors[..., -1]
+    phase = torch.sgn(top[..., :1])  # an eigenvector has any: here the first member's is 1, whatever rounding did
+    top = top * phase.where(phase != 0, torch.ones_like(phase)).conj()
     scale = top.conj() / weight
     size = scale.abs().square().mean(1, keepdim=True).sqrt()
     return RotaryFit(weight * top * size, scale / size, power[:, -1].sum().item(), power.sum().item())

@@ -1,28 +1,28 @@
 """What a conversion will do, from headers only: `--dry-run` prints it, `convert` executes the same object."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..console import human_bytes, human_count
-from ..models.checkpoint import ELEMENT_SIZE, FLOATING, Checkpoint, TensorInfo
+from ..models.checkpoint import Checkpoint
 from ..models.export import cla_config
 from ..models.families import Family
-from ..models.fit import check_converted
+from ..models.fit import check_converted, kept_in_float32
+from ..models.headers import ELEMENT_SIZE, FLOATING, TensorInfo
 from ..models.shape import AttentionShape, long_cache, owners_of
 from .auto import Choice
-from .initialisation import INITIALISATIONS, Initialisation
+from .initialisation import INITIALISATIONS
 from .kv_heads import check_kv_heads
 from .sharing import Sharing, activation_bytes, groups_of, picture, sharing_map
 from .supported import check_convertible
 from .tensor_plan import TensorPlan
+from .tensors import cast, fitted, plan_tensors
 
 _PROGRAM = 450_000_000
 """Memory of Python, torch and transformers."""
 _SINGLE, _SHARDS = "model.safetensors", "model-*-of-*.safetensors"
-_COMPUTED = "rotary_emb.inv_freq"
-"""Ends the names of tensors that old checkpoints store and transformers computes."""
 _DTYPES = {name: code for code, name in FLOATING.items()}
 
 
@@ -42,8 +42,6 @@ class Plan:
     tensors: list[TensorPlan]
     dtype: str
     """Dtype of the projections written, as torch names it."""
-    cast: bool
-    """Whether all tensors get this dtype; else each keeps the one that it has."""
     kv_bytes_per_token: dict[str, int]
     state_bytes: int
     """What layers without attention keep of a text, however long; 0 except in hybrids. It stays as it is."""
@@ -51,9 +49,14 @@ class Plan:
     output_bytes: int
     memory_bytes: int
     """Estimate of the peak: the program, what is pooled or fitted at a time, the activations of calibrated pooling."""
+    left_out: list[str]
+    """What of the checkpoint is in no output, in sentences."""
     warnings: list[str]
+    """Those, and what else should be known before."""
     choice: Choice | None = None
     """What `sharing: auto` measured."""
+    whole: str = ""
+    """What the language model is a part of, in words; empty for a model that only reads."""
     long_cache: dict[str, int] | None = None
     """Of models with sliding windows, see models/shape.py."""
 
@@ -74,10 +77,7 @@ class Plan:
 
     def written(self, checkpoint: Checkpoint) -> dict[str, TensorInfo]:
         """Names, dtypes and shapes of the output's tensors, in order."""
-        infos = {t.name: _written(t, checkpoint.tensors[t.name]) for t in self.tensors if t.action != "drop"}
-        if not self.cast:
-            return infos
-        return {name: replace(info, dtype=_DTYPES[self.dtype]) for name, info in infos.items()}
+        return {t.name: t.written(checkpoint.tensors[t.name]) for t in self.tensors if t.action != "drop"}
 
     def count(self, action: str) -> int:
         """Number of tensors with this action."""
@@ -110,6 +110,7 @@ class Plan:
             "tensors": {action: self.count(action) for action in ("keep", "pool", "fit", "drop")},
             "output_bytes": self.output_bytes,
             "memory_bytes": self.memory_bytes,
+            "left_out": self.left_out,
             "warnings": self.warnings,
             **({"auto": self.choice.to_json()} if self.choice else {}),
         }
@@ -121,6 +122,7 @@ class Plan:
         lines = [
             f"source      {self.source} ({self.shape.model_type}, {self.shape.num_layers} layers, "
             f"{self.shape.num_attention_heads} query / {self.shape.num_key_value_heads} KV heads)",
+            *([f"inside      {self.whole}"] if self.whole else []),
             f"sharing     {self.sharing}: {owners} of {_layers(self.shape)} own their K/V, init {self.init}",
             *(f"            {line}" for line in picture(self.kv_source_layers).splitlines()),
             *([f"heads       {self.heads_each} KV heads of a layer become one"] if self.heads_each > 1 else []),
@@ -151,21 +153,26 @@ def make_plan(
         InputError: the model cannot be converted (`check_convertible`).
         UsageError: the sharing, or the number of KV heads, is unknown or impossible for this model.
     """
-    family, shape, unused = check_convertible(checkpoint)
+    family, shape, unused, ahead = check_convertible(checkpoint)
     sources = sharing_map(sharing, shape.kinds)
     kv_heads = check_kv_heads(kv_heads, family, shape)
     after, each = replace(shape, num_key_value_heads=kv_heads), shape.num_key_value_heads // kv_heads
     start = INITIALISATIONS.named(init)
     first = 0 if each > 1 else min((group[0] for group in groups_of(sources) if group[1:]), default=len(sources))
-    tensors = _fitted(_plan_tensors(checkpoint, family, shape, each, sources, unused), family, first, start)
+    tensors = fitted(plan_tensors(checkpoint, family, shape, each, sources, unused), family, first, start)
     source_dtype = checkpoint.tensors[family.tensor(shape.kv_layers[0], "k_proj")].dtype
     out_dtype = FLOATING[source_dtype] if dtype == "auto" else dtype
+    config = cla_config(checkpoint.config, family, sources, out_dtype, kv_heads if each > 1 else None)
+    if dtype != "auto":
+        names = {t.name: checkpoint.tensors[t.name] for t in tensors if t.action != "drop"}
+        tensors = cast(tensors, _DTYPES[dtype], kept_in_float32(family, config, names, dtype))
     size = ELEMENT_SIZE[_DTYPES[out_dtype]]
-    written = {t.name: _written(t, checkpoint.tensors[t.name]) for t in tensors if t.action != "drop"}
+    written = {t.name: t.written(checkpoint.tensors[t.name]) for t in tensors if t.action != "drop"}
+    check_converted(family, config, written)
     sidecars = sum(file.stat().st_size for file in checkpoint.sidecars)
     working = start.working_bytes(checkpoint, family, sources, tensors)
     streams = activation_bytes(sources, calibration_tokens if start.needs_text else 0, shape.hidden_size)
-    plan = Plan(
+    return Plan(
         source=checkpoint.folder,
         family=family,
         shape=shape,
@@ -175,7 +182,6 @@ def make_plan(
         kv_source_layers=sources,
         tensors=tensors,
         dtype=out_dtype,
-        cast=dtype != "auto",
         kv_bytes_per_token={
             "before": shape.kv_bytes_per_token(size),
             "after": after.kv_bytes_per_token(size, len(owners_of(sources))),
@@ -185,70 +191,30 @@ def make_plan(
             "before": sum(info.numel for name, info in checkpoint.tensors.items() if name not in unused),
             "after": sum(info.numel for info in written.values()),
         },
-        output_bytes=sum(i.nbytes if dtype == "auto" else i.numel * size for i in written.values()) + sidecars + 10**6,
+        output_bytes=sum(info.nbytes for info in written.values())
+        + sum(info.nbytes for info in checkpoint.others.values())
+        + sidecars
+        + 10**6,
         memory_bytes=_PROGRAM + working + streams,
-        warnings=_warnings(checkpoint, shape, each, sources, unused),
+        left_out=(left_out := _left_out(shape.model_type, unused - ahead, ahead)),
+        warnings=[*left_out, *_warnings(checkpoint, shape, each, sources)],
         choice=choice,
+        whole=_whole(checkpoint),
         long_cache=long_cache(checkpoint.config, size, sources, (shape.num_key_value_heads, after.num_key_value_heads)),
     )
-    check_converted(family, plan.config(checkpoint.config), plan.written(checkpoint))
-    return plan
+
+
+def _whole(checkpoint: Checkpoint) -> str:
+    if not (outside := checkpoint.around):
+        return ""
+    others = human_bytes(sum(info.nbytes for info in checkpoint.others.values()))
+    return f"{outside.whole.name}, whose other {len(checkpoint.others)} tensors ({others}) are copied as they are"
 
 
 def _sharing_name(sharing: Sharing, choice: Choice | None) -> str:
     if choice:
         return f"auto, at most {choice.kv_budget:.0%} of the KV cache"
     return sharing if isinstance(sharing, str) else "by hand"
-
-
-def _plan_tensors(
-    checkpoint: Checkpoint,
-    family: Family,
-    shape: AttentionShape,
-    each: int,
-    sources: list[int | None],
-    unused: set[str],
-) -> list[TensorPlan]:
-    """One entry per tensor of the source: first those outside the layers, then layer by layer.
-
-    `each` KV heads become one, in what has rows for each head: the gain of a norm may have one for all.
-    """
-    rows = shape.projection_rows["k_proj"]
-    groups = {group[0]: group for group in groups_of(sources)}
-    tensors = []
-    for name in checkpoint.tensors:
-        place = family.place(name)
-        layer = place.layer if place else None
-        heads = each if checkpoint.tensors[name].shape[:1] == (rows,) else 1
-        if name.endswith(_COMPUTED) or name in unused:
-            tensors.append(TensorPlan(name, layer, "drop"))
-        elif place is None or place.module not in family.kv_modules:
-            tensors.append(TensorPlan(name, layer, "keep"))
-        elif sources[place.layer] != place.layer:
-            tensors.append(TensorPlan(name, layer, "drop"))
-        elif len(groups[place.layer]) == heads == 1:
-            tensors.append(TensorPlan(name, layer, "keep"))
-        else:
-            members = tuple(family.tensor(member, place.module, place.part) for member in groups[place.layer])
-            tensors.append(TensorPlan(name, layer, "pool", members, heads))
-    return sorted(tensors, key=lambda tensor: -1 if tensor.layer is None else tensor.layer)
-
-
-def _written(tensor: TensorPlan, stored: TensorInfo) -> TensorInfo:
-    """A tensor as it will be, in the dtype that it has."""
-    return stored if tensor.heads == 1 else replace(stored, shape=(stored.shape[0] // tensor.heads, *stored.shape[1:]))
-
-
-def _fitted(tensors: list[TensorPlan], family: Family, first: int, init: Initialisation) -> list[TensorPlan]:
-    """The same with what the initialisation fits, in every layer from the first pooled one on."""
-    modules = init.fitted(family)
-
-    def refit(tensor: TensorPlan) -> TensorPlan:
-        place = family.place(tensor.name)
-        changes = place is not None and place.layer >= first and place.module in modules
-        return replace(tensor, action="fit") if changes and tensor.action != "drop" else tensor
-
-    return [refit(tensor) for tensor in tensors]
 
 
 def _layers(shape: AttentionShape) -> str:
@@ -261,16 +227,28 @@ def _state(plan: Plan) -> str:
     return f"{plan.state_bytes} bytes of {without} layers without attention, which stay as they are"
 
 
-def _warnings(
-    checkpoint: Checkpoint, shape: AttentionShape, each: int, sources: list[int | None], unused: set[str]
-) -> list[str]:
-    warnings = []
-    if unused:
-        names = ", ".join(sorted(unused)[:3]) + (", ..." if len(unused) > 3 else "")
-        warnings.append(
-            f"{len(unused)} tensors are dropped, because a {shape.model_type} with this config.json has no place for "
-            f"them (transformers would not load them either): {names}"
+def _left_out(model_type: str, unused: set[str], ahead: frozenset[str]) -> list[str]:
+    """Which tensors no output has, and why."""
+    found = []
+    if ahead:
+        found.append(
+            f"{len(ahead)} tensors that guess tokens further ahead (multi-token prediction) are dropped, as "
+            f"transformers drops them: what is generated is the same, but they cannot speed it up: {_some(ahead)}"
         )
+    if unused:
+        found.append(
+            f"{len(unused)} tensors are dropped, because a {model_type} with this config.json has no place for "
+            f"them (transformers would not load them either): {_some(unused)}"
+        )
+    return found
+
+
+def _some(names: Collection[str]) -> str:
+    return ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _warnings(checkpoint: Checkpoint, shape: AttentionShape, each: int, sources: list[int | None]) -> list[str]:
+    warnings = []
     if {info.file for info in checkpoint.tensors.values()} == {_SINGLE} and any(checkpoint.folder.glob(_SHARDS)):
         warnings.append(f"the folder holds {_SINGLE} and shards beside it: {_SINGLE} is read, as transformers does")
     if "auto_map" in checkpoint.config:

@@ -18,7 +18,9 @@ from torch import Tensor
 from ..effort import Effort
 from ..errors import InputError
 from ..models.scoring import kl, log_probabilities, nll, positions_at_a_time
+from ..models.shape import shape_of
 from .blocks import Factory, SharedKV
+from .factories import Factories, devices_for
 from .group_pooling import Pooler
 from .search import candidate_groups
 from .skeleton import Source
@@ -80,7 +82,7 @@ def measure_sensitivity(
     tokens: Tensor,
     *,
     search: Search | None = None,
-    device: str = "cpu",
+    device: str | Sequence[str] = "cpu",
     seed: int = 0,
     spill: Path | None = None,
     kv_heads: int | None = None,
@@ -95,7 +97,8 @@ def measure_sensitivity(
         kinds: attention kind of each layer.
         tokens: int64 [rows, T] of calibration text, rows in random order.
         search: how thoroughly; default by device.
-        device: where layers run.
+        device: where layers run; or several, which share the rows that candidates are fitted to. What measures them
+            runs on the first.
         seed: of the order of rows.
         spill: folder for activations that memory has no room for.
         kv_heads: what pooled layers will have; default: as many as the source's.
@@ -103,15 +106,17 @@ def measure_sensitivity(
     Raises:
         InputError: the family is not supported, there is too little text, or the disk of `spill` is full.
     """
-    search = search or Search.default(device)
+    search = search or Search.default(device if isinstance(device, str) else device[0])
     fit, probe = search.split(tokens)
-    factory = Factory(source, config, tokens, device, kv_heads=kv_heads)
+    devices = devices_for(device, shape_of(config).hidden_size, len(fit))
+    factory = Factory(source, config, tokens, devices[0], kv_heads=kv_heads)
+    factories = Factories(factory, devices)
     groups = candidate_groups(kinds, search.largest, 1 if factory.pools_heads else 2)
     streams = 10 * fit.numel() + len(groups) * probe.numel()
-    store = Store.choose(device, streams * factory.config.hidden_size * 4, spill)
+    store = Store.choose(factories.devices, streams * factory.config.hidden_size * 4, spill)
     with torch.no_grad():
-        teacher = SourceStreams(factory, fit, store)
-        race = _Race(factory, Pooler(factory, teacher, search.effort, seed), teacher, probe, store)
+        teacher = SourceStreams(factories, fit, store)
+        race = _Race(factory, Pooler(factories, teacher, search.effort, seed), teacher, probe, store)
         for layer in range(len(kinds)):
             race.step(layer, [group for group in groups if group[0] == layer])
         return race.finish()
@@ -133,8 +138,8 @@ class _Race:
         self._teacher.upto(layer)
         for group in starting:
             self._weights[group], _ = self._pooler.pool(group, self._teacher.inputs[layer])
-            self._streams[group], self._shared[group] = self._store.empty(*self._clean.shape, dtype=torch.float32), {}
-            self._streams[group].copy_(self._clean)
+            (stream,) = self._store.whole(*self._clean.shape, dtype=torch.float32).shares
+            self._streams[group], self._shared[group] = stream.copy_(self._clean), {}
         weights = self._factory.read_layer(layer)
         unchanged = self._factory.passage(layer, weights)
         for group, stream in self._streams.items():

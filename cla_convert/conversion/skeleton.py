@@ -16,6 +16,8 @@ from ..models.classes import cla_classes
 from ..models.export import IMPLEMENTATIONS, fill_computed
 from ..models.families import family_of
 
+_ROWS = 8192
+"""Of the embedding, read at a time."""
 _NOT_SETTINGS = {"model_type", "kv_source_layers", "quantization_config", *IMPLEMENTATIONS}
 
 
@@ -32,8 +34,8 @@ class Source(Protocol):
         """Everything the checkpoint holds, by name."""
         ...
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU."""
+    def read(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """One tensor, or some rows of it that follow each other, on the CPU."""
         ...
 
 
@@ -113,8 +115,16 @@ class Skeleton:
         names = self._model.state_dict().keys() & self.source.tensors.keys() - {embedding, head}
         weights = {name: self.source.read(name).to(self.device, torch.float32) for name in sorted(names)}
         self._model.load_state_dict(weights, strict=False, assign=True)
-        rows = self.source.read(embedding)[self._known]
-        self._embedding.weight, self._embedding.padding_idx = _frozen(rows.to(self.device, torch.float32)), None
+        rows = self._rows_of_known(embedding).to(self.device, torch.float32)
+        self._embedding.weight, self._embedding.padding_idx = _frozen(rows), None
+
+    def _rows_of_known(self, name: str) -> Tensor:
+        """Rows of the tokens that occur, read in blocks: all of a large vocabulary may be more than a layer."""
+        blocks = []
+        for start in range(0, int(self._known[-1]) + 1, _ROWS):
+            here = self._known[(self._known >= start) & (self._known < start + _ROWS)] - start
+            blocks.append(self.source.read(name, slice(start, start + _ROWS))[here])
+        return torch.cat(blocks)
 
 
 def _frozen(weight: Tensor) -> nn.Parameter:

@@ -1,14 +1,16 @@
 """Whether a model can be converted, from headers alone: `inspect` tells it, a plan insists on it."""
 
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..errors import InputError
-from ..models.checkpoint import FLOATING, Checkpoint
+from ..models.checkpoint import Checkpoint
 from ..models.families import Family, family_of
+from ..models.headers import FLOATING
 from ..models.kinds import FULL, NOPE, SLIDING, STATES
 from ..models.shape import AttentionShape, shape_of
 
+_MTP = re.compile(r"(model\.)?mtp[._]")
 _BUFFERS = re.compile(r"(^|\.)(position_ids|masked_bias|attn\.bias)$")
 """Tables of whole numbers that old checkpoints store and nobody reads: no sign of packed weights."""
 
@@ -20,6 +22,8 @@ class Convertible(NamedTuple):
     shape: AttentionShape
     unused: set[str]
     """Tensors that its class has no place for."""
+    ahead: frozenset[str] = frozenset()
+    """Those of them that guess tokens further ahead."""
 
 
 def check_convertible(checkpoint: Checkpoint) -> Convertible:
@@ -51,7 +55,7 @@ def check_convertible(checkpoint: Checkpoint) -> Convertible:
         raise InputError(
             "The model's weights are quantised",
             why="Packed numbers cannot be pooled or fitted.",
-            fix=_unquantised(checkpoint.config.get("quantization_config")),
+            fix="Use the unquantised checkpoint of this model, or a GGUF file, which is dequantised.",
         )
     files = {info.file for info in checkpoint.tensors.values()}
     if ggufs := [file for file in files if file.endswith(".gguf")]:  # tensors have other names until dequantised
@@ -59,30 +63,24 @@ def check_convertible(checkpoint: Checkpoint) -> Convertible:
 
         check(checkpoint.folder / ggufs[0])
         return Convertible(family, shape, set())
+    if checkpoint.around:
+        from ..models.fit import check_whole
+
+        check_whole(checkpoint.around, checkpoint.as_stored(checkpoint.whole or checkpoint.tensors))
     ahead = _predicting_ahead(checkpoint, family, shape)
     _check_layers(checkpoint, family, shape, ahead)
-    return Convertible(family, shape, ahead | _unused(checkpoint, family, ahead))
-
-
-def _unquantised(settings: Any) -> str:
-    """Where weights come from that are not packed."""
-    if isinstance(settings, dict) and settings.get("quant_method") == "mxfp4":  # GPT-OSS is published so only
-        return (
-            "Load the model with transformers and quantization_config=Mxfp4Config(dequantize=True), save it, and "
-            "convert that; or take a bf16 copy of it."
-        )
-    return "Use the unquantised checkpoint of this model, or a GGUF file, which is dequantised."
+    return Convertible(family, shape, ahead | _unused(checkpoint, family, ahead), frozenset(ahead))
 
 
 def _predicting_ahead(checkpoint: Checkpoint, family: Family, shape: AttentionShape) -> set[str]:
-    """Tensors of layers behind the last that guess tokens further ahead (GLM-4 MoE, Qwen3-Next's `mtp`).
+    """Tensors that guess tokens further ahead: layers behind the last (GLM-4 MoE), or `mtp` (Qwen3-Next, ERNIE 4.5).
 
     transformers leaves them out.
     """
     count = checkpoint.config.get("num_nextn_predict_layers")
     ahead = range(shape.num_layers, shape.num_layers + (count if isinstance(count, int) else 0))
     places = {name: family.place(name) for name in checkpoint.tensors}
-    return {name for name, place in places.items() if name.startswith("mtp.") or (place and place.layer in ahead)}
+    return {name for name, place in places.items() if _MTP.match(name) or (place and place.layer in ahead)}
 
 
 def _unused(checkpoint: Checkpoint, family: Family, ahead: set[str]) -> set[str]:

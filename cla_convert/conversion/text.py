@@ -1,5 +1,6 @@
 """The text that a conversion looks at."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,13 @@ class CalibrationText:
     """int64 [rows, T]"""
     digest: str
     """Hash of the text they come from."""
-    device: str = "cpu"
+    device: str | Sequence[str] = "cpu"
+    """Or several, which share the rows."""
     seed: int = 0
     steps: int | None = None
     """Of block reconstruction, per group; None: by device."""
+
+    @property
+    def first_device(self) -> str:
+        """Where what happens once happens."""
+        return self.device if isinstance(self.device, str) else self.device[0]

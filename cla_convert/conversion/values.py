@@ -7,7 +7,7 @@ in the metric in which the model sees them. VFOLD (2026) aligns the values of tw
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,6 +28,10 @@ class BasisFit:
     total: float
     """Energy of all members in the metric."""
 
+    def to(self, device: torch.device) -> "BasisFit":
+        """The same on another device."""
+        return replace(self, basis=self.basis.to(device), maps=self.maps.to(device))
+
 
 def square_roots(metrics: Tensor) -> tuple[Tensor, Tensor]:
     """Symmetric square roots of [..., D, D] and their inverses; what a metric barely sees is floored, not dropped."""
@@ -47,15 +51,17 @@ def fit_basis(gram: Tensor, roots: Sequence[Tensor], inverses: Sequence[Tensor])
         inverses: their inverses.
 
     With U the top D principal directions of the stacked M_b^1/2 v_b: s = U^T M^1/2 v and v_b ~ M_b^-1/2 U_b s. s is
-    rescaled to the first member's root mean square.
+    rescaled to the first member's root mean square, unless that is 0: of a head that was pruned.
     """
     width = roots[0].shape[0]
     root = torch.block_diag(*roots)
     power, vectors = torch.linalg.eigh(root @ gram @ root)
     top = vectors[:, -width:]
+    top = top * top.gather(0, top.abs().argmax(0, keepdim=True)).sign()  # else rounding decides on the sign
     basis = root @ top
     maps = torch.stack([(inverse @ part).T for inverse, part in zip(inverses, top.split(width), strict=True)])
     size = (gram[:width, :width].trace() / (basis.T @ gram @ basis).trace().clamp_min(1e-30)).sqrt()
+    size = size.where(size > 0, torch.ones_like(size))
     return BasisFit(basis * size, maps / size, power[-width:].sum().item(), power.sum().item())
 
 

@@ -69,7 +69,7 @@ class Calibrated(Initialisation):
 
 
 def _effort(text: CalibrationText) -> Effort:
-    effort = Effort.for_text(text.tokens.numel(), text.device)
+    effort = Effort.for_text(text.tokens.numel(), text.first_device)
     return effort if text.steps is None else replace(effort, steps=text.steps)
 
 
