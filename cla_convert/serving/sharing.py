@@ -1,9 +1,16 @@
 """Which attention layer of a server reads whose KV cache. Imports neither torch nor vLLM."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 from ..errors import InputError
+from ..models.kinds import SLIDING
+from ..models.shape import shape_of
+from ..models.whole_rows import WHOLES
+
+CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
+"""Formats of the KV cache in which a layer's scales, if it has any, are two numbers that a consumer can be given."""
 
 
 def owner_name(name: str, layer: int, source: int) -> str:
@@ -35,6 +42,22 @@ def layer_of(name: str) -> int:
     if len(numbers) != 1:
         raise InputError(f"An attention layer is called {name!r}, which does not tell its number")
     return numbers[0]
+
+
+def windows_of(config: Mapping[str, Any]) -> list[int | None]:
+    """The tokens that each layer sees, itself included; None where that is all. Raises InputError as `shape_of`."""
+    shape = shape_of(config)
+    return [shape.sliding_window if kind.startswith(SLIDING) else None for kind in shape.kinds]
+
+
+def check_language_model(model_type: str) -> None:
+    """Refuse a model that sees images around a language model. Raises InputError."""
+    if whole := WHOLES.get(model_type.removeprefix("cla_")):
+        raise InputError(
+            f"vLLM does not serve {whole.name} with Cross-Layer Attention",
+            why="It is the whole model, and the plugin knows language models.",
+            fix="Convert with --text-only (source.text_only), or serve it with transformers.",
+        )
 
 
 def check_attends(sources: Sequence[int | None]) -> None:
@@ -69,6 +92,30 @@ def check_stages(sources: Sequence[int], bounds: Sequence[int]) -> None:
                     if allowed
                     else "Use tensor parallelism: with this sharing map, no stage may begin after the first layer.",
                 )
+
+
+def check_cache_dtype(dtype: str, skipped: Iterable[str] = ()) -> None:
+    """Refuse formats of the KV cache whose kernels keep scales by layer, and formats of single layers.
+
+    Args:
+        dtype: --kv-cache-dtype.
+        skipped: --kv-cache-dtype-skip-layers.
+
+    Raises:
+        InputError: either of them.
+    """
+    if dtype not in CACHE_DTYPES:
+        raise InputError(
+            f"--kv-cache-dtype {dtype} does not fit Cross-Layer Attention",
+            why="vLLM's kernels for it keep scales by layer, and a consumer has none of the cache that it reads.",
+            fix=f"Use one of {', '.join(CACHE_DTYPES)}.",
+        )
+    if numbers := [name for name in skipped if name.isdecimal()]:
+        raise InputError(
+            f"--kv-cache-dtype-skip-layers {' '.join(numbers)} does not fit Cross-Layer Attention",
+            why="Where layers keep caches of several formats, vLLM does not find the owner's format for a consumer.",
+            fix="Leave it out, or use another --kv-cache-dtype.",
+        )
 
 
 def copies_of_heads(heads: int, processes: int) -> int:

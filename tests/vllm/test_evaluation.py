@@ -28,6 +28,7 @@ pytest.importorskip("lm_eval", reason="CLA_CONVERTER_PACKAGES is not set (make t
 from cla_convert.evaluation.backend import load_backend
 from cla_convert.evaluation.points import Bench, evaluate_points
 from cla_convert.evaluation.texts import Texts
+from cla_convert.models.shape import shape_of
 from cla_convert.recipe import Evaluate
 from tests.conftest import save_tiny_llama
 from tests.vllm.conftest import pair
@@ -38,13 +39,20 @@ SPEC = Evaluate.model_validate(
 )  # fmt: skip
 
 
-def test_both_backends_agree_at_every_point(tmp_path: Path):
+CACHE = {"kv_cache_memory_bytes": 2**28}
+"""Zeroing most of the machine's memory, which is taken without it, would be most of the test."""
+
+
+@pytest.mark.parametrize("engine", [{}, {"tensor_parallel_size": 2}])
+def test_both_backends_agree_at_every_point(engine: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Also where two processes hold a part of every layer each."""
     source = save_tiny_llama(tmp_path / "source", hidden_size=128, head_dim=32)
     pair(str(source), "cla2-keep-ends", tmp_path)
     (tmp_path / "converted" / "modeling_cla_llama.py").write_text("raise SystemExit('code of the folder ran')\n")
-    points = {"before": source, "converted": tmp_path / "converted"}
+    points = ({} if engine else {"before": source}) | {"converted": tmp_path / "converted"}
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1" if "tensor_parallel_size" in engine else "auto")
     for name in ("hf", "vllm"):
-        spec = SPEC.model_copy(update={"backend": name})
+        spec = SPEC.model_copy(update={"backend": name, "vllm": engine | CACHE})
         evaluate_points(points, spec, Bench(tmp_path / name, "cpu", 0, Texts()))
     for point in points:
         for task in SPEC.tasks:
@@ -61,10 +69,12 @@ def test_both_backends_agree_at_every_point(tmp_path: Path):
 def test_the_model_that_is_scored_has_the_small_cache(tmp_path: Path):
     source = save_tiny_llama(tmp_path / "source", hidden_size=128, head_dim=32)
     pair(str(source), "cla2", tmp_path)
+    shape = shape_of(json.loads((tmp_path / "converted" / "config.json").read_text()))
     common = {"device": "cpu", "dtype": "float32", "max_length": 256, "seed": 0}
-    blocks = []
-    for folder in (source, tmp_path / "converted"):
-        model = load_backend(folder, SPEC.model_copy(update={"backend": "vllm"}), common, "cpu", None)
-        blocks.append(model.model.llm_engine.vllm_config.cache_config.num_gpu_blocks)
-        model.close()
-    assert blocks[1] == pytest.approx(2 * blocks[0], abs=1)
+    spec = SPEC.model_copy(update={"backend": "vllm", "vllm": CACHE})
+    model = load_backend(tmp_path / "converted", spec, common, "cpu", None)
+    found = model.model.llm_engine.vllm_config.cache_config
+    model.close()
+    owners, layer = len(set(shape.kv_source_layers)), 2 * shape.num_key_value_heads * 32 * 4
+    assert owners == shape.num_layers / 2
+    assert found.num_gpu_blocks == CACHE["kv_cache_memory_bytes"] // (found.block_size * owners * layer)

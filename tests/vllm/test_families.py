@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from vllm import ModelRegistry  # pyright: ignore[reportMissingImports]
 
 from cla_convert.models.families import FAMILIES
 from cla_convert.models.kinds import SLIDING
-from cla_convert.models.served import SERVED
+from cla_convert.models.served import FAILS, SERVED
 from cla_convert.models.shape import shape_of
+from cla_convert.models.whole_rows import WHOLES
+from cla_convert.serving.plugin import register
 from cla_convert.serving.versions import vllm_version
 from tests.tiny import CASES
 from tests.vllm.engine import run
@@ -31,6 +34,9 @@ def served(folder: Path, work: Path, case: str) -> dict[str, Any]:
     """Answers of a model, compared with transformers'; and a cache for the owners alone."""
     family, release = CASES[case][0], ".".join(vllm_version().split(".")[:2])
     found = run(work, folder, [PROMPTS], **SMALL)
+    if family in FAILS.get(release, ()):
+        assert f"does not run {FAMILIES[family].code.name}" in found["error"]
+        pytest.skip(f"vLLM {release} does not run {family}")
     if family not in SERVED.get(release, FAMILIES) and "error" in found:
         assert "InputError" in found["error"], f"models/served.py does not say that {release} serves {family}"
         pytest.skip(f"vLLM {release} is refused for {family}")
@@ -45,7 +51,19 @@ def served(folder: Path, work: Path, case: str) -> dict[str, Any]:
     assert sum(number for number, _ in found["groups"]) == owners
     assert max(number for number, _ in found["groups"]) == found["buffers"]  # groups take blocks of the same buffers
     assert found["free"] == found["blocks"] - 1  # vLLM keeps one block for padding
+    assert family in SERVED.get(release, FAMILIES), f"{release} serves {family}: models/served.py should say so"
     return found
+
+
+def test_the_families_that_vllm_knows_are_those_of_the_table():
+    """Read from its own registry: what the plugin registers is served, by the table, or tested to be refused."""
+    register()
+    known = {name for name in ModelRegistry.models if name.startswith("Cla")}
+    wholes = {whole.class_name("ForConditionalGeneration") for whole in WHOLES.values()}  # to be refused
+    assert known == {family.class_name("ForCausalLM") for family in FAMILIES.values()} | wholes
+    tested = {CASES[case][0] for case in (*SERVABLE, *HYBRIDS)}
+    assert tested == FAMILIES.keys()
+    assert all(set(families) <= tested - {CASES[case][0] for case in HYBRIDS} for families in SERVED.values())
 
 
 HYBRIDS = [case for case, (family, _) in CASES.items() if FAMILIES[family].state]

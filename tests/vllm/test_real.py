@@ -79,9 +79,18 @@ def test_gemma_with_its_windows(gemma: Pair, tmp_path: Path):
     assert found["tokens"] == int(found["blocks"] / (16 + 4 * 7) * 2048) == 95325
 
 
+BARE = {"trust_remote_code": True, "environment": {"VLLM_PLUGINS": ""}}
+
+
+def test_without_the_plugin_a_full_cache_is_refused(smollm2: Pair, tmp_path: Path):
+    """The folder's own code runs then, in a vLLM that knows nothing of sharing."""
+    found = run(tmp_path, smollm2.converted, [[[1, 2, 3]]], **BARE)
+    assert "Nothing tells vLLM that layers share keys and values here" in found["error"]
+
+
 def test_without_the_plugin_nothing_is_saved(smollm2: Pair, tmp_path: Path):
-    """What the plugin is for: the same folder in a vLLM that does not load it."""
-    found = served(tmp_path, smollm2.converted, [[[1, 2, 3]]], trust_remote_code=True, environment={"VLLM_PLUGINS": ""})
+    """What the plugin is for: the same folder in a vLLM that does not load it, by a user who asks for that."""
+    found = served(tmp_path, smollm2.converted, [[[1, 2, 3]]], **BARE, hf_overrides={"vllm_kv_cache": "full"})
     assert found["buffers"] == 30
 
 
