@@ -37,6 +37,15 @@ def check_backend(spec: Evaluate, device: str) -> None:
         )
 
 
+_PLACES = {"tensor_parallel_size", "pipeline_parallel_size", "distributed_executor_backend", "gpu_memory_utilization"}
+"""Arguments of vLLM's engine that say where a model lies, not what it computes."""
+
+
+def engine_settings(spec: Evaluate) -> dict[str, Any]:
+    """What of `eval.vllm` belongs to the specification: all but where the model lies."""
+    return {name: value for name, value in spec.vllm.items() if name not in _PLACES}
+
+
 def load_backend(model_dir: Path, spec: Evaluate, common: dict[str, Any], device: str, accelerator: Any) -> Any:
     """The loaded model as an lm-eval model with the extras of `metered.Metered`.
 

@@ -85,10 +85,10 @@ def _probe(model_dir: Path, max_length: int, device: str, dtype: str, largest: i
     """`largest`, or the first of its halves whose full-length logits fit, as lm-eval computes them."""
     from accelerate.utils.memory import clear_device_cache
 
-    from ..models.export import load_model
+    from ..models.placement import load_where_it_fits
     from .context import fed_tokens
 
-    model: Any = load_model(model_dir, dtype=dtype, device=device)
+    model: Any = load_where_it_fits(model_dir, dtype=dtype, device=device)
     length, size = fed_tokens(model.config, max_length), largest
     while size:
         try:

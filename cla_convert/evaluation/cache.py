@@ -25,9 +25,9 @@ def measure_kv_cache(model_dir: Path, *, device: str, tokens: int = 64) -> dict[
         state_bytes: of what layers without attention keep instead, which does not grow; in none of the others.
         tokens, cached_layers (layers that hold anything), layers, dtype, bytes_at (both lengths).
     """
-    from ..models.export import load_model
+    from ..models.placement import load_where_it_fits
 
-    return kv_cache_of(load_model(model_dir, dtype="auto", device=pick_device(device)), tokens)
+    return kv_cache_of(load_where_it_fits(model_dir, device=pick_device(device)), tokens)
 
 
 def kv_cache_of(model: Any, tokens: int = 64) -> dict[str, Any]:

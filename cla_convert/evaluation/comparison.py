@@ -4,6 +4,7 @@
 eval/comparison.json:
 
     compared        after, converted, or null where only one point was measured
+    measured        {file: identity} of what was compared: another one now means that this is of the past
     margins, seed   what the verdict was fixed to beforehand; margin: that of accuracy
     status, judged  the verdict and what it rests on, see verdict.py
     gate            {state, passed, reasons}, see gate.py
@@ -34,6 +35,8 @@ from .verdict import JUDGED_UNITS, Margins, judge
 
 Json = dict[str, Any]
 
+COMPARED = ("held_out", "agreement")
+"""What is compared of a point beside its tasks and text files."""
 _RANK = {"acc_norm": 0, "acc": 1, "word_perplexity": 2}
 """Preferred metric of a task; acc_norm is the likelihood per character, which does not favour short answers."""
 
@@ -78,6 +81,7 @@ def compare_points(folder: Path, left: str, right: str, *, margins: Margins, see
     agreement = _agreement(PointFolder(folder / right)) if point and left == "before" else None
     return {
         "compared": point,
+        "measured": measured(folder, left, right),
         "margin": margin,
         "margins": margins.as_dict(),
         "seed": seed,
@@ -88,6 +92,16 @@ def compare_points(folder: Path, left: str, right: str, *, margins: Margins, see
         "problems": problems,
         **judge(summary, tasks, texts, agreement, problems, margins),
     }
+
+
+def measured(folder: Path, left: str, right: str) -> dict[str, str | None]:
+    """What there is at both points: file -> the identity of what it was measured on and how."""
+    found: dict[str, str | None] = {}
+    for one in (PointFolder(folder / left), PointFolder(folder / right)):
+        files = (*one.task_files, *map(one.measured, COMPARED), *one.text_files.values())
+        found |= {str(file.relative_to(folder)): (read_json(file) or {}).get("identity") for file in files}
+        found[str(one.results.path.relative_to(folder))] = (read_json(one.results.path) or {}).get("specification_hash")
+    return {file: identity for file, identity in found.items() if identity is not None}
 
 
 def primary(comparisons: list[Comparison]) -> list[Comparison]:
@@ -128,7 +142,8 @@ def _tasks(
 
 def _table(comparisons: list[Comparison], chosen: list[Comparison], margin: float) -> dict[str, dict[str, Json]]:
     """All comparisons by task and metric, with Holm's correction over the tasks' primary metrics."""
-    adjusted = dict(zip([c.task for c in chosen], holm([c.p_value for c in chosen]), strict=True))
+    tested = {c.task: c.p_value for c in chosen if c.p_value is not None}
+    adjusted = dict(zip(tested, holm(list(tested.values())), strict=True))
     judged = [c for c in chosen if c.verdict and c.kind == "binary"]
     worse = [p_inferior(c.differences, margin) for c in judged]
     inferior = {c.task: pair for c, *pair in zip(judged, worse, holm(worse), strict=True)}
@@ -140,7 +155,7 @@ def _table(comparisons: list[Comparison], chosen: list[Comparison], margin: floa
             **comparison.as_dict(),
             "primary": is_primary,
             "margin": margin,
-            "p_holm": adjusted[comparison.task] if is_primary else None,
+            "p_holm": adjusted.get(comparison.task) if is_primary else None,
             "p_inferior": p,
             "p_inferior_holm": p_holm,
         }

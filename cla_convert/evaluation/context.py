@@ -1,9 +1,10 @@
-"""How much of a text a model is fed."""
+"""How much of a text a model is fed, and how it goes on."""
 
 from pathlib import Path
 from typing import Any
 
-from ..models.export import register
+from ..files import read_json
+from ..models.checkpoint import Checkpoint
 
 CHARACTERS_PER_TOKEN = 4
 """Only for progress bars, which count tokens before a tokenizer has."""
@@ -16,7 +17,9 @@ def fed_tokens(config: Any, max_length: int) -> int:
 
 def context_of(model_dir: Path, max_length: int) -> int:
     """`fed_tokens` of the model in a folder."""
-    from transformers import AutoConfig
+    return min(max_length, Checkpoint.open(model_dir).positions or max_length)
 
-    register()
-    return fed_tokens(AutoConfig.from_pretrained(model_dir, trust_remote_code=False), max_length)
+
+def generation_of(model_dir: Path) -> dict[str, Any] | None:
+    """What a model's folder says of how it generates; None where it says nothing."""
+    return read_json(model_dir / "generation_config.json")

@@ -20,9 +20,9 @@ from ..files import write_json
 from ..models.fingerprint import fingerprint
 from ..recipe import Evaluate
 from ..run_folder import PointFolder
-from .backend import load_backend
+from .backend import engine_settings, load_backend
 from .batch import out_of_memory
-from .context import CHARACTERS_PER_TOKEN
+from .context import CHARACTERS_PER_TOKEN, generation_of
 from .prepare import Prepared, prepare, reset
 from .quiet import quiet
 from .results import digest, finished, store, summary
@@ -75,7 +75,7 @@ def evaluate(
         processes = accelerator.num_processes if accelerator else 1
         common = common_settings(spec, choose_dtype(dtype, device), device, seed, processes)
         model = fingerprint(model_dir)
-        identity = {task.name: digest([model, common, task.name, task.frozen]) for task in prepared}
+        identity = {task.name: digest([model, common, *identity_of(task, model_dir)]) for task in prepared}
         done = {task.name: finished(task.name, identity[task.name], out_dir, cache_dir) for task in prepared}
         if accelerator:
             accelerator.wait_for_everyone()  # nobody writes before all have looked at what is there
@@ -105,13 +105,23 @@ def check_tasks(spec: Evaluate, model_dir: Path | None = None, seed: int = 0) ->
         warn(f"eval.limits names tasks that are not evaluated by themselves: {', '.join(unused)}")
 
 
+def identity_of(task: Prepared, model_dir: Path) -> list[Any]:
+    """What a task's result depends on beside the model's weights and the settings of all tasks.
+
+    Where text is generated, that is generation_config.json too, which no fingerprint has: a penalty for repetition
+    stays whatever a task says.
+    """
+    generates = "generate_until" in task.frozen["output_type"]
+    return [task.name, task.frozen, *([generation_of(model_dir)] if generates else [])]
+
+
 def common_settings(spec: Evaluate, dtype: str, device: str, seed: int, processes: int = 1) -> dict[str, Any]:
     """What all tasks of a specification share. Versions belong to it: scores may move with them; which of several
-    GPUs it was does not.
+    GPUs it was, and over how many a model lies, does not.
     """
     packages = ["lm-eval", "torch", "transformers", "tokenizers", *(["vllm"] if spec.backend == "vllm" else [])]
     return {
-        "backend": {spec.backend: spec.vllm if spec.backend == "vllm" else {}},
+        "backend": {spec.backend: engine_settings(spec) if spec.backend == "vllm" else {}},
         "batch_size": spec.batch_size,
         "rolling_batch_size": 1,
         "max_length": spec.max_length,

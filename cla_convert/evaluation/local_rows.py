@@ -14,7 +14,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, first_line
+from ..refusals import unread
 from ..surrogates import replaced
 from .tasks.pack import Rows
 
@@ -67,7 +68,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
         lines = path.read_text(encoding="utf-8").split("\n")
         rows = replaced([json.loads(line) for line in lines if line.strip()], str(path))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read", why=str(error).splitlines()[0]) from error
+        raise unread(error, InputError(f"{path} cannot be read", first_line(error))) from error
     if not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{path} cannot be read", why="Every line must be a JSON object.")
     return rows

@@ -68,10 +68,11 @@ def load(
     model_dir: Path, *, device: str, dtype: str, batch_size: int, max_length: int, accelerator: Any = None
 ) -> MeteredLM:
     """Load a folder (plain transformers or CLA) for lm-eval; contexts never exceed what the model was built for."""
-    from ..models.export import load_model, load_tokenizer, loading
+    from ..models.export import load_tokenizer, loading
+    from ..models.placement import load_where_it_fits
 
     place = str(accelerator.device) if accelerator is not None else device
-    model = load_model(model_dir, dtype=dtype, device=place).eval()
+    model = load_where_it_fits(model_dir, dtype=dtype, device=place)
     context = fed_tokens(model.config, max_length)
     tokenizer = load_tokenizer(model_dir)
     with loading(f"lm-eval cannot use the model in {model_dir}", "Check its config.json and its tokenizer."):

@@ -3,6 +3,7 @@
     0/1 metrics    exact McNemar test on the discordant documents; interval for the difference of paired proportions
     perplexities   per-document differences of log-likelihood: sign-flip test, interval over documents
     other numbers  sign-flip test and interval on the per-document differences
+    of all at once no value per document, so no test and no interval (bleu, mcc, the f1 of multiple choice)
 
 The tests and intervals themselves are in `statistics.py`.
 """
@@ -19,6 +20,7 @@ from ..errors import InputError
 from .statistics import (
     Array,
     Interval,
+    known,
     mcnemar,
     mean_interval,
     mean_of_groups_interval,
@@ -40,16 +42,16 @@ class Comparison:
     task: str
     metric: str
     kind: str
-    """binary, likelihood or number."""
+    """binary, likelihood, number or corpus."""
     n: int
     before: float
     after: float
     delta: float
     """after - before, in the metric's unit."""
     ci95: Interval | None
-    """95% interval of delta; None where one document says nothing about the spread."""
-    p_value: float
-    """Two-sided, of no difference: exact McNemar (binary) or sign-flip permutation."""
+    """95% interval of delta; None where one document says nothing about the spread, or a value is no number."""
+    p_value: float | None
+    """Two-sided, of no difference: exact McNemar (binary) or sign-flip permutation. None where nothing is tested."""
     lost: int
     """Documents that got worse (binary: right before, wrong after)."""
     gained: int
@@ -79,9 +81,10 @@ def compare(before: dict[str, Any], after: dict[str, Any], *, margin: float = 0.
         rows = [(a["metrics"][metric], b["metrics"][metric]) for a, b in zip(left, right, strict=True)
                 if metric in a["metrics"] and metric in b["metrics"]]  # fmt: skip
         comparison = _compare_metric(before["task"], metric, rows, margin, seed)
-        if comparison is not None:
-            better = before.get("higher_is_better", {}).get(metric, True)
-            found.append(comparison if better else replace(comparison, verdict=""))
+        if comparison is None:
+            comparison = _of_corpus(before, after, metric, len(rows))
+        better = before.get("higher_is_better", {}).get(metric, True)
+        found.append(comparison if better else replace(comparison, verdict=""))
     return found
 
 
@@ -107,14 +110,18 @@ def pair(before: dict[str, Any], after: dict[str, Any]) -> tuple[list[dict[str, 
 
 
 def _compare_metric(task: str, metric: str, rows: list[Any], margin: float, seed: int) -> Comparison | None:
-    if metric == "perplexity":  # lm-eval keeps the log-likelihood of one answer a document, without a count
-        rows = [[(value, 1) if isinstance(value, (int, float)) else value for value in row] for row in rows]
-    if all(isinstance(value, (list, tuple)) and len(value) == 2 for row in rows for value in row):
+    """None for a metric that has no value per document, whatever lm-eval keeps of each."""
+    if _is_likelihood(metric):
+        # lm-eval keeps of one answer a document its log-likelihood, without a count
+        rows = [[value if isinstance(value, (list, tuple)) else (value, 1) for value in row] for row in rows]
         pairs = np.array(rows, dtype=np.float64)  # [documents, before/after, (log-likelihood, units)]
         return compare_likelihoods(task, metric, pairs, seed=seed)
-    if not all(isinstance(value, (int, float)) for row in rows for value in row):
-        return None  # lists of tokens and the like: corpus metrics that have no value per document
-    values = np.array(rows, dtype=np.float64)
+    if not all(value is None or isinstance(value, (int, float)) for row in rows for value in row):
+        return None  # an answer and what it should be, for a metric of all of them at once
+    given = [row for row in rows if row != (None, None)]  # some tasks leave documents out
+    if not given:
+        return None
+    values = np.array(given, dtype=np.float64)  # None, JSON's for what is no number, becomes NaN
     before, after = values[:, 0], values[:, 1]
     differences = after - before
     binary = bool(np.isin(values, (0.0, 1.0)).all())
@@ -126,6 +133,18 @@ def _compare_metric(task: str, metric: str, rows: list[Any], margin: float, seed
         float(differences.mean()), interval, mcnemar(lost, gained) if binary else sign_flip(differences, seed=seed),
         lost, gained, verdict(interval, margin) if a_share and interval else "", None, differences,
     )  # fmt: skip
+
+
+def _is_likelihood(metric: str) -> bool:
+    name = metric.partition(",")[0]
+    return name in ("perplexity", "word_perplexity", "byte_perplexity") or name.startswith("bits_per")
+
+
+def _of_corpus(before: dict[str, Any], after: dict[str, Any], metric: str, n: int) -> Comparison:
+    """What is known of a metric of all documents at once: its two values."""
+    values = [side.get("scores", {}).get(metric) for side in (before, after)]
+    old, new = (math.nan if value is None else float(value) for value in values)
+    return Comparison(before["task"], metric, "corpus", n, old, new, new - old, None, None, 0, 0)
 
 
 def compare_likelihoods(task: str, metric: str, pairs: Array, *, seed: int = 0) -> Comparison:
@@ -171,7 +190,7 @@ def _likelihood_interval(delta: Any, change: float, influence: Array, seed: int)
     if len(influence) < 2:
         return None
     draws, linear = percentiles(resample(delta, len(influence), seed)), student(influence, change)
-    return min(draws[0], linear[0]), max(draws[1], linear[1])
+    return known((min(draws[0], linear[0]), max(draws[1], linear[1])))
 
 
 def _influence(pairs: Array, metric: str) -> Array:

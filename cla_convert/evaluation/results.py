@@ -12,7 +12,9 @@ from typing import Any
 
 from ..console import say
 from ..files import read_json, read_kept, write_json
+from ..kept import note
 from ..run_folder import PointFolder
+from ..tables import table
 from .prepare import Prepared
 
 Json = dict[str, Any]
@@ -42,7 +44,7 @@ def store(name: str, result: Json, out_dir: Path, cache_dir: Path | None) -> Non
     """Write a finished task to the run folder and the cache."""
     write_json(PointFolder(out_dir).task(name), result, indent=None)
     if cache_dir is not None:
-        write_json(cache_dir / f"{result['identity']}.json", result, indent=None)
+        note(cache_dir / f"{result['identity']}.json", result)
 
 
 def summary(tasks: list[Prepared], done: Json, common: Json, model_dir: Path, model: str, seconds: float) -> Json:
@@ -65,15 +67,17 @@ def summary(tasks: list[Prepared], done: Json, common: Json, model_dir: Path, mo
     }
 
 
-def render(results: Json) -> str:
-    """results.json as a table for a terminal, and what was measured on plain text."""
-    lines = [f"{'task':<16} {'metric':<16} {'n':>6} {'value':>10} {'stderr':>8}"]
+def render(results: Json, width: int = 80) -> str:
+    """results.json as a table for a screen of so many columns, and what was measured on plain text."""
+    rows = []
     for task, metrics in results["tasks"].items():
         for metric, value in metrics.items():
             error = results["stderr"].get(task, {}).get(metric)
             spread = "" if error is None else f"{error:.4f}"
-            lines.append(f"{task:<16} {metric:<16} {results['n'][task]:>6} {value:>10.4f} {spread:>8}")
+            rows.append([task, metric, str(results["n"][task]), f"{value:.4f}", spread])
     for text in results.get("texts", {}).values():
         for metric in ("perplexity", "bits_per_byte"):
-            lines.append(f"{text['name']:<16} {metric:<16} {text['tokens']:>6} {text[metric]:>10.4f}")
-    return "\n".join([*lines, f"specification {results['specification_hash'][:16]}, {results['seconds']:.0f} s"])
+            rows.append([text["name"], metric, str(text["tokens"]), f"{text[metric]:.4f}", ""])
+    titles = ["task", "metric", "n", "value", "stderr"]
+    measured = table(titles, rows, numbers=[False, False, True, True, True], width=width)
+    return f"{measured}\nspecification {results['specification_hash'][:16]}, {results['seconds']:.0f} s"

@@ -31,12 +31,16 @@ def mcnemar(lost: int, gained: int) -> float:
     return 1.0 if lost + gained == 0 else float(binomtest(lost, lost + gained, 0.5).pvalue)
 
 
-def sign_flip(differences: Array, *, seed: int = 0, resamples: int = RESAMPLES) -> float:
+def sign_flip(differences: Array, *, seed: int = 0, resamples: int = RESAMPLES) -> float | None:
     """Two-sided permutation test of a zero mean difference: every document's sign is flipped at random.
+
+    None where a difference is not finite.
 
     Up to 12 documents all sign patterns are counted; beyond that `resamples` random ones, with the observed pattern
     counted as one of them, so that p is never 0 (Phipson and Smyth 2010).
     """
+    if not np.isfinite(differences).all():
+        return None
     observed, tolerance = abs(differences.sum()), 1e-12 * np.abs(differences).sum()
     if len(differences) <= 12:
         bits = np.arange(2 ** len(differences))[:, None] >> np.arange(len(differences)) & 1
@@ -64,13 +68,14 @@ def bootstrap_interval(differences: Array, *, seed: int = 0, resamples: int = RE
 
 
 def mean_interval(differences: Array, *, seed: int = 0) -> Interval | None:
-    """95% interval of a mean difference: the wider of bootstrap and Student's t; None below two documents.
+    """95% interval of a mean difference: the wider of bootstrap and Student's t; None below two documents, or if a
+    difference is not finite.
 
     The percentile bootstrap is too narrow for a handful of documents, the t interval blind to skewness.
     """
     if len(differences) < 2:
         return None
-    return _wider(bootstrap_interval(differences, seed=seed), student(differences, float(differences.mean())))
+    return known(_wider(bootstrap_interval(differences, seed=seed), student(differences, float(differences.mean()))))
 
 
 def student(values: Array, centre: float) -> Interval:
@@ -188,6 +193,11 @@ def resample(statistic: Callable[[Any], Array], n: int, seed: int, resamples: in
     rows = max(1, _CHUNK // max(n, 1))
     return np.concatenate([statistic(rng.integers(0, n, size=(min(rows, resamples - start), n)))
                            for start in range(0, resamples, rows)])  # fmt: skip
+
+
+def known(interval: Interval) -> Interval | None:
+    """An interval between numbers; None for any other, of which nothing is known."""
+    return interval if all(map(math.isfinite, interval)) else None
 
 
 def percentiles(draws: Array) -> Interval:

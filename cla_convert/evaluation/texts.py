@@ -1,7 +1,7 @@
 """What is measured on plain text: held-out perplexity, agreement with the source model, perplexity of text files,
 and what the model answers to a few prompts.
 
-    point_dir/held_out.json            perplexity, nll (nats per token), tokens, windows
+    point_dir/held_out.json            perplexity, nll (nats per token), tokens, text (its hash), windows
     point_dir/agreement.json           kl, top1, tokens, ci95 {kl, top1}, windows: see agreement.py; not for the source
     point_dir/domains.json             domains {name: perplexity, nll, tokens and, but for the source, kl, top1, ci95}
     point_dir/answers.json             answers [{prompt, text, cut}]: see answers.py
@@ -26,14 +26,16 @@ import torch
 from ..console import progress
 from ..errors import InputError
 from ..files import read_json, write_json
-from ..models.export import load_model, load_tokenizer
+from ..models.export import load_tokenizer
 from ..models.fingerprint import fingerprint
+from ..models.placement import load_where_it_fits
 from ..recipe import TextFile
+from ..refusals import refusal, unread
 from ..run_folder import PointFolder
 from .agreement import agreement
 from .answers import answers
 from .batch import out_of_memory
-from .context import CHARACTERS_PER_TOKEN, fed_tokens
+from .context import CHARACTERS_PER_TOKEN, fed_tokens, generation_of
 from .perplexity import row_windows, totals
 from .quiet import quiet
 
@@ -59,6 +61,8 @@ class Texts:
     prompts: list[str] = field(default_factory=list)
     """To be answered."""
     answer_tokens: int = 40
+    text: str = ""
+    """Hash of the text that `held_out` is of."""
 
 
 def check_texts(files: list[TextFile]) -> None:
@@ -90,7 +94,7 @@ def measure_texts(
 
     @cache
     def load(folder: Path) -> Any:
-        return load_model(folder, dtype=common["dtype"], device=device)
+        return load_where_it_fits(folder, dtype=common["dtype"], device=device)
 
     def once(name: str, key: Any, rows: int, measure: Callable[[], Json]) -> None:
         path = PointFolder(point_dir).measured(name)
@@ -103,7 +107,10 @@ def measure_texts(
             write_json(path, found[name], indent=None)
 
     if (rows := texts.held_out) is not None:
-        once("held_out", _digest(rows), len(rows), lambda: _scored(row_windows(load(model_dir), rows, batch_size=size)))
+        once(
+            "held_out", _digest(rows), len(rows),
+            lambda: {**_scored(row_windows(load(model_dir), rows, batch_size=size)), "text": texts.text},
+        )  # fmt: skip
     shared, source = texts.agreement_rows, texts.source
     if shared is not None and source is not None and source != model_dir:
         key = [_digest(shared), fingerprint(source)]
@@ -117,7 +124,7 @@ def measure_texts(
             lambda: _domains(load(model_dir), load(other) if other else None, texts.domains, size),
         )  # fmt: skip
     if texts.prompts:
-        key = [texts.prompts, texts.answer_tokens]
+        key = [texts.prompts, texts.answer_tokens, generation_of(model_dir)]
         once(
             "answers", key, len(texts.prompts),
             lambda: answers(load(model_dir), load_tokenizer(model_dir), texts.prompts, texts.answer_tokens),
@@ -188,7 +195,8 @@ def _read(text: TextFile) -> str:
     try:
         content = path.read_bytes().decode("utf-8")[: text.characters]
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"eval.perplexity {text.name}: {path} cannot be read", why=str(error)) from error
+        why = refusal(error).why if isinstance(error, OSError) else ""
+        raise unread(error, InputError(f"eval.perplexity {text.name}: {path} cannot be read", why)) from error
     if not content.strip():
         raise InputError(f"eval.perplexity {text.name}: {path} is empty")
     return content

@@ -7,6 +7,7 @@ the plugin (serving/), exactly as it is served. vLLM's own implementation of the
 in bfloat16, and that difference would pass for a cost of sharing.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from lm_eval.models.vllm_causallms import VLLM
 from transformers import AutoConfig
 
+from ..environment import available_memory
 from ..errors import InputError, UsageError
 from ..models.checkpoint import Checkpoint
 from ..serving.plugin import register
@@ -72,15 +74,23 @@ def load_vllm(model_dir: Path, *, device: str, dtype: str, max_length: int, seed
             f"This vLLM runs on {current_platform.device_type}, and the device is {device}",
             fix=f"Use --set device={current_platform.device_type}, or eval.backend=hf.",
         )
-    Checkpoint.open(model_dir)
+    if around := Checkpoint.open(model_dir).around:
+        raise InputError(
+            f"vLLM does not serve {around.whole.name} with Cross-Layer Attention",
+            why=f"{model_dir} is the whole model, and the plugin knows language models.",
+            fix="Convert with --text-only (source.text_only), or evaluate with --backend hf.",
+        )
     register()
     config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
     built_for = getattr(config.get_text_config(), "max_position_embeddings", None) or max_length + SPARE
     context = min(fed_tokens(config, max_length), built_for - SPARE)
     together = max(context + SPARE, LOGITS // config.get_text_config().vocab_size)
-    arguments = {**ENGINE, "gpu_memory_utilization": 0.7, "max_num_batched_tokens": together, **options}
-    if device == "cpu":
-        arguments.pop("gpu_memory_utilization")
+    arguments = {
+        **ENGINE,
+        "gpu_memory_utilization": _share(device, options),
+        "max_num_batched_tokens": together,
+        **options,
+    }
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()  # what this process measured before
     try:
@@ -90,6 +100,19 @@ def load_vllm(model_dir: Path, *, device: str, dtype: str, max_length: int, seed
         )  # fmt: skip
     except Exception as error:
         raise _failed(f"vLLM cannot run the model in {model_dir}", error) from error
+
+
+def _share(device: str, options: Mapping[str, Any]) -> float:
+    """Of all memory, what a process of vLLM may take. It refuses to start where so much is not free.
+
+    That is seldom so on a CPU, whose memory all processes share.
+    """
+    if device != "cpu":
+        return 0.7
+    import psutil
+
+    processes = options.get("tensor_parallel_size", 1) * options.get("pipeline_parallel_size", 1)
+    return round(0.7 * available_memory() / psutil.virtual_memory().total / processes, 3)
 
 
 def _failed(what: str, error: Exception) -> InputError:

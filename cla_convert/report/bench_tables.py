@@ -45,7 +45,7 @@ def bench_blocks(bench: Json) -> list[Block]:
         Row(["weights", *(size(one["weight_bytes"]) for one in (source, converted)), ""]),
         Row([f"largest batch of {source['length']} tokens in {size(bench['memory']['bytes'])}",
              *(integer(one["largest_batch"]) for one in (source, converted)), as_many(gains["batch"])]),
-        Row(["longest context of one sequence there", *(integer(one["longest_context"]) for one in (source, converted)),
+        Row(["longest context there, one sequence", *(integer(one["longest_context"]) for one in (source, converted)),
              as_many(gains["context"])]),
     ]  # fmt: skip
     heading = f"{bench['dtype']} on {bench['device']}"

@@ -1,17 +1,26 @@
 """The paired comparisons of a run: what evaluation left, or else computed from its files."""
 
-from ..evaluation.comparison import compare_points
+from ..evaluation.comparison import compare_points, measured
 from ..evaluation.verdict import Margins
 from .run_folder import Json, RunFiles
 
 
 def comparison_of(run: RunFiles, margins: Margins, seed: int) -> Json:
-    """Before against the last point: eval/comparison.json if it is of this point, its model and these margins."""
-    point, left = run.last_point, run.comparison
-    stale = point in run.stale
-    if left and (left.get("compared"), left.get("margins")) == (point, margins.as_dict()) and not stale:
+    """Before against the last point: eval/comparison.json if it is of what there is now, the model and these margins.
+
+    Otherwise it is computed anew: an evaluation that was interrupted leaves new results beside the old comparison.
+    """
+    folder, point, left = run.files.evaluation.path, run.last_point or "converted", run.comparison
+    stale = point in run.stale or _is_past(left, measured(folder, "before", point))
+    if left and (left.get("compared"), left.get("margins")) == (run.last_point, margins.as_dict()) and not stale:
         return left
-    return compare_points(run.files.evaluation.path, "before", point or "converted", margins=margins, seed=seed)
+    return compare_points(folder, "before", point, margins=margins, seed=seed)
+
+
+def _is_past(comparison: Json, now: Json) -> bool:
+    """Whether something was measured since; where results were cleared away, what was made of them stays."""
+    then = comparison.get("measured")
+    return then is not None and any(then.get(file) != identity for file, identity in now.items())
 
 
 def control_comparison(run: RunFiles, margins: Margins, seed: int) -> Json | None:

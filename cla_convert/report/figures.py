@@ -4,14 +4,17 @@ matplotlib without pyplot: no global state, no window, whatever the user's backe
 """
 
 import io
+import logging
 import re
 from collections.abc import Callable
 from functools import wraps
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+logging.getLogger("matplotlib").setLevel(logging.ERROR)  # without a home it tells at length where it keeps its caches
 
 INK, MUTED, SOURCE, CLA, WARM = "#24292f", "#6e7781", "#57738c", "#0b7a75", "#c2571a"
 """Text, secondary lines, the source model, the converted model, and what needs attention."""
@@ -95,10 +98,17 @@ def to_svg(figure: "Figure", name: str, alt: str, style: str = "") -> str:
 
 def thousands(axis: "Axes", *, log: bool = False) -> None:
     """Numbers as 1,234 on the y axis; on a log axis at 1, 2, 5, 10, ..."""
-    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
-
     if log:
-        axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_minor_locator(NullLocator())
-    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        logarithmic(axis, "y")
+    axis.yaxis.set_major_formatter("{x:,.0f}")
+
+
+def logarithmic(axis: "Axes", which: Literal["x", "y"]) -> None:
+    """A log axis with plain numbers at 1, 2, 5, 10, ..."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set(**{f"{which}scale": "log"})
+    one = axis.xaxis if which == "x" else axis.yaxis
+    one.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    one.set_minor_locator(NullLocator())
+    one.set_major_formatter("{x:g}")

@@ -12,6 +12,8 @@ from ..recipe_file import told
 from .run_folder import Json
 
 MISSING = "-"
+_LOST = 1e7
+"""From here on digits tell nobody anything, and have no room on a phone."""
 
 
 def model_name(source: dict[str, Any] | None) -> str:
@@ -33,9 +35,11 @@ def changed(change: Json) -> str:
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """Significant digits, thousands separated: 1234.5 -> 1,234 (4 digits)."""
+    """Significant digits, thousands separated: 1234.5 -> 1,234 (4 digits); of a lost model 1.14e+10."""
     if value is None:
         return MISSING
+    if abs(value) >= _LOST:
+        return f"{value:.{digits - 1}e}"
     return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
 
 

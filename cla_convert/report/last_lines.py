@@ -1,4 +1,4 @@
-"""The last screen of a run: what came of it, where it lies and what to do next, in plain text of at most 80 columns."""
+"""The last screen of a run: what came of it, where it lies and what to do next, in plain text."""
 
 import shlex
 import textwrap
@@ -9,19 +9,19 @@ from .run_folder import Json
 from .sections.kv import how_long
 from .sections.verdict import HEADINGS
 
-WIDTH = 80
 _NAMES = 12
 """Columns of the names at the left."""
 
 
-def last_lines(report: Json, folder: RunFolder) -> list[str]:
+def last_lines(report: Json, folder: RunFolder, width: int = 80) -> list[str]:
     """Verdict, accuracy, KL, perplexity, KV bytes, paths and the next step.
 
-    Only what cannot be broken, such as a long path, is ever wider than `WIDTH`.
+    Only what cannot be broken, such as a long path, is ever wider than `width`.
 
     Args:
         report: what `build_report` returns.
         folder: the run folder.
+        width: columns of the screen.
     """
     rows = [("Verdict", HEADINGS[report["status"]] + (f", {stage(report['compared'])}" if report["compared"] else ""))]
     rows += [("Accuracy", _accuracy(report)), ("Perplexity", _perplexity(report)), ("KL", _kl(report))]
@@ -29,8 +29,8 @@ def last_lines(report: Json, folder: RunFolder) -> list[str]:
     trained = report["compared"] == "after" or report["train"]
     model = folder.training.model if trained else folder.converted
     rows += [("Model", str(model) if model.exists() else ""), ("Report", str(folder.pages["html"]))]
-    lines = [line for name, text in rows if text for line in _wrapped(name, text)]
-    return [*lines, *_wrapped("Next", report["next"]["text"]), *_command(report["next"]["command"])]
+    lines = [line for name, text in rows if text for line in _wrapped(name, text, width)]
+    return [*lines, *_wrapped("Next", report["next"]["text"], width), *_command(report["next"]["command"], width)]
 
 
 def _accuracy(report: Json) -> str:
@@ -70,20 +70,20 @@ def _verdict(report: Json, scope: str, measure: str) -> str:
     return said[next(found, "within_margin")]
 
 
-def _wrapped(name: str, text: str) -> list[str]:
+def _wrapped(name: str, text: str, width: int) -> list[str]:
     return textwrap.wrap(
-        text, WIDTH, initial_indent=f"{name:<{_NAMES}}", subsequent_indent=" " * _NAMES, break_long_words=False,
+        text, width, initial_indent=f"{name:<{_NAMES}}", subsequent_indent=" " * _NAMES, break_long_words=False,
         break_on_hyphens=False,
     )  # fmt: skip
 
 
-def _command(command: str | None) -> list[str]:
+def _command(command: str | None, width: int) -> list[str]:
     """A command that may be copied: cut between arguments, with a backslash at the end of a line."""
     if not command:
         return []
     indent, lines, line = " " * _NAMES, [], ""
     for word in map(shlex.quote, shlex.split(command)):
-        if line and len(indent) + len(line) + len(word) + 3 > WIDTH:
+        if line and len(indent) + len(line) + len(word) + 3 > width:
             lines.append(f"{indent}{line} \\")
             line, indent = "", " " * (_NAMES + 2)
         line = f"{line} {word}" if line else word

@@ -9,8 +9,9 @@ import yaml
 
 from ..environment import command_line
 from ..files import read_json, stays_in, write_bytes
-from ..models.checkpoint import ELEMENT_SIZE, FLOATING
+from ..models.headers import ELEMENT_SIZE, FLOATING
 from ..models.shape import long_cache, shape_of
+from ..models.whole import text_config, whole_of
 from ..models.writer import MANIFEST
 from ..run_folder import RECIPE
 from .formats import (
@@ -72,14 +73,18 @@ def write_model_card(folder: Path, report: Json, source_card: str | None = None,
         report["train"] = None
     name = card_name(report, folder)
     step = report["next"] or next_of_model(folder, report)
+    whole = whole_of(read_json(folder / "config.json") or {})
     body = _template().render(
+        auto="AutoModelForImageTextToText" if whole else "AutoModelForCausalLM",
+        reader="AutoProcessor" if whole else "AutoTokenizer",
         report=report, name=name, folder=folder.name, next=step, rows=_measured(report, measured_at),
         after="uptrained" if measured_at == "after" else "converted", recipe=bool(report["settings"]),
     )  # fmt: skip
     if report["settings"]:
         write_bytes(folder / RECIPE, f"{to_yaml(report['settings'])}\n".encode(errors="backslashreplace"))
     path = folder / "README.md"
-    _write(path, f"{_front(metadata(report, source_card) | _results(report, name, measured_at))}\n{body}")
+    fields = metadata(report, source_card) | ({"pipeline_tag": "image-text-to-text"} if whole else {})
+    _write(path, f"{_front(fields | _results(report, name, measured_at))}\n{body}")
     return path
 
 
@@ -141,7 +146,8 @@ def rename_card(folder: Path, name: str) -> None:
 
 def described(folder: Path, train: Json | None = None) -> Json:
     """What the files of an output folder say, as a report for `write_model_card`: the map, its bytes, the source."""
-    config, manifest = read_json(folder / "config.json") or {}, read_json(folder / MANIFEST) or {}
+    config = text_config(read_json(folder / "config.json") or {})
+    manifest = read_json(folder / MANIFEST) or {}
     shape = shape_of(config)
     heads = (manifest.get("kv_heads") or {}).get("before", shape.num_key_value_heads)
     source_shape = replace(shape, num_key_value_heads=heads)

@@ -1,8 +1,8 @@
-"""Plots of a report: loss and perplexity over tokens, accuracy against KV bytes, tokens per second over batch size."""
+"""Plots of one run: loss and perplexity over tokens, tokens per second over batch size."""
 
 from typing import TYPE_CHECKING, Any
 
-from .figures import CLA, INK, MUTED, SOURCE, WARM, in_style, new_figure, thousands
+from .figures import CLA, MUTED, SOURCE, in_style, new_figure, thousands
 from .run_folder import Json
 
 if TYPE_CHECKING:
@@ -73,54 +73,6 @@ def _source_level(axis: "Axes", source: float | None) -> None:
     values = [float(y) for line in axis.lines for y in line.get_ydata()]  # type: ignore[union-attr]
     if max(values) > 5 * min(values):
         thousands(axis, log=True)
-
-
-@in_style
-def draw_pareto(runs: list[Json], width: float = WIDTH) -> "Figure":
-    """Mean accuracy against KV bytes per token, one point a run; the line joins those that no other run beats.
-
-    Args:
-        runs: rows with kv_bytes_per_token, accuracy (None ones are left out) and perhaps ci95, drawn as a bar.
-        width: in inches.
-    """
-    figure, axes = new_figure(width=width, height=3.2)
-    axis, shown = axes[0, 0], [run for run in runs if run["accuracy"] is not None and run["kv_bytes_per_token"]]
-    front = pareto_front(shown)
-    axis.plot(
-        [r["kv_bytes_per_token"] for r in front], [100 * r["accuracy"] for r in front], color=MUTED, linestyle=":"
-    )
-    for run in shown:
-        colour = SOURCE if run["point"] == "before" else CLA if run in front else WARM
-        x, y = run["kv_bytes_per_token"], 100 * run["accuracy"]
-        if run.get("ci95"):
-            axis.plot([x, x], [100 * end for end in run["ci95"]], color=colour, linewidth=1.2, marker="_", markersize=7)
-        axis.plot([x], [y], marker="o", linestyle="none", color=colour)
-    for (x, y), names in _labels(shown).items():
-        axis.annotate(
-            ", ".join(names), (x, 100 * y), xytext=(7, 4), textcoords="offset points", color=INK, fontsize=8.5
-        )
-    axis.margins(x=0.18, y=0.15)
-    axis.set_xlabel("KV bytes per token")
-    axis.set_ylabel("mean accuracy, %")
-    axis.xaxis.set_major_formatter("{x:,.0f}")
-    return figure
-
-
-def _labels(runs: list[Json]) -> dict[tuple[float, float], list[str]]:
-    """Names by point: those of runs that lie on one point stand side by side."""
-    names: dict[tuple[float, float], list[str]] = {}
-    for run in runs:
-        names.setdefault((run["kv_bytes_per_token"], run["accuracy"]), []).append(run["label"])
-    return names
-
-
-def pareto_front(runs: list[Json]) -> list[Json]:
-    """Those with more accuracy than every other one of as few or fewer bytes, by bytes."""
-    front: list[Json] = []
-    for run in sorted(runs, key=lambda run: (run["kv_bytes_per_token"], -run["accuracy"])):
-        if not front or run["accuracy"] > front[-1]["accuracy"]:
-            front.append(run)
-    return front
 
 
 @in_style

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from markupsafe import Markup, escape
 
+from ..tables import table
 from .bench_tables import bench_blocks, described
-from .content import Svgs
+from .content import Block, Cell, Svgs, Table
 from .run_folder import Json
 from .section import in_page_order
-from .text import cell_in_markdown
+from .text import cell_in_markdown, in_markdown
 
 _STYLE = Path(__file__).parent / "style.css"
 _PAGE = Markup("""<!doctype html>
@@ -64,6 +65,15 @@ def render_html(report: Json, svgs: Svgs) -> str:
     return str(_PAGE.format(title=escape(report["title"]), style=style, sections=Markup("\n").join(shown)))
 
 
-def render_bench(bench: Json) -> str:
-    """The tables of a bench alone, as Markdown that reads well in a terminal."""
-    return "\n\n".join(block.markdown() for block in bench_blocks(described(bench)))
+def render_bench(bench: Json, width: int | None = None) -> str:
+    """The tables of a bench alone, as Markdown; with a `width` as plain text for a screen that wide."""
+    blocks = bench_blocks(described(bench))
+    return "\n\n".join(block.markdown() if width is None else _on_screen(block, width) for block in blocks)
+
+
+def _on_screen(block: Block, width: int) -> str:
+    if not isinstance(block, Table):
+        return block.markdown()
+    rows = [[in_markdown(cell.text if isinstance(cell, Cell) else cell) for cell in row.cells] for row in block.rows]
+    titles = [column.title for column in block.columns]
+    return table(titles, rows, numbers=[not column.text for column in block.columns], width=width)

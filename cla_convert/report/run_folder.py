@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ..console import command
 from ..errors import ClaError, InputError
 from ..evaluation.stale import stale_points
 from ..files import read_json, stays_in
@@ -75,7 +76,7 @@ def read_run_folder(path: Path) -> RunFiles:
         raise InputError(
             f"{path} holds nothing to report yet" if begun else f"{path} is not a run folder",
             why=f"It has {'recipe.yaml, but ' if begun else ''}none of plan.json, convert.json, train.json and eval/.",
-            fix=f"`cla-convert run {run.recipe} --out {path}` makes them."
+            fix=f"`{command('run', run.recipe, '--out', path)}` makes them."
             if begun
             else "Give the folder that was passed as --out to `cla-convert run`.",
         )

@@ -16,7 +16,7 @@ def collect(material: Material, report: Json) -> Json:
     return {
         "caveats": [
             *_comparability(run), *comparison["problems"], *_task_caveats(run, comparison), *_training_caveats(run),
-            *_kv_caveats(report["kv"]),
+            *_kv_caveats(report["kv"]), *(f"{said}." for said in run.convert.get("left_out") or []),
         ]
     }  # fmt: skip
 
@@ -72,6 +72,13 @@ def _training_caveats(run: RunFiles) -> list[str]:
     if not run.train:
         return ["Nothing was uptrained: the last column is the model right after conversion."] if run.convert else []
     found = []
+    # the same rows are not measured again of a model that stayed: only the last point tells what is held out now
+    trained, text = run.train.get("data_digest"), run.held_out.get(run.last_point or "", {}).get("text")
+    if trained and text and text != trained:
+        found.append(
+            "HELD-OUT TEXT IS NOT OF THE TEXT THAT WAS TRAINED ON: data.sources gave other tokens by then. The model "
+            "may have seen it."
+        )
     if (run.recipe.get("train") or {}).get("loss") == "cross_entropy" and "control" not in run.results:
         found.append(
             "Trained with cross-entropy: held-out perplexity then mixes recovery with learning the new text, and can "

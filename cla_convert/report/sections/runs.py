@@ -1,54 +1,147 @@
-"""Several runs side by side: accuracy against KV bytes per token."""
+"""Several runs side by side: quality against KV bytes per token, and how each one learned."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from ..comparisons import comparison_of, mean_at
-from ..content import Block, Column, Figure, Row, Table
-from ..formats import count, integer, number, percent, percent_interval
-from ..plots import draw_pareto
+from ..content import Block, Column, Figure, Paragraph, Row, Table
+from ..formats import change, count, integer, number, percent, percent_interval
 from ..run_folder import Json, RunFiles
+from ..run_plots import QUALITIES, draw_learning, draw_pareto
 from ..section import Material, Picture, Section, register
 from ..text import Text, note
 
-ALT = "mean accuracy against KV bytes per token"
+ALT = "quality against KV bytes per token"
+LEARNING = "held-out perplexity and KL over training tokens"
+MEANING = (
+    "KL from the source model in nats a token, and perplexity above the source's: means over the domains. wikitext: "
+    "word perplexity above the source's."
+)
+FIGURES = (
+    Figure(
+        "pareto",
+        ALT,
+        "Bars: the source's accuracy plus the 95% interval of the paired difference from it. The dotted line joins the "
+        "runs that no other one beats.",
+    ),
+    Figure("learning", LEARNING, "Every point of KL is a mean over steps."),
+)
+_CURVE = 60
+"""Points of a curve of training, each the mean of what lies between it and the last."""
 
 
 def collect(material: Material, report: Json) -> Json:
-    """runs: the source model of the first run and the last point of every run, one row each; empty for a single run.
+    """runs: the rows of `rows_of`; empty for a single run."""
+    return {"runs": rows_of(material) if material.others else []}
 
-    Rows of label, point, sharing, init, tokens, kv_bytes_per_token, accuracy, ci95, held_out and comparable. Accuracy
-    is over the tasks of the first run, and None where a run was measured under another specification (comparable:
-    false) or not at all. ci95 is the source's accuracy plus the interval of the paired difference from it, within 0
-    to 1. held_out is None where the run's held-out text is not that of the first run.
+
+def rows_of(material: Material) -> list[Json]:
+    """The source model of the first run, the last point and the control of every run.
+
+    Rows of label, point, sharing, kv_heads, init, trained, tokens, kv_bytes_per_token, accuracy, ci95, kl, domains,
+    wikitext, held_out, comparable and curves. Accuracy is over the tasks of the first run, and None where a run was
+    measured under another specification (comparable: false) or not at all. ci95 is the source's accuracy plus the
+    interval of the paired difference from it, within 0 to 1. kl (nats) and domains (perplexity above the source's, a
+    share) are means over the domains; None where these are not those of the first run. wikitext is the word
+    perplexity above the source's. held_out is None where the run's held-out text is not that of the first run.
+    curves {validation, kl}: pairs of tokens and value.
     """
-    if not material.others:
-        return {"runs": []}
     runs, summary = [material.run, *material.others], material.comparison["mean_accuracy"]
     labels = _labels(runs)
     rows = [_row(material, runs[0], "source model", "before", summary)]
-    return {"runs": rows + [_row(material, run, labels[i], run.last_point, summary) for i, run in enumerate(runs)]}
+    for run, label in zip(runs, labels, strict=True):
+        rows.append(_row(material, run, label, run.last_point, summary))
+        if "control" in run.results:
+            rows.append(_row(material, run, f"{label}, control", "control", summary))
+    return rows
 
 
 def _row(material: Material, run: RunFiles, label: str, point: str | None, summary: Json | None) -> Json:
     computed = (run.convert.get("kv_bytes_per_token") or {}).get("before" if point == "before" else "after")
-    hashes = [one.results.get("before", {}).get("specification_hash") for one in (run, material.run)]
-    comparable = None not in hashes and hashes[0] == hashes[1]
-    converted = point != "before"
-    texts = [one.held_out.get("before", {}).get("identity") for one in (run, material.run)]
-    same_text = run is material.run or (texts[0] is not None and texts[0] == texts[1])
+    comparable = _alike(material, run, lambda one: one.results.get("before", {}).get("specification_hash"))
+    source, shares = point == "before", point not in ("before", "control")
+    same_text = run is material.run or _alike(material, run, lambda one: _identity(one.held_out))
+    same_domains = run is material.run or _alike(material, run, lambda one: _identity(one.domains))
     return {
         "label": label,
         "point": point,
-        "sharing": run.convert.get("sharing") if converted else None,
-        "init": run.convert.get("init") if converted else None,
-        "tokens": run.train.get("tokens") if converted else None,
+        "sharing": run.convert.get("sharing") if shares else None,
+        "kv_heads": _heads(run) if shares else None,
+        "init": run.convert.get("init") if shares else None,
+        "trained": None if source else _objective(run),
+        "tokens": None if source else run.train.get("tokens"),
         "kv_bytes_per_token": run.kv_cache.get(point or "", {}).get("bytes_per_token") or computed,
         "accuracy": mean_at(run, summary, point) if point and comparable else None,
-        "ci95": _interval(material, run, summary) if converted and comparable else None,
+        "ci95": _interval(material, run, summary) if shares and comparable else None,
+        **(_domains(run, point) if same_domains and not source else {"kl": None, "domains": None}),
+        "wikitext": _wikitext(run, point) if comparable and not source else None,
         "held_out": run.held_out.get(point or "", {}).get("perplexity") if same_text else None,
         "comparable": comparable,
+        "curves": _curves(run, same_text) if shares else {"validation": [], "kl": []},
     }
+
+
+def _alike(material: Material, run: RunFiles, identity: Callable[[RunFiles], str | None]) -> bool:
+    """Whether something of a run is what it is of the first run."""
+    mine, first = identity(run), identity(material.run)
+    return mine is not None and mine == first
+
+
+def _identity(by_point: dict[str, Json]) -> str | None:
+    return by_point.get("before", {}).get("identity")
+
+
+def _heads(run: RunFiles) -> int | None:
+    """KV heads of a layer, where they were pooled."""
+    heads = run.convert.get("kv_heads") or {}
+    return heads.get("after") if heads.get("before") != heads.get("after") else None
+
+
+def _objective(run: RunFiles) -> str | None:
+    """What was minimised; None of a run that did not train."""
+    if not run.train:
+        return None
+    settings = run.recipe.get("train") or {}
+    loss, weight = settings.get("loss"), settings.get("cross_entropy_weight") or 0
+    return f"{loss} + {weight:g} cross-entropy" if loss == "distill" and weight else loss
+
+
+def _domains(run: RunFiles, point: str | None) -> Json:
+    """Mean KL over the domains, and the geometric mean of perplexities over the source's, less one."""
+    before, last = (run.domains.get(name or "", {}).get("domains", {}) for name in ("before", point))
+    kls = [row.get("kl") for row in last.values()]
+    pairs = [(row["perplexity"], before[name]["perplexity"]) for name, row in last.items() if name in before]
+    logs = [math.log(new / old) if new and old else None for new, old in pairs]
+    mean = _mean(logs)
+    return {"kl": _mean(kls), "domains": None if mean is None else math.expm1(mean)}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """None where one is not known: of a model whose numbers are lost on one kind of text, the others tell little."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
+
+
+def _wikitext(run: RunFiles, point: str | None) -> float | None:
+    """Word perplexity above the source's, a share of it."""
+    values = [
+        run.results.get(name or "", {}).get("tasks", {}).get("wikitext", {}).get("word_perplexity")
+        for name in ("before", point)
+    ]
+    return values[1] / values[0] - 1 if values[0] and values[1] else None
+
+
+def _curves(run: RunFiles, same_text: bool) -> Json:
+    validation = [
+        [row["tokens"], row["validation_perplexity"]]
+        for row in run.metrics
+        if same_text and row.get("validation_perplexity") is not None
+    ]
+    steps = [(row["tokens"], row["kl"]) for row in run.metrics if row.get("kl") is not None]
+    width = max(1, math.ceil(len(steps) / _CURVE))
+    parts = [steps[start : start + width] for start in range(0, len(steps), width)]
+    return {"validation": validation, "kl": [[part[-1][0], sum(kl for _, kl in part) / len(part)] for part in parts]}
 
 
 def _interval(material: Material, run: RunFiles, summary: Json | None) -> list[float] | None:
@@ -65,29 +158,38 @@ def _labels(runs: Sequence[RunFiles]) -> list[str]:
 
 
 def show(report: Json) -> Sequence[Block]:
-    """The picture and the table."""
+    """The pictures and the table."""
     if not report["runs"]:
         return []
-    caption = (
-        "Bars: the source's accuracy plus the 95% interval of the paired difference from it. The dotted line joins the "
-        "runs that no other one beats."
-    )
+    pictures = [figure for figure in FIGURES if figure.name in report["plots"]]
+    return [*pictures, table(report["runs"]), Paragraph(MEANING, "note")]
+
+
+def table(runs: Sequence[Json]) -> Table:
+    """A row a run."""
     columns = [
-        Column("run", text=True), Column("sharing", text=True), Column("init", text=True), Column("tokens"),
-        Column("KV bytes per token"), Column("accuracy, % [95% CI]", long=True), Column("held-out perplexity"),
+        Column("run", text=True), Column("sharing", text=True), Column("init", text=True),
+        Column("trained", text=True), Column("tokens"), Column("KV bytes per token"), Column("KL"),
+        Column("domains, perplexity"), Column("wikitext"), Column("held-out perplexity"),
+        Column("accuracy, % [95% CI]", long=True),
     ]  # fmt: skip
     rows = [
         Row(
             [
-                run["label"], str(run["sharing"] or ""), str(run["init"] or ""),
-                count(run["tokens"]) if run["tokens"] else "", integer(run["kv_bytes_per_token"]), _accuracy(run),
-                number(run["held_out"]),
+                run["label"], _sharing(run), str(run["init"] or ""), str(run["trained"] or ""),
+                count(run["tokens"]) if run["tokens"] else "", integer(run["kv_bytes_per_token"]),
+                number(run["kl"], 3), change(run["domains"]), change(run["wikitext"]), number(run["held_out"]),
+                _accuracy(run),
             ]
         )
-        for run in report["runs"]
+        for run in runs
     ]  # fmt: skip
-    figure = [Figure("pareto", ALT, caption)] if "pareto" in report["plots"] else []
-    return [*figure, Table(columns, rows)]
+    return Table(columns, rows, "cards wide")
+
+
+def _sharing(run: Json) -> str:
+    heads = f", {run['kv_heads']} KV heads" if run["kv_heads"] else ""
+    return f"{run['sharing'] or ''}{heads}"
 
 
 def _accuracy(run: Json) -> Text:
@@ -97,9 +199,14 @@ def _accuracy(run: Json) -> Text:
 
 
 def draw(run: RunFiles, report: Json) -> Mapping[str, Picture]:
-    """Accuracy over bytes, where there are two points at least."""
-    known = sum(row["accuracy"] is not None and row["kv_bytes_per_token"] is not None for row in report["runs"])
-    return {"pareto": Picture(ALT, partial(draw_pareto, report["runs"]))} if known > 1 else {}
+    """Quality over bytes, where two points have it; and curves, where two runs have some."""
+    found, runs = {}, report["runs"]
+    if any(len(quality.known(runs)) > 1 for quality in QUALITIES):
+        found["pareto"] = Picture(ALT, partial(draw_pareto, runs))
+    learned = [run for run in runs if any(run["curves"].values())]
+    if len(learned) > 1:
+        found["learning"] = Picture(LEARNING, partial(draw_learning, learned))
+    return found
 
 
 register(Section("runs", place=60, title="Against other runs", collect=collect, show=show, draw=draw))

@@ -1,0 +1,125 @@
+"""Plots of several runs: quality against KV bytes, perplexity and KL over training tokens."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .figures import CLA, INK, MUTED, SOURCE, WARM, in_style, logarithmic, new_figure, thousands
+from .plots import WIDTH
+from .run_folder import Json
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A measure that is drawn against KV bytes."""
+
+    key: str
+    label: str
+    scale: float = 1.0
+    more_is_better: bool = True
+
+    def known(self, runs: list[Json]) -> list[Json]:
+        """The runs that have it."""
+        return [run for run in runs if run.get(self.key) is not None and run["kv_bytes_per_token"]]
+
+
+QUALITIES = (
+    Quality("accuracy", "mean accuracy, %", 100),
+    Quality("kl", "KL from the source, nats", more_is_better=False),
+)
+
+
+@in_style
+def draw_pareto(runs: list[Json], width: float = WIDTH) -> "Figure":
+    """Mean accuracy and KL against KV bytes per token, one point a run; a line joins those that no other run beats.
+
+    Args:
+        runs: rows with kv_bytes_per_token, accuracy or kl (None ones are left out) and perhaps ci95, drawn as a bar.
+        width: in inches.
+    """
+    shown = [quality for quality in QUALITIES if len(quality.known(runs)) > 1]
+    figure, axes = new_figure(len(shown), width=width, height=3.2, sharex=True)
+    for axis, quality in zip(axes[:, 0], shown, strict=True):
+        _against_bytes(axis, quality, quality.known(runs))
+    axes[-1, 0].set_xlabel("KV bytes per token")
+    axes[-1, 0].xaxis.set_major_formatter("{x:,.0f}")
+    return figure
+
+
+def _against_bytes(axis: "Axes", quality: Quality, runs: list[Json]) -> None:
+    front = pareto_front(runs, quality)
+    axis.plot(*_places(front, quality), color=MUTED, linestyle=":")
+    for run in runs:
+        colour = SOURCE if run["point"] == "before" else CLA if run in front else WARM
+        if quality.key == "accuracy" and run.get("ci95"):
+            x, ends = run["kv_bytes_per_token"], [quality.scale * end for end in run["ci95"]]
+            axis.plot([x, x], ends, color=colour, linewidth=1.2, marker="_", markersize=7)
+        axis.plot(*_places([run], quality), marker="o", linestyle="none", color=colour)
+    middle = sum(extreme(run["kv_bytes_per_token"] for run in runs) for extreme in (min, max)) / 2
+    for (x, y), names in _labels(runs, quality).items():
+        offset, side = ((7, 4), "left") if x <= middle else ((-7, 4), "right")  # or it would leave the picture
+        axis.annotate(
+            ", ".join(names), (x, y), xytext=offset, textcoords="offset points", ha=side, color=INK, fontsize=8.5
+        )
+    axis.margins(x=0.18, y=0.15)
+    axis.set_ylabel(quality.label)
+    values = [run[quality.key] for run in runs]
+    if not quality.more_is_better and min(values) > 0 and max(values) > 5 * min(values):
+        logarithmic(axis, "y")
+
+
+def _places(runs: list[Json], quality: Quality) -> tuple[list[float], list[float]]:
+    return [run["kv_bytes_per_token"] for run in runs], [quality.scale * run[quality.key] for run in runs]
+
+
+def _labels(runs: list[Json], quality: Quality) -> dict[tuple[float, float], list[str]]:
+    """Names by place: those of runs that lie on one point stand side by side."""
+    names: dict[tuple[float, float], list[str]] = {}
+    for run in runs:
+        (x,), (y,) = _places([run], quality)
+        names.setdefault((x, y), []).append(run["label"])
+    return names
+
+
+def pareto_front(runs: list[Json], quality: Quality = QUALITIES[0]) -> list[Json]:
+    """Those better than every other one of as few or fewer bytes, by bytes."""
+    front: list[Json] = []
+    sign = 1 if quality.more_is_better else -1
+    for run in sorted(runs, key=lambda run: (run["kv_bytes_per_token"], -sign * run[quality.key])):
+        if not front or sign * run[quality.key] > sign * front[-1][quality.key]:
+            front.append(run)
+    return front
+
+
+PANELS = (("validation", "held-out perplexity"), ("kl", "KL in training, nats"))
+"""Curves of a row, and what they show."""
+
+
+@in_style
+def draw_learning(runs: list[Json], width: float = WIDTH) -> "Figure":
+    """Held-out perplexity and KL on the training text over tokens, a line a run.
+
+    Args:
+        runs: rows with curves {validation, kl}, each pairs of tokens and a value.
+        width: in inches.
+    """
+    panels = [(name, label) for name, label in PANELS if any(run["curves"][name] for run in runs)]
+    most = max(tokens for run in runs for curve in run["curves"].values() for tokens, _ in curve)
+    scale, unit = (1e6, "millions") if most >= 2e6 else (1e3, "thousands")
+    figure, axes = new_figure(len(panels), width=width, height=2.6, sharex=True)
+    for axis, (name, label) in zip(axes[:, 0], panels, strict=True):
+        for number, run in enumerate(runs):
+            curve = run["curves"][name]
+            xs, ys = [tokens / scale for tokens, _ in curve], [value for _, value in curve]
+            marker = "." if name == "validation" else None
+            axis.plot(xs, ys, label=run["label"], color=f"C{number % 10}", marker=marker, linewidth=1.2)
+        axis.set_ylabel(label)
+        values = [value for run in runs for _, value in run["curves"][name]]
+        if max(values) > 5 * min(values):
+            thousands(axis, log=True) if name == "validation" else logarithmic(axis, "y")
+    axes[0, 0].legend(fontsize=8.5)
+    axes[-1, 0].set_xlabel(f"training tokens, {unit}")
+    return figure
