@@ -28,10 +28,11 @@ class Recipe(Section):
     data: Annotated[Data, NAMED] = Data()
     train: Annotated[Train, NAMED] = Train()
     eval: Annotated[Evaluate, FREE] = Evaluate()
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of everything random: sample order, evaluation."""
     device: Annotated[str, FREE] = "auto"
-    """cpu, cuda, cuda:1, mps; auto: the best there is."""
+    """cpu, cuda, cuda:1, mps; auto: the best there is. cuda: the first GPU, and all of them to convert a wide model and
+    to evaluate one that the first has no room for; cuda:1 is that one alone."""
 
 
 def on_resume(name: str) -> OnResume | None:

@@ -18,6 +18,9 @@ class Source(Section):
     """Branch, tag or commit of a hub model."""
     dtype: Dtype = "auto"
     """Dtype of the converted weights. auto: each tensor as it is stored; a GGUF file is dequantised to float32."""
+    text_only: bool = False
+    """Of a model that also sees images, convert the language model alone, to a model that only reads. Off: the output
+    is the whole model, in which everything else is what it was."""
     allow_pickle: bool = False
     """Accept pickled .bin weights (loaded with weights_only=True). Off unless you ask for it."""
 

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 _SIZES = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -29,7 +29,7 @@ def _parse_number(value: Any, units: dict[str, int], expected: str) -> Any:
     return round(float(match[1].replace("_", "")) * units[match[2].lower()])
 
 
-Count = Annotated[int, BeforeValidator(parse_count), Field(ge=0)]
+Count = Annotated[int, BeforeValidator(parse_count), Field(ge=0, lt=2**62)]
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -55,4 +55,12 @@ PLACES = OnResume("named before the first checkpoint")
 class Section(BaseModel):
     """Base of all sections: unknown keys are errors, docstrings under fields are their documentation."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_answer(cls, value: Any, info: ValidationInfo) -> Any:
+        """`yes` is true to YAML, and true is 1 to pydantic."""
+        if isinstance(value, bool) and "bool" not in str(cls.model_fields[info.field_name or ""].annotation):
+            raise ValueError("must not be true or false, nor yes or no; put text into quotes")
+        return value

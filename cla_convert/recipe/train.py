@@ -30,8 +30,8 @@ class Train(Section):
     """What is trained. attention: the weights of all attention layers. shared: of the layers that share K/V,
     owners and consumers."""
     learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
-    """Peak learning rate. auto: 1e-3 for attention and a fifth of it for the rest at a width of 576, in proportion to
-    1/width for other models and less for fewer than 100 steps; with `loss: cross_entropy` the former for all
+    """Peak learning rate. auto: half a per cent of the size of attention's matrices (root mean square), a tenth of one
+    per cent of the size of the rest's (half with `loss: cross_entropy`), and less for fewer than 100 steps
     (docs/uptraining.md)."""
     learning_rates: dict[Literal["shared", "attention", "other"], Annotated[float, Field(gt=0)]] = {}
     """Peak rates for parts of the model, in place of `learning_rate`. shared: attention of layers that share K/V;
@@ -53,7 +53,7 @@ class Train(Section):
     document_masking: bool = False
     """Documents packed into one sequence do not see each other: attention and positions start anew with each, and no
     loss is taken on the first token of the next one. False: they are separated by EOS only."""
-    batch_tokens: Annotated[Count, PLACES] = 32_768
+    batch_tokens: Annotated[Count, PLACES] = 16_384
     """Tokens in an optimiser step (a multiple of sequence_length)."""
     micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Sequences in one forward/backward pass; gradients accumulate up to batch_tokens. auto: 8 on a CPU; on a GPU what

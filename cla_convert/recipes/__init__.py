@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from ..console import command
 from ..errors import UsageError, did_you_mean
 
 FOLDER = Path(__file__).parent
@@ -17,16 +18,34 @@ def list_recipes() -> dict[str, str]:
 
 
 def find_recipe(name: str) -> Path:
-    """A file as it is, or a shipped recipe by name. Raises UsageError if it is neither."""
-    if Path(name).is_file():
-        return Path(name)
+    """A file or pipe as it is, `-` for stdin, or a shipped recipe by name. Raises UsageError if it is none."""
+    path = Path("/dev/stdin" if name == "-" else name)
+    if path.exists() and not path.is_dir():
+        return path
     shipped = FOLDER / f"{name}.yaml"
     if shipped.is_file():
         return shipped
-    raise UsageError(
-        f"There is no recipe {name!r}.{did_you_mean(name, list(list_recipes()))}",
-        fix=f"Give a file, or one of the shipped recipes: {', '.join(list_recipes())}.",
-    )
+    raise _no_recipe(name, path)
+
+
+def _no_recipe(name: str, path: Path) -> UsageError:
+    """What stands where a recipe should: a folder with one in it, a model, or nothing of that name."""
+    if inside := sorted(path.glob("*.yaml")):
+        return UsageError(f"{name} is a folder, not a recipe", fix=f"Give a file: {', '.join(map(str, inside[:3]))}")
+    if path.is_dir() or name.endswith(".gguf") or _is_of_the_hub(name, path):
+        what = "a folder" if path.is_dir() else "a model"
+        own = command("run", "default", "--out", "DIR", "--set", f"source.model={name}")
+        return UsageError(f"{name} is {what}, not a recipe", fix=f"For a model: `{own}`. {_choices()}")
+    return UsageError(f"There is no recipe {name!r}.{did_you_mean(path.stem, list(list_recipes()))}", fix=_choices())
+
+
+def _is_of_the_hub(name: str, path: Path) -> bool:
+    """Whether it looks like `owner/name` rather than a file in a folder."""
+    return name.count("/") == 1 and not path.parent.is_dir() and path.suffix not in (".yaml", ".yml", ".json")
+
+
+def _choices() -> str:
+    return f"Give a file, or one of the shipped recipes: {', '.join(list_recipes())}."
 
 
 def reference() -> str:

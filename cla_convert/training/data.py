@@ -16,11 +16,12 @@ import numpy as np
 
 from ..console import human_count, say
 from ..effort import affordable_tokens
-from ..environment import cache_folder
+from ..environment import cache_of, gpu_memory
 from ..errors import InputError
 from ..files import load_json, read_kept, write_json
 from ..kept import kept
 from ..models.checkpoint import Checkpoint
+from ..models.shape import shape_of
 from ..models.writer import disk_full_is_an_input_error
 from ..recipe import Data, Recipe, Train
 from .mixture import Mixture
@@ -81,6 +82,13 @@ def prepare_data(
         return _open(kept(folder, partial(_write, mixture), intact=_intact))
 
 
+def check_enough(store: TokenStore, train: Train) -> None:
+    """Raise InputError if the text holds not even one sequence to train on, or none to measure on."""
+    if train.tokens:
+        Sequences(store.train, train.sequence_length, seed=0)
+    held_out_rows(store, train)
+
+
 def say_passes(store: TokenStore, budget: int) -> None:
     """Say so where training goes round the text more than once."""
     if 0 < store.train.size < budget:
@@ -121,24 +129,26 @@ def store_for(recipe: Recipe, tokenizer: Any, source: Path, device: str, *, cali
         tokenizer,
         tokens=needed if sampled else max(needed, min(_VARIED, _WIDER * calibration)),
         held_out_tokens=max(recipe.train.validation_tokens, recipe.train.sequence_length + 1),
-        cache_dir=cache_folder() / "tokens",
+        cache_dir=cache_of("tokens"),
         seed=recipe.seed,
         model=_source_model(source, device),
     )
 
 
 def _source_model(folder: Path, device: str) -> SourceModel:
-    return SourceModel(folder, device, cache_folder() / "samples")
+    return SourceModel(folder, device, cache_of("samples"))
 
 
-def calibration_tokens(recipe: Recipe, source: Path, device: str) -> int:
-    """Tokens that converting the model in folder `source` asks for; 0 where it looks at none."""
+def calibration_tokens(recipe: Recipe, source: Path | Checkpoint, device: str) -> int:
+    """Tokens that converting a model, or the one in a folder, asks for; 0 where it looks at none."""
     if not recipe.convert.needs_text:
         return 0
     if recipe.convert.calibration.tokens != "auto":
         return recipe.convert.calibration.tokens
-    parameters = sum(tensor.numel for tensor in Checkpoint.open(source).tensors.values())
-    return affordable_tokens(parameters, device)
+    checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source)
+    parameters = sum(tensor.numel for tensor in checkpoint.tensors.values())
+    width = shape_of(checkpoint.config).hidden_size
+    return affordable_tokens(parameters, device, width=width, memory=gpu_memory(device))
 
 
 def calibration_rows(store: TokenStore, tokens: int, length: int, seed: int) -> np.ndarray:

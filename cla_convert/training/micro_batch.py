@@ -9,6 +9,7 @@ import psutil
 import torch
 
 from ..console import human_bytes
+from ..environment import gpu_memory
 from ..errors import InputError
 from ..recipe import Train
 from .layout import Layout
@@ -46,13 +47,13 @@ def forecast(
 
 
 def micro_batch_size(foreseen: Forecast) -> int:
-    """Sequences in a pass: as the recipe says, or a power of two that the device holds, at most a whole batch.
+    """Sequences in a pass: as the recipe says, or a power of two that the device holds; at most a whole batch.
 
     From the device's total memory, not what is free just now: the same run on the same machine gives the same bits.
     """
     wanted, most = foreseen.train.micro_batch_size, _share(foreseen)
     if wanted != "auto":
-        return wanted
+        return min(wanted, most)
     total = device_memory(foreseen.device)
     if total is None or not foreseen.device.startswith("cuda"):
         return min(_CPU_ROWS, most)
@@ -71,10 +72,8 @@ def shards_teacher(foreseen: Forecast, total: int | None) -> bool:
 
 def device_memory(device: str) -> int | None:
     """Bytes that a device has in all, within the limit of this process's container (cgroup v2); None if unknown."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_properties(device).total_memory
     if device != "cpu":
-        return None
+        return gpu_memory(device)
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text(encoding="utf-8").strip() if limit.exists() else ""
     total = psutil.virtual_memory().total + psutil.swap_memory().total

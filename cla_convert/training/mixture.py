@@ -62,7 +62,7 @@ class Mixture:
             ]
         targets = balanced([part.train.tokens for part in parts], [part.train.limit for part in parts])
         starts = _join([part.train for part in parts], targets, folder / "train.bin")
-        starts.tofile(folder / "starts.bin")
+        (folder / "starts.bin").write_bytes(starts.data)
         held_out = [part.held_out for part in parts]
         _join(held_out, [side.tokens for side in held_out], folder / "held_out.bin")
         for side in [*(part.train for part in parts), *held_out]:
@@ -108,10 +108,12 @@ class Mixture:
         train.limit = wanted
         tail = held_out.add(train.cut(min(held_out.limit, max(int(train.tokens * self.share), train.tokens - wanted))))
         train.cut(max(0, train.tokens - wanted))
-        warn(
-            f"{name_of(source)} is a single document: its last {tail} tokens are held out. More documents give a "
-            "cleaner split."
-        )
+        if tail:
+            last = "token is" if tail == 1 else f"{tail} tokens are"
+            warn(
+                f"{name_of(source)} is a single document: its last {last} held out. More documents give a cleaner "
+                "split."
+            )
         return tail
 
     def _open(self, source: TextSource, wanted: Callable[[], int]) -> Iterator[list[Document]]:
@@ -159,7 +161,7 @@ def _join(sides: list[Side], targets: list[int], out: Path) -> np.ndarray:
         for side, left in zip(sides, targets, strict=True):
             while left:
                 tokens = np.memmap(side.file.name, dtype=side.dtype, mode="r")[:left]
-                tokens.tofile(file)
+                file.write(tokens.data)
                 begins = np.asarray(side.starts, dtype=np.int64)
                 starts.append(end + begins[begins < tokens.size])
                 end, left = end + tokens.size, left - tokens.size

@@ -28,10 +28,13 @@ def parts_of(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Parameter, 
 
 
 def freeze_all_but(model: PreTrainedModel, wanted: Literal["all", "attention", "shared"]) -> None:
-    """Let gradients reach what is to be trained only. Raises InputError if that is nothing."""
+    """Let gradients reach what is to be trained only. Raises InputError if that is nothing.
+
+    What transformers' own class does not train (biases by which experts are chosen) is not.
+    """
     kept = {"all": ("shared", "attention", "other"), "attention": ("shared", "attention"), "shared": ("shared",)}
     for _, parameter, part in parts_of(model):
-        parameter.requires_grad_(part in kept[wanted])
+        parameter.requires_grad_(parameter.requires_grad and part in kept[wanted])
     if not any(p.requires_grad for p in model.parameters()):
         raise InputError(
             f"train.parameters={wanted} leaves nothing to train",
@@ -60,6 +63,6 @@ def make_optimizer(model: PreTrainedModel, train: Train, device_type: str) -> to
 def peak_rate(part: Part, train: Train) -> float:
     """The peak learning rate of a part: its own, or attention's for `shared`, or the one for all."""
     rates, rate = train.learning_rates, train.learning_rate
-    assert rate != "auto", "derived() makes it a number"
+    assert rate != "auto", "with_rates() makes it a number"
     fallback = rates.get("attention", rate) if part == "shared" else rate
     return rates.get(part, fallback)

@@ -97,15 +97,16 @@ class Team:
         Args:
             model: may be on the meta device still.
             compute: dtype of what is gathered.
-            whole: parameters that stay as they are, frozen ones.
+            whole: parameters that stay as they are, frozen ones; so do those of another dtype, which is no accident.
         """
         if self.size == 1:
             return
         mesh = self._mesh()
         policy = MixedPrecisionPolicy(compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
         names = set(getattr(model, "_no_split_modules", None) or ())
+        kept = {p for p in model.parameters() if not p.requires_grad and p.dtype != compute}
         for layer in [*(module for module in model.modules() if type(module).__name__ in names), model]:
-            fully_shard(layer, mesh=mesh, mp_policy=policy, ignored_params=set(whole))
+            fully_shard(layer, mesh=mesh, mp_policy=policy, ignored_params={*whole, *kept})
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)

@@ -7,8 +7,10 @@ from typing import Literal
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..environment import has_native_bfloat16
+from ..models.export import stays_float32
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class Precision:
         float32, everything between the embedding and the logits is in the compute dtype (as FSDP2's mixed precision
         has it). The backward passes belong inside: recomputed activations read the weights again.
         """
-        originals = [(m, name, p) for m in model.modules() for name, p in m._parameters.items() if p is not None]
+        parameters = ((m, name, p) for m in model.modules() for name, p in m._parameters.items() if p is not None)
+        originals = [(m, name, p) for m, name, p in parameters if p.requires_grad]  # others: `cast_frozen`
         casts = {p: p.to(self.compute) for _, _, p in originals}  # tied weights stay tied: one cast each
         for module, name, parameter in originals:
             module._parameters[name] = casts[parameter]  # type: ignore[assignment]
@@ -57,10 +60,14 @@ class Precision:
 
 
 @torch.no_grad()
-def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
-    """Keep what is not trained in the compute dtype: it needs no float32 copy, and a teacher can share it."""
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
+def cast_frozen(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Keep what is not trained in the compute dtype: it needs no float32 copy, and a teacher can share it.
+
+    But for what is float32 in the teacher, too.
+    """
+    kept = stays_float32(model, dtype)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad and not kept.search(name):
             parameter.data = parameter.data.to(dtype)
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from ..console import progress, say, warn
+from ..environment import gpu_memory
 from ..errors import InputError
 from ..files import atomic, read_json, write_json
 from ..models.checkpoint import Checkpoint
@@ -57,7 +58,7 @@ class SourceModel:
 
     def ends(self) -> list[int]:
         """Tokens that end a text according to the model's generation settings."""
-        settings = read_json(self.folder / "generation_config.json") or read_json(self.folder / "config.json") or {}
+        settings = read_json(self.folder / "generation_config.json") or Checkpoint.open(self.folder).config
         named = settings.get("eos_token_id")
         return [named] if isinstance(named, int) else named or []
 
@@ -145,10 +146,10 @@ def automatic_rows(model: SourceModel, length: int) -> int:
 
     From a GPU's total memory, not what is free just now: the same run on the same machine gives the same samples.
     """
-    if not model.device.startswith("cuda"):
+    if (memory := gpu_memory(model.device)) is None:
         return _CPU_ROWS
     checkpoint = Checkpoint.open(model.folder)
-    room = _SHARE * torch.cuda.get_device_properties(model.device).total_memory
+    room = _SHARE * memory
     room -= 2 * sum(info.numel for info in checkpoint.tensors.values())
     row = length * shape_of(checkpoint.config).kv_bytes_per_token(2)
     row += _LOGIT_BYTES * int(checkpoint.config.get("vocab_size", 50_000))

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..console import say
-from ..environment import cache_folder
+from ..environment import cache_of
 from ..errors import ClaError, InputError, did_you_mean
 from ..files import write_bytes
 from ..recipe import TextSource
+from ..refusals import unread
 from ..surrogates import replaced
 
 SAMPLE = Path(__file__).parent.parent / "data" / "sample.parquet"
@@ -54,15 +55,16 @@ def pinned(source: TextSource) -> TextSource:
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     revision = source.revision or "main"
-    note = cache_folder() / "datasets" / f"{source.dataset}@{revision}".replace("/", "--")
+    note = cache_of("datasets") / f"{source.dataset}@{revision}".replace("/", "--")
     try:
         commit = str(HfApi().dataset_info(source.dataset, revision=revision, expand=["sha"]).sha)
-        write_bytes(note, commit.encode())
     except Exception as error:  # of the HTTP library that huggingface_hub happens to use, or its own
         if isinstance(error, (RepositoryNotFoundError, RevisionNotFoundError)) or not note.exists():
             raise _unreadable(source, error) from error
         commit = note.read_text()
         say(f"the hub cannot be asked about {source.dataset!r}: taking commit {commit[:12]}, seen last")
+    else:
+        write_bytes(note, commit.encode())
     return source.model_copy(update={"revision": commit})
 
 
@@ -157,12 +159,9 @@ def _file(path: Path, source: TextSource) -> Iterator[Document]:
         rows = _parquet(path, source) if path.suffix.lower() == ".parquet" else _jsonl(path)
         for number, row in enumerate(rows, 1):
             yield from _document(row, source, f"row {number} of {str(path)!r}")
-    except UnicodeDecodeError as error:
-        why = f"It is not UTF-8: byte {error.object[error.start]:#04x} is part of no letter there."
-        fix = "Write it anew as UTF-8 (iconv -f ENCODING -t UTF-8), or leave the file out."
-        raise InputError(f"Cannot read {str(path)!r}", why, fix) from error
-    except (OSError, EOFError) as error:
-        raise InputError(f"Cannot read {str(path)!r}", str(error), "Mend the file, or leave it out.") from error
+    except (UnicodeDecodeError, OSError, EOFError) as error:
+        damaged = InputError(f"Cannot read {str(path)!r}", str(error), "Mend the file, or leave it out.")
+        raise unread(error, damaged) from error
 
 
 def _jsonl(path: Path) -> Iterator[Any]:

@@ -41,7 +41,7 @@ class Side:
         ids = ids[: self.limit - self.tokens]
         if ids.size:
             self.starts.append(self.tokens)
-            ids.tofile(self.file)
+            self.file.write(ids.data)  # numpy's tofile does not say that the disk is full
             self.tokens += ids.size
         return ids.size
 

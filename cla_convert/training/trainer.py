@@ -19,7 +19,7 @@ from ..models.tokenization import check_as_recorded
 from ..preflight import check_packing
 from ..recipe import FREE, Recipe, Train
 from .compiling import choose_compile, compile_layers
-from .data import Sequences, TokenStore, held_out_rows, say_passes, store_for
+from .data import Sequences, TokenStore, check_enough, held_out_rows, say_passes, store_for
 from .derived import derived
 from .flops import peak_flops, training_flops
 from .layout import Layout
@@ -29,6 +29,7 @@ from .objective import Objective, check_documents, check_head
 from .optimizer import freeze_all_but, make_optimizer
 from .parallel import Team
 from .precision import Precision, cast_frozen, choose_precision
+from .rates import with_rates
 from .schedule import Budget, budget_of
 from .sharded import release, run_gathered
 from .teacher import check_teacher, fill_models
@@ -100,6 +101,7 @@ def set_up(
         check_teacher(recipe.train, student_dir, teacher_dir)
         with team.leader_first():
             data = text() if text else store_for(recipe, load_tokenizer(student_dir), teacher_dir, device)
+        check_enough(data, recipe.train)
         say_passes(data, budget.tokens)
     precision = choose_precision(recipe.train.precision, device)
     configs = [Checkpoint.open(folder).config for folder in (student_dir, teacher_dir)]
@@ -120,6 +122,7 @@ def set_up(
             compile_layers(model, len(team.share(0, budget.batch, rows)[0]), budget.length)
     with loading():  # before the optimiser, which is to hold the sharded parameters
         fill_models(unfilled, source, team, precision.compute, shard_teacher=foreseen.layout.teacher_shards > 1)
+    settings = with_rates(settings, student)
     peak = peak_flops(device, precision.compute)
     trainer = Trainer(
         settings=settings,
