@@ -18,6 +18,7 @@ Needs vLLM and cla-convert; on a CPU, VLLM_CPU_KVCACHE_SPACE (GiB) is the full m
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -100,6 +101,8 @@ def in_a_process(options: argparse.Namespace, name: str, model: str, context: in
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     """One engine at one context."""
+    if job["memory"] == "equal":
+        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # where it is set, vLLM takes it instead of what it is told
     from vllm import LLM
 
     engine: dict[str, Any] = {
@@ -129,7 +132,8 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         "kv_blocks": cache.num_gpu_blocks, "kv_tokens": capacity, "batch": batch, "requests": requests,
         "ttft_seconds": statistics.median(ttft), "ttft_runs": ttft,
         "prefill_tokens_per_second": requests * prompt / prefill,
-        "decode_tokens_per_second": requests * (job["new"] - 1) / (both - prefill),
+        # Where a busy machine took longer for the prompts alone, nothing is said.
+        "decode_tokens_per_second": requests * (job["new"] - 1) / (both - prefill) if both > prefill else math.nan,
         "served_tokens_per_second": requests * job["new"] / both,
     }  # fmt: skip
 

@@ -159,6 +159,7 @@ def simulate(train: Train, student: Mapping[str, Any], teacher: Mapping[str, Any
         if guide is not None:
             guide.requires_grad_(False)
         settings = derived(train, model.config, guide and guide.config)
+        settings = settings.model_copy(update={"learning_rate": 1e-4})  # weights without numbers have no size
         shared = _divide(team, model, guide, teacher_too=layout.teacher_shards > 1)
         loss_of = objective.Objective(settings, model, guide)
         optimizer = make_optimizer(model, settings, "cpu")

@@ -36,7 +36,7 @@ SHAPES: dict[str, tuple[dict[str, Any], int]] = {  # config.json, largest shard
 }  # fmt: skip
 
 
-def make_source(folder: Path, shape: dict[str, Any], shard_size: int) -> None:
+def make_source(folder: Path, shape: dict[str, Any], shard_size: int, device: str = "cpu") -> None:
     """A random bfloat16 Llama, written shard by shard, and a tokenizer and text of numbers."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -52,7 +52,7 @@ def make_source(folder: Path, shape: dict[str, Any], shard_size: int) -> None:
         state = LlamaForCausalLM(config).to(torch.bfloat16).state_dict()
     writer = ShardWriter(folder, infos_of(state), shard_size)
     for name, shape_only in state.items():
-        tensor = torch.empty(shape_only.shape, dtype=torch.bfloat16)
+        tensor = torch.empty(shape_only.shape, dtype=torch.bfloat16, device=device)
         writer.add(name, tensor.fill_(1) if "norm" in name else tensor.normal_(std=0.02))
     writer.finish()
     words = Tokenizer(models.WordLevel({str(i): i for i in range(shape["vocab_size"])}, unk_token="0"))
