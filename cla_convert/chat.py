@@ -13,7 +13,7 @@ from typing import Any, TextIO
 from .console import say
 from .errors import UsageError, first_line
 from .files import load_json
-from .models.export import load_model, load_tokenizer
+from .models.export import load_tokenizer
 from .models.shape import positions_of
 
 RESET = "/reset"
@@ -48,9 +48,11 @@ class Speaker:
             UsageError: there is a system prompt, and the chat template has no place for one.
             InputError: the model cannot be loaded.
         """
+        from .models.placement import load_where_it_fits
+
         tokenizer = load_tokenizer(folder)
         _check_system(name, tokenizer, manner.system)
-        return cls(name, load_model(folder, dtype=dtype, device=device), tokenizer, manner)
+        return cls(name, load_where_it_fits(folder, dtype=dtype, device=device), tokenizer, manner)
 
     @property
     def converses(self) -> bool:

@@ -29,6 +29,10 @@ _CPU = _Means(least=24_576, most=40_960, token_parameters=5.53e12, steps=20, ste
 """A 135M model gets the most, four and a half minutes of two slow cores."""
 
 
+_STREAMS, _OF_MEMORY = 11, 0.5
+"""What is kept of a token where three layers share: residual streams in bfloat16; and the share of a GPU for them."""
+
+
 @dataclass(frozen=True)
 class Effort:
     """How much work block reconstruction may be."""
@@ -44,10 +48,19 @@ class Effort:
         return cls(means.steps + means.more * (max(0, tokens - means.least) // means.step), means.step)
 
 
-def affordable_tokens(parameters: int, device: str) -> int:
-    """Calibration tokens that a model of so many parameters can afford on a device: what `tokens: auto` means."""
+def affordable_tokens(parameters: int, device: str, *, width: int = 0, memory: int | None = None) -> int:
+    """Calibration tokens that a model can afford on a device: what `tokens: auto` means.
+
+    Args:
+        parameters: of the model.
+        device: where the conversion runs.
+        width: hidden size of the model.
+        memory: bytes of the GPU. Residual streams that do not fit there are read from main memory all the time, which
+            takes dozens of times as long.
+    """
     means = _means(device)
-    return min(means.most, max(means.least, int(means.token_parameters / parameters)))
+    fitting = int(_OF_MEMORY * memory / (_STREAMS * 2 * width)) if memory and width else means.most
+    return min(means.most, max(means.least, min(fitting, int(means.token_parameters / parameters))))
 
 
 def affordable_length(device: str) -> int:

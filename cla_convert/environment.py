@@ -7,7 +7,7 @@ import shlex
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .console import waiting
 from .errors import UsageError, did_you_mean
@@ -17,8 +17,17 @@ PACKAGES = ["torch", "transformers", "safetensors", "lm-eval", "datasets", "toke
 
 
 def cache_folder() -> Path:
-    """Where rewritten sources and cached results live: $CLA_CONVERT_CACHE or ~/.cache/cla-convert."""
-    return Path(os.environ.get("CLA_CONVERT_CACHE", Path.home() / ".cache" / "cla-convert"))
+    """Where rewritten sources and cached results live: $CLA_CONVERT_CACHE, or ~/.cache/cla-convert if that is empty."""
+    return Path(os.environ.get("CLA_CONVERT_CACHE") or "~/.cache/cla-convert").expanduser()
+
+
+CacheKind = Literal["damage", "datasets", "eval", "fingerprints", "samples", "sources", "tokens"]
+"""What a cache holds, a folder each."""
+
+
+def cache_of(kind: CacheKind) -> Path:
+    """Where one kind lies."""
+    return cache_folder() / kind
 
 
 def import_slowly(*packages: str) -> None:
@@ -160,6 +169,15 @@ def forget_peak_memory(device: str) -> None:
             torch.cuda.reset_peak_memory_stats(device)
 
 
+def gpu_memory(device: str) -> int | None:
+    """Bytes of all memory of a CUDA device; None of others."""
+    if not device.startswith("cuda"):
+        return None
+    import torch
+
+    return torch.cuda.get_device_properties(device).total_memory
+
+
 def available_memory() -> int:
     """Bytes that this process may still take without swapping, within the limit of its container (cgroup v2)."""
     import psutil
@@ -211,13 +229,18 @@ def on_command_line() -> bool:
 
 
 def command_line() -> str:
-    """The command that continues this process, ready to paste: its own, without what would start over."""
+    """The command that continues this process, ready to paste: its own, without what would start over.
+
+    What `convert --overwrite` replaces is there until the new output is whole.
+    """
     if given := os.environ.get("CLA_CONVERT_COMMAND"):  # of the process that started this one
         return given
     if not on_command_line():
         return shlex.join(["python", *sys.argv]) if Path(sys.argv[0]).is_file() else "the same lines of Python"
     program = _torchrun() if world_size() > 1 else ["cla-convert"]
-    return shlex.join([*program, *(word for word in sys.argv[1:] if word not in ("--overwrite", "--no-resume"))])
+    verb = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    afresh = {"--no-resume"} if verb == "convert" else {"--no-resume", "--overwrite"}
+    return shlex.join([*program, *(word for word in sys.argv[1:] if word not in afresh)])
 
 
 def _torchrun() -> list[str]:

@@ -12,6 +12,7 @@ class ExitCode(IntEnum):
     INPUT = 3
     GATE = 4
     INTERRUPTED = 130
+    NO_READER = 141
 
 
 class ClaError(Exception):
@@ -61,8 +62,9 @@ def first_line(error: BaseException) -> str:
 
 
 def did_you_mean(word: str, choices: list[str]) -> str:
-    """Return ` Did you mean 'x'?` for the closest of `choices`, or an empty string."""
+    """Return ` Did you mean 'x'?` for the closest of `choices`, whatever their case, or an empty string."""
     from difflib import get_close_matches
 
-    close = get_close_matches(word, choices, n=1, cutoff=0.6)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    lowered = {choice.lower(): choice for choice in reversed(choices)}
+    close = get_close_matches(word.lower(), list(reversed(lowered)), n=1, cutoff=0.6)
+    return f" Did you mean {lowered[close[0]]!r}?" if close else ""

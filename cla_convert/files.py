@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .errors import InputError, did_you_mean
-from .refusals import refusal
+from .refusals import refusal, unread
 from .staging import beside, lock
 
 LOCKED = "CLA_CONVERT_LOCKED"
@@ -106,7 +106,8 @@ def load_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist") from error
     except OSError as error:
-        raise InputError(f"{path} cannot be read", refusal(error).why, "Restore or remove it.") from error
+        damaged = InputError(f"{path} cannot be read", refusal(error).why, "Restore or remove it.")
+        raise unread(error, damaged) from error
     except json.JSONDecodeError as error:
         why = f"From line {error.lineno}, column {error.colno} on it is not valid JSON."
         raise InputError(f"{path} cannot be read", why, "Restore or remove it.") from error
@@ -140,6 +141,12 @@ def did_you_mean_path(path: Path) -> str:
         return did_you_mean(path.name, [entry.name for entry in path.parent.iterdir() if entry.name != path.name])
     except OSError:  # no such folder, or not to be read
         return ""
+
+
+def models_in(folder: Path) -> str:
+    """`Give a model in it: runs/a/converted, ...` of a folder that holds models; an empty string for another."""
+    found = sorted(path.parent for path in folder.glob("*/config.json"))
+    return f"Give a model in it: {', '.join(map(str, found[:4]))}{', ...' if found[4:] else ''}." if found else ""
 
 
 def plain(value: Any) -> Any:

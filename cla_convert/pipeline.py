@@ -4,7 +4,6 @@ Every stage leaves its result in the run folder by rename and is skipped when th
 line resumes after any interruption. This file holds the order of things; what a stage does is in stages/.
 """
 
-import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,21 +81,22 @@ def dry_run(
     recipe: Recipe, out: Path | str, *, overwrite: bool, allow_changes: Collection[str], introduction: str = ""
 ) -> "Plan":
     """The plan of `run`, checked as that is; nothing is written. Raises UsageError, InputError."""
-    check_same_recipe(RunFolder(out), recipe, overwrite, allow_changes)
+    folder = RunFolder(out)
+    check_same_recipe(folder, recipe, overwrite, allow_changes)
     say(introduction)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = RunFolder(scratch)
-        check(recipe, folder)
-        return checked_plan(recipe, folder)
+    check(recipe, folder)
+    return checked_plan(recipe, folder)
 
 
 STAGES = ("plan", "convert", "uptrain", "eval", "report")
 
 
 def read_text(recipe: Recipe, folder: RunFolder) -> None:
-    """Tokenise the data before stage 1, so that a row that cannot be read is told now. Sampling is left to a stage."""
+    """Tokenise the data before stage 1: a bad row or too little text is told now. Sampling is left to a stage."""
+    from .training.data import check_enough
+
     if not any(source.generate for source in recipe.data.sources):
-        text(recipe, folder)
+        check_enough(text(recipe, folder), recipe.train)
 
 
 def train(recipe: Recipe, folder: RunFolder, allow_changes: Collection[str]) -> TrainResult | Json:

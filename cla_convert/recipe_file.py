@@ -1,5 +1,6 @@
 """Reading a recipe: the file, `--set train.tokens=26M` on top, validation, and where every value came from."""
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +10,19 @@ from pydantic import ValidationError
 
 from .errors import UsageError
 from .recipe import Recipe
+from .recipe_mistakes import Origin
 from .recipe_mistakes import told as mistakes
 from .refusals import refusal
 from .removed import without_removed
 from .yaml_text import Mistake, lines_of, parse
 
 _MOST_VALUES = 10_000
+_MOST_MISTAKES = 12
+"""That are told at once: a file with more is no recipe."""
 _WHOLE = "A recipe is lines of `section:` with lines of `name: value` below, two spaces further in."
 _LISTED = "`cla-convert recipes ls` lists those shipped; `recipes cp NAME FILE` copies one to edit."
+
+_ALL_SETTINGS = "`cla-convert recipes reference` lists every setting and what it may be."
 
 
 @dataclass(frozen=True)
@@ -27,15 +33,14 @@ class Resolved:
     origins: dict[str, str]
 
     def table(self) -> str:
-        """One line per value that differs from its default or was given on the command line: name, value, origin."""
+        """One line per value that differs from its default or was given on the command line: name, origin, value."""
         values = flatten(self.recipe.model_dump(mode="json"))
         short = flatten(self.recipe.model_dump(mode="json", exclude_defaults=True))  # of what lies in lists, too
         typed = {name for name, origin in self.origins.items() if origin != "recipe"}
         given = {name: short.get(name, value) for name, value in values.items() if name in short or name in typed}
-        width = max(map(len, given), default=0)
-        lines = [
-            f"{name:<{width}}  {value!r:<28}  {self.origins.get(name, 'default')}" for name, value in given.items()
-        ]
+        origins = {name: self.origins.get(name, "default") for name in given}
+        width, narrow = (max(map(len, words), default=0) for words in (given, origins.values()))
+        lines = [f"{name:<{width}}  {origins[name]:<{narrow}}  {value!r}" for name, value in given.items()]
         return "\n".join([*lines, f"{len(values) - len(given)} other settings have their defaults"])
 
 
@@ -70,7 +75,7 @@ def parse_overrides(assignments: list[str]) -> dict[str, Any]:
     overrides: dict[str, Any] = {}
     for text in assignments:
         name, equals, value = text.partition("=")
-        if not equals or not name:
+        if not equals or not all(name.split(".")):
             raise UsageError(f"--set {text!r} is not of the form a.b=value", fix="For example --set train.tokens=26M")
         try:
             overrides[name.strip()] = parse(value)
@@ -89,7 +94,8 @@ def load_recipe(
     Raises:
         UsageError: the file is missing or not YAML, or a key or value is not accepted.
     """
-    tree = read_yaml(Path(path)) if path is not None else {}
+    text = "" if path is None else _text(Path(path))  # once: a pipe has no second time
+    tree = {} if path is None else _tree(Path(path), text)
     origins = dict.fromkeys(flatten(tree), "recipe")
     for name, value in parse_overrides(assignments or []).items():
         _assign(tree, name, value)
@@ -100,10 +106,10 @@ def load_recipe(
     try:
         return Resolved(_validated(tree), origins)
     except ValidationError as error:
-        lines = {} if path is None else lines_of(Path(path).read_text(encoding="utf-8"))
-        places = {name: f"{path}:{line}: " for name, line in lines.items()}
-        places |= {name: f"{origin}: " for name, origin in origins.items() if origin != "recipe"}
-        raise _not_valid(error, places) from error
+        lines = {} if path is None else lines_of(text)
+        places = {name: Origin(f"{path}:{at.name}: ", f"{path}:{at.value}: ") for name, at in lines.items()}
+        places |= {name: Origin(f"{o}: ", f"{o}: ") for name, o in origins.items() if o != "recipe"}
+        raise _not_valid(mistakes(error, places), path) from error
 
 
 def validate(tree: dict[str, Any]) -> Recipe:
@@ -111,16 +117,22 @@ def validate(tree: dict[str, Any]) -> Recipe:
     try:
         return _validated(tree)
     except ValidationError as error:
-        raise _not_valid(error, {}) from error
+        raise _not_valid(mistakes(error, {}), "the recipe") from error
 
 
 def _validated(tree: dict[str, Any]) -> Recipe:
     return Recipe.model_validate(without_removed(tree))
 
 
-def _not_valid(error: ValidationError, places: Mapping[str, str]) -> UsageError:
-    """A line for every mistake, with its place in front where `places` has one for its dotted name."""
-    return UsageError("The recipe is not valid", why="\n       ".join(mistakes(error, places)))
+def _not_valid(lines: list[str], path: str | Path | None) -> UsageError:
+    """Of a recipe (None: there is none), or of the command line where only that is wrong: then what is wrong leads."""
+    of_recipe = path is not None and not all(line.startswith(("--", "MODEL: ")) for line in lines)
+    if of_recipe or len(lines) > 1:
+        if len(lines) > _MOST_MISTAKES:
+            lines = [*lines[:_MOST_MISTAKES], f"and {len(lines) - _MOST_MISTAKES} more."]
+        what = "The recipe is not valid" if of_recipe else "The command line is not valid"
+        return UsageError(what, "\n       ".join(lines), _ALL_SETTINGS)
+    return UsageError(lines[0], fix=_ALL_SETTINGS)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -129,13 +141,23 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         UsageError: it cannot be read, is not YAML or no mapping, or unfolds to more than any recipe holds.
     """
+    return _tree(path, _text(path))
+
+
+def _text(path: Path) -> str:
     try:
-        tree = parse(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
     except OSError as error:
-        why = refusal(error).why
-        raise UsageError(f"Cannot read the recipe {str(path)!r}", why, _LISTED) from error
+        told = refusal(error)
+        fix = told.fix if isinstance(error, PermissionError) else _LISTED
+        raise UsageError(f"Cannot read the recipe {str(path)!r}", told.why, fix) from error
     except UnicodeDecodeError as error:
         raise UsageError(f"The recipe {str(path)!r} is not text", "It is not encoded as UTF-8.", _LISTED) from error
+
+
+def _tree(path: Path, text: str) -> dict[str, Any]:
+    try:
+        tree = parse(text)
     except Mistake as error:
         place = f"{path}:{error.line}: " if error.line else ""
         raise UsageError(f"The recipe {str(path)!r} is not valid YAML", f"{place}{error.why}", error.fix) from error
@@ -160,6 +182,11 @@ def _too_large(tree: Any) -> bool:
 
 def _assign(tree: dict[str, Any], name: str, value: Any) -> None:
     *sections, last = name.split(".")
+    if item := re.match(r"(.+?)(?:\.\d+|\[\d+\])(?=\.|$)", name):
+        raise UsageError(
+            f"--set {name}: one item of a list cannot be set",
+            fix=f"Give the whole list, in the recipe or as --set '{item[1]}=[...]'.",
+        )
     for section in sections:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):

@@ -1,14 +1,23 @@
 """What the schema finds wrong with a recipe, a line for each setting, in words of our own."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
 from .errors import did_you_mean
 from .recipe import Recipe, Section
+
+
+class Origin(NamedTuple):
+    """Where a setting was given, as it is told: `mine.yaml:7: ` or `--set: `."""
+
+    name: str
+    value: str
+    """Of its value, which may begin in another line."""
 
 
 @dataclass(frozen=True)
@@ -19,46 +28,62 @@ class _Mistake:
     """Of the value: names of settings and numbers of list items, without pydantic's names for alternatives."""
     choice: tuple[int | str, ...]
     """Of the setting with alternatives (a number or auto) that the value is one of, or `place`."""
+    alternative: str
+    """pydantic's name for the alternative that it is a mistake of."""
     what: str
     got: str
+    of_name: bool
+    """Whether the name is wrong, or the section as a whole, and not the value."""
 
 
-def told(error: ValidationError, places: Mapping[str, str]) -> list[str]:
+def told(error: ValidationError, places: Mapping[str, Origin]) -> list[str]:
     """A line for every mistake, with its origin in front where `places` has one for its dotted name."""
     found = [_mistake(one) for one in error.errors()]
     lines: dict[tuple[object, ...], str] = {}
     for mistake in found:
-        alternatives = [other for other in found if other.choice == mistake.choice]
-        if len(mistake.place) < max(len(other.place) for other in alternatives):
-            continue  # another alternative fits better
+        alternatives = _closest([other for other in found if other.choice == mistake.choice])
+        if mistake not in alternatives:
+            continue
         fitting = [other for other in alternatives if other.place == mistake.place]
         first, *more = dict.fromkeys(other.what for other in fitting)
         said = ", or ".join([first, *(one.removeprefix("must be ") for one in more)])
         got = min(other.got for other in fitting)
-        lines[mistake.choice, mistake.place] = f"{_named(places, mistake.place, said)}{got}"
+        lines[mistake.choice, mistake.place] = f"{_named(places, mistake, said)}{got}"
     return list(lines.values())
 
 
-def _named(places: Mapping[str, str], place: tuple[int | str, ...], said: str) -> str:
+def _closest(alternatives: list[_Mistake]) -> list[_Mistake]:
+    """Mistakes of the alternatives that fit a value best: as deep in it as any, and no more of them than need be."""
+    deepest = max(len(one.place) for one in alternatives)
+    deep = [one for one in alternatives if len(one.place) == deepest]
+    counts = Counter(one.alternative for one in deep)
+    return [one for one in deep if counts[one.alternative] == min(counts.values())]
+
+
+def _named(places: Mapping[str, Origin], mistake: _Mistake, said: str) -> str:
     """What is wrong, behind its origin and the name of the setting, unless an option or the words name it."""
-    name, origin = ".".join(map(str, place)), _origin(places, place)
+    name, origin = ".".join(map(str, mistake.place)), _origin(places, mistake)
     named = said.startswith("unknown key") or (origin.startswith("--") and origin != "--set: ")
     return f"{origin}{said}" if named or not name else f"{origin}{name}: {said}"
 
 
-def _origin(places: Mapping[str, str], place: tuple[int | str, ...]) -> str:
-    """`mine.yaml:7: ` of the key at `place`, or of the nearest section above it; nothing where nobody gave it."""
-    names = (".".join(map(str, place[:end])) for end in range(len(place), 0, -1))
-    return next((places[name] for name in names if name in places), "")
+def _origin(places: Mapping[str, Origin], mistake: _Mistake) -> str:
+    """`mine.yaml:7: ` of what is wrong, of what made it a section (`--set`), or of the nearest section above it."""
+    names = [".".join(map(str, mistake.place[:end])) for end in range(len(mistake.place), 0, -1)]
+    below = [name for name in places if names and name.startswith(f"{names[0]}.")]
+    known = next((places[name] for name in [*names[:1], *below, *names[1:]] if name in places), Origin("", ""))
+    return known.name if mistake.of_name else known.value
 
 
 def _mistake(error: Any) -> _Mistake:
-    place, choice = _place(error["loc"])
-    if error["type"] == "extra_forbidden":
-        return _Mistake(place, choice, _unknown(place), "")
-    ours = error["type"] == "value_error"  # said by validators of ours, which name the value
-    got = "" if ours or error["type"] == "missing" else f" (got {repr(error['input'])[:200]})"
-    return _Mistake(place, choice, _wanted(error), got)
+    kind, value = error["type"], error["input"]
+    place, choice, alternative = _place(error["loc"])
+    if kind == "extra_forbidden":
+        return _Mistake(place, choice, alternative, _unknown(place), "", of_name=True)
+    ours = kind == "value_error"  # said by validators of ours, which name the value
+    got = "" if ours or kind == "missing" else f" (got {'nothing' if value is None else repr(value)[:200]})"
+    whole = kind == "missing" or (ours and isinstance(value, dict))
+    return _Mistake(place, choice, alternative, _wanted(error), got, of_name=whole)
 
 
 def _unknown(place: tuple[int | str, ...]) -> str:
@@ -68,7 +93,14 @@ def _unknown(place: tuple[int | str, ...]) -> str:
     section: Any = Recipe
     for part in place[:-1]:
         section = section if isinstance(part, int) else _section(section, part)
-    return f"unknown key {name!r}.{did_you_mean(last, list(section.model_fields))}"
+    hint = did_you_mean(last, list(section.model_fields)) or _belongs(last)
+    return f"unknown key {name!r}.{hint}"
+
+
+def _belongs(name: str) -> str:
+    """Where a setting belongs, if a section has it."""
+    homes = [home for home in Recipe.model_fields if name in _section(Recipe, home).model_fields]
+    return f" It belongs below `{homes[0]}:`." if homes else ""
 
 
 def _section(section: Any, name: str) -> Any:
@@ -78,18 +110,22 @@ def _section(section: Any, name: str) -> Any:
     return next((part for part in parts if isinstance(part, type) and issubclass(part, Section)), Section)
 
 
-def _place(loc: tuple[int | str, ...]) -> tuple[tuple[int | str, ...], tuple[int | str, ...]]:
-    """Where a value is and where its alternatives begin, from pydantic's path, which also names types and functions."""
+def _place(loc: tuple[int | str, ...]) -> tuple[tuple[int | str, ...], tuple[int | str, ...], str]:
+    """Where a value is, where its alternatives begin, and the one meant.
+
+    From pydantic's path, which also names types and functions.
+    """
     place: list[int | str] = []
     choice: tuple[int | str, ...] | None = None
+    alternative = ""
     section: Any = Recipe
     for part in loc:
         if isinstance(part, int) or part in section.model_fields or not _TYPE.fullmatch(part):
             place.append(part)
             section = section if isinstance(part, int) else _section(section, part)
         elif part != "[key]" and choice is None:
-            choice = tuple(place)
-    return tuple(place), tuple(place) if choice is None else choice
+            choice, alternative = tuple(place), part
+    return tuple(place), tuple(place) if choice is None else choice, alternative
 
 
 _TYPE = re.compile(
@@ -125,6 +161,6 @@ def _wanted(error: Any) -> str:
         return f"{said}{'.' if hint else ''}{hint}"
     kind = name.partition("_")[0]
     said = _WANTED.get(name) or _WANTED.get(kind) or str(error["msg"]).removeprefix("Value error, ")
-    if kind in ("model", "dict") and isinstance(value, str) and ":" in value:
+    if kind in ("model", "dict", "list") and isinstance(value, str) and re.match(r"[A-Za-z_]\w*:[^\s/\\]", value):
         return f"{said}; a space is missing after the colon"
     return said

@@ -46,12 +46,25 @@ def refusal(error: OSError) -> InputError:
     return InputError(f"{_told(os.fsdecode(name))} cannot be used" if named else "A file cannot be written", why, fix)
 
 
+def unread(error: BaseException, otherwise: InputError) -> InputError:
+    """The error for what could not be read: what the system says of it, or that it is not UTF-8, or `otherwise`."""
+    if isinstance(error, OSError) and error.errno in _OF_ACCESS and error.filename is not None:
+        told = refusal(error)
+        return InputError(f"{_told(os.fsdecode(error.filename))} cannot be read", told.why, told.fix)
+    if isinstance(error, UnicodeDecodeError):
+        why = f"It is not UTF-8: byte {error.object[error.start]:#04x} is part of no letter there."
+        return InputError(otherwise.what, why, "Write it anew as UTF-8 (iconv -f ENCODING -t UTF-8), or leave it out.")
+    return otherwise
+
+
+_OF_ACCESS = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.EIO, errno.ESTALE)
+"""What says nothing of a file's content."""
 _WITHOUT_NAME = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EMFILE)
 """What a write says, which no longer knows the name of its file."""
 
 
-_UNFINISHED = re.compile(r"(^|/)\.([^/]+)\.(partial-\d+|\d+\.tmp)(?=/|$)")
-"""What is written lies beside its place until it is whole (files.atomic, writer.publishing); people know the place."""
+_UNFINISHED = re.compile(r"(^|/)\.([^/]+)\.(partial|old|tmp)-[0-9a-f]+-[0-9a-f]+(?=/|$)")
+"""What is written lies beside its place until it is whole (staging.beside); people know the place."""
 
 
 def _told(path: str) -> str:

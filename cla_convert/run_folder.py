@@ -31,7 +31,7 @@ RECIPE = "recipe.yaml"
 """What is wanted, of a run; a model's folder holds a copy."""
 TEXTS = ("held_out", "agreement", "domains", "answers")
 """What a point measures on text, the files that a recipe names apart."""
-PICTURES = ("loss", "sharing", "pareto", "bench")
+PICTURES = ("loss", "sharing", "pareto", "learning", "bench")
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,11 @@ class PointFolder:
     def text_files(self) -> dict[str, Path]:
         """What was measured on text files, by their names."""
         return {file.stem: file for file in sorted((self.path / "perplexity").glob("*.json"))}
+
+    @property
+    def task_files(self) -> list[Path]:
+        """Every document of each task that was measured."""
+        return sorted((self.path / "tasks").glob("*.json"))
 
     def measured(self, name: str) -> Path:
         """A file of the point: results, kv_cache; of TEXTS; or perplexity/NAME."""
@@ -281,6 +286,15 @@ class RunFolder:
         self.environment.write(self.environment.read() or Environment(stages={}))
         write_bytes(self.recipe, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False).encode())
 
+    def lost_with(self, recipe: Recipe) -> Path | None:
+        """A model or text that the recipe reads and `clear` would remove: this run's control can be a source."""
+        texts = [name for one in recipe.data.sources for name in (one.path, one.dataset)]
+        texts += [recipe.eval.task_data, *(text.path for text in recipe.eval.perplexity)]
+        read = [recipe.source.model, recipe.train.teacher, *texts]
+        places = [Path(name).expanduser().resolve() for name in read if name and Path(name).expanduser().exists()]
+        cleared = (self.training.model, self.converted, self.control.path, self.evaluation.path)
+        return next((one for one in places if any(one.is_relative_to(gone.resolve()) for gone in cleared)), None)
+
     def clear(self) -> None:
         """Remove what a run writes, by name, and nothing else."""
         self.training.clear()
@@ -293,7 +307,11 @@ class RunFolder:
 
         if (model, revision) not in self._found:
             self._found[model, revision] = resolve_source(
-                model, revision=revision, allow_pickle=recipe.source.allow_pickle, to_convert=to_convert
+                model,
+                revision=revision,
+                allow_pickle=recipe.source.allow_pickle,
+                to_convert=to_convert,
+                text_only=recipe.source.text_only,
             )
         return self._found[model, revision]
 

@@ -30,13 +30,20 @@ def check_same_recipe(folder: RunFolder, recipe: Recipe, overwrite: bool, allow_
         allow_changes: names of settings or sections that may differ, where the schema marks them so.
 
     Raises:
-        UsageError: naming every setting that differs, with its value before and after.
+        UsageError: naming every setting that differs, with its value before and after; or what starting anew would
+            remove and the recipe reads.
     """
     path = folder.path
     if path.is_file():
         raise UsageError(f"{path} is a file", fix=f"Give {_a_folder()}.")
     if path.is_dir() and any(path.iterdir()) and not folder.begun:
         raise UsageError(f"{path} is not empty and holds no run", fix=f"Give {_another_folder()}.")
+    if overwrite and (needed := folder.lost_with(recipe)):
+        raise UsageError(
+            f"{needed} would be removed before it is read",
+            why="It lies in the folder that is to be started anew, and the recipe names it.",
+            fix=f"Move it, or give {_another_folder()}.",
+        )
     if overwrite or not folder.begun or not folder.has_work:
         return
     changed = {name: told for name, told in _changes(folder, recipe).items() if on_resume(name) is not FREE}

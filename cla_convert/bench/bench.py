@@ -13,7 +13,7 @@ from ..console import human_bytes, progress, say
 from ..environment import choose_dtype, hardware, versions
 from ..errors import InputError, UsageError
 from ..evaluation.cache import kv_cache_of
-from ..files import load_json
+from ..models.checkpoint import Checkpoint
 from ..models.export import load_model
 from ..models.shape import owners_of, shape_of
 from .memory import MemoryBudget, capacity, make_budget
@@ -53,7 +53,7 @@ def bench(
     dtype = choose_dtype("auto", device)
     subjects = [_load(name, folder, dtype, device) for name, folder in (("source", source), ("converted", converted))]
     _check_comparable(subjects, prompt, new)
-    sequence = shape_of(load_json(source / "config.json")).kv_bytes_per_token(4) * (prompt + new)
+    sequence = shape_of(Checkpoint.open(source).config).kv_bytes_per_token(4) * (prompt + new)
     budget = make_budget(memory, device, max(subject.weight_bytes for subject in subjects), sequence)
     say(f"{human_bytes(budget.bytes)} for each model on {device} in {dtype}, {budget.meaning}")
     weights = sum(subject.weight_bytes for subject in subjects)
@@ -90,11 +90,15 @@ def bench(
 
 
 def check_order(source: Path, converted: Path, turned: str) -> None:
-    """Raise UsageError unless the second model has fewer keys and values than the first, in layers or in heads.
+    """Raise UsageError unless the second model is another, of fewer keys and values than the first.
 
     `turned` is the command line with the two models the other way round.
     """
-    ours, theirs = (shape_of(load_json(folder / "config.json")) for folder in (converted, source))
+    if source.resolve() == converted.resolve():
+        raise UsageError(
+            f"{source} would be compared with itself", fix="Give the source model, then the converted one."
+        )
+    ours, theirs = (shape_of(Checkpoint.open(folder).config) for folder in (converted, source))
     after, before = (shape.kv_bytes_per_token(1) for shape in (ours, theirs))
     if ours.num_layers != theirs.num_layers or after < before:
         return

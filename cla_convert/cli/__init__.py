@@ -1,19 +1,24 @@
 """The command line. Each verb parses, calls one stage and prints its result; heavy imports happen inside the verbs."""
 
+import atexit
+import gc
+import os
 import signal
 import sys
+from pathlib import Path
 
-from ..console import data, debug, fail, mute, unmute
-from ..environment import command_line, rank, world_size
+from ..console import data, debug, fail, mute, opened, unmute
+from ..environment import cache_folder, command_line, rank, world_size
 from ..errors import ClaError, ExitCode, InputError, Interrupted
 from ..refusals import is_refusal, refusal
 from .app import app
-from .words import CLICK_ERROR, explained, help_of
+from .words import CLICK_ERROR, check_words, explained, help_of
 
-from . import inspect, convert, verify, chat, uptrain, run, eval, bench, report, recipes  # isort: skip  (as in --help)
+from . import inspect, convert, verify, chat, uptrain, run, eval, bench, report, recipes, cache  # isort: skip  (as in --help)
 
 __all__ = [
-    "app", "bench", "chat", "convert", "eval", "inspect", "main", "recipes", "report", "run", "uptrain", "verify"
+    "app", "bench", "cache", "chat", "convert", "eval", "inspect", "main", "recipes", "report", "run", "uptrain",
+    "verify",
 ]  # fmt: skip
 
 
@@ -25,6 +30,8 @@ _OF_CONVERSION = (
 
 def main() -> None:
     """Entry point: run the app and turn errors into what / why / how to fix and an exit code."""
+    atexit.register(gc.freeze)  # Python would look through all that torch brings for garbage at its end: seconds
+    opened()
     leads, alone = rank() == 0, world_size() == 1
     for signal_number in (signal.SIGINT, signal.SIGTERM):
         # One that waits for the first cannot run a handler, and has nothing to lose.
@@ -32,7 +39,11 @@ def main() -> None:
     try:
         if not leads:
             mute()
+        check_words(sys.argv[1:])
         sys.exit(app(prog_name="cla-convert", standalone_mode=False))
+    except SystemExit as ended:
+        # click ends with 1, which would say a bug, where whoever read the output has gone (`| head`).
+        sys.exit(ExitCode.NO_READER if isinstance(ended.__context__, BrokenPipeError) else ended.code)
     except CLICK_ERROR as error:
         if text := help_of(error):
             data(text)
@@ -44,7 +55,7 @@ def main() -> None:
     except (ClaError, OSError) as error:
         if debug() or not (isinstance(error, ClaError) or is_refusal(error)):
             raise
-        error = error if isinstance(error, ClaError) else refusal(error)
+        error = error if isinstance(error, ClaError) else _refused(error)
         if alone or _speaks():
             fail(error)
         sys.exit(error.exit_code)
@@ -63,6 +74,16 @@ def main() -> None:
         if alone or _speaks():
             raise
         sys.exit(ExitCode.BUG)
+
+
+def _refused(error: OSError) -> InputError:
+    """What the system says of a path; of the cache, which nobody named, with what else it may be."""
+    told = refusal(error)
+    if error.filename is not None:
+        path, cache = Path(os.fsdecode(error.filename)).absolute(), cache_folder().absolute()
+        if path.is_relative_to(cache) or (cache.is_relative_to(path) and not path.exists()):
+            told.fix = "It is for the cache. Let CLA_CONVERT_CACHE name another folder, one that may be written to."
+    return told
 
 
 def _speaks() -> bool:

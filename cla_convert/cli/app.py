@@ -8,6 +8,7 @@ import typer
 from ..console import data, hush
 from ..environment import world_size
 from ..errors import UsageError
+from .verbs import Verbs
 
 if TYPE_CHECKING:
     from ..models.upload import Destination
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from ..recipe_file import Resolved
     from ..run_folder import RunFolder
 
-app = typer.Typer(
+app = Verbs(
     name="cla-convert",
     help="Give a pretrained MQA/GQA model Cross-Layer Attention: a KV cache half the size, uptrained and proven.",
     epilog="Begin with: cla-convert inspect MODEL; cla-convert recipes ls. A command's --help has an example.",
@@ -27,7 +28,7 @@ app = typer.Typer(
         "token_normalize_func": lambda token: token.replace("_", "-"),
     },
 )
-recipes_app = typer.Typer(
+recipes_app = Verbs(
     help="List, show or copy the recipes that ship with the package.",
     epilog="Example: cla-convert recipes cp smollm2-135m mine.yaml",
     no_args_is_help=True,
@@ -109,6 +110,16 @@ def load(recipe: str | None, sets: list[str] | None, options: dict[str, Any]) ->
 def settings_of(recipe: str | None, sets: list[str] | None, options: dict[str, Any]) -> "Schema":
     """`load` without where each value came from."""
     return load(recipe, sets, options).recipe
+
+
+def check_revision(model: str, revision: str | None) -> None:
+    """Raise UsageError for --revision with a model that is here already, and has none."""
+    from ..models.source import local_path
+
+    if revision and (path := local_path(model)):
+        raise UsageError(
+            f"--revision is for models of the hub, and {path} is here", fix="Leave --revision out, or name a hub id."
+        )
 
 
 def destination(repo: str | None, private: bool) -> "Destination | None":

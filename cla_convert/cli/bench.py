@@ -1,12 +1,13 @@
 """bench: what sharing saves, in memory and in speed."""
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..console import data, data_json, say
+from ..console import columns, command, data_json, page, say
 from ..environment import command_line, import_slowly
 from ..files import check_place
 from .app import Json, Quiet, app
@@ -71,9 +72,9 @@ def bench(
 
     device = pick_device(device, "--device ")
     folders = [resolve_source(model) for model in (source, converted)]
-    check_order(folders[0], folders[1], f"cla-convert bench {converted} {source}")
+    check_order(folders[0], folders[1], command("bench", converted, source))
     result = measure(*folders, device=device, memory=room, batch_sizes=sizes, prompt=prompt, new=new, seconds=seconds)
     result["command"] = command_line()
     if out:
         write_results(out, result)
-    data_json(result) if as_json else data(render_bench(result))
+    data_json(result) if as_json else page(render_bench(result, columns(sys.stdout) if sys.stdout.isatty() else None))

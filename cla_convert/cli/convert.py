@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..console import data, data_json, say
+from ..console import command, data, data_json, page, say
 from ..conversion.initialisation import INITIALISATIONS
 from ..conversion.pattern import PATTERNS
 from .app import (
@@ -21,11 +21,14 @@ from .app import (
     Revision,
     Sets,
     app,
+    check_revision,
     destination,
     push,
     settings_of,
 )
 from .words import number
+
+_CORPUS = "data.sources=[{path: my-corpus/}]"
 
 
 @app.command(epilog="Example: cla-convert convert Qwen/Qwen3-0.6B out/ --sharing cla2-keep-ends")
@@ -62,6 +65,9 @@ def convert(
     sets: Sets = None,
     revision: Revision = None,
     allow_pickle: AllowPickle = False,
+    text_only: Annotated[
+        bool, typer.Option("--text-only", help="Of a model that also sees images, convert the language model alone.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     overwrite: Overwrite = False,
     push_to_hub: PushToHub = None,
@@ -80,27 +86,30 @@ def convert(
         "source.model": model, "source.revision": revision, "source.dtype": dtype, "convert.sharing": sharing,
         "convert.kv_budget": kv_budget, "convert.kv_heads": kv_heads,
         "convert.init": init, "convert.max_shard_size": max_shard_size, "source.allow_pickle": allow_pickle or None,
+        "source.text_only": text_only or None,
     }  # fmt: skip
     settings = settings_of(recipe, sets, options)
+    check_revision(model, revision)
     if not dry_run:
         local_path(model)
         check_output(out, overwrite=overwrite)
     say(f"reading {model} ...")
     from ..run_folder import RunFolder
     from ..stages.convert import convert as execute
-    from ..stages.plan import plan_of
+    from ..stages.plan import plan_of, preview
 
     hub = destination(push_to_hub, private)
     with tempfile.TemporaryDirectory() as scratch:  # a single model keeps no records
         folder = RunFolder(Path(scratch), converted=out)
-        plan = plan_of(settings, folder)
         if dry_run:
-            data_json(plan.to_json()) if as_json else data(plan.render())
+            plan = preview(settings, folder)
+            data_json(plan.to_json()) if as_json else page(plan.render())
             return
+        plan = plan_of(settings, folder)
         say(plan.render())
         result = execute(settings, folder, overwrite=overwrite, the_plan=plan).to_json()
     say(f"done in {result['seconds']:.1f} s. It has lost quality until it is uptrained, on text as broad as its use:")
-    say(f"next        cla-convert uptrain {out} trained/ --tokens 26M --set 'data.sources=[{{path: my-corpus/}}]'")
+    say(f"next        {command('uptrain', out, 'trained/', '--tokens', '26M', '--set', _CORPUS)}")
     try:
         result |= push(hub, out)
     finally:

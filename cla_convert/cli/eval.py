@@ -1,15 +1,16 @@
 """eval: score one model."""
 
+import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..console import data, data_json, say
+from ..console import columns, data_json, page, say
 from ..errors import UsageError
 from ..files import check_place
-from .app import AllowPickle, Json, Model, Quiet, Recipe, Revision, Sets, TaskData, app, settings_of
+from .app import AllowPickle, Json, Model, Quiet, Recipe, Revision, Sets, TaskData, app, check_revision, settings_of
 from .words import names_of, whole
 
 
@@ -54,6 +55,7 @@ def evaluate(
     if not settings.eval.tasks:
         raise UsageError("No tasks to evaluate", fix="Name some with --tasks, or leave it out for the offline pack.")
     local_path(model)
+    check_revision(model, revision)
     say("reading tasks and model ...")
     import_slowly("torch", "transformers", "lm_eval")
     device = pick_device(settings.device)
@@ -74,4 +76,4 @@ def evaluate(
         bench = Bench(out or Path(scratch), device, settings.seed, texts, accelerator=shared_work(device))
         result = evaluate_points({"": folder}, settings.eval, bench)[""]
     if result:  # one process speaks for all
-        data_json(result) if as_json else data(render(result))
+        data_json(result) if as_json else page(render(result, columns(sys.stdout)))

@@ -1,13 +1,14 @@
 """inspect: what a model is, what sharing would save, and what training would take."""
 
+import sys
 from typing import Annotated
 
 import typer
 
-from ..console import data, data_json, say
+from ..console import columns, data_json, page, say
 from ..environment import import_slowly
 from ..errors import UsageError
-from .app import Json, Model, Quiet, Recipe, Revision, Sets, app, settings_of
+from .app import Json, Model, Quiet, Recipe, Revision, Sets, app, check_revision, settings_of
 from .words import numbers_of
 
 
@@ -29,6 +30,7 @@ def inspect(
     """Say what a model is and what each sharing pattern would save."""
     if not training and (gpus or recipe or sets):
         raise UsageError("--gpus, --recipe and --set say how to train", fix="Give --training, too.")
+    check_revision(model, revision)
     say(f"reading {model} ...")
     import_slowly("torch", "transformers")
     from ..conversion.inspect import inspect_model, render
@@ -41,4 +43,4 @@ def inspect(
         settings, numbers = settings_of(recipe, sets, {}), numbers_of(gpus, "--gpus") if gpus else GPUS
         capacity = capacity_of(model, settings, revision=revision, gpus=numbers)
         result, more = result | {"training": capacity.to_json()}, capacity.render()
-    data_json(result) if as_json else data(render(result, more))
+    data_json(result) if as_json else page(render(result, more, columns(sys.stdout)))

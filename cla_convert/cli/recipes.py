@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ..console import data, data_json, say
+from ..console import data, data_json, page, say
 from ..errors import UsageError
 from .app import Json, Quiet, app, recipes_app
 
@@ -22,7 +22,7 @@ def env(as_json: Json = False, quiet: Quiet = False) -> None:
     if as_json:
         data_json(result)
     else:
-        data("\n".join(f"{name:<14}{value}" for part in result.values() for name, value in part.items()))
+        page("\n".join(f"{name:<14}{value}" for part in result.values() for name, value in part.items()))
 
 
 @recipes_app.command("ls", epilog="Example: cla-convert recipes ls")
@@ -30,7 +30,7 @@ def recipes_ls() -> None:
     """List the shipped recipes."""
     from ..recipes import list_recipes
 
-    data("\n".join(f"{name:<16}{title}" for name, title in list_recipes().items()))
+    page("\n".join(f"{name:<16}{title}" for name, title in list_recipes().items()))
 
 
 @recipes_app.command("show", epilog="Example: cla-convert recipes show demo")

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ..console import data, data_json, say
-from ..errors import InputError
+from ..errors import InputError, UsageError
 from .app import Gate, GateStrict, Json, Quiet, app, enforce_gate, gate_mode
 
 
@@ -23,7 +23,7 @@ def report(
 ) -> None:
     """Rebuild the report from the files of a run folder.
 
-    With several folders, the report of the first one shows all of them: accuracy against KV bytes per token.
+    With several folders, the report of the first one shows all of them: quality against KV bytes per token.
     """
     from ..run_folder import RunFolder
 
@@ -35,9 +35,19 @@ def report(
                 why=f"It has no {folder.recipe.name}.",
                 fix="Give --out of `cla-convert run`.",
             )
+    if twice := next((one for i, one in enumerate(run_dirs) if _same(one, run_dirs[:i])), None):
+        raise UsageError(
+            f"{twice} would be compared with itself",
+            why="The same folder is named twice.",
+            fix="Name each once; for its report alone only that.",
+        )
     say("building the report ...")  # matplotlib takes seconds to import, on a busy machine many
     from ..report.report import build_report
 
     result = build_report(run_dirs[0], run_dirs[1:])
     data_json(result) if as_json else data(str(folders[0].pages["html"]))
     enforce_gate(folders[0], gate_mode(gate, gate_strict))
+
+
+def _same(folder: Path, others: list[Path]) -> bool:
+    return any(folder.samefile(other) for other in others)

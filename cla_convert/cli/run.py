@@ -1,11 +1,12 @@
 """run: everything, over one run folder."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..console import data, data_json
+from ..console import columns, data, data_json, page
 from ..errors import UsageError, did_you_mean
 from .app import (
     AllowChanges,
@@ -30,7 +31,7 @@ from .app import (
 def run(
     recipe: Annotated[
         str,
-        typer.Argument(metavar="RECIPE", help="Recipe file, or the name of a shipped one (demo).", show_default=False),
+        typer.Argument(metavar="RECIPE", help="Recipe file, - for stdin, or a shipped one (demo).", show_default=False),
     ],
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="Run folder; rerunning the same line resumes.", show_default=False)
@@ -62,7 +63,9 @@ def run(
 
     if until not in pipeline.STAGES:
         stages: list[str] = [*pipeline.STAGES]
-        raise UsageError(f"There is no stage {until!r}.{did_you_mean(until, stages)}", fix=", ".join(stages))
+        raise UsageError(
+            f"There is no stage {until!r}.{did_you_mean(until, stages)}", fix=f"Stages: {', '.join(stages)}"
+        )
     if mode and until not in ("eval", "report"):
         raise UsageError("--gate has nothing to judge", why=f"--until {until} stops before the evaluation.")
     if push_to_hub and until == "plan":
@@ -71,7 +74,7 @@ def run(
         planned = pipeline.dry_run(
             resolved.recipe, out, overwrite=overwrite, allow_changes=allow_changes or (), introduction=resolved.table()
         )
-        data_json(planned.to_json()) if as_json else data(planned.render())
+        data_json(planned.to_json()) if as_json else page(planned.render())
         return
     hub = destination(push_to_hub, private)
     result = pipeline.run(
@@ -86,7 +89,7 @@ def run(
     if as_json:
         data_json(pipeline.to_json(result))
     elif until == "report":
-        data("\n".join(last_lines(pipeline.to_json(result), folder)))
+        data("\n".join(last_lines(pipeline.to_json(result), folder, min(80, columns(sys.stdout)))))
     if until in ("eval", "report"):
         enforce_gate(folder, resolved.recipe.eval.gate)
     trained = resolved.recipe.train.tokens and until != "convert"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..console import data, data_json, say, warn
+from ..console import command, data, data_json, say, warn
 from ..environment import launched, may_restart, rank
 from ..errors import ClaError, InputError, UsageError
 from ..files import check_place, read_json
@@ -49,12 +49,15 @@ def uptrain(
     from ..stages.uptrain import uptrain as execute
     from ..training.schedule import budget_of, check_steps
 
+    out = out if out.name.strip(".") else out.resolve()
     folder, leads = RunFolder.of_uptraining(model, out), rank() == 0
     if recipe is None and folder.begun:  # the report that follows is about the run's own recipe
         recipe = str(folder.recipe)
     resolved = load(recipe, sets, {"train.tokens": tokens})
     if not launched():  # a control is the source model itself
         check_shares(model)
+    if out.exists() and out.samefile(model):
+        raise UsageError(f"{out} is the model to train", fix="Name another folder for the result: MODEL DIR.")
     _refuse_taken(folder.training)
     if not resolved.recipe.train.tokens:
         raise UsageError("No token budget", fix="Give --tokens, for example --tokens 26M.")
@@ -66,6 +69,8 @@ def uptrain(
             fix="Remove the checkpoints yourself, or leave one of the two out.",
         )
     settings = _with_source(resolved.recipe, model, teacher)
+    if not launched():
+        _refuse_itself(settings, model)
     check_steps(settings.train)
     hub = destination(push_to_hub, private) if leads else None
     if not launched():  # who launched this has said it
@@ -73,7 +78,8 @@ def uptrain(
     with folder.alone() if leads else nullcontext():  # under torchrun every process is here
         result = execute(settings, folder, fresh=not resume, allow_changes=allow_changes or ()).to_json()
     if leads and not launched():
-        say(f"next        cla-convert eval {out}\n            cla-convert chat {out} --beside {settings.source.model}")
+        chat = command("chat", out, "--beside", settings.source.model)
+        say(f"next        {command('eval', out)}\n            {chat}")
     try:
         result |= push(hub, out)
     finally:
@@ -103,6 +109,17 @@ def _with_source(settings: "Schema", model: Path, teacher: str | None) -> "Schem
         known = {"model": train.teacher} if train.teacher else _recorded(model) or _stand_in(settings, model)
         source = source.model_copy(update=known)
     return settings.model_copy(update={"source": source, "train": train})
+
+
+def _refuse_itself(settings: "Schema", model: Path) -> None:
+    """Raise UsageError for a model as its own teacher: no token would teach it anything."""
+    name = settings.train.teacher or settings.source.model
+    if settings.train.needs_teacher and Path(name).exists() and Path(name).samefile(model):
+        raise UsageError(
+            f"{name} would be its own teacher",
+            why="Distillation brings a model nearer to another one.",
+            fix="Give the model that it was converted from: --teacher MODEL.",
+        )
 
 
 def _recorded(model: Path) -> dict[str, str | None] | None:

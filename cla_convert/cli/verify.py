@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ..console import data, data_json
+from ..console import data_json, page
 from ..errors import UsageError
 from .app import Json, Quiet, app
 
@@ -28,7 +28,7 @@ def verify(
     It is loaded in a clean process, from another folder, offline: weights, logits with and without cache, the size of
     the cache, tokenizer, generation.
     """
-    from ..models.export import update_code as update
+    from ..models.shipped import update_code as update
     from ..models.source import resolve_source
     from ..models.verify import measure_cache, render, render_cache, verify_model
 
@@ -42,4 +42,4 @@ def verify(
     if as_json:
         data_json(result)
     else:
-        data("\n".join([render(result), *([render_cache(result["cache"])] if cache else [])]))
+        page("\n".join([render(result), *([render_cache(result["cache"])] if cache else [])]))

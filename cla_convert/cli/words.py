@@ -7,9 +7,20 @@ from typing import Any, cast
 import typer
 
 from ..errors import UsageError
+from .verbs import WHOLE
 
 CLICK_ERROR = cast(type[Exception], typer.BadParameter.__mro__[2])
 """click's ClickException, of the click that this typer uses: releases differ in whether they bring their own."""
+
+
+def check_words(words: list[str]) -> None:
+    """Raise UsageError for an empty word, which would stand for this folder, or for the default."""
+    if empty := next((number for number, word in enumerate(words) if not word.strip()), None):
+        raise UsageError(
+            f"Nothing stands behind {words[empty - 1]}",
+            why="An argument is empty, as of a variable of the shell that is not set.",
+            fix="Give a value, or leave it out.",
+        )
 
 
 def whole(option: str, least: int, example: int) -> Callable[[Any], int]:
@@ -42,9 +53,19 @@ def size_of(text: str | None, option: str) -> int | None:
         size = parse_size(text)
     except ValueError as error:
         raise UsageError(f"{option}: {error}", fix=f"For example {option} 8GB") from error
+    if text and text.strip().isdecimal() and 0 < int(text) < _A_SIZE:
+        raise UsageError(
+            f"{option}: {text!r} is a number of bytes",
+            why="A size without a unit is one of bytes, and that is too few.",
+            fix=f"For example {option} {text.strip()}GB",
+        )
     if size == 0:
         raise UsageError(f"{option}: {text!r} is nothing", fix=f"For example {option} 8GB")
     return size
+
+
+_A_SIZE = 100_000
+"""Bytes: below, a unit was forgotten."""
 
 
 def numbers_of(text: str, option: str) -> list[int]:
@@ -70,8 +91,14 @@ def help_of(error: Any) -> str:
 def explained(error: Any) -> UsageError:
     """What click says of a command line (no such option, a missing argument), with the verb's own example."""
     context = error.ctx
+    option, verbs = getattr(error, "option_name", None), getattr(context and context.command, "commands", {})
+    if takes := [name for name, verb in verbs.items() if any(option in one.opts for one in verb.params)]:
+        return UsageError(
+            f"{option} stands before the verb",
+            fix=f"Name the verb first: {context.command_path} {takes[0]} ... {option}",
+        )
     path = context.command_path if context else "cla-convert"
-    example = (context.command.epilog or "") if context else ""
+    example = (context.command.epilog or "").removeprefix(WHOLE) if context else ""
     see = f"{path} --help says what it takes."
     return UsageError(_plain(error), fix=f"{see} {example}".strip())
 

@@ -15,6 +15,7 @@ def check(recipe: Recipe, folder: RunFolder) -> None:
     """
     say("checking model, tasks, text and disk before the work begins ...")
     import_slowly("torch", "transformers", "lm_eval")
+    from ..conversion.supported import check_convertible
     from ..evaluation.backend import check_backend
     from ..evaluation.harness import check_tasks
     from ..evaluation.texts import check_texts
@@ -26,8 +27,10 @@ def check(recipe: Recipe, folder: RunFolder) -> None:
     from ..training.schedule import check_steps
 
     source, device = folder.source(recipe), pick_device(recipe.device)
-    config = Checkpoint.open(source).config
+    checkpoint = Checkpoint.open(source)
+    config = checkpoint.config
     check_interface(config.get("model_type", ""))
+    check_convertible(checkpoint)
     check_backend(recipe.eval, device)
     check_tasks(recipe.eval, source, recipe.seed)
     check_texts(recipe.eval.perplexity)

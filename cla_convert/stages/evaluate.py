@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..console import progress, warn
-from ..environment import cache_folder, pick_device
+from ..environment import cache_of, pick_device
 from ..recipe import Recipe
 from ..record import recorded
 from ..results import Domains, KvCache, PointResult
@@ -36,7 +36,7 @@ def _evaluate(recipe: Recipe, folder: RunFolder) -> dict[str, PointResult]:
     from ..evaluation.points import Bench, evaluate_points
     from ..evaluation.verdict import Margins
 
-    points, cache = folder.points(recipe), cache_folder() / "eval"
+    points, cache = folder.points(recipe), cache_of("eval")
     bench = Bench(
         folder.evaluation.path, pick_device(recipe.device), recipe.seed, texts_of(recipe, folder), cache_dir=cache
     )
@@ -74,6 +74,11 @@ def texts_of(recipe: Recipe, folder: RunFolder) -> "Texts":
     from ..training.data import held_out_rows
 
     store, settings, source = text(recipe, folder), recipe.eval, folder.source(recipe)
+    if trained_on_other(folder, store.digest):
+        warn(
+            "the recipe's text gives other tokens now than was trained on: data.sources have changed since, or another "
+            "device takes another amount of it. What is held out now may be text that the model has seen"
+        )
     longest = Checkpoint.open(source).positions
     rows = torch.from_numpy(held_out_rows(store, recipe.train))[:, :longest]
     shared = settings.agreement_tokens
@@ -85,7 +90,13 @@ def texts_of(recipe: Recipe, folder: RunFolder) -> "Texts":
     part = rows[: max(1, shared // rows.shape[1])] if shared else None
     prompts = unseen(settings.prompts, load_tokenizer(source), store.train) if settings.prompts else []
     domains = _domains(recipe, folder, store)
-    return Texts(settings.perplexity, rows, part, source, domains, prompts, settings.answer_tokens)
+    return Texts(settings.perplexity, rows, part, source, domains, prompts, settings.answer_tokens, store.digest)
+
+
+def trained_on_other(folder: RunFolder, digest: str) -> bool:
+    """Whether a model of the run was trained on other text than that of this digest."""
+    done = (training.result.read() for training in (folder.training, folder.control))
+    return any(result.data_digest != digest for result in done if result)
 
 
 def _domains(recipe: Recipe, folder: RunFolder, store: "TokenStore") -> "dict[str, Tensor]":
@@ -103,7 +114,7 @@ def _domains(recipe: Recipe, folder: RunFolder, store: "TokenStore") -> "dict[st
         return domain_rows(tokenizer, tokens, device, first=store.first, positions=positions)
 
     rows, known = rows_of(recipe.eval.domain_tokens), recorded.read()
-    if rows and (known is None or known.text != store.digest):
+    if rows and (known is None or (known.text != store.digest and not trained_on_other(folder, store.digest))):
         whole = rows_of(10**9)  # what is judged by its text alone costs little
         found = overlap(store.train, store.held_out, {name: part.numpy() for name, part in whole.items()})
         recorded.write(Domains(text=store.digest, domains=found))

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from ..console import say
-from ..environment import cache_folder, pick_device
+from ..environment import cache_of, pick_device
 from ..preflight import check_tokenizer
 from ..recipe import Recipe
 from ..record import recorded
@@ -43,26 +43,51 @@ def checked_plan(recipe: Recipe, folder: RunFolder) -> "Plan":
 
 def plan_of(recipe: Recipe, folder: RunFolder) -> "Plan":
     """The conversion plan of a recipe; `sharing: auto` measures first. Raises UsageError, InputError."""
-    from ..conversion.plan import make_plan
-    from ..conversion.supported import check_convertible
     from ..models.checkpoint import Checkpoint
-    from ..models.export import load_tokenizer
-    from ..models.self_test import check_interface
-    from ..training.data import calibration_tokens
 
     checkpoint = Checkpoint.open(folder.source(recipe))
+    _check(recipe, checkpoint)
+    return _plan(recipe, checkpoint, _choice(recipe, folder, checkpoint))
+
+
+def preview(recipe: Recipe, folder: RunFolder) -> "Plan":
+    """The same without the weights, where headers are enough: nothing is fetched, dequantised or unpacked for it.
+
+    Of the tokenizer only what lies beside the headers is looked at. Raises UsageError, InputError.
+    """
+    from ..models.source import open_headers
+
+    if recipe.convert.sharing == "auto" or recipe.source.allow_pickle or recipe.source.text_only:
+        return plan_of(recipe, folder)
+    checkpoint = open_headers(recipe.source.model, revision=recipe.source.revision, to_convert=True)
+    _check(recipe, checkpoint, tokenizer=(checkpoint.folder / "tokenizer_config.json").exists())
+    return _plan(recipe, checkpoint, None)
+
+
+def _check(recipe: Recipe, checkpoint: "Checkpoint", *, tokenizer: bool = True) -> None:
+    """Raise InputError for what a conversion would meet later."""
+    from ..conversion.supported import check_convertible
+    from ..models.export import load_tokenizer
+    from ..models.self_test import check_interface
+
     check_interface(checkpoint.config.get("model_type", ""))
     if recipe.convert.needs_text:
         check_convertible(checkpoint)  # first of all: it has more to say than a tokenizer that is not there
-        check_tokenizer(load_tokenizer(checkpoint.folder), checkpoint.config)
-    choice = _choice(recipe, folder, checkpoint)
+        if tokenizer:
+            check_tokenizer(load_tokenizer(checkpoint.folder), checkpoint.config)
+
+
+def _plan(recipe: Recipe, checkpoint: "Checkpoint", choice: "Choice | None") -> "Plan":
+    from ..conversion.plan import make_plan
+    from ..training.data import calibration_tokens
+
     return make_plan(
         checkpoint,
         sharing=choice.kv_source_layers if choice else recipe.convert.sharing,
         init=recipe.convert.init,
         kv_heads=recipe.convert.kv_heads,
         dtype=recipe.source.dtype,
-        calibration_tokens=calibration_tokens(recipe, checkpoint.folder, pick_device(recipe.device)),
+        calibration_tokens=calibration_tokens(recipe, checkpoint, pick_device(recipe.device)),
         choice=choice,
     )
 
@@ -75,11 +100,11 @@ def _choice(recipe: Recipe, folder: RunFolder, checkpoint: "Checkpoint") -> "Cho
     from ..conversion.kv_heads import check_kv_heads
     from ..conversion.supported import check_convertible
 
-    family, shape, _ = check_convertible(checkpoint)
+    family, shape, *_ = check_convertible(checkpoint)
     heads = check_kv_heads(recipe.convert.kv_heads, family, shape)
     looks_at = calibration(recipe, folder)
     assert looks_at is not None, "the recipe's schema wants `init: calibrated` here"
-    return choose(checkpoint, shape, heads, recipe.convert.kv_budget, looks_at, cache_folder() / "damage")
+    return choose(checkpoint, shape, heads, recipe.convert.kv_budget, looks_at, cache_of("damage"))
 
 
 def _check_memory(recipe: Recipe, folder: RunFolder, the_plan: "Plan") -> None:

@@ -31,15 +31,20 @@ def calibration(recipe: Recipe, folder: RunFolder) -> "CalibrationText | None":
         return None
     import torch
 
+    from ..conversion.factories import devices_for
     from ..conversion.text import CalibrationText
     from ..models.checkpoint import Checkpoint
+    from ..models.shape import shape_of
     from ..preflight import calibration_length
     from ..training.data import calibration_rows, calibration_tokens
 
-    store, source, device = text(recipe, folder), folder.source(recipe), pick_device(recipe.device)
-    length = calibration_length(recipe, Checkpoint.open(source).config, device)
+    store, source = text(recipe, folder), Checkpoint.open(folder.source(recipe))
+    device = pick_device(recipe.device)
+    length = calibration_length(recipe, source.config, device)
     wanted = calibration_tokens(recipe, source, device)
     rows = torch.from_numpy(calibration_rows(store, wanted, length, recipe.seed))
+    gpus = len(devices_for(device, shape_of(source.config).hidden_size, len(rows)))
+    where = f" on {gpus} GPUs" if gpus > 1 else ""
     short = f" of {human_count(wanted)}: the data holds no more" if store.train.size < wanted else ""
-    say(f"calibrating on {human_count(rows.numel())} tokens{short}")
+    say(f"calibrating on {human_count(rows.numel())} tokens{short}{where}")
     return CalibrationText(rows, store.digest, device, recipe.seed, recipe.convert.calibration.steps)
