@@ -4,7 +4,7 @@
 # make test-versions  the models' tests with the oldest transformers that loads outputs, the pinned one and the newest
 #                     (TORCH=torch==2.14.0: and another torch)
 # make test-newest    of these the newest
-# make test-wheel what users install: the built wheel in an empty environment
+# make test-wheel what users install: the built wheel in an empty environment, with the newest of everything
 # make docs   the site of docs/ into build/site; dead links end it
 # make test-vllm  a vLLM for CPUs in an environment of its own (3.5 GB), and the tests with it; nothing else needs it
 
@@ -45,8 +45,9 @@ check: setup
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # Two at a time, a thread each: most of a test's time is one thread that imports. The real checkpoint has all cores.
+# Files in order, so that the short ones of tests/unit come last; by the number of their tests the longest would.
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile -m 'not real'
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder -m 'not real'
 	$(BIN)/pytest -m real
 
 test-versions: test-oldest test-pinned test-newest

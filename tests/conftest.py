@@ -1,6 +1,8 @@
 """Tiny random models, built here: nothing is downloaded, everything is saved and loaded like a real checkpoint."""
 
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,6 +14,21 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 torch.set_num_threads(1)  # models this small only wait for each other's threads
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers() -> None:
+    """Nothing passes, or fails, by the numbers it drew."""
+    torch.manual_seed(0)
+
+
+def wait_for(reached: Callable[[], object]) -> None:
+    """Until it is so; of a busy machine nobody knows how long that takes."""
+    for _ in range(6000):
+        if reached():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it never came")
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

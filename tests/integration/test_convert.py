@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from cla_convert.models.checkpoint import Checkpoint, TensorInfo
+from cla_convert.models.checkpoint import Checkpoint
 from cla_convert.models.export import export_model, load_model
+from cla_convert.models.headers import TensorInfo
 from cla_convert.models.writer import ShardWriter
 from tests.conftest import save_tiny_llama
 from tests.tiny import save_tiny
@@ -204,9 +205,10 @@ def test_inspect(tiny_llama):
     assert result["patterns"]["cla2"]["kv_bytes_per_token"] * 2 == result["kv_bytes_per_token"]
     said = cla("inspect", tiny_llama).stdout.splitlines()
     assert result["kv_head_counts"] == [1]
-    assert "  --kv-heads        1: 2x smaller, with any of these patterns or alone (cla1)" in said
-    (default,) = [line for line in said if "(the default)" in line]
-    assert "cla2-keep-ends" in default and "1.50x smaller" in default
+    assert "--kv-heads  1: 2x smaller, with any of these patterns or alone (cla1)" in said
+    (default,) = [line for line in said if "(default)" in line]
+    assert default.split() == ["cla2-keep-ends", "4", "512", "1.50x", "(default)"]
+    assert max(len(line) for line in said if "MiB" not in line and str(tiny_llama) not in line) <= 80
     # 768 and 512 bytes per token, 8192 tokens, 32 contexts
     assert "at 32 contexts of 8192 tokens: 192.0 MiB -> 128.0 MiB of KV cache with cla2-keep-ends" in said
     assert said[-1] == f"next        cla-convert convert {tiny_llama} OUT"

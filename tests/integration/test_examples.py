@@ -14,10 +14,9 @@ from cla_convert.recipe_file import load_recipe
 
 SCRIPTS = Path(__file__).parents[2] / "examples" / "several-machines"
 RECORDS = """#!/bin/bash
-printf '%s' "$(basename "$0")" >>"$RECORD"
-printf ' %q' "$@" >>"$RECORD"
-echo >>"$RECORD"
-"""
+call=$(basename "$0")$(printf ' %q' "$@")
+printf '%s\n' "$call" >>"$RECORD"
+"""  # one write a call: machines are called at once, and lines of several writes would mix
 
 
 @pytest.fixture

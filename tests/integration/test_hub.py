@@ -125,7 +125,11 @@ def test_convert_fetches_the_whole_model_and_nothing_else(hub, tmp_path):
             (folder / name).write_bytes(b"{ }\r\n")  # not as anything here would write it
     (folder / "README.md").write_text("---\nlicense: llama3.2\nlanguage: [en]\ntags: [chat]\n---\n# The source\n")
     online = hub.environment() | {"HF_TOKEN": "hf_secret"}
-    done = cla("convert", "owner/llama", tmp_path / "out", "--init", "mean", "--revision", "v1", env=online)
+    line = ("convert", "owner/llama", tmp_path / "out", "--init", "mean", "--revision", "v1")
+    dry = cla(*line, "--dry-run", env=online)
+    assert dry.returncode == 0 and "needs " in dry.stdout, dry.stderr
+    assert hub.sent["model.safetensors"] < (folder / "model.safetensors").stat().st_size / 2  # its header
+    done = cla(*line, env=online)
     assert done.returncode == 0, done.stderr
     assert hub.sent["model.safetensors"] >= (folder / "model.safetensors").stat().st_size
     assert not hub.sent.keys() & {"consolidated.safetensors", "params.json", "pytorch_model.bin"}

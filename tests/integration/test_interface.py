@@ -7,7 +7,7 @@ from cla_convert.cli import app
 from cla_convert.errors import ExitCode, InputError
 from cla_convert.files import read_json
 from cla_convert.models import self_test
-from cla_convert.models.export import update_code
+from cla_convert.models.shipped import update_code
 from cla_convert.models.verify import verify_model
 from tests.integration.test_convert import convert
 from tests.unit.test_interface import renamed

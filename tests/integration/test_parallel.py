@@ -137,7 +137,7 @@ def test_an_error_of_the_first_process_ends_all(work: Path, tmp_path: Path) -> N
     # Before they are connected: each finds out by itself, and one speaks.
     started = time.monotonic()
     assert finish(*start_team(["uptrain", tmp_path / "nothing", tmp_path / "out"], log)) == [3, 3]
-    assert time.monotonic() - started < 30 and log.read_text().count("There is no folder") == 1
+    assert time.monotonic() - started < 240 and log.read_text().count("There is no folder") == 1
 
 
 def test_an_error_of_another_process_is_told(work: Path, tmp_path: Path) -> None:

@@ -108,6 +108,19 @@ def test_only_a_run_folder_is_ever_cleared(tmp_path):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["package.json", "photo.png"]
 
 
+@pytest.mark.parametrize("setting", ["source.model={}", "train.teacher={}", "data.sources=[{{path: {}/x.txt}}]"])
+def test_starting_anew_removes_nothing_that_is_read(tmp_path, setting):
+    folder = RunFolder(tmp_path)
+    (folder.control.model).mkdir(parents=True)
+    (folder.control.model / "x.txt").write_text("precious")
+    for name in ("recipe.yaml", "environment.json"):
+        (tmp_path / name).write_text("{}")
+    recipe = load_recipe(None, [setting.format(folder.control.model)]).recipe
+    with pytest.raises(UsageError, match="would be removed before it is read"):
+        check_same_recipe(folder, recipe, overwrite=True)
+    check_same_recipe(RunFolder(tmp_path), load_recipe(None, ["source.model=org/model"]).recipe, overwrite=True)
+
+
 def test_a_dry_run_plans_and_writes_nothing(tmp_path, tiny_llama):
     done = cla(*line(tiny_llama, tmp_path / "run"), "--dry-run", "-q")
     assert done.returncode == 0 and "[0] [1 ← 2] [3 ← 4] [5]" in done.stdout, done.stderr

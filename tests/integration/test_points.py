@@ -46,7 +46,7 @@ def test_the_gpu_that_was_asked_for_is_used(models: dict[str, Path], tmp_path: P
     monkeypatch.setattr("cla_convert.evaluation.model.load", loads)
     with pytest.raises(Asked):
         evaluate(models["before"], SPEC, tmp_path, device="cuda:1", dtype="float32", seed=0)
-    monkeypatch.setattr("cla_convert.evaluation.texts.load_model", loads)
+    monkeypatch.setattr("cla_convert.evaluation.texts.load_where_it_fits", loads)
     common = common_settings(SPEC, "float32", "cuda:1", 0)
     with pytest.raises(Asked):
         texts = Texts(held_out=torch.zeros(1, 8, dtype=torch.long))
@@ -146,7 +146,7 @@ def test_two_processes_share_the_work_and_give_the_same_results(models: dict[str
     words = ["eval", str(models["before"]), "--tasks", "arc_easy,passkey,wikitext", "--limit", "3", "--json"]
     for setting in ("eval.max_length=450", "eval.retrieval.lengths=[450]", "eval.retrieval.samples=1", "device=cpu"):
         words += ["--set", setting]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29613"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     outputs = []
     for name, command in (("one", [sys.executable]), ("two", launch)):
         done = subprocess.run(

@@ -9,6 +9,8 @@ import torch
 
 from cla_convert.evaluation import answers as module
 from cla_convert.evaluation.answers import answers, unseen
+from cla_convert.evaluation.harness import identity_of
+from cla_convert.evaluation.prepare import Prepared
 from cla_convert.evaluation.texts import Texts, measure_texts
 from cla_convert.files import write_json
 from cla_convert.models.export import load_model, load_tokenizer
@@ -75,6 +77,25 @@ def test_answers_are_kept_with_the_point(tiny_llama: Path, tmp_path: Path):
     assert again["answers"]["answers"] != "as they were"
     assert "answers" not in measure_texts(Texts(), tiny_llama, tmp_path / "off", COMMON, "model", device="cpu")
     assert not (tmp_path / "off").exists()
+
+
+def test_what_is_generated_follows_the_generation_config(tmp_path: Path):
+    """A penalty for repetition changes answers and generated tasks, and no weight: what was measured is not of it."""
+    model = save_tiny_llama(tmp_path / "model")
+    generated, scored = (
+        Prepared("x", None, {"output_type": [kind]}, 0) for kind in ("generate_until", "loglikelihood")
+    )
+    texts = Texts(prompts=["Who?"], answer_tokens=8)
+    before = [identity_of(task, model) for task in (generated, scored)]
+    measure_texts(texts, model, tmp_path, COMMON, "model", device="cpu")
+    kept = json.loads((tmp_path / "answers.json").read_text())
+    write_json(tmp_path / "answers.json", kept | {"answers": "as they were"})
+    path = model / "generation_config.json"
+    write_json(path, json.loads(path.read_text()) | {"repetition_penalty": 100.0})
+    after = [identity_of(task, model) for task in (generated, scored)]
+    assert [one == other for one, other in zip(before, after, strict=True)] == [False, True]
+    again = measure_texts(texts, model, tmp_path, COMMON, "model", device="cpu")
+    assert again["answers"]["answers"] != "as they were"
 
 
 def test_the_report_shows_them_side_by_side(run_dir: Path):

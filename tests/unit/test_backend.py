@@ -50,9 +50,11 @@ def test_places_where_vllm_cannot_run(monkeypatch: pytest.MonkeyPatch):
 
 def test_the_backend_is_part_of_the_specification(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("cla_convert.evaluation.harness.version", lambda _: "1")
-    hf, vllm, other = (
+    asked = ({"max_num_seqs": 2}, {"tensor_parallel_size": 2, "gpu_memory_utilization": 0.5})
+    hf, vllm, other, elsewhere = (
         common_settings(spec, "float32", "cpu", 0)
-        for spec in (Evaluate(), VLLM, Evaluate(backend="vllm", vllm={"tensor_parallel_size": 2}))
+        for spec in (Evaluate(), VLLM, *(Evaluate(backend="vllm", vllm=settings) for settings in asked))
     )
     assert hf["backend"] != vllm["backend"] != other["backend"]
+    assert elsewhere == vllm  # where it lies
     assert "vllm" in vllm["versions"] and "vllm" not in hf["versions"]

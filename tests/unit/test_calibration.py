@@ -1,6 +1,6 @@
 """The walk over the layers on tiny random models: exact where it must be, better than doing nothing where it may."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,13 +12,14 @@ from cla_convert.console import progress
 from cla_convert.conversion import reconstruction
 from cla_convert.conversion.blocks import Factory
 from cla_convert.conversion.calibration import calibrated_pooling
+from cla_convert.conversion.factories import Factories
 from cla_convert.conversion.initialisation import INITIALISATIONS
 from cla_convert.conversion.layer_patch import LayerPatch
 from cla_convert.conversion.pieces import Pieces
 from cla_convert.conversion.reconstruction import orthogonalise
 from cla_convert.conversion.sharing import sharing_map
 from cla_convert.conversion.source_streams import SourceStreams
-from cla_convert.conversion.streams import Store, place_for
+from cla_convert.conversion.streams import Part, Store, places_for
 from cla_convert.conversion.text import CalibrationText
 from cla_convert.effort import Effort
 from cla_convert.errors import InputError
@@ -32,13 +33,7 @@ LLAMAS = [case for case, (family, _) in CASES.items() if family == "llama"]
 CLOSED = Effort(0, 64)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors here are so small that a second thread only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -141,15 +136,18 @@ def test_a_planted_change_of_basis_is_recovered(case: str, tokens: Tensor, saved
     )
 
 
+@pytest.mark.parametrize("devices", [1, 3])
 @pytest.mark.parametrize("case", CASES)
-def test_the_layers_one_by_one_are_the_model(case: str, tokens: Tensor, saved) -> None:
+def test_the_layers_one_by_one_are_the_model(case: str, devices: int, tokens: Tensor, saved) -> None:
     model = source_model(case)
     source = saved(model)
     factory = Factory(source, source.config, tokens, "cpu", torch.float32)
-    teacher, last = SourceStreams(factory, tokens, Store(torch.device("cpu"))), model.config.num_hidden_layers
+    factories, last = Factories(factory, ["cpu"] * devices), model.config.num_hidden_layers
+    teacher = SourceStreams(factories, tokens, Store(factories.devices))
     with torch.no_grad():
         teacher.upto(last - 1)
-        found = factory.skeleton.head(torch.float32)(teacher.inputs[last]).log_softmax(-1)
+        ends = teacher.inputs[last].rows(torch.arange(len(tokens)), factory.device)
+        found = factory.skeleton.head(torch.float32)(ends).log_softmax(-1)
     torch.testing.assert_close(found, logits(model, tokens).log_softmax(-1), rtol=1e-4, atol=1e-4)
 
 
@@ -219,6 +217,23 @@ def test_patches_name_what_each_kind_of_layer_has(tokens: Tensor, saved) -> None
     assert all(t.dtype == torch.float32 for patch in patches for t in patch.tensors.values())
 
 
+@pytest.mark.parametrize("case", ["llama", "qwen3", "llama-biases", "qwen3_5"])
+@pytest.mark.parametrize("part", ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", ""])
+def test_a_projection_or_layer_of_zeros_is_pooled(case: str, part: str, tokens: Tensor, saved) -> None:
+    """Of heads that were pruned, or of a layer that was put in to be trained."""
+    model = source_model(case)
+    sources = sharing_map("cla2", shape_of(model.config.to_dict()).kinds)
+    owner = next(layer for layer, of in enumerate(sources) if of == layer and sources.count(layer) > 1)
+    for parameter in model.model.layers[owner].get_submodule(part).parameters():
+        parameter.data.zero_()
+    source = saved(model)
+    patches = patches_of(source, sources, tokens, effort=Effort(steps=2, tokens_per_step=64))
+    assert all(tensor.isfinite().all() for patch in patches for tensor in patch.tensors.values())
+    found = [share for p in patches if p.fit for share in (p.fit.captured_k, p.fit.captured_v)]
+    assert found and all(-1e-6 < share < 1 + 1e-6 for share in found)
+    assert divergence(converted(case, source, sources, patches), model, tokens) < 1
+
+
 def test_matching_lowers_the_damage(tokens: Tensor, saved) -> None:
     source, sources = saved(source_model("llama")), [0, 1, 1, 3, 3, 5]
     before, after = (
@@ -267,9 +282,9 @@ def test_the_same_seed_gives_the_same_weights_wherever_streams_are_kept(
 
 
 def test_a_spilled_stream_takes_disk_at_once_and_gives_it_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stream = Store(torch.device("cpu"), tmp_path).empty(4, 8, 16)
-    stream[1:3] = 5.0
-    assert stream.shape == (4, 8, 16) and stream[1:3].eq(5).all()
+    stream, part = Store([torch.device("cpu")] * 2, tmp_path).empty(5, 8, 16), Part(1, slice(0, 1))
+    stream[part] = torch.full((1, 8, 16), 5.0)
+    assert stream.shape == (5, 8, 16) and stream[part].eq(5).all() and list(map(len, stream.shares)) == [3, 2]
     assert not list(tmp_path.iterdir())  # its name is gone already: nothing is left even by a process that is killed
 
     def full(*_: int) -> None:
@@ -277,13 +292,14 @@ def test_a_spilled_stream_takes_disk_at_once_and_gives_it_back(tmp_path: Path, m
 
     monkeypatch.setattr("os.posix_fallocate", full)
     with pytest.raises(InputError, match="is full"):
-        Store(torch.device("cpu"), tmp_path).empty(4, 8, 16)
+        Store([torch.device("cpu")], tmp_path).empty(4, 8, 16)
     assert not list(tmp_path.iterdir())
 
 
 def test_half_of_the_memory_is_for_the_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cla_convert.conversion.streams.available_memory", lambda: 1000)
-    assert place_for("cpu", 500) == torch.device("cpu") and place_for("cpu", 501) is None
+    cpu = [torch.device("cpu")]
+    assert places_for(cpu, 500) == cpu and places_for(cpu, 501) is None
 
 
 def test_a_bar_of_matching_steps_ends_with_the_last_of_them_and_names_the_groups(tokens: Tensor, saved) -> None:
@@ -332,3 +348,14 @@ def test_replayed_steps_are_the_steps(case: str, tokens: Tensor, saved, monkeypa
         found.append(patches_of(source, sources, tokens, effort=Effort(8, 64), device="cuda"))
     for replayed, plain in zip(*found, strict=True):
         torch.testing.assert_close(replayed.tensors, plain.tensors, rtol=1e-4, atol=1e-5)
+
+
+def test_a_gpu_without_room_for_the_streams_is_told(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """What torch keeps of freed memory counts as free; what fits on no GPU goes to main memory, with a word."""
+    gpus = [torch.device("cuda", 0), torch.device("cuda", 1)]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (700, 2000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 500)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 200)
+    assert Store.choose(gpus, 1200).places == gpus and not capsys.readouterr().err
+    assert Store.choose(gpus, 1202).places == [torch.device("cpu")] * 2
+    assert "kept in main memory" in capsys.readouterr().err

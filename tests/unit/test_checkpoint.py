@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cla_convert.conversion.convert import convert
+from cla_convert.conversion.plan import make_plan
 from cla_convert.errors import InputError
-from cla_convert.models.checkpoint import INDEX, TORCH_NAMES, Checkpoint, read_header
+from cla_convert.models.checkpoint import INDEX, Checkpoint
 from cla_convert.models.families import family_of
+from cla_convert.models.fingerprint import fingerprint
+from cla_convert.models.headers import TORCH_NAMES, read_header
 from cla_convert.models.shape import shape_of
 from cla_convert.models.source import resolve_source
 from cla_convert.models.writer import MANIFEST, ShardWriter, check_disk, infos_of, publishing
@@ -205,6 +211,35 @@ def test_a_folder_of_somebody_else_is_never_replaced(tmp_path):
     with pytest.raises(InputError, match="not written by cla-convert"), publishing(tmp_path, overwrite=True):
         pass
     assert (tmp_path / "precious.txt").exists()
+
+
+def test_what_others_put_into_an_output_is_not_replaced_with_it(tmp_path, tiny_llama):
+    """The source of the next conversion, a corpus, a repository."""
+    out = tmp_path / "out"
+    with publishing(out) as staging:
+        (staging / MANIFEST).write_text("{}")
+        (staging / "additional_chat_templates").mkdir()
+    source = copy_of(tiny_llama, out / "source")
+    checkpoint = Checkpoint.open(source)
+    plan = make_plan(checkpoint, sharing="cla2", init="mean")
+    with pytest.raises(InputError, match=re.escape(f"{source} lies in it")):
+        convert(plan, checkpoint, out, overwrite=True)
+    assert (source / "model.safetensors").exists()
+    convert(plan, checkpoint, source / "cla2")  # the other way round nothing is in the way
+    assert fingerprint(source) == fingerprint(tiny_llama)
+    shutil.rmtree(source)
+    with publishing(out, overwrite=True) as staging:
+        (staging / MANIFEST).write_text("{}")
+
+
+def test_a_link_to_an_output_stays_one(tmp_path):
+    disk, link = tmp_path / "disk", tmp_path / "link"
+    link.symlink_to(disk)
+    for content in ("1", "2"):
+        with publishing(link, overwrite=True) as staging:
+            (staging / MANIFEST).write_text(content)
+    assert link.is_symlink() and (disk / MANIFEST).read_text() == "2"
+    assert sorted(tmp_path.iterdir()) == [disk, link]
 
 
 def test_staging_of_a_killed_process_is_cleaned_up(tmp_path):

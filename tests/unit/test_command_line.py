@@ -10,13 +10,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cla_convert import console
 from cla_convert.cli import app, main
+from cla_convert.environment import command_line
 from cla_convert.errors import ClaError
 from cla_convert.refusals import is_refusal, refusal
+from cla_convert.staging import beside
 from tests.conftest import save_tiny_llama
 from tests.tiny import cla_model
 
@@ -32,6 +35,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.copytree(folder / "source", folder / "broken")
     (folder / "broken" / "config.json").write_text('{"model_type": "llama",')
     (folder / "unfinished").mkdir()
+    for name in ("one", "two"):
+        shutil.copytree(folder / "source", folder / "several" / name)
     shutil.copy(folder / "broken" / "config.json", folder / "unfinished")
     (folder / "file").write_text("text")
     (folder / "begun").mkdir()
@@ -42,9 +47,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     os.chdir(before)
 
 
+def words_of(line: str) -> list[str]:
+    """`%` is an empty one."""
+    return ["" if word == "%" else word for word in line.split()]
+
+
 def refused(line: str, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
     """Exit code and stderr of a command line that does not succeed."""
-    monkeypatch.setattr(sys, "argv", ["cla-convert", *line.split()])
+    monkeypatch.setattr(sys, "argv", ["cla-convert", *words_of(line)])
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setattr(console, "_quiet", False)
@@ -78,8 +88,43 @@ THEIRS = re.compile(r"Input should|value_error|Invalid value|unable to parse|val
         ("convert source source", 3, "source is not empty\n  fix: Give another folder.\n"),
         ("convert source file", 3, "file is a file"),
         ("convert source file/x", 3, "file is a file"),
+        ("run recipes/dmeo.yaml --out r", 2, "Did you mean 'demo'?"),
+        ("run demo --out r --set TRAIN.tokens=5", 2, "--set: unknown key 'TRAIN'. Did you mean 'train'?"),
+        ("run demo --out r --set train.foo.bar=5", 2, "--set: unknown key 'train.foo'."),
+        ("run demo --out r --set train..tokens=5", 2, "--set 'train..tokens=5' is not of the form a.b=value"),
+        ("uptrain converted tr --tokens 26M --teacher ./converted", 2, "./converted would be its own teacher"),
+        *((line, 3, "Give a model in it: several/one, several/two.") for line in (
+            "verify several", "chat several", "uptrain several tr --tokens 1M", "inspect several", "eval several",
+            "bench several converted", "bench source several", "convert several out",
+        )),
+        ("--set a=b run demo", 2, "--set stands before the verb"),
+        ("bench source converted --memory 8", 2, "--memory 8GB"),
+        ("uptrain converted ./converted --tokens 1k", 2, "is the model to train"),
+        ("inspect source --revision main", 2, "--revision is for models of the hub"),
+        ("convert source out --revision main", 2, "--revision is for models of the hub"),
+        ("eval source --revision main", 2, "--revision is for models of the hub"),
+        ("inspect Qwen/Qwen3-0.6B/", 3, "Did you mean 'Qwen/Qwen3-0.6B'?"),
+        ("inspect source/config.json", 3, "Give its folder: source"),
+        ("convert source out --sharing CLA2", 2, "Did you mean 'cla2'?"),
+        ("run demo --out r --set data.sources.0.path=t", 2, "as --set 'data.sources=[...]'"),
+        ("run demo --out r --set data.sources[0].path=t", 2, "as --set 'data.sources=[...]'"),
+        ("-q run demo --out r --set source.model=converted", 3, "already a Cross-Layer Attention model"),
+        ("run source --out r", 2, "source is a folder, not a recipe"),
+        ("run begun --out r", 2, "begun/recipe.yaml"),
+        ("run Qwen/Qwen3-0.6B --out r", 2, "Qwen/Qwen3-0.6B is a model, not a recipe"),
+        ("run source/config.json --out r", 2, "more."),
+        ("report begun begun", 2, "begun would be compared with itself"),
+        ("report begun ./begun/", 2, "begun would be compared with itself"),
         ("bench converted source", 2, "cla-convert bench source converted"),
-        ("bench source source", 2, "source is not a converted model"),
+        ("bench source source", 2, "source would be compared with itself"),
+        ("bench converted ./converted", 2, "converted would be compared with itself"),
+        ("convert source .", 3, ". is the folder that you are in"),
+        ("convert source ..", 3, ".. is the folder that you are in, or above it"),
+        ("uptrain converted . --tokens 99k", 3, " exists\n"),
+        ("inspect https://huggingface.co/Qwen/Qwen3-8B/tree/main", 3, "Did you mean 'Qwen/Qwen3-8B'?"),
+        ("inspect hf://Qwen/Qwen3-8B", 3, "Did you mean 'Qwen/Qwen3-8B'?"),
+        ("run demo --out run --set seed=99999999999999999999", 2, "--set: seed: must be less than 4.29497e+09"),
+        ("run demo --out run --set train.tokens=99999999999T", 2, "--set: train.tokens: must be less than"),
         ("bench source converted --out file", 3, "file is a file"),
         ("eval source --out file", 3, "file is a file"),
         ("verify nothere", 3, "There is no folder nothere"),
@@ -142,8 +187,19 @@ def test_what_is_wrong_is_said_first_and_in_our_own_words(
     assert words in said and not THEIRS.search(said), said
     assert found == code
     assert sorted(path.name for path in models.iterdir()) == [
-        "begun", "broken", "converted", "file", "source", "unfinished"
+        "begun", "broken", "converted", "file", "several", "source", "unfinished"
     ], "nothing is left behind"  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "word"), [
+    ("convert source %", "source"), ("run demo --out %", "--out"), ("uptrain converted %", "converted"),
+    ("run % --out x", "run"), ("eval source --tasks %", "--tasks"), ("inspect %", "inspect"),
+])  # fmt: skip
+def test_an_empty_argument_is_not_taken_for_this_folder(
+    line: str, word: str, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, said = refused(line, monkeypatch)
+    assert code == 2 and said.startswith(f"error: Nothing stands behind {word}\n  why: An argument is empty")
 
 
 def test_a_bad_teacher_is_named_before_the_missing_text(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +228,7 @@ def test_what_the_system_says_of_a_path_anywhere_is_said_like_any_mistake(
     number: int, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuses(*_: object, **__: object) -> None:
-        raise OSError(number, os.strerror(number), "/a/.out.partial-12/config.json")
+        raise OSError(number, os.strerror(number), str(beside(Path("/a/out"), "partial") / "config.json"))
 
     monkeypatch.setattr("cla_convert.conversion.inspect.inspect_model", refuses)
     code, said = refused("inspect source", monkeypatch)
@@ -213,6 +269,40 @@ def test_something_is_said_before_what_takes_seconds_to_import(models: Path, lin
     assert done.stdout.strip().endswith(" []"), done.stdout + done.stderr
 
 
+LAST_WORDS = """
+import atexit, gc, sys
+atexit.register(lambda: print(gc.get_freeze_count() > 10_000))  # after all that follows
+from cla_convert.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(("line", "code"), [("recipes ls", 0), ("verify nothere", 3), ("--nothere", 2)])
+def test_nothing_is_looked_through_for_garbage_once_the_work_is_done(line: str, code: int) -> None:
+    words = [sys.executable, "-c", LAST_WORDS, *line.split()]
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.stdout.endswith("True\n") and done.returncode == code, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(("line", "closed", "code"), [
+    ("recipes ls", ">&-", 0), ("recipes ls", "2>&-", 0), ("verify nothere", "<&- >&- 2>&-", 3),
+])  # fmt: skip
+def test_streams_may_be_closed(line: str, closed: str, code: int) -> None:
+    words = f"{sys.executable} -m cla_convert {line} {closed}"
+    done = subprocess.run(words, shell=True, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+
+
+def test_a_reader_that_has_gone_is_no_bug() -> None:
+    words = [sys.executable, "-m", "cla_convert", "recipes", "reference"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
 def test_what_is_no_mistake_of_a_users_stays_a_bug() -> None:
     assert not is_refusal(OSError("the server hung up"))
     assert not is_refusal(OSError(errno.EBADF, "Bad file descriptor"))
@@ -250,9 +340,59 @@ def test_every_verb_has_an_example_and_names_of_its_own_for_what_it_takes() -> N
             assert flag or (parameter.metavar or "").isupper() or parameter.metavar, f"{name}: {parameter.name}"
 
 
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_help_fits_the_terminal_and_shows_what_is_needed(columns: int, capsys: pytest.CaptureFixture[str]) -> None:
+    from typer.main import get_command
+
+    for name in dict(every_command(get_command(app))):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("COLUMNS", str(columns))
+            app([*name.split(), "--help"], prog_name="cla-convert", standalone_mode=False)
+        *lines, example = capsys.readouterr().out.rstrip().split("\n")
+        assert max(map(len, lines)) <= columns, name
+        assert example.startswith("  Example: cla-convert "), f"{name}: the example is broken"
+    assert get_usage("run") == "run [OPTIONS] RECIPE --out DIR"
+    assert get_usage("report") == "report [OPTIONS] RUN_DIR..."
+    assert get_usage("recipes cp") == "recipes cp [OPTIONS] NAME [FILE]"
+
+
+def get_usage(name: str) -> str:
+    from typer.main import get_command
+
+    command: Any = dict(every_command(get_command(app)))[name]
+    context = command.make_context(name, ["--help"], resilient_parsing=True)
+    return " ".join([name, *command.collect_usage_pieces(context)])
+
+
 def test_inspect_counts_a_small_model_in_thousands(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     app(["inspect", "source"], standalone_mode=False)
     assert capsys.readouterr().out.startswith("source: llama, 64k parameters in float32\n")
+
+
+@pytest.mark.parametrize("name", ["-", "/dev/stdin"])
+def test_a_recipe_may_come_through_a_pipe_and_its_mistakes_have_lines(name: str, tmp_path: Path) -> None:
+    run = [sys.executable, "-m", "cla_convert", "run", name, "--out", str(tmp_path / "run")]
+    recipe = "train:\n  tokens: 1k\n  tokns: 2k\n"
+    done = subprocess.run(run, input=recipe, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and "/dev/stdin:3: unknown key 'train.tokns'. Did you mean 'tokens'?" in done.stderr
+
+
+def test_what_comes_next_can_be_copied_whatever_the_model_is_called(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = shutil.copytree(models / "source", tmp_path / "mein Mödel")
+    app(["inspect", str(named)], standalone_mode=False)
+    assert capsys.readouterr().out.endswith(f"next        cla-convert convert '{named}' OUT\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "resumes"),
+    [("convert a b --overwrite", "convert a b --overwrite"), ("-q convert a --overwrite", "-q convert a --overwrite"),
+     ("run convert --out b --overwrite", "run convert --out b"), ("uptrain a b --no-resume", "uptrain a b")],
+)  # fmt: skip
+def test_the_line_that_resumes_does_not_start_over(line: str, resumes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["cla-convert", *line.split()])
+    assert command_line() == f"cla-convert {resumes}"
 
 
 def test_a_gate_without_results_says_which_command_makes_them(models: Path, tmp_path: Path) -> None:

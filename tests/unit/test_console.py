@@ -3,18 +3,24 @@
 import io
 import re
 import sys
-import time
 from contextlib import suppress
 
 import pytest
 
 from cla_convert import bars, console
 from cla_convert.errors import InputError
+from tests.conftest import wait_for
 
 
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
+
+
+@pytest.fixture(autouse=True)
+def able(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal that can do all, whichever the tests run in."""
+    monkeypatch.setenv("TERM", "xterm")
 
 
 @pytest.mark.parametrize(("stream", "no_color", "red"), [(Terminal, False, True), (Terminal, True, False),
@@ -30,6 +36,16 @@ def test_errors_are_red_on_a_terminal_only(
     said = sys.stderr.getvalue()  # type: ignore[attr-defined]
     assert ("\033[1;31merror:\033[0m It broke" in said) == red
     assert said.endswith("error: It broke\n  why: Because.\n  fix: Mend it.\n") != red
+
+
+def test_a_dumb_terminal_gets_lines_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "dumb")
+    with console.progress(10, "working") as bar, console.waiting("importing"):
+        bar.update(3)
+    console.fail(InputError("It broke"))
+    assert type(bar) is bars.Bar and "\r" not in said() and "\033" not in said()
 
 
 def said() -> str:
@@ -96,16 +112,39 @@ def test_quiet_shows_no_progress(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_terminal_gets_lines_broken_between_words_and_commands_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    command = f"Resume with: cla-convert run {'x' * 90} --out y"
-    text = f"sharing     {'word ' * 20}\n  why: {'reason ' * 20}\n{command}"
+    command = f"cla-convert run {'x' * 90} --out y"
+    text = f"sharing     {'word ' * 20}\n  why: {'reason ' * 20}\nTo resume: {command}"
     monkeypatch.setattr(sys, "stderr", Terminal())
     console.say(text)
-    first, second, why, more, whole = [line.rstrip() for line in said().splitlines()]
-    assert max(map(len, (first, second, why, more))) <= 80 and whole == command
+    first, second, why, more, resume, whole = [line.rstrip() for line in said().splitlines()]
+    assert max(map(len, (first, second, why, more))) <= 80
+    assert resume == "To resume:" and whole.strip() == command
     assert second.startswith(f"{' ' * 12}word") and more.startswith(f"{' ' * 7}reason")
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     console.say(text)
     assert said() == f"{text}\n", "a log file gets it as it is"
+
+
+@pytest.mark.parametrize("width", [80, 60, 30])
+def test_what_belongs_together_is_not_broken(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setattr(console, "columns", lambda _: width)
+    quoted, row = "`cla-convert run mine.yaml --out x`", f"| {'cell ' * 30}|"
+    console.page(f"  fix: Give what {quoted} wrote, which cla-convert did not make. {'More. ' * 12}\n{row}")
+    console.page(f"- {'note ' * 30}")
+    console.page(f"{'work ' * ((width - 2) // 5)}...")
+    lines = sys.stdout.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert row in lines and any(quoted in line for line in lines)
+    assert all(len(line) <= max(width, 8 + len(quoted)) for line in lines if line != row)
+    assert lines[lines.index(row) + 2].startswith("  note") and "..." not in lines
+
+
+def test_every_verb_is_known_as_one() -> None:
+    from typer.main import get_command
+
+    from cla_convert.cli import app
+
+    assert {*console.VERBS.split("|")} == get_command(app).commands.keys()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -121,11 +160,10 @@ def test_a_bar_beats_while_a_step_takes_long(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(bars, "_BEAT", 0.05)
     monkeypatch.setattr(bars._Heart, "_one", None)
     with console.progress(2, "reading", unit="row"):
-        time.sleep(0.5)
+        wait_for(lambda: len(set(re.findall(r"reading ([-\\|/]):", terminal.getvalue()))) > 1)
     shown = terminal.getvalue()
     assert len(set(re.findall(r"reading ([-\\|/]):", shown))) > 1
     assert re.split(r"[\r\n]+", shown.strip())[-1].startswith("reading: 100%")
     with console.waiting("importing") as bar:
         bar.note("torch")
-        time.sleep(0.3)
-    assert re.search(r"importing [-\\|/] 00:00, torch", terminal.getvalue())
+        wait_for(lambda: re.search(r"importing [-\\|/] 00:\d\d, torch", terminal.getvalue()))

@@ -17,6 +17,7 @@ import pytest
 from tokenizers import processors
 
 from cla_convert.errors import InputError
+from cla_convert.pipeline import run
 from cla_convert.recipe import Data, Recipe, TextSource, Train
 from cla_convert.recipe_file import validate
 from cla_convert.training import data as data_module
@@ -393,6 +394,27 @@ def test_no_held_out_document_is_trained_or_calibrated_on(tmp_path: Path, table:
 def test_too_short_a_text_is_refused() -> None:
     with pytest.raises(InputError, match="too short"):
         Sequences(np.arange(9, dtype=np.uint16), 10, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("words", "length", "message"),
+    [("a few words", 64, "The text is too short"), ("a few words", 8, "no held-out text")],
+)
+def test_a_handful_of_tokens_is_refused_before_any_work_and_nothing_odd_is_said(
+    tmp_path: Path, tiny_llama: Path, words: str, length: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "few.txt").write_text(words)
+    settings = {
+        "source": {"model": str(tiny_llama)},
+        "train": {"tokens": 100_000, "sequence_length": length, "batch_tokens": 1024},
+        "data": {"sources": [{"path": str(tmp_path / "few.txt")}]},
+        "eval": {"tasks": ["arc_easy"], "limit": 2},
+    }
+    with pytest.raises(InputError, match=message):
+        run(validate(settings), tmp_path / "run")
+    said = capsys.readouterr().err
+    assert "[1/5]" not in said and "passes" not in said and "held out" not in said
+    assert not (tmp_path / "run").exists()
 
 
 def test_held_out_rows_are_never_repeated() -> None:

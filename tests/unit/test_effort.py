@@ -27,3 +27,9 @@ def test_less_text_than_the_least_gets_the_least_steps() -> None:
 
 def test_rows_are_shorter_where_attention_is_slow() -> None:
     assert (affordable_length("cpu"), affordable_length("cuda")) == (512, 1024)
+
+
+@pytest.mark.parametrize(("gigabytes", "tokens"), [(80, 2_592_592), (24, 946_969), (1, 65_536)])
+def test_calibration_text_fits_a_small_gpu(gigabytes: int, tokens: int) -> None:
+    assert affordable_tokens(135_000_000, "cuda:0", width=576, memory=gigabytes * 10**9) == tokens
+    assert affordable_tokens(135_000_000, "cpu", width=576, memory=None) == 40_960

@@ -3,6 +3,7 @@
 import itertools
 import math
 import sys
+from typing import Literal
 
 import pytest
 import torch
@@ -34,13 +35,14 @@ from cla_convert.training.metrics import Metrics
 from cla_convert.training.monitor import Monitor, describe
 from cla_convert.training.objective import check_documents, check_head, chunk_size
 from cla_convert.training.optimizer import freeze_all_but, make_optimizer, parts_of
-from cla_convert.training.precision import Precision, choose_precision
+from cla_convert.training.precision import Precision, cast_frozen, choose_precision
+from cla_convert.training.rates import with_rates
 from cla_convert.training.schedule import Budget
 from cla_convert.training.trackers import TensorBoard
 from cla_convert.training.trainer import without_dropout
 
 from ..conftest import tiny_llama_config
-from ..tiny import source_model
+from ..tiny import cla_model, source_model
 
 MAP = [0, 1, 1, 3, 3, 5]
 
@@ -103,6 +105,22 @@ class TestPrecision:
         assert weight.dtype == weight.grad.dtype == torch.float32 and isinstance(weight, torch.nn.Parameter)
         assert (weight.grad / 2 - exact).norm() < 0.1 * exact.norm()
         assert hidden_states(model, IDS).dtype == torch.float32
+
+    @pytest.mark.parametrize("wanted", ["all", "attention"])
+    def test_biases_that_choose_experts_are_neither_trained_nor_rounded(
+        self, wanted: Literal["all", "attention"]
+    ) -> None:
+        model, precision = cla_model("ernie4_5_moe", [0, 0, 2, 2, 4, 4]), Precision("cpu", torch.bfloat16)
+        name = "model.layers.2.mlp.gate.moe_statics.e_score_correction_bias"
+        bias = model.get_parameter(name)
+        bias.data += 8 + 1e-3 * torch.randn(bias.shape)
+        before = bias.clone()
+        freeze_all_but(model, wanted)
+        cast_frozen(model, torch.bfloat16)
+        with precision.working_copy(model):
+            assert torch.equal(model.get_parameter(name), before) and not bias.requires_grad
+            assert model.lm_head.weight.dtype == torch.bfloat16
+            assert hidden_states(model, IDS).isfinite().all()
 
     def test_float32_is_left_alone(self) -> None:
         model = student()
@@ -367,29 +385,67 @@ class TestMonitor:
         assert [clock(seconds) for seconds in (7, 61, 3723)] == ["0:07", "1:01", "1:02:03"]
 
 
-class TestDerived:
-    """What `auto` comes to."""
+class TestRates:
+    """What `learning_rate: auto` comes to."""
 
-    def test_rates_go_with_the_width_and_attention_is_ahead(self) -> None:
-        small, large = (tiny_llama_config(hidden_size=width, num_attention_heads=8) for width in (576, 4096))
-        found = derived(Train(), small, small)
-        assert (found.learning_rate, found.learning_rates, found.hidden_weight) == (2e-4, {"attention": 1e-3}, 30.0)
-        found = derived(Train(), large, large)
-        assert (found.learning_rate, found.learning_rates) == (2.8e-5, {"attention": 1.4e-4})
-        found = derived(Train(loss="cross_entropy"), small, None)
-        assert (found.learning_rate, found.learning_rates, found.hidden_weight) == (1e-3, {}, 0.0)
+    def rates(self, train: Train, *, larger: float = 1.0) -> tuple[float, float]:
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(tiny_llama_config())
+        for name, parameter in model.named_parameters():
+            size = {"attn": 0.2, "mlp": 0.1}.get(next((k for k in ("attn", "mlp") if k in name), ""), 7.0)
+            if parameter.ndim == 2:
+                torch.nn.init.normal_(parameter, std=size * larger)
+        found = with_rates(train, model)
+        assert isinstance(found.learning_rate, float)
+        return found.learning_rates["attention"], found.learning_rate
+
+    def test_they_follow_the_size_of_the_weights_and_attention_is_ahead(self) -> None:
+        attention, rest = self.rates(Train())
+        assert (attention, rest) == (pytest.approx(0.005 * 0.2, rel=0.05), pytest.approx(0.001 * 0.1, rel=0.05))
+        assert self.rates(Train(), larger=1 / 8) == (
+            pytest.approx(attention / 8, rel=0.06),
+            pytest.approx(rest / 8, rel=0.06),
+        )
+        assert self.rates(Train(loss="cross_entropy")) == (attention, pytest.approx(5 * rest, rel=0.06))
 
     def test_few_steps_are_smaller_ones(self) -> None:
-        config = tiny_llama_config(hidden_size=576, num_attention_heads=8)
-        steps = {n: derived(Train(tokens=n * 1024, batch_tokens=1024), config, config) for n in (9, 100, 1000)}
-        assert [found.learning_rates["attention"] for found in steps.values()] == [3e-4, 1e-3, 1e-3]
-        assert [found.learning_rate for found in steps.values()] == [6e-5, 2e-4, 2e-4]
+        settled = self.rates(Train())
+        for steps, factor in ((9, 0.3), (100, 1.0), (1000, 1.0)):
+            found = self.rates(Train(tokens=steps * 1024, batch_tokens=1024))
+            assert found == tuple(pytest.approx(rate * factor, rel=0.06) for rate in settled)
 
     def test_what_is_given_stays(self) -> None:
+        model = LlamaForCausalLM(tiny_llama_config())
+        given = Train(learning_rate=3e-4)
+        assert with_rates(given, model) == given
+        assert with_rates(Train(learning_rates={"attention": 5e-4}), model).learning_rates == {"attention": 5e-4}
+
+    def test_they_are_never_zero_nor_no_number(self) -> None:
+        model = LlamaForCausalLM(tiny_llama_config())
+        for part in ("attn", "mlp"):  # attention alone, as an adapter begins; then everything
+            for name, parameter in model.named_parameters():
+                if part in name:
+                    parameter.data.zero_()
+            if part == "attn":
+                found = with_rates(Train(), model)
+                assert isinstance(found.learning_rate, float)
+                assert found.learning_rate > 0
+                assert found.learning_rates["attention"] == pytest.approx(5 * found.learning_rate, rel=0.06)
+        with pytest.raises(InputError, match="all zero"):
+            with_rates(Train(), model)
+        model.model.layers[0].mlp.up_proj.weight.data[0, 0] = torch.nan
+        with pytest.raises(InputError, match="not finite"):
+            with_rates(Train(), model)
+
+
+class TestDerived:
+    """What `hidden_weight: auto` comes to."""
+
+    def test_a_teacher_of_this_size_is_followed_inside(self) -> None:
         config = tiny_llama_config()
-        given = Train(learning_rate=3e-4, hidden_weight=1.0)
-        assert derived(given, config, config) == given
-        assert derived(Train(learning_rates={"attention": 5e-4}), config, config).learning_rates == {"attention": 5e-4}
+        assert derived(Train(), config, config).hidden_weight == 30
+        assert derived(Train(hidden_weight=1.0), config, config).hidden_weight == 1
+        assert derived(Train(loss="cross_entropy"), config, None).hidden_weight == 0
 
     def test_a_teacher_of_another_size_is_not_followed_inside(self) -> None:
         student = tiny_llama_config()

@@ -30,6 +30,7 @@ from cla_convert.models.generate import render
 from cla_convert.models.kinds import NOPE, SLIDING
 from cla_convert.models.shape import shape_of
 from cla_convert.models.source import open_headers, resolve_source
+from cla_convert.models.whole_rows import INNER
 from tests.tiny import CASES, cla_model, save_tiny, source_model, tiny_config
 
 SIZES = {"num_hidden_layers": 30, "num_attention_heads": 8, "hidden_size": 256}
@@ -60,7 +61,9 @@ CONFIGS = [
 
 def rotating_layers(config) -> list[bool]:
     """Which layers have RoPE, as transformers' attention decides it."""
-    if config.model_type == "cohere2" or (config.model_type == "exaone4" and config.sliding_window is not None):
+    if config.model_type == "cohere2" or (
+        config.model_type in ("exaone4", "exaone_moe") and config.sliding_window is not None
+    ):
         return [kind == SLIDING for kind in config.layer_types]
     return [bool(rope) for rope in getattr(config, "no_rope_layers", [True] * config.num_hidden_layers)]
 
@@ -148,8 +151,9 @@ def test_the_language_model_of_one_that_sees_images(case, published, tmp_path, m
             weights = {name.replace(old, new): tensor for name, tensor in weights.items()}
         save_file(weights, tmp_path / "whole" / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "whole" / "preprocessor_config.json").write_text("{}")
-    headers, folder = open_headers(str(tmp_path / "whole")), resolve_source(str(tmp_path / "whole"))
+    headers, folder = open_headers(str(tmp_path / "whole")), resolve_source(str(tmp_path / "whole"), text_only=True)
     assert not (folder / "preprocessor_config.json").exists()
+    assert "transformers_version" not in (folder / "config.json").read_text()
     assert headers.tensors.keys() == Checkpoint.open(folder).tensors.keys()
     assert ("lm_head.weight" in headers.tensors) == (case == "mistral")
     assert shape_of(headers.config) == shape_of(tiny_config(case).to_dict())
@@ -158,7 +162,10 @@ def test_the_language_model_of_one_that_sees_images(case, published, tmp_path, m
         assert torch.equal(load_model(folder, dtype=torch.float32)(ids).logits, model(ids).logits)
 
 
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+CODE = [*FAMILIES.values(), *(inner.code for inner in INNER.values())]
+
+
+@pytest.mark.parametrize("family", CODE, ids=[family.model_type for family in CODE])
 def test_shipped_code_is_what_the_templates_make(family):
     for path, text in render(family).items():
         assert path.read_text() == text, "run `python -m cla_convert.models.generate`"
@@ -172,11 +179,14 @@ def test_the_page_is_the_table():
 
 
 def test_no_shipped_code_is_without_a_family():
-    made = {path for family in FAMILIES.values() for path in family.code_files}
+    made = {path for family in CODE for path in family.code_files}
     assert set(CODE_FOLDER.glob("*_cla_*.py")) == made
 
 
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+CODE = [*FAMILIES.values(), *(inner.code for inner in INNER.values())]
+
+
+@pytest.mark.parametrize("family", CODE, ids=[family.model_type for family in CODE])
 def test_shipped_code_is_as_vllm_reads_it(family):
     """One literal get_interface, one call of what it returns, `scaling=self...`; the model spells its arguments out."""
     tree = ast.parse(family.code_files[1].read_text())
@@ -224,12 +234,12 @@ def test_refusals_say_why_and_what_is_supported(config, reason):
     [
         ("olmo_hybrid", "olmo2", "of another class in transformers"),
         ("bamba", "llama", "keep a state"),
-        ("qwen3_vl", "qwen3", "a part of one that reads more than text"),
+        ("glm4v", "glm4", "a part of one that reads more than text"),
         ("granitemoehybrid", "granitemoe", "an MLP and experts at once"),
         ("llama4_text", "llama", "attend within chunks"),
-        ("ernie4_5_moe", "ernie4_5", "its layers have experts"),
+        ("hunyuan_v1_moe", "hunyuan_v1_dense", "different numbers of experts"),
         ("mistral4", "mistral", "multi-head latent attention"),
-        ("minimax", "mixtral", "are linear_attention"),
+        ("minimax", "minimax_m2", "are linear_attention"),
         ("gpt2", "gpt_bigcode", "comparing the two"),
         ("gemma3n_text", "gemma3_text", "takes an attention and a model of its own"),
         ("stablelm", "llama", "rotates a part of each head by itself"),

@@ -44,6 +44,18 @@ def test_one_byte_of_half_a_gigabyte_counts_wherever_it_is(tmp_path: Path):
     assert len(seen) == 7
 
 
+def test_a_cache_that_cannot_be_written_to_is_done_without(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """At the end of a conversion, most of all."""
+    folder = sparse(tmp_path / "model")
+    os.truncate(folder / "model.safetensors", 1 << 26)
+    cache_folder().mkdir()
+    (cache_folder() / "fingerprints").write_text("in the way")
+    found = fingerprint(folder)
+    assert "not kept" in capsys.readouterr().err
+    (cache_folder() / "fingerprints").unlink()
+    assert fingerprint(folder) == found
+
+
 def test_a_large_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = sparse(tmp_path / "model")
     before = fingerprint(folder)

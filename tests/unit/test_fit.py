@@ -1,6 +1,7 @@
 """Tensors against the class that config.json names, from headers: refused by name, dropped with a warning, or right."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Mxfp4Config
 
 from cla_convert.conversion.convert import convert
 from cla_convert.conversion.inspect import inspect_model, render
@@ -18,7 +19,10 @@ from cla_convert.errors import InputError
 from cla_convert.models.checkpoint import INDEX, Checkpoint
 from cla_convert.models.export import load_model
 from cla_convert.models.fingerprint import fingerprint
-from cla_convert.models.source import resolve_source
+from cla_convert.models.source import open_headers, resolve_source
+from cla_convert.models.verify import verify_model
+from tests.conftest import byte_tokenizer
+from tests.previews import check_preview
 from tests.tiny import CASES, save_tiny, source_model
 
 Tensors = dict[str, Tensor]
@@ -207,6 +211,24 @@ def test_mixed_dtypes_stay_unless_one_is_asked_for(tmp_path):
     assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
 
 
+@pytest.mark.parametrize("case", ["glm4_moe", "ernie4_5_moe", "hy_v3", "exaone_moe"])
+def test_what_transformers_keeps_in_float32_does_so_in_any_dtype(case, tmp_path):
+    """Biases by which experts are chosen: rounded to bfloat16, these are all 8."""
+    generator = torch.Generator().manual_seed(3)
+
+    def near_eight(tensors: Tensors) -> Tensors:
+        chosen = {n: t for n, t in tensors.items() if n.endswith(("e_score_correction_bias", "expert_bias"))}
+        assert chosen
+        return tensors | {n: 8 + 1e-3 * torch.randn(t.shape, generator=generator) for n, t in chosen.items()}
+
+    folder = change(save_tiny(case, tmp_path / "m"), near_eight)
+    out = converted(folder, tmp_path / "out", dtype="bfloat16")
+    assert torch.equal(logits(out, "bfloat16"), logits(folder, "bfloat16"))
+    before, after = load_file(folder / "model.safetensors"), load_file(out / "model.safetensors")
+    kept = {name for name in after if after[name].dtype == torch.float32}
+    assert kept and kept < after.keys() and all(torch.equal(after[name], before[name]) for name in kept)
+
+
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "model.layers.1.self_attn.k_proj.weight"])
 def test_weights_that_the_asked_dtype_cannot_hold_are_refused(name, tmp_path):
     folder = change(save_tiny("llama", tmp_path / "m"), lambda t: t | {name: t[name] + 3e5})
@@ -246,6 +268,43 @@ def test_layers_that_guess_further_ahead_are_left_out(tmp_path):
     refused(change(folder, num_nextn_predict_layers=0), "layer 6")
 
 
+@pytest.mark.parametrize(
+    ("case", "names"),
+    [
+        ("qwen3_next", ["mtp.fc.weight", "mtp.layers.0.self_attn.k_proj.weight"]),
+        ("ernie4_5", ["model.mtp_linear_proj.0.weight", "model.mtp_block.0.self_attn.k_proj.weight"]),
+    ],
+)
+def test_what_guesses_further_ahead_is_left_out_and_this_is_said_once(case, names, tmp_path):
+    """As published Qwen3-Next and ERNIE 4.5 with experts have it, under names of its own."""
+    folder = change(save_tiny(case, tmp_path / "m"), lambda tensors: tensors | {n: torch.ones(4, 4) for n in names})
+    byte_tokenizer().save_pretrained(folder)
+    same(folder, tmp_path / "out")
+    assert not [name for name in Checkpoint.open(tmp_path / "out").tensors if "mtp" in name]
+    plan = plan_of(folder)
+    (said,) = [warning for warning in plan.warnings if "mtp" in warning]
+    assert "2 tensors that guess tokens further ahead" in said and min(names) in said
+    assert plan.render().count("guess tokens further ahead") == 1
+    assert plan.to_json()["left_out"] == [said]
+    assert verify_model(tmp_path / "out")["ok"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_in_a_source_is_told_where_no_logit_shows_it(value, tmp_path):
+    """A token that hardly anybody writes; it is copied as it is."""
+
+    def damage(tensors: Tensors) -> Tensors:
+        tensors["model.embed_tokens.weight"][7, 3] = value
+        return tensors
+
+    folder = change(save_tiny("llama", tmp_path / "m", tie_word_embeddings=False), damage)
+    convert(plan_of(folder, sharing="cla2"), Checkpoint.open(folder), tmp_path / "out")
+    with pytest.raises(InputError) as refused:
+        verify_model(tmp_path / "out")
+    assert "Failed: all weights are finite (" in str(refused.value)
+    assert "NaN or infinity in model.embed_tokens.weight" in str(refused.value)
+
+
 def test_mistral_with_kinds_of_layers_is_ministral(tmp_path):
     """As transformers loads it: some layers see all of the text (40 tokens), others 8."""
     folder = save_tiny("mistral-window", tmp_path / "m")
@@ -277,3 +336,40 @@ def test_config_and_fingerprint_stay_as_they_were(tmp_path):
     Skeleton(checkpoint, checkpoint.config, IDS, torch.device("cpu"))
     assert json.dumps(checkpoint.config) == config and fingerprint(checkpoint.folder) == before
     assert json.loads((converted(folder, tmp_path / "out") / "config.json").read_text())["rope_scaling"] == scaling
+
+
+def test_packed_experts_are_dequantised_as_transformers_does(tmp_path, monkeypatch):
+    """GPT-OSS as published: blocks of 32 numbers of four bits with a scale each (MXFP4)."""
+    monkeypatch.setenv("CLA_CONVERT_CACHE", str(tmp_path / "cache"))
+    generator = torch.Generator().manual_seed(0)
+
+    def pack(tensors: Tensors) -> Tensors:
+        found = {}
+        for name, tensor in tensors.items():
+            if not name.endswith(("gate_up_proj", "down_proj")):
+                found[name] = tensor.to(torch.bfloat16)
+                continue
+            experts, inputs, outputs = tensor.shape
+            blocks = (experts, outputs, inputs // 32)
+            found[f"{name}_blocks"] = torch.randint(0, 256, (*blocks, 16), dtype=torch.uint8, generator=generator)
+            found[f"{name}_scales"] = torch.randint(118, 124, blocks, dtype=torch.uint8, generator=generator)
+        return found
+
+    settings = {"quantization_config": {"quant_method": "mxfp4"}, "dtype": "bfloat16"}
+    folder = change(save_tiny("gpt_oss", tmp_path / "m", intermediate_size=32), pack, **settings)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=Mxfp4Config(dequantize=True), dtype=torch.float32
+    )
+    assert inspect_model(str(folder))["supported"] is True
+    check_preview(folder, tmp_path / "run")
+    source = resolve_source(str(folder))
+    assert open_headers(str(folder)).tensors.keys() == Checkpoint.open(source).tensors.keys()
+    assert Checkpoint.open(source).origin["quantization"] == "MXFP4 experts"
+    for name, parameter in model.named_parameters():
+        if "experts" in name:
+            assert torch.equal(Checkpoint.open(source).read(name), parameter.to(torch.bfloat16)), name
+    lacking = change(Path(shutil.copytree(folder, tmp_path / "lacking")), without("2.mlp.experts.down_proj_scales"))
+    for reads in (open_headers, resolve_source):
+        with pytest.raises(InputError, match=r"layers\.2\.mlp\.experts\.down_proj_blocks has no scales"):
+            reads(str(lacking))
+    same(source, tmp_path / "out")

@@ -9,11 +9,12 @@ import pytest
 import yaml
 
 from cla_convert.errors import ExitCode, QualityGate
-from cla_convert.evaluation.comparison import compare_run
+from cla_convert.evaluation.comparison import compare_run, write_comparison
 from cla_convert.evaluation.gate import enforce
 from cla_convert.evaluation.statistics import mcnemar
 from cla_convert.evaluation.verdict import Margins
 from cla_convert.files import write_json
+from cla_convert.report.report import build_report
 from tests.integration.test_convert import cla
 
 
@@ -261,3 +262,35 @@ def test_the_command_line_exits_with_4_after_writing_everything(tmp_path: Path):
     assert cla("report", str(tmp_path)).returncode == 0
     early = cla("run", "demo", "--out", str(tmp_path / "run"), "--until", "convert", "--gate")
     assert early.returncode == 2 and "nothing to judge" in early.stderr
+
+
+def test_a_comparison_of_what_was_measured_before_is_not_believed(tmp_path: Path):
+    """An evaluation under other settings was interrupted: its first results lie beside the old comparison."""
+    for name in ("before", "after"):
+        point(tmp_path, name, {"piqa": right(3000, 0.7)})
+        path = tmp_path / "eval" / name / "tasks" / "piqa.json"
+        write_json(path, json.loads(path.read_text()) | {"identity": f"{name}, all rows"})
+    (tmp_path / "recipe.yaml").write_text("{}")
+    assert write_comparison(tmp_path, margins=Margins(), seed=0)["gate"]["passed"]
+    assert build_report(tmp_path)["gate"]["passed"]
+
+    whole = path.read_text()
+    path.unlink()  # to save room
+    assert build_report(tmp_path)["gate"]["passed"]
+    path.write_text(whole)
+
+    point(tmp_path, "before", {"piqa": right(100, 0.7)})
+    path = tmp_path / "eval" / "before" / "tasks" / "piqa.json"
+    write_json(path, json.loads(path.read_text()) | {"identity": "before, 100 rows"})
+    report = build_report(tmp_path)
+    assert report["gate"]["state"] == "failed" and "100 and 3000 documents" in " ".join(report["caveats"])
+
+
+def test_a_task_of_nothing_but_a_metric_of_all_documents_leaves_the_verdict_open(tmp_path: Path):
+    for name in ("before", "after"):
+        shares(tmp_path, name, {"mcc": [[i % 2, (i + 1) % 3 % 2] for i in range(400)]})
+    found = gate(tmp_path)
+    assert found["tasks"]["squad"]["mcc"]["ci95"] is None
+    assert (found["status"], found["gate"]["state"]) == ("inconclusive", "inconclusive")
+    with pytest.raises(QualityGate, match="squad: mcc has no margin"):
+        enforce(found, "strict")

@@ -6,15 +6,18 @@ import math
 import numpy as np
 import pytest
 import torch
+import transformers
 from gguf import GGMLQuantizationType, GGUFWriter, quants
 
 from cla_convert.conversion.inspect import inspect_model
 from cla_convert.errors import InputError
 from cla_convert.models.export import load_model
+from cla_convert.models.fingerprint import fingerprint
 from cla_convert.models.gguf_header import read_gguf_header
-from cla_convert.models.gguf_source import _contents
+from cla_convert.models.gguf_source import _contents, dequantise
 from cla_convert.models.source import resolve_source
 from tests.gguf_files import save_gguf
+from tests.previews import check_preview
 from tests.tiny import source_model
 
 PHI = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -60,7 +63,9 @@ def refused(path, name):
 @pytest.mark.parametrize("case", CASES)
 def test_every_architecture(case, tmp_path):
     model = source_model(case, **CASES[case])
-    same(model, save_gguf(model, tmp_path / "m.gguf"))
+    file = save_gguf(model, tmp_path / "m.gguf")
+    check_preview(file, tmp_path / "run")
+    same(model, file)
 
 
 def test_a_nemotron_that_turns_all_channels(tmp_path):
@@ -186,6 +191,16 @@ def test_what_has_no_place_is_refused_by_name(case, metadata, extra, name, tmp_p
 
 def test_what_is_missing_is_refused_by_name(tmp_path):
     refused(save_gguf(source_model("llama"), tmp_path / "m.gguf", without="blk.3.ffn_down"), "layers.3.mlp.down_proj")
+
+
+def test_the_same_file_is_the_same_model_whichever_transformers_reads_it(tmp_path, monkeypatch):
+    file, found = save_gguf(source_model("llama"), tmp_path / "m.gguf"), set()
+    for version in ("5.23.0", "5.99.0"):
+        monkeypatch.setattr(transformers.configuration_utils, "__version__", version)
+        (tmp_path / version).mkdir()
+        dequantise(file, "digest", tmp_path / version)
+        found.add(fingerprint(tmp_path / version))
+    assert len(found) == 1
 
 
 def test_quantised_blocks_are_where_the_header_says(tmp_path):

@@ -1,7 +1,5 @@
 """The linear algebra of calibrated pooling: folds are exact, and what is the same up to a change of basis is found."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,13 +15,7 @@ from cla_convert.errors import InputError
 TOKENS = 11
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors here are so small that a second thread only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def rotate(heads: Tensor, rotary_dim: int) -> Tensor:
@@ -88,7 +80,7 @@ def shapes(draw: st.DrawFn) -> HeadShape:
     return HeadShape(kv_heads * repeat, kv_heads, head_dim, draw(st.sampled_from(range(0, head_dim + 1, 2))))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(shape=shapes(), members=st.integers(2, 4), seed=st.integers(0, 1000), biased=st.booleans())
 def test_layers_that_are_the_same_up_to_a_change_of_basis_are_recovered(
     shape: HeadShape, members: int, seed: int, biased: bool
@@ -116,7 +108,7 @@ def test_a_group_of_one_is_left_alone() -> None:
     assert fit_group(shape, [layer], same_inputs(torch.randn(9, 5).double(), 1)).members == [layer]
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(shape=shapes(), seed=st.integers(0, 1000))
 def test_each_change_of_basis_alone_leaves_the_layer_as_it_was(shape: HeadShape, seed: int) -> None:
     torch.manual_seed(seed)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache
 
 from cla_convert.errors import InputError
 from cla_convert.models import self_test
@@ -51,6 +51,21 @@ def test_the_cache_may_be_given_by_either_name(family, name, ids):
             found = part(ids[:, 16:], **{name: cache}, use_cache=True)[0]
         assert cache.get_seq_length() == 24
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=rounding(ONE_OF_EACH[family]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_vllm_without_the_plugin_is_refused_unless_a_full_cache_is_asked_for(family, monkeypatch):
+    """vLLM's backend sets this attention, whoever's the code is."""
+    config, model = tiny(family).config, cla_classes(FAMILIES[family])["Model"]
+    monkeypatch.setitem(AttentionInterface._global_mapping, "vllm", AttentionInterface()["sdpa"])
+    config._attn_implementation = "vllm"
+    with pytest.raises(RuntimeError, match=r"Nothing tells vLLM(.|\n)*--hf-overrides"):
+        model(config)
+    config.vllm_kv_cache = "full"
+    model(config)
+    del config.vllm_kv_cache
+    config.kv_source_layers = unshared(shape_of(config.to_dict()).kinds)
+    model(config)  # nobody shares: nothing is lost
 
 
 def test_the_bounds_say_what_was_tested():

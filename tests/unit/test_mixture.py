@@ -1,5 +1,6 @@
 """Sources in the proportions of their weights, whatever their sizes."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 from cla_convert.errors import InputError
 from cla_convert.recipe import TextSource
 from cla_convert.training.data import TokenStore
-from cla_convert.training.mixture import balanced, shares
+from cla_convert.training.mixture import _join, balanced, shares
+from cla_convert.training.tokenise import Side
 from tests.conftest import byte_tokenizer
 from tests.unit.test_data import prepare, texts
 
@@ -121,3 +123,21 @@ def test_balancing_takes_the_best_filled_source_once() -> None:
     assert balanced([80, 10], [100, 50]) == [80, 40]
     assert balanced([0, 10], [0, 50]) == [0, 10]
     assert balanced([0], [0]) == [0]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is always full is Linux'")
+def test_a_full_disk_says_so(tmp_path: Path) -> None:
+    """Also of many tokens at once, and while sources are put together."""
+    ids, full = np.arange(100_000, dtype=np.uint16), Path("/dev/full")
+    with full.open("w+b", buffering=0) as file, pytest.raises(OSError) as told:
+        Side(ids.size, file, ids.dtype).add(ids)
+    assert told.value.errno == errno.ENOSPC
+    with (tmp_path / "part").open("w+b") as file:
+        side = Side(ids.size, file, ids.dtype)
+        side.add(ids)
+    with pytest.raises(OSError) as told:
+        _join([side], [ids.size], full)
+    assert told.value.errno == errno.ENOSPC
+    starts = _join([side], [150_000], tmp_path / "joined")
+    assert starts.tolist() == [0, 100_000]
+    assert np.array_equal(np.fromfile(tmp_path / "joined", ids.dtype), np.concatenate([ids, ids[:50_000]]))

@@ -189,7 +189,10 @@ def test_gradients_do_not_depend_on_activation_checkpointing(case, ids):
 
     plain, checkpointed = gradients(False), gradients(True)
     for name, gradient in plain.items():
-        assert torch.equal(gradient, checkpointed[name]), name
+        if gradient is None:  # a bias that only chooses experts
+            assert checkpointed[name] is None and "bias" in name, name
+        else:
+            assert torch.equal(gradient, checkpointed[name]), name
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -247,7 +250,7 @@ def test_attention_implementations_agree(case, ids):
     with torch.inference_mode():
         model.set_attn_implementation("eager")
         eager = model(ids).logits
-        if not model._supports_sdpa or (case == "gemma2" and not hasattr(cache_utils, "KVSharingDict")):
+        if not model._supports_sdpa or (case in ("gemma2", "vaultgemma") and not hasattr(cache_utils, "KVSharingDict")):
             pytest.skip("transformers has no sdpa with softcap, and before 5.23 leaves it out")
         model.set_attn_implementation("sdpa")
         torch.testing.assert_close(model(ids).logits, eager, rtol=1e-4, atol=rounding(case))

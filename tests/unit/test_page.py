@@ -13,10 +13,10 @@ import pytest
 import yaml
 
 from cla_convert.files import write_json
-from cla_convert.report.plots import draw_pareto, pareto_front
 from cla_convert.report.report import build_report
+from cla_convert.report.run_plots import QUALITIES, draw_pareto, pareto_front
 from cla_convert.report.sharing_map import draw_sharing
-from tests.unit.run_files import add_everything, write_point, write_run
+from tests.unit.run_files import DOMAINS, add_everything, write_domains, write_point, write_run
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = [
@@ -222,11 +222,48 @@ def test_several_runs_lie_on_one_plot(run_dir: Path, tmp_path: Path):
     assert not (smaller / "report.html").exists()  # the others are only read
 
 
+def test_runs_are_compared_by_kl_texts_and_how_they_learned(run_dir: Path, tmp_path: Path):
+    other, alien = write_run(tmp_path / "other"), write_run(tmp_path / "alien")
+    for folder, rows in ((run_dir, "a"), (other, "a"), (alien, "b")):
+        write_domains(folder)
+        for name in ("domains", "held_out"):
+            path = folder / "eval" / "before" / f"{name}.json"
+            write_json(path, json.loads(path.read_text()) | {"identity": rows})
+    recipe = yaml.safe_load((other / "recipe.yaml").read_text())
+    recipe["train"] = {"loss": "distill", "cross_entropy_weight": 0.5}
+    (other / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    steps = [{"step": i, "tokens": 10 * i, "loss": 1.0, "kl": float(i)} for i in range(1, 121)]
+    checks = [{"tokens": 0, "validation_perplexity": 50.0}, {"tokens": 1200, "validation_perplexity": 40.0}]
+    (other / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps + checks))
+    write_point(other, "control")
+    report = build_report(run_dir, [other, alien])
+    source, run, second, control, third = report["runs"]
+    assert control["label"] == "other, control" and control["sharing"] is None and control["held_out"] == 25.0
+    assert (control["trained"], control["wikitext"]) == (second["trained"], pytest.approx(math.exp(-0.5) - 1))
+    kls = [after for _, after, *_ in DOMAINS.values()]
+    assert run["kl"] == second["kl"] == pytest.approx(sum(kls) / 3)
+    assert run["domains"] == pytest.approx(math.exp(sum(kls) / 3) - 1)  # of such texts perplexity is 20 times e^KL
+    assert third["kl"] is third["domains"] is None  # measured on other rows
+    assert third["curves"]["validation"] == [] and second["curves"]["validation"] == [[0, 50.0], [1200, 40.0]]
+    assert second["curves"]["kl"] == [[20 * i, 2 * i - 0.5] for i in range(1, 61)]  # a mean of two steps
+    assert run["wikitext"] == pytest.approx(math.exp(0.2) - 1) and source["kl"] is source["wikitext"] is None
+    assert (run["trained"], second["trained"]) == ("distill", "distill + 0.5 cross-entropy")
+    assert [axis.get_ylabel() for axis in draw_pareto(report["runs"]).axes] == [
+        "mean accuracy, %", "KL from the source, nats",
+    ]  # fmt: skip
+    assert (run_dir / "learning.png").exists() and {"pareto", "learning"} <= report["plots"].keys()
+    shown = Page((run_dir / "report.html").read_text()).text
+    for words in ("distill + 0.5 cross-entropy", "KL from the source model in nats a token", "0.24"):
+        assert words in shown, words
+
+
 def test_the_pareto_front_keeps_what_nothing_beats():
     points = [(768, 0.60), (384, 0.58), (256, 0.58), (300, 0.50), (512, 0.61), (256, 0.40)]
     runs = [{"kv_bytes_per_token": size, "accuracy": accuracy} for size, accuracy in points]
     front = [(run["kv_bytes_per_token"], run["accuracy"]) for run in pareto_front(runs)]
     assert front == [(256, 0.58), (512, 0.61)]
+    runs = [{"kv_bytes_per_token": size, "kl": kl} for size, kl in ((384, 0.1), (256, 0.3), (300, 0.4), (512, 0.2))]
+    assert [run["kl"] for run in pareto_front(runs, QUALITIES[1])] == [0.3, 0.1]  # of KL the smaller is the better
 
 
 def test_every_cell_says_on_a_phone_what_it_is(full: Path):

@@ -1,11 +1,13 @@
 """Tokenizers and lengths that do not suit a model are said before work; halves of characters are read as U+FFFD."""
 
 import json
+import shutil
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
 
-from cla_convert import surrogates
+from cla_convert import pipeline, surrogates
 from cla_convert.errors import InputError
 from cla_convert.evaluation.cache import kv_cache_of
 from cla_convert.evaluation.local_rows import local_splits
@@ -141,3 +143,19 @@ def test_halves_of_characters_in_rows_of_a_task(tmp_path):
     rows = local_splits(tmp_path / "task")["test"]
     assert {"question": "cut in an emoji \ufffd", "n": ["\ufffd"]} in list(rows)
     json.dumps(list(rows), ensure_ascii=False).encode()
+
+
+def test_a_dry_run_looks_at_the_disk_of_the_output_and_at_what_is_there(tmp_path, monkeypatch):
+    Usage = namedtuple("Usage", "total used free")
+    asked = []
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: asked.append(folder) or Usage(0, 0, 10_000))
+    model = save_tiny("llama", tmp_path / "model")
+    settings = ["train.tokens=0", "convert.init=mean", "eval.tasks=[arc_easy]"]
+    recipe = load_recipe(None, settings, {"source.model": str(model)}).recipe
+    planned = {"overwrite": False, "allow_changes": ()}
+    with pytest.raises(InputError, match=f"The disk of {tmp_path} is too small"):
+        pipeline.dry_run(recipe, tmp_path / "run", **planned)
+    assert asked == [tmp_path]
+    shutil.copytree(model, tmp_path / "run" / "converted")  # nothing is left to write
+    RunFolder(tmp_path / "run").save_recipe(recipe)
+    assert pipeline.dry_run(recipe, tmp_path / "run", **planned).sharing == "cla2-keep-ends"

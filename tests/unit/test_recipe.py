@@ -36,7 +36,8 @@ def test_override_beats_recipe_beats_default(tmp_path):
     assert resolved.origins["train.tokens"] == "--set"
     assert resolved.origins["train.loss"] == "recipe"
     table = resolved.table()
-    assert [line.split()[-1] for line in table.splitlines() if line.startswith("train.tokens")] == ["--set"]
+    (told_tokens,) = [line.split() for line in table.splitlines() if line.startswith("train.tokens")]
+    assert told_tokens == ["train.tokens", "--set", "26000000"]
     assert "train.clip" not in table and "other settings have their defaults" in table
     # A run's own recipe.yaml names every setting; what is said is what differs, and what was typed.
     path.write_text(yaml.safe_dump(resolved.recipe.model_dump(mode="json")))
@@ -133,7 +134,16 @@ def test_missing_and_broken_files(tmp_path):
         ("seed: 1\n---\nseed: 2\n", 2, "begins a second recipe"),
         ("? [a]\n: b\n", 1, "A name is a list"),
         ("seed: 1\nmodel\ndevice: cpu\n", 2, "`name: value`"),
-        ("seed: %s\n" % ("1" * 5000), None, "number cannot be read"),
+        ("seed: 1\ndevice: %s\n" % ("1" * 5000), 2, "number cannot be read"),
+        ("seed: 1\nclip: !!int x\n", 2, "number cannot be read"),
+        ("source:\n  model: my\n  revision:x\n", 3, "space is missing after the colon"),
+        ("train:\n  tokens:1M\n\n  # few\n  clip: 2\n", 2, "space is missing after the colon"),
+        ("train:\n  tokens:1M\n  seed:3\n  clip: 2\n", 2, "space is missing after the colon"),
+        ("source:\n  model: C:\\my\n   revision: x\n", 3, "A second `: `"),
+        ("seed: 1\n2: 3\n", 2, "The name `2` is a number"),
+        ("seed: 1\nnull: 3\n", 2, "The name `null` is"),
+        ("seed: 1\ntrain: {yes: 3}\n", 2, "The name `yes` is"),
+        ("source:\n  model: my\n\u00a0\u00a0revision: x\n", 3, "looks blank"),
         ("[" * 10_000, None, "too deep"),
     ],
 )  # fmt: skip
@@ -171,6 +181,9 @@ def test_every_shipped_recipe_is_valid(name):
     assert bool(recipe.source.model) == (name != "default") and recipe.train.tokens  # the default is for any model
     text = find_recipe(name).read_text(encoding="utf-8")
     assert f"cla-convert run {name} " in text, "its head names it"
+    head = text.partition("\n\n")[0]
+    said = {"Not yet run", "Measured", "A demonstration, not a result", "Any supported model"}
+    assert sum(words in head for words in said) == 1, "its head says whether it was run"
 
 
 def test_every_shipped_recipe_has_its_costs():
@@ -233,9 +246,60 @@ def test_mistakes_are_told_with_file_and_line_in_words_of_our_own(tmp_path):
         load_recipe(path)
     assert f"{path}:6: data.sources.1.weight: must be a number" in caught.value.why
     assert f"{path}:7: unknown key 'data.sources.2.path:my': a space is missing after the colon" in caught.value.why
-    path.write_text("source:\n  model:my\n")
-    with pytest.raises(UsageError, match="mine.yaml:1: source: must be a section.*a space is missing after the colon"):
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "why"),
+    [
+        ("source:\n  model:my\n", 2, "source: must be a section: .*; a space is missing after the colon"),
+        ("seed: 1\nsource:\n\n  # mine\n  model:my\n  revision:x\n", 5, "source: .*a space is missing"),
+        ("train:\n  - tokens: 1M\n", 2, "train: must be a section"),
+        ("train:\n\nseed: 1\n", 1, r"train: must be a section.*\(got nothing\)"),
+        ("train: |\n  tokens: 1M\n", 1, "train: must be a section: lines of `name: value` .got"),
+        ("train:\n  betas:\n    0.9\n", 3, "train.betas: must be a list"),
+        ("train:\n  tokens:\n    many\n", 3, "train.tokens: 'many' is not a number"),
+        ("train:\n  tokens:\n    - 1\n", 3, "train.tokens: must be a whole number"),
+        ("train:\n  batch_tokens: 5\n  tokens: 1M\n", 1, "train: batch_tokens is 5"),
+        ("train:\n  klip:\n    2\n", 2, "unknown key 'train.klip'"),
+        ("seed: 1\nmodel: my\n", 2, "unknown key 'model'. It belongs below `source:`"),
+        ("source:\n  model:\n    a: b\n", 3, "source.model: must be text"),
+        ("data:\n  sources:\n    -path: a\n", 3, "data.sources: must be a list"),
+        ("data:\n  sources:\n    path:a\n", 3, "data.sources: must be a list; a space is missing"),
+        ("data:\n  sources:\n    -\n      path:a\n", 4, "data.sources.0: must be a section.*a space is missing"),
+        ("data:\n  sources:\n    - path: a\n    -\n", 4, r"data.sources.1: must be a section.*\(got nothing\)"),
+        ("data:\n  sources:\n    - generate:\n        length:5\n", 4, "'length:5' is not a number of tokens"),
+        ("data:\n  sources:\n    - weight:\n        1\n", 3, "give exactly one of"),
+        ("convert:\n  sharing:\n    - [0]\n    - 1,2\n", 4, "convert.sharing.1: must be a list"),
+        ("eval:\n  perplexity:\n    - name: x\n", 3, "eval.perplexity.0.path: is missing"),
+        ("train:\n  tokens: yes\n", 2, "train.tokens: must not be true or false"),
+        ("source:\n  revision:\n    no\n", 3, "source.revision: must not be true or false"),
+        ("train:\n  clip: .inf\n", 2, "train.clip: must be a finite number"),
+    ],
+)  # fmt: skip
+def test_every_mistake_has_its_own_line_and_one_line(tmp_path, text, line, why):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError) as caught:
         load_recipe(path)
+    assert caught.value.what == "The recipe is not valid"
+    assert re.fullmatch(f"{path}:{line}: .*{why}.*", caught.value.why), caught.value.why
+
+
+def test_what_is_wrong_of_a_command_line_alone_is_not_called_a_recipe(tmp_path):
+    with pytest.raises(UsageError) as caught:
+        load_recipe(None, [], {"convert.kv_heads": 0})
+    assert caught.value.what == "--kv-heads: must be 1 or more (got 0)" and not caught.value.why
+    path = tmp_path / "mine.yaml"
+    path.write_text("seed: 1\n")
+    with pytest.raises(
+        UsageError, match=r"\A--set: train.clip: must be a number \(got 'x'\)\n`cla-convert recipes ref"
+    ):
+        load_recipe(path, ["train.clip=x"])
+    with pytest.raises(UsageError, match=r"\AThe command line is not valid\n--tokens: .*\n +--set: train.clip: "):
+        load_recipe(path, ["train.clip=x"], {"train.tokens": "x"})
+    path.write_text("seed: x\n")
+    with pytest.raises(UsageError, match=r"\AThe recipe is not valid\n--set: train.clip: .*\n.*mine.yaml:1: seed: "):
+        load_recipe(path, ["train.clip=x"])
 
 
 def test_a_copied_recipe_replaces_nothing(tmp_path):

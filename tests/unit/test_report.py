@@ -23,13 +23,13 @@ from cla_convert.models.shape import long_cache
 from cla_convert.recipe_file import load_recipe
 from cla_convert.report import section
 from cla_convert.report.bench_tables import at_equal_memory, speed_table
-from cla_convert.report.formats import groups_text, p_value
+from cla_convert.report.formats import groups_text, number, p_value
 from cla_convert.report.last_lines import last_lines
 from cla_convert.report.model_card import front_matter, write_model_card
 from cla_convert.report.report import build_report
 from cla_convert.run_folder import RunFolder
 from tests.tiny import save_tiny, tiny_config
-from tests.unit.run_files import add_everything, bench_result, write_point, write_run
+from tests.unit.run_files import add_everything, bench_result, write_domains, write_point, write_run
 
 CARD = "---\nlicense: apache-2.0\nlanguage: [en]\ntags: [chat]\nbase_model: somebody/else\n---\n# A model\n"
 
@@ -327,6 +327,11 @@ def test_the_last_screen_is_short_and_narrow(run_dir: Path):
     assert all(len(line) <= 80 or len(line.split()[0]) > long for line in lines)
 
 
+@pytest.mark.parametrize(("value", "words"), [(1234.5, "1,234"), (9999999, "9,999,999"), (11435973796, "1.144e+10")])
+def test_a_number_has_room_on_a_phone(value: float, words: str) -> None:
+    assert number(value) == words
+
+
 def test_a_number_has_one_wording(run_dir: Path):
     for point, perplexity in (("before", 30.0), ("after", 50182.4)):
         path = run_dir / "eval" / point / "held_out.json"
@@ -356,7 +361,7 @@ def test_log_likelihoods_are_in_nats(run_dir: Path, tmp_path: Path):
     assert "| piqa | loglikelihood | nats | 100 | -1.25 |" in (run_dir / "report.md").read_text()
     card = write_model_card(tmp_path, report).read_text()
     assert "| piqa | loglikelihood, nats | 100 | -1.25 | -2.5 |" in card and "loglikelihood, %" not in card
-    assert "-125" not in card
+    assert "| -125" not in card
 
 
 def test_few_documents_say_how_small_p_can_be(run_dir: Path):
@@ -441,6 +446,13 @@ def test_markdown_holds_the_table_the_pictures_and_the_way_back(run_dir: Path):
     tables = text.replace("\\|", "").split("\n\n")
     for table in (block for block in tables if block.startswith("|")):
         assert len({row.count("|") for row in table.splitlines()}) == 1, table
+
+
+def test_what_was_left_out_of_the_checkpoint_is_said_once(run_dir: Path):
+    file = RunFolder(run_dir).convert.path
+    said = "2 tensors that guess tokens further ahead are dropped: mtp.fc.weight"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"left_out": [said], "warnings": [said]}))
+    assert " ".join(build_report(run_dir)["caveats"]).count(said) == 1
 
 
 def test_caveats_are_said_where_they_apply(run_dir: Path):
@@ -596,3 +608,18 @@ def test_a_ratio_of_speeds_takes_three_turns():
         assert speed_table(bench)[0]["ratio"] == expected
         equal = at_equal_memory(bench)
         assert equal is not None and equal["ratio"] == expected
+
+
+def test_a_run_whose_numbers_are_lost_on_one_kind_of_text_has_no_mean(run_dir: Path, tmp_path: Path):
+    for folder in (run_dir, broken := write_run(tmp_path / "broken")):
+        write_domains(folder)
+    path = broken / "eval" / "after" / "domains.json"
+    found = json.loads(path.read_text())
+    found["domains"]["law"] |= {"perplexity": None, "kl": None}  # NaN, in JSON
+    write_json(path, found)
+    for folder in (run_dir, broken):
+        before = folder / "eval" / "before" / "domains.json"
+        write_json(before, json.loads(before.read_text()) | {"identity": "same"})
+    rows = {row["label"]: row for row in build_report(run_dir, [broken])["runs"]}
+    assert rows["run"]["kl"] is not None and rows["run"]["domains"] is not None
+    assert rows["broken"]["kl"] is rows["broken"]["domains"] is None

@@ -287,3 +287,34 @@ def test_macro_average_weighs_tasks_equally_and_narrows_with_more_of_them():
     width = summary["ci95"][1] - summary["ci95"][0]
     assert width < min(c.ci95[1] - c.ci95[0] for c in comparisons)
     assert paired.macro_average([], margin=0.01) is None
+
+
+@pytest.mark.parametrize(
+    ("metric", "before", "after"),
+    [
+        ("mcc", [[0, 1], [1, 1], [0, 0]], [[0, 0], [1, 1], [0, 0]]),
+        ("f1", [[0, 1], [1, 1], [0, 0]], [[0, 0], [1, 1], [0, 0]]),
+        ("brier_score", [[0, [0.5, 0.5]], [1, [0.2, 0.8]]], [[0, [0.4, 0.6]], [1, [0.2, 0.8]]]),
+        ("bleu", [["a cat", "a dog"], ["b", "b"]], [["a cat", "cat"], ["b", "c"]]),
+    ],
+)
+def test_a_metric_of_all_documents_at_once_is_not_taken_for_one_of_each(metric: str, before: list, after: list):
+    """What lm-eval keeps of a document: the answer and what it should be, in pairs as log-likelihoods and counts."""
+    files = [task_file(side, metric, scores={metric: value}) for side, value in ((before, 0.5), (after, 0.4))]
+    (found,) = paired.compare(*files)
+    assert (found.kind, found.before, found.after, found.verdict) == ("corpus", 0.5, 0.4, "")
+    assert found.delta == pytest.approx(-0.1) and found.ci95 is None and found.p_value is None
+
+
+def test_what_is_no_number_is_not_left_out_and_shows_nothing():
+    """JSON's null stands for it."""
+    (found,) = paired.compare(task_file([-1.0, -2.0], "likelihood_of"), task_file([-1.0, None], "likelihood_of"))
+    assert math.isnan(found.delta) and found.p_value is None and found.verdict == "" and found.ci95 is None
+    (found,) = paired.compare(task_file([-1.0, -2.0], "perplexity"), task_file([-1.0, None], "perplexity"))
+    assert found.before == pytest.approx(math.exp(1.5)) and math.isnan(found.after)
+    assert found.p_value is found.ci95 is found.relative_ci95 is None
+
+
+def test_documents_that_a_task_leaves_out_say_nothing():
+    (found,) = paired.compare(task_file([1.0, None, 0.0]), task_file([1.0, None, 1.0]))
+    assert (found.n, found.kind, found.delta) == (2, "binary", 0.5)

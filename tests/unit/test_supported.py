@@ -40,7 +40,6 @@ def refused(folder: Path) -> dict[str, Any]:
         ("llama", {"num_key_value_heads": 4}, "16 rows where config.json promises 32"),
         ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantised"),
         ("phi3", {"quantization_config": {"quant_method": "gptq"}}, "quantised"),
-        ("gpt_oss", {"quantization_config": {"quant_method": "mxfp4"}}, "Mxfp4Config(dequantize=True)"),
         ("gemma3", {"layer_types": ["full_attention"] * 3}, "3 layers, not of 6"),
         ("gemma3", {"layer_types": ["full_attention", "chunked_attention"] * 3}, "'chunked_attention'"),
     ],

@@ -12,8 +12,13 @@ from cla_convert.errors import InputError
 from cla_convert.evaluation import texts as module
 from cla_convert.evaluation.agreement import agreement
 from cla_convert.evaluation.texts import Texts, check_texts, measure_texts, text_perplexity
+from cla_convert.files import write_json
 from cla_convert.models.export import load_model, load_tokenizer
 from cla_convert.recipe import TextFile
+from cla_convert.recipe_file import load_recipe
+from cla_convert.report.report import build_report
+from cla_convert.run_folder import RunFolder
+from cla_convert.stages.evaluate import texts_of
 from tests.conftest import save_tiny_llama
 from tests.tiny import save_tiny
 
@@ -95,7 +100,9 @@ def test_a_model_agrees_with_itself(models: list[Path]):
 
 def test_files_and_nothing_twice(models: list[Path], story: TextFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     loads: list[Path] = []
-    monkeypatch.setattr(module, "load_model", lambda folder, **o: (loads.append(folder), load_model(folder, **o))[1])
+    monkeypatch.setattr(
+        module, "load_where_it_fits", lambda folder, **o: (loads.append(folder), load_model(folder, **o))[1]
+    )
     texts = Texts([story], rows(), rows()[:2], source=models[0])
     source = measure_texts(texts, models[0], tmp_path / "before", COMMON, "source", device="cpu")
     assert set(source) == {"held_out", "perplexity/story"}  # the source agrees with itself: not measured
@@ -139,3 +146,40 @@ def test_a_window_may_be_all_of_the_context(story: TextFile, tmp_path: Path):
     whole = story.model_copy(update={"window": model.config.n_positions})
     Path(story.path).write_text("ab " * model.config.n_positions)
     assert text_perplexity(model, folder, whole, batch_size=2)["tokens"] > model.config.n_positions
+
+
+def test_text_that_changed_since_training_is_told(
+    tmp_path: Path, tiny_llama: Path, run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was trained on stays what the domains are held against; what is held out now may have been seen."""
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+
+    def write(word: str) -> None:
+        for i in range(40):
+            (corpus / f"{i}.txt").write_text(f"{word} {i} " * 40)
+
+    sets = ["train.tokens=2k", "train.sequence_length=64", "convert.init=mean", "eval.prompts=[]", "device=cpu"]
+    recipe = load_recipe(None, [f"source.model={tiny_llama}", f"data.sources=[{{path: {corpus}}}]", *sets]).recipe
+    folder = RunFolder(run_dir)
+    write("first")
+    train = json.loads(folder.training.result.path.read_text())
+    folder.training.result.path.unlink()
+    first = texts_of(recipe, folder)
+    known = folder.evaluation.domains.read()
+    more = {"objective": "distill", "first_loss": 2.0, "validation": [], "processes": 1, "data_digest": first.text}
+    write_json(folder.training.result.path, train | more)
+    assert texts_of(recipe, folder).text == first.text and "than was trained on" not in capsys.readouterr().err
+
+    write("second")
+    second = texts_of(recipe, folder)
+    assert second.text != first.text and "gives other tokens now than was trained on" in capsys.readouterr().err
+    assert folder.evaluation.domains.read() == known and known is not None and known.text == first.text
+    # the source was measured before a training on more text that leaves the same rows out: it is not measured again
+    for point, text, told in (
+        ("before", second.text, False), ("after", first.text, False), ("after", second.text, True),
+    ):  # fmt: skip
+        path = folder.evaluation.point(point).measured("held_out")
+        write_json(path, json.loads(path.read_text()) | {"text": text})
+        said = " ".join(build_report(run_dir)["caveats"])
+        assert ("HELD-OUT TEXT IS NOT OF THE TEXT THAT WAS TRAINED ON" in said) is told

@@ -130,7 +130,8 @@ LLAMA_135M = {
 
 
 def training(**settings: Any) -> Train:
-    return Train(**{"tokens": 10**7, "sequence_length": 2048, "precision": "bfloat16", "compile": False, **settings})
+    some = {"tokens": 10**7, "batch_tokens": 32_768, "sequence_length": 2048, "precision": "bfloat16", "compile": False}
+    return Train(**{**some, **settings})
 
 
 def foresee(shape: dict[str, Any], processes: int = 1, **settings: Any) -> tuple[Forecast, int]:
@@ -227,6 +228,7 @@ class TestFitting:
 
     def test_given_is_given(self) -> None:
         assert foresee(LLAMA_135M, micro_batch_size=3)[1] == 3
+        assert foresee(LLAMA_135M, micro_batch_size=3, batch_tokens=4096)[1] == 2  # a step has no more
         cpu = Forecast(training(precision="float32"), LLAMA_135M, LLAMA_135M, "cpu")
         assert micro_batch_size(cpu) == 8
 
