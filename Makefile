@@ -46,8 +46,9 @@ check: setup
 
 # Two at a time, a thread each: most of a test's time is one thread that imports. The real checkpoint has all cores.
 # Files in order, so that the short ones of tests/unit come last; by the number of their tests the longest would.
+# Hundreds of them start processes, kill them and race them; one that passes only the second time is named, and is a fault.
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder -m 'not real'
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder --reruns 1 -rR -m 'not real'
 	$(BIN)/pytest -m real
 
 test-versions: test-oldest test-pinned test-newest
