@@ -29,7 +29,19 @@ from cla_convert.run_folder import RunFolder
 from cla_convert.stages.evaluate import measure_cache
 
 Logits = Callable[[Tensor], Tensor]
-LAYERS: dict[str, Callable[[], Any]] = {"fp8": Fp8QuantizedLayer, "hqq": lambda: HQQQuantizedLayer(nbits=8)}
+
+
+class SaturatingFp8Layer(Fp8QuantizedLayer):
+    """torch before 2.13 makes NaN of what the scale, which the prompt fixes, leaves out of range; later ones the limit."""
+
+    def _quantize(self, tensor: Tensor, scale: Tensor | None = None) -> Any:
+        if scale is not None:
+            limit = scale * self.fp8_max
+            tensor = tensor.float().clamp(-limit, limit)
+        return super()._quantize(tensor, scale)
+
+
+LAYERS: dict[str, Callable[[], Any]] = {"fp8": SaturatingFp8Layer, "hqq": lambda: HQQQuantizedLayer(nbits=8)}
 """What one layer keeps, in 8 bits."""
 
 
@@ -99,6 +111,7 @@ def measured(source: Logits, model: Logits, domains: dict[str, Tensor]) -> dict[
             nats = [nll(log[:-1], ids[0, 1:]) for log in (log_p, log_q)]
             sums += torch.stack([part.double().sum().cpu() for part in (kl(log_q, log_p), *nats)])
         divergence, own, the_source = (sums / torch.tensor([tokens, *2 * [tokens - len(rows)]])).tolist()
+        assert math.isfinite(divergence), f"{name}: KL {divergence}, which is no result"
         found[name] = {"kl": divergence, "nll": own, "source_nll": the_source, "tokens": tokens}
     return found
 

@@ -57,7 +57,7 @@ def prepare(spec: Evaluate, seed: int, model_dir: Path | None = None) -> list[Pr
         prepared: list[Prepared] = []
         for name in names:
             bar.note(name)
-            prepared.append(_prepare(manager, name, limits[name], spec, seed, sources, model_dir))
+            prepared.append(_prepared(manager, name, limits[name], spec, seed, sources, model_dir))
             bar.update()
         return prepared
 
@@ -114,6 +114,35 @@ def _limit(name: str, requested: str, spec: Evaluate) -> int | None:
     # The grid of a generated task is its own limit: half a heat map helps nobody.
     default = None if name in retrieval.names() else spec.limit
     return spec.limits.get(name, spec.limits.get(requested, default))
+
+
+_built: dict[str, Prepared] = {}
+"""Tasks of this process by what they were built from: for thousands of rows that takes half a minute, and a run measures
+the same ones of three models."""
+
+
+def _prepared(
+    manager: Any,
+    name: str,
+    limit: int | None,
+    spec: Evaluate,
+    seed: int,
+    sources: Sources,
+    model_dir: Path | None,
+) -> Prepared:
+    """Built once, unless a model's context and tokenizer decide the documents."""
+    if name in retrieval.names():
+        return _prepare(manager, name, limit, spec, seed, sources, model_dir)
+    read = sources.local.get(name)
+    files = [(path.name, state.st_mtime_ns, state.st_size) for path, state in _states(read)]
+    key = json.dumps([name, limit, seed, spec.model_dump(mode="json"), str(read), files])
+    if key not in _built:
+        _built[key] = _prepare(manager, name, limit, spec, seed, sources, model_dir)
+    return _built[key]
+
+
+def _states(folder: Path | None) -> list[tuple[Path, os.stat_result]]:
+    return [(path, path.stat()) for path in sorted(folder.iterdir())] if folder else []
 
 
 def _prepare(

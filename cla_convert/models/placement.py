@@ -40,8 +40,12 @@ def load_where_it_fits(folder: Path, *, dtype: torch.dtype | str = "auto", devic
         return load_model(folder, dtype=dtype, device=device)
     gc.collect()  # an earlier model that lay on several GPUs is held by cycles
     torch.cuda.empty_cache()
-    free = [torch.cuda.mem_get_info(gpu)[0] for gpu in range(torch.cuda.device_count())]
-    return load_model(folder, dtype=dtype, device=device, parts=laid_over(folder, dtype, free))
+    return load_model(folder, dtype=dtype, device=device, parts=laid_over(folder, dtype, free_memory()))
+
+
+def free_memory() -> list[int]:
+    """Bytes, of every GPU."""
+    return [torch.cuda.mem_get_info(gpu)[0] for gpu in range(torch.cuda.device_count())]
 
 
 def laid_over(folder: Path, dtype: torch.dtype | str, free: Sequence[int]) -> dict[str, int] | None:

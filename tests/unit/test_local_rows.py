@@ -96,6 +96,17 @@ def test_a_task_without_a_folder_is_as_ever(folder: Path):
     assert task.frozen["source"] == "offline pack"
 
 
+def test_tasks_are_built_once_until_their_files_change(tmp_path: Path):
+    (tmp_path / "piqa").mkdir()
+    write(tmp_path / "piqa" / "validation.jsonl", pack.read("piqa")[:3])
+    first, again = (prepared(["piqa", "boolq"], task_data=str(tmp_path), limit=9) for _ in range(2))
+    assert all(first[name] is again[name] for name in first)
+    assert prepared(["piqa"], task_data=str(tmp_path), limit=2)["piqa"].frozen["n"] == 2
+    write(tmp_path / "piqa" / "validation.jsonl", pack.read("piqa")[:4])
+    changed = prepared(["piqa", "boolq"], task_data=str(tmp_path), limit=9)
+    assert changed["piqa"].frozen["n"] == 4 and changed["boolq"] is first["boolq"]
+
+
 def test_rows_come_in_a_fixed_random_order(folder: Path):
     first, again = (local_splits(folder / "piqa")["validation"] for _ in range(2))
     assert first == again != pack.read("piqa")
