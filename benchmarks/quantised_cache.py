@@ -32,7 +32,7 @@ Logits = Callable[[Tensor], Tensor]
 
 
 class SaturatingFp8Layer(Fp8QuantizedLayer):
-    """torch before 2.13 makes NaN of what the scale, which the prompt fixes, leaves out of range; later ones the limit."""
+    """torch before 2.13 makes NaN of what is out of the range that the prompt fixed, later ones the limit."""
 
     def _quantize(self, tensor: Tensor, scale: Tensor | None = None) -> Any:
         if scale is not None:

@@ -117,8 +117,8 @@ def _limit(name: str, requested: str, spec: Evaluate) -> int | None:
 
 
 _built: dict[str, Prepared] = {}
-"""Tasks of this process by what they were built from: for thousands of rows that takes half a minute, and a run measures
-the same ones of three models."""
+"""Tasks of this process by what they were built from: for thousands of rows that takes half a minute, and a run asks
+three models the same."""
 
 
 def _prepared(

@@ -38,18 +38,16 @@ def logits(folder: Path, ids: torch.Tensor | None = None) -> torch.Tensor:
         return load_model(folder, dtype=torch.float32)(ids).logits
 
 
-def test_help_imports_nothing_heavy_and_is_quick():
+def test_help_imports_nothing_heavy():
     heavy = ("torch", "transformers", "datasets", "lm_eval", "numpy")
     script = (
-        "import sys, time, contextlib, io; sys.argv = ['cla-convert', '--help']\n"
+        "import sys, contextlib; sys.argv = ['cla-convert', '--help']\n"
         "from cla_convert.cli import main\n"
         "with contextlib.suppress(SystemExit): main()\n"
-        f"print([m for m in {heavy!r} if m in sys.modules], time.process_time(), file=sys.stderr)"
+        f"print([m for m in {heavy!r} if m in sys.modules], file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    imported, _, seconds = done.stderr.strip().rpartition(" ")
-    assert imported == "[]"
-    assert float(seconds) < 0.3  # CPU seconds, so other work on the machine hardly matters
+    assert done.stderr.strip() == "[]"
     assert "uptrain" in done.stdout and "..." not in done.stdout.split("Commands:")[1]
 
 
