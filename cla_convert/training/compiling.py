@@ -41,8 +41,8 @@ def choose_compile(wanted: Literal["auto"] | bool, device_type: str, flops: floa
 def compile_layers(model: "PreTrainedModel", rows: int, length: int) -> None:
     """Let the decoder layers of `model` run compiled on `rows` sequences of `length` tokens, for good.
 
-    Anything else (a shorter last micro-batch, validation) runs as before: every shape would be compiled again. The
-    model's K/V sharing must travel in `shared_kv_states`, keyed by the owner's index.
+    Anything else (validation) runs as before: every shape would be compiled again. The model's K/V sharing must travel
+    in `shared_kv_states`, keyed by the owner's index.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
     sources = getattr(model.config, "kv_source_layers", None)

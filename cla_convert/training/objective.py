@@ -59,12 +59,14 @@ class Objective:
         positions: torch.Tensor | None,
         denominator: float,
         done: float = 0.0,
+        rows: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss of a micro-batch [B, T] in nats, summed over its targets and divided by `denominator`.
 
         `positions` [B, T] start from 0 in each document and keep documents apart; None: one text. `done` is the share
         of the budget that is spent: the weight of the hidden states falls with it, because they are the way and not
-        the goal. Kept to the end they cost perplexity; let go they do not.
+        the goal. Kept to the end they cost perplexity; let go they do not. Sequences behind the first `rows` only fill
+        the shape that the layers are compiled for, and count for nothing.
 
         Returns:
             What is to be differentiated; and for the record [1 + len(parts)] the loss without the hidden states, whose
@@ -76,10 +78,10 @@ class Objective:
         with recorded_streams(followed) if followed is not None else nullcontext([]) as targets:
             target = None if self.teacher is None else run_gathered(_target, self.teacher, ids, positions)
         labels, weight = next_token_labels(ids, positions), head_weight(student)
-        rows = weight.shape[0]
-        if target is not None and target.weight.shape[0] != rows:  # padded differently: compare what both have
-            rows = min(rows, target.weight.shape[0])
-            target, weight = target._replace(weight=target.weight[:rows]), weight[:rows]
+        labels[len(ids) if rows is None else rows :] = IGNORE
+        if target is not None and len(target.weight) != len(weight):  # padded differently: compare what both have
+            words = min(len(weight), len(target.weight))
+            target, weight = target._replace(weight=target.weight[:words]), weight[:words]
         loss, sums = vocabulary_loss(
             hidden, weight, labels, self.terms, teacher=target, chunk=chunk_size(weight), fused=self.fused
         )
