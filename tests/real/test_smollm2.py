@@ -98,7 +98,7 @@ def test_loads_without_cla_convert(converted):
     assert json.loads(done.stdout)["cached_layers"] == 16
 
 
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(3600)  # ten to twenty minutes, by the processor
 def test_the_whole_pipeline_resumes_and_reports(tmp_path):
     """`cla-convert run` on a tiny budget: stop half-way, continue, report; nothing finished is done twice."""
     line = ["run", "demo", "--out", tmp_path / "run", "--set", "train.tokens=2048", "--set", "eval.limit=2"]
