@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from cla_convert.console import progress
-from cla_convert.conversion import reconstruction
+from cla_convert.conversion import blocks, reconstruction
 from cla_convert.conversion.blocks import Factory
 from cla_convert.conversion.calibration import calibrated_pooling
 from cla_convert.conversion.factories import Factories
@@ -335,6 +336,29 @@ def test_orthogonalised_matrices_have_singular_values_near_one() -> None:
         values = torch.linalg.svdvals(orthogonalise(torch.randn(shape)))
         assert values.min() > 0.5 and values.max() < 1.3
     assert not orthogonalise(torch.zeros(1, 4, 4)).any()
+
+
+class DtypesOfProducts(TorchDispatchMode):
+    """What matrices are multiplied in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = set[torch.dtype]()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in ("mm", "bmm", "addmm", "baddbmm"):
+            self.found |= {arg.dtype for arg in args if isinstance(arg, Tensor)}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bfloat16_is_not_emulated(saved, tokens: Tensor, monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
+    """A processor without it takes many times as long as in float32."""
+    monkeypatch.setattr(blocks, "has_native_bfloat16", lambda device: native)
+    source = saved(source_model("llama"))
+    with DtypesOfProducts() as products:
+        patches_of(source, [0, 0, 2, 2, 4, 4], tokens, effort=Effort(2, 64), dtype=None)
+    assert (torch.bfloat16 in products.found) == native and torch.float32 in products.found
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a recorded step needs a GPU")
