@@ -255,6 +255,12 @@ def _warnings(checkpoint: Checkpoint, shape: AttentionShape, each: int, sources:
         warnings.append(
             f"the model brings code of its own (auto_map), which is not run: it is read as a plain {shape.model_type}"
         )
+    if checkpoint.strays:
+        warnings.append(
+            f"config.json has {' and '.join(checkpoint.strays)}, which a {shape.model_type} knows nothing of: its "
+            "layers see everything before them, but transformers' caches would forget what lies behind such a window. "
+            "The output goes without; of the source, generate answers otherwise beyond it unless use_cache=False"
+        )
     if shape.is_mha and each == 1:
         warnings.append(
             "the model is multi-head attention: grouping its heads as well (GQA, --kv-heads N) saves more for less"

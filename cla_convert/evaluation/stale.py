@@ -1,8 +1,15 @@
-"""Measurements that are of another model than the one that lies there now."""
+"""What is not of a run folder any more: measurements of another model, the control of another training."""
+
+from typing import Any
 
 from ..files import read_json
 from ..models.fingerprint import fingerprint
-from ..run_folder import RunFolder
+from ..models.writer import MANIFEST
+from ..run_folder import RunFolder, TrainingFolder
+
+_RATES = {"train.learning_rate", "train.learning_rates"}
+_HOW = {"train.micro_batch_size", "train.compile", "train.precision", "train.activation_checkpointing"}
+"""What changes the last bits only, and what `auto` makes of it depends on the machine."""
 
 
 def stale_points(run: RunFolder) -> list[str]:
@@ -19,3 +26,25 @@ def stale_points(run: RunFolder) -> list[str]:
 def told(point: str) -> str:
     """In words, for what could not be compared."""
     return f"{point}: the model is not the one that was measured; it was made anew or changed since."
+
+
+def unlike_control(run: RunFolder, *, auto_rates: bool) -> list[str]:
+    """In what the control of a run was not trained as the uptrained model; empty where one of the two is missing.
+
+    Args:
+        run: its folder.
+        auto_rates: whether the recipe leaves learning rates to the weights, which the two models differ in.
+    """
+    trained, control = _training_of(run.training), _training_of(run.control)
+    if not (trained and control):
+        return []
+    names = sorted((trained.keys() & control.keys()) - _HOW - (_RATES if auto_rates else set()))
+    told = [name for name in names if trained[name] != control[name]]
+    return ["the text" if name == "data" else name for name in told]
+
+
+def _training_of(folder: TrainingFolder) -> dict[str, Any]:
+    """What of the manifest of a trained model its weights depend on."""
+    made = (read_json(folder.model / MANIFEST) or {}).get("uptraining") or {}
+    kept = {name: value for name, value in made.items() if name.startswith("train.") or name in ("data", "seed")}
+    return kept | {"changes in mid-run": made.get("changes") or []} if kept else {}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from ..files import load_json, stays_in
-from .families import FAMILIES, Family, as_transformers_reads
+from .families import FAMILIES, Family, as_transformers_reads, without_strays
 from .headers import ELEMENT_SIZE, TORCH_NAMES, TensorInfo, read_header
 from .shape import positions_of, shape_of
 from .whole import Around, around, text_config
@@ -44,6 +44,8 @@ class Checkpoint:
     """Of a model that also sees images, what stands around the language model, which is all that is shown else."""
     others: dict[str, TensorInfo] = field(default_factory=dict)
     """Tensors around the language model, by their names in the files."""
+    strays: list[str] = field(default_factory=list)
+    """Keys of the file that `config` is without (`without_strays`)."""
 
     @classmethod
     def open(cls, folder: Path, *, as_stored: bool = False) -> "Checkpoint":
@@ -88,8 +90,9 @@ class Checkpoint:
             stored = set(outside.names.values())
             others = {name: info for name, info in tensors.items() if name not in stored}
             return replace(inner, around=outside, others=others)
+        config, strays = without_strays(config)
         if as_stored:
-            return cls(folder, config, tensors)
+            return cls(folder, config, tensors, strays=strays)
         if unknown := {info.dtype for info in tensors.values()} - ELEMENT_SIZE.keys():
             raise InputError(
                 f"{folder} holds {', '.join(sorted(unknown))} tensors",
@@ -98,11 +101,11 @@ class Checkpoint:
             )
         family = FAMILIES.get(str(config.get("model_type")))
         if family is None:
-            return cls(folder, config, tensors)
+            return cls(folder, config, tensors, strays=strays)
         tensors = _with_prefix(tensors, family)
         if family.fused and config.get("quantization_config") is None:  # packed rows are others
-            return cls(folder, config, _split_fused(tensors, family, config), tensors)
-        return cls(folder, config, tensors)
+            return cls(folder, config, _split_fused(tensors, family, config), tensors, strays=strays)
+        return cls(folder, config, tensors, strays=strays)
 
     def read(self, name: str, rows: slice = slice(None)) -> "Tensor":
         """Load one tensor, or some rows of it that follow each other (a copy on the CPU)."""

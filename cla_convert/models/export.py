@@ -145,7 +145,11 @@ def _config(folder: Path, checkpoint: Checkpoint) -> Any:
     from transformers import AutoConfig
 
     if checkpoint.around is None:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        for key in checkpoint.strays:
+            _say_once(f"config.json has {key}, which models of its family know nothing of: it is passed over")
+            delattr(config, key)
+        return config
     settings = {key: value for key, value in checkpoint.config.items() if key != "model_type"}
     return AutoConfig.for_model(checkpoint.config["model_type"], **settings)
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
+from . import kinds
 from .family import CODE_FOLDER as CODE_FOLDER
 from .family import Family
 from .family_rows import ROWS
@@ -21,6 +22,18 @@ def as_transformers_reads(config: dict[str, Any]) -> dict[str, Any]:
     if config.get("model_type") == "mistral" and "layer_types" in config:
         return {**config, "model_type": "ministral"}
     return config
+
+
+def without_strays(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A config.json of a source or an output without the windows that its family has not, and their keys.
+
+    Attention of such a family sees everything before it, in training and wherever whole texts are scored; but
+    transformers' caches go by the key alone and forget what lies behind the window, so `generate` would go on with
+    something else than the model's own answer.
+    """
+    family = FAMILIES.get(str(config.get("model_type")).removeprefix("cla_"))
+    found = kinds.strays(family.kinds, config) if family else []
+    return {key: value for key, value in config.items() if key not in found}, found
 
 
 def family_like(model_type: str) -> Family:

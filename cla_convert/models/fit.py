@@ -78,7 +78,8 @@ def kept_in_float32(
 ) -> set[str]:
     """Which tensors of a CLA model transformers leaves in float32 when it loads the model in `dtype`.
 
-    Biases by which experts are chosen, most of all: rounded, they choose others.
+    Biases by which experts are chosen, most of all: rounded, they choose others. Some are named by the class, others
+    made in float32 whatever the model's own dtype.
     """
     import torch
 
@@ -86,10 +87,12 @@ def kept_in_float32(
 
     classes = cla_classes(family)
     with _explained(), torch.device("meta"):
-        model = classes["ForCausalLM"](classes["Config"].from_dict(_plain(config)))
+        settings = classes["Config"].from_dict(_plain(config))
+        model = classes["ForCausalLM"]._from_config(settings, dtype=getattr(torch, dtype))
     kept = stays_float32(model, getattr(torch, dtype))
+    made = {name for name, tensor in model.state_dict().items() if tensor.dtype == torch.float32}
     parts = StoredTensors(Checkpoint(Path(), {}, dict(tensors)), model).parts
-    return {part.name for name, found in parts.items() if kept.search(name) for part in found}
+    return {part.name for name, found in parts.items() if kept.search(name) or name in made for part in found}
 
 
 def _unused(cls: Any, settings: Any, tensors: Mapping[str, TensorInfo]) -> set[str]:

@@ -130,3 +130,17 @@ def _every(n: int, config: Config) -> list[str]:
     if config.get("layer_types"):
         return list(config["layer_types"])
     return [SLIDING if (layer + 1) % n else FULL for layer in range(config["num_hidden_layers"])]
+
+
+CACHE_KEYS = ("layer_types", "sliding_window", "attention_chunk_size")
+"""Where transformers' caches look for what a layer may forget, whether or not its attention knows of it."""
+_READ: dict[KindRule, tuple[str, ...]] = {
+    full: (), windowed: ("sliding_window",), optional_window: ("sliding_window",),
+}  # fmt: skip
+"""Of the rules that leave some of these keys alone, those that they read."""
+
+
+def strays(rule: KindRule, config: Config) -> list[str]:
+    """Which of these keys a config.json has although models of this rule know nothing of them."""
+    read = _READ.get(rule, CACHE_KEYS)
+    return [key for key in CACHE_KEYS if key not in read and config.get(key) is not None]

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from ..errors import InputError, first_line
-from .families import FAMILIES, as_transformers_reads
+from .families import FAMILIES, as_transformers_reads, without_strays
 from .family import Family
 from .whole_rows import INNER, WHOLES, Whole
 
@@ -146,7 +146,7 @@ def _text_dict(config: Mapping[str, Any]) -> dict[str, Any]:
     if text.get("layer_types") is None:
         text.pop("layer_types", None)
     kept = {key: said[key] for key in ("kv_source_layers", "model_type") if key in said}
-    return {key: value for key, value in text.items() if key != "_name_or_path"} | kept
+    return without_strays({key: value for key, value in text.items() if key != "_name_or_path"} | kept)[0]
 
 
 def _names(whole: Whole, stored: Collection[str]) -> dict[str, str]:

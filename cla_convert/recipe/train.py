@@ -98,6 +98,16 @@ class Train(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _a_control_trains_the_same(self) -> "Train":
+        if self.needs_control and (self.parameters == "shared" or "shared" in self.learning_rates):
+            what = "parameters: shared" if self.parameters == "shared" else "learning_rates of shared layers"
+            raise ValueError(
+                f"control with {what} would not train the source as the converted model: none of its layers share. "
+                "attention is what both have"
+            )
+        return self
+
     @property
     def needs_teacher(self) -> bool:
         """Whether `loss` compares with a teacher."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..console import quiet, say
 from ..environment import command_line, pick_device, rank, world_size
+from ..errors import InputError
 from ..recipe import Recipe
 from ..record import recorded
 from ..results import TrainResult
@@ -39,10 +40,31 @@ def uptrain_control(recipe: Recipe, folder: RunFolder, *, allow_changes: Collect
     continue_under(recipe, folder, allow_changes)
     if recipe.train.needs_control:
         say("control: the source model on the same tokens with the same loss")
+        _forget_other_control(recipe, folder)
         return _train(_Training(recipe, folder, folder.source(recipe), folder.control, False, allow_changes))
     if recipe.train.control and recipe.train.tokens:
         say("control: distilling the source model from itself starts at its goal, so the control is the source")
     return None
+
+
+def _forget_other_control(recipe: Recipe, folder: RunFolder) -> None:
+    """A control that was trained otherwise than the uptrained model is made anew; on other text it cannot be.
+
+    Raises:
+        InputError: the recipe's text is not what the uptrained model was trained on.
+    """
+    from ..evaluation.stale import unlike_control
+
+    trained, control = folder.training.result.read(), folder.control
+    if unlike := unlike_control(folder, auto_rates=recipe.train.learning_rate == "auto"):
+        say(f"{control.model} was trained otherwise ({', '.join(unlike)}): it is made anew")
+        control.clear()
+    if trained and not control.model.exists() and text(recipe, folder).digest != trained.data_digest:
+        raise InputError(
+            "The control cannot be trained on the text of the uptrained model",
+            why="data.sources give other tokens now, so the two would differ in what they have read.",
+            fix="Put the text back as it was, or give another --out; train.control=false goes on without a control.",
+        )
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from ..models.scoring import evaluating, hidden_states, output_head
 from ..recipe import Train
 from .hidden import recorded_streams, stream_distance
 from .loss import IGNORE, LogitRule, Target, Terms, logit_rule, next_token_labels, vocabulary_loss
-from .sharded import release, run_gathered
+from .sharded import own_rows, release, run_gathered
 from .train_loss import LOSSES
 
 if TYPE_CHECKING:
@@ -115,6 +115,14 @@ def check_head(model: "PreTrainedModel") -> None:
     with evaluating(model):
         logits = model(input_ids=ids, use_cache=False).logits.float()
         mine = logit_rule(model.config).apply(hidden_states(model, ids) @ head_weight(model).T)
+    if not logits.isfinite().all():
+        lost = [name for name, weight in model.named_parameters() if not own_rows(weight).isfinite().all()]
+        named = f"NaN or infinity in {', '.join(lost[:3])}{', ...' if lost[3:] else ''}." if lost else ""
+        raise InputError(
+            f"A model of type {model.config.model_type!r} computes what is no number",
+            named or "Its weights are finite; this device or number format overflows.",
+            "Check the weights of the model to train and of its teacher, or download them again." if lost else "",
+        )
     if not torch.allclose(mine, logits, rtol=1e-2, atol=1e-2 * float(logits.abs().max())):
         raise InputError(
             f"Models of type {model.config.model_type!r} cannot be uptrained yet",

@@ -111,7 +111,7 @@ def set_up(
     torch.manual_seed(recipe.seed)
     with loading():
         unfilled = _student(student_dir, recipe.train, data, precision, device)
-        source = _teacher(teacher_dir, recipe.train, precision, device)
+        source = _teacher(teacher_dir, recipe.train, data, precision, device)
     student, teacher = unfilled.model, source and source.model
     settings = derived(recipe.train, student.config, teacher and teacher.config)
     flops = training_flops(student, teacher, budget.length)
@@ -200,11 +200,12 @@ def without_dropout(model: torch.nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def _teacher(folder: Path, settings: Train, precision: Precision, device: str) -> Unfilled | None:
+def _teacher(folder: Path, settings: Train, data: TokenStore, precision: Precision, device: str) -> Unfilled | None:
     """The model to distil from, if the loss needs one."""
     if not settings.needs_teacher:
         return None
     unfilled = Unfilled(folder, dtype=precision.compute, device=device)
+    _check_rows(unfilled.model, data, "teacher")
     unfilled.model.requires_grad_(False)
     return unfilled
 
@@ -220,11 +221,16 @@ def _check_models(trainer: Trainer) -> None:
             trainer.team.run(check, trainer.student)
 
 
-def _check_fit(student: Any, data: TokenStore, settings: Train) -> None:
-    rows = student.get_input_embeddings().weight.shape[0]
+def _check_rows(model: Any, data: TokenStore, which: str = "model") -> None:
+    """Raise InputError if the text has tokens beyond a model's embedding."""
+    rows = model.get_input_embeddings().weight.shape[0]
     highest = max(int(side.max()) for side in (data.train, data.held_out) if side.size)
     if highest >= rows:
-        raise InputError("The tokenizer is not the model's", f"It gives token {highest}; the model knows {rows}.")
+        raise InputError(f"The tokenizer is not the {which}'s", f"It gives token {highest}; the {which} knows {rows}.")
+
+
+def _check_fit(student: Any, data: TokenStore, settings: Train) -> None:
+    _check_rows(student, data)
     longest = positions_of(student.config.to_dict())
     if longest and settings.sequence_length > longest:
         raise InputError(

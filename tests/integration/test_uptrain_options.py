@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cla_convert import pipeline
@@ -108,6 +108,24 @@ def test_teachers_that_do_not_fit_are_refused_before_work(
     assert "2 of 258 tokens differ, such as 'A'" in caught.value.why
     uptrain(work, other, tmp_path / "c", recipe(work, steps=1, loss="cross_entropy"))  # no teacher, no objection
     assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
+
+
+def test_a_teacher_that_does_not_know_the_text_is_refused(work: Path, tmp_path: Path) -> None:
+    few = save_tiny_llama(tmp_path / "few", seed=1, vocab_size=64)
+    with pytest.raises(InputError, match=r"tokenizer is not the teacher's(.|\n)*the teacher knows 64"):
+        set_up(work / "converted", few, recipe(work), "cpu")
+
+
+@pytest.mark.parametrize("loss", ["distill", "cross_entropy"])
+def test_a_model_with_weights_that_are_no_numbers_is_refused_by_name(work: Path, tmp_path: Path, loss: str) -> None:
+    """A teacher that distils; else the model to train."""
+    ruined = save_tiny_llama(tmp_path / "ruined", seed=1)
+    tensors = load_file(ruined / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, ruined / "model.safetensors", metadata={"format": "pt"})
+    pair = (work / "converted", ruined) if loss == "distill" else (ruined, ruined)
+    with pytest.raises(InputError, match=r"no number(.|\n)*in model\.norm\.weight"):
+        set_up(*pair, recipe(work, loss=loss, learning_rate=1e-3), "cpu")
 
 
 def test_a_run_names_its_teacher_and_is_refused_before_it_converts(

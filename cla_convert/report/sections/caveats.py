@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from ...evaluation.stale import unlike_control
 from ..content import Block, Bullets
 from ..formats import count
 from ..invocations import invocations_of, mixed
@@ -85,6 +86,9 @@ def _training_caveats(run: RunFiles) -> list[str]:
             "fall below the source's. Only a source model trained on the same tokens (train.control: true) separates "
             "the two."
         )
+    auto_rates = (run.recipe.get("train") or {}).get("learning_rate", "auto") == "auto"
+    if unlike := unlike_control(run.files, auto_rates=auto_rates):
+        found.append(f"THE CONTROL WAS NOT TRAINED ALIKE: {', '.join(unlike)} differ, so CLA cost is not CLA's alone.")
     for source in (run.train.get("data") or {}).get("sources", []):
         if unread := source.get("passed_over"):
             kinds = ", ".join(f"{n} {ending or 'without an ending'}" for ending, n in unread.items())
