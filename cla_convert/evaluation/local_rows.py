@@ -65,7 +65,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
             return parquet.read_table(path).to_pylist()
         # Not splitlines(): it also breaks at U+2028 and friends, which JSON strings may hold.
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
         rows = replaced([json.loads(line) for line in lines if line.strip()], str(path))
     except (OSError, ValueError) as error:
         raise unread(error, InputError(f"{path} cannot be read", first_line(error))) from error

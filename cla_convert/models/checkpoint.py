@@ -173,7 +173,7 @@ def refuse_adapter(folder: Path) -> None:
     if (folder / "adapter_config.json").exists():
         raise InputError(
             f"{folder} holds an adapter (adapter_config.json)",
-            why="Its weights stand beside those of the model, which conversion would leave as they were before.",
+            why="Its weights stand beside those of the model, and transformers would load both as one.",
             fix="Merge it first: peft's merge_and_unload(), then save_pretrained(). Or remove the adapter's files.",
         )
 

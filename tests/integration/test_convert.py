@@ -251,6 +251,14 @@ def test_verify_says_that_a_source_is_none_of_ours(tiny_llama):
     assert done.returncode == 3 and "is not a converted model" in done.stderr
 
 
+@pytest.mark.parametrize("options", [(), ("--cache",)], ids=str)
+def test_verify_says_that_an_adapter_is_beside_the_model(tmp_path, tiny_llama, options):
+    convert(tiny_llama, tmp_path / "out", "--sharing", "cla2", "--init", "mean")
+    (tmp_path / "out" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}')
+    done = cla("verify", tmp_path / "out", *options)
+    assert done.returncode == 3 and "holds an adapter" in done.stderr and "report a bug" not in done.stderr
+
+
 def test_multi_head_attention_is_converted_with_a_warning(tmp_path):
     source = save_tiny_llama(tmp_path / "mha", num_key_value_heads=4)
     done = cla("convert", source, tmp_path / "out", "--init", "mean")

@@ -131,3 +131,9 @@ def test_what_is_wrong_is_said(tmp_path: Path, folder: Path):
     (tmp_path / "piqa" / "validation.jsonl").write_text("{}\nno json\n")
     with pytest.raises(InputError, match="validation.jsonl cannot be read"):
         prepared(["piqa"], task_data=str(tmp_path))
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path):
+    """Editors of other systems put one there; training text may have it, too."""
+    (tmp_path / "test.jsonl").write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\r\n{"a": 2}\r\n')
+    assert sorted(row["a"] for row in local_splits(tmp_path)["test"]) == [1, 2]
