@@ -66,12 +66,19 @@ def _read(path: Path) -> list[dict[str, Any]]:
             return parquet.read_table(path).to_pylist()
         # Not splitlines(): it also breaks at U+2028 and friends, which JSON strings may hold.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
-        rows = replaced([json.loads(line) for line in lines if line.strip()], str(path))
+        rows = replaced([_parsed(line, number) for number, line in enumerate(lines, 1) if line.strip()], str(path))
     except (OSError, ValueError) as error:
         raise unread(error, InputError(f"{path} cannot be read", first_line(error))) from error
     if not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{path} cannot be read", why="Every line must be a JSON object.")
     return rows
+
+
+def _parsed(line: str, number: int) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:  # which counts lines within this one
+        raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from error
 
 
 def _with_label(row: dict[str, Any]) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def test_what_is_wrong_is_said(tmp_path: Path, folder: Path):
     with pytest.raises(InputError, match="have no column label"):
         prepared(["piqa"], task_data=str(tmp_path))
     (tmp_path / "piqa" / "validation.jsonl").write_text("{}\nno json\n")
-    with pytest.raises(InputError, match="validation.jsonl cannot be read"):
+    with pytest.raises(InputError, match=r"validation.jsonl cannot be read(.|\n)*line 2, column 1"):
         prepared(["piqa"], task_data=str(tmp_path))
 
 
