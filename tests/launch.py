@@ -10,8 +10,9 @@ import os
 import random
 import socket
 import sys
+import time
 from collections.abc import Sequence
-from itertools import zip_longest
+from itertools import count, zip_longest
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ CONTEXT.set_forkserver_preload(
     ]
 )
 LENGTH, BATCH = 32, 5
+_BLOCK, _PORTS = 40, count()
+"""Ports of a process of tests, below those that the kernel gives to whoever asks for any (32768 on Linux)."""
 
 
 def prepare(folder: Path, source: Path) -> Path:
@@ -64,14 +67,38 @@ def uptrain(work: Path, out: Path, *, steps: float, options: Sequence[object] = 
     return ["uptrain", work / "converted", out, "--recipe", work / "recipe.yaml", *sets, *options]
 
 
-def start(arguments: Sequence[object], log: Path, *, file_limit: int = 0, **environment: str) -> BaseProcess:
-    """Start `cla-convert ARGUMENTS` with its output in `log`; a file it writes has at most `file_limit` bytes."""
+def start(
+    arguments: Sequence[object],
+    log: Path,
+    *,
+    file_limit: int = 0,
+    pause_at: int = 0,
+    slow_disk: float = 0.0,
+    **environment: str,
+) -> BaseProcess:
+    """Start `cla-convert ARGUMENTS` with its output in `log`.
+
+    Args:
+        arguments: the command line.
+        log: is appended to.
+        file_limit: bytes that a file has at most which it writes.
+        pause_at: it waits after the row of this step until `go_on`: however busy the machine, it is no further.
+        slow_disk: seconds that syncing a file takes at least, so that the moments in which something is half-written
+            last long enough to be met.
+        environment: besides what it inherits.
+    """
     inherited = {name: os.environ[name] for name in ("CLA_CONVERT_CACHE", "HF_HUB_OFFLINE")}
     line = ["cla-convert", *map(str, arguments)]
-    process = CONTEXT.Process(target=_run, args=(line, log, file_limit, inherited | environment))
+    _gate(log).unlink(missing_ok=True)
+    process = CONTEXT.Process(target=_run, args=(line, log, file_limit, pause_at, slow_disk, inherited | environment))
     os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # the server reads them when it is started
     process.start()
     return process
+
+
+def go_on(log: Path) -> None:
+    """Let those go on that were started to pause, and write to this log."""
+    _gate(log).touch()
 
 
 def start_team(
@@ -80,25 +107,39 @@ def start_team(
     size: int = 2,
     file_limits: Sequence[int] = (0, 0, 0),
     machines: Sequence[dict[str, str]] = ({},),
+    pause_at: int = 0,
 ) -> list[BaseProcess]:
     """Start it `size` times with the environment that torchrun gives; `log` holds the output of all.
 
     Of several `machines`, each has so many processes and what it says in its environment.
     """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     common = {"WORLD_SIZE": size * len(machines), "LOCAL_WORLD_SIZE": size, "GROUP_WORLD_SIZE": len(machines)}
-    common |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    common |= {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
     environments = [
         {**common, "GROUP_RANK": group, "LOCAL_RANK": rank, "RANK": group * size + rank, **machine}
         for group, machine in enumerate(machines)
         for rank in range(size)
     ]
     return [
-        start(arguments, log, file_limit=limit, **{name: str(value) for name, value in environment.items()})
+        start(
+            arguments, log, file_limit=limit, pause_at=pause_at,
+            **{name: str(value) for name, value in environment.items()},
+        )
         for environment, limit in zip_longest(environments, file_limits[: len(environments)], fillvalue=0)
-    ]
+    ]  # fmt: skip
+
+
+def free_port() -> int:
+    """A port that nobody listens on, and that nobody gets before it is used who asks the kernel for any."""
+    while True:
+        port = 20_000 + (os.getpid() * _BLOCK + next(_PORTS) % _BLOCK) % 12_000
+        with socket.socket() as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                tried.bind(("localhost", port))
+            except OSError:
+                continue
+        return port
 
 
 def finish(*processes: BaseProcess, seconds: float = 300) -> list[int | None]:
@@ -108,7 +149,13 @@ def finish(*processes: BaseProcess, seconds: float = 300) -> list[int | None]:
     return [process.exitcode for process in processes]
 
 
-def _run(line: list[str], log: Path, file_limit: int, environment: dict[str, str]) -> None:
+def _gate(log: Path) -> Path:
+    return log.with_name(f"{log.name}.go")
+
+
+def _run(
+    line: list[str], log: Path, file_limit: int, pause_at: int, slow_disk: float, environment: dict[str, str]
+) -> None:
     import resource
 
     import torch
@@ -122,5 +169,33 @@ def _run(line: list[str], log: Path, file_limit: int, environment: dict[str, str
     os.dup2(descriptor, 2)
     if file_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    if pause_at:
+        _pause_at(pause_at, _gate(log))
+    if slow_disk:
+        _slow_down(slow_disk)
     sys.argv = line
     main()
+
+
+def _pause_at(step: int, gate: Path) -> None:
+    from cla_convert.training.metrics import Metrics
+
+    write = Metrics.write
+
+    def written(self: Metrics, row: dict[str, Any]) -> None:
+        write(self, row)
+        end = time.monotonic() + 300  # a test that failed lets nobody go on
+        while row["step"] == step and "loss" in row and not gate.exists() and time.monotonic() < end:
+            time.sleep(0.01)
+
+    Metrics.write = written
+
+
+def _slow_down(seconds: float) -> None:
+    sync = os.fsync
+
+    def slow(descriptor: int) -> None:
+        time.sleep(seconds)
+        sync(descriptor)
+
+    os.fsync = slow

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ from safetensors.torch import load_file
 from cla_convert.training.metrics import read_rows
 from tests.conftest import save_tiny_llama
 from tests.integration.test_parallel import EVERY_STEP, STEPS, assert_equal, rows, saved, wait_for_step
-from tests.launch import finish, prepare, start, start_team, uptrain
+from tests.launch import finish, free_port, go_on, prepare, start, start_team, uptrain
 
 TWO: Sequence[dict[str, str]] = ({}, {})
 
@@ -68,9 +67,11 @@ def test_machines_that_hold_the_same_have_the_numbers_of_one_process(
 @pytest.mark.parametrize(("before", "after"), [("node", "all"), ("all", "node")])
 def test_a_checkpoint_fits_another_division(work: Path, alone: Path, tmp_path: Path, before: str, after: str) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
-    processes = start_team(uptrain(work, out, steps=STEPS, shard_degree=before, **EVERY_STEP), log, 2, machines=TWO)
+    line = uptrain(work, out, steps=STEPS, shard_degree=before, **EVERY_STEP)
+    processes = start_team(line, log, 2, machines=TWO, pause_at=2)
     wait_for_step(processes, out, 2)
     os.kill(processes[3].pid or 0, signal.SIGTERM)  # to one process of one machine
+    go_on(log)
     assert finish(*processes) == [130] * 4, log.read_text()
     assert "(on every machine)" in log.read_text()
     line = uptrain(work, out, steps=STEPS, shard_degree=after, **EVERY_STEP)
@@ -101,10 +102,7 @@ def test_machines_share_a_cache_or_have_their_own(work: Path, alone: Path, tmp_p
 
 def test_a_folder_that_machines_do_not_share_is_refused_before_training(work: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    processes = []
+    port, processes = str(free_port()), []
     for number, out in enumerate(("here/out", "there/out")):
         environment = {"RANK": str(number), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
         environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "GROUP_WORLD_SIZE": "2"}
@@ -116,10 +114,7 @@ def test_a_folder_that_machines_do_not_share_is_refused_before_training(work: Pa
 
 def test_other_settings_on_one_machine_are_named(work: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    processes = []
+    port, processes = str(free_port()), []
     for number, every in enumerate((1, 64)):
         environment = {"RANK": str(number), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
         environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "GROUP_WORLD_SIZE": "2"}
@@ -133,11 +128,8 @@ class Agents:
     """Two agents of torchrun that meet on the loopback, one process each."""
 
     def __init__(self, line: Sequence[object], *options: str) -> None:
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
         meet = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "test"]
-        meet += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1", *options]
+        meet += ["--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--local-addr", "127.0.0.1", *options]
         command = [sys.executable, "-m", "torch.distributed.run", *meet, "-m", "cla_convert", *map(str, line)]
         environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
         self.agents = [
@@ -210,9 +202,10 @@ def test_two_agents_of_torchrun(work: Path, tmp_path: Path) -> None:
 
 def test_a_lost_process_is_told_with_the_last_checkpoint(work: Path, tmp_path: Path) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
-    processes = start_team(uptrain(work, out, steps=60, **EVERY_STEP), log, 1, machines=TWO)
+    processes = start_team(uptrain(work, out, steps=60, **EVERY_STEP), log, 1, machines=TWO, pause_at=3)
     wait_for_step(processes, out, 3)
     os.kill(processes[1].pid or 0, signal.SIGKILL)
+    go_on(log)
     assert finish(*processes) == [3, -9], log.read_text()
     told = log.read_text()
     assert "Another process of the training is gone" in told and "Traceback" not in told

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from cla_convert.training.metrics import read_rows
 from tests.conftest import save_tiny_llama
-from tests.launch import finish, prepare, start, start_team, uptrain
+from tests.launch import finish, go_on, prepare, start, start_team, uptrain
 
 STEPS = 4.2
 """Four steps of five sequences and one of a single one: nothing divides evenly, some processes have idle passes."""
@@ -108,10 +108,11 @@ def test_a_checkpoint_fits_any_number_of_processes(
     """The first ones are stopped half-way, others finish."""
     out, log, (before, after) = tmp_path / "out", tmp_path / "log", sizes
     line = uptrain(work, out, steps=STEPS, **EVERY_STEP)
-    processes = start_team(line, log, before) if before > 1 else [start(line, log)]
+    processes = start_team(line, log, before, pause_at=2) if before > 1 else [start(line, log, pause_at=2)]
     wait_for_step(processes, out, 2)
     for process in processes:
         os.kill(process.pid or 0, signal.SIGTERM)
+    go_on(log)
     assert finish(*processes) == [130] * before, log.read_text()
     assert log.read_text().count("Everything is saved in") == 1
     done = max(row["step"] for row in rows(out))

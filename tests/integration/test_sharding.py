@@ -3,7 +3,6 @@
 import ctypes
 import json
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from cla_convert.recipe_file import load_recipe
 from cla_convert.training.metrics import read_rows
 
 from ..conftest import save_tiny_llama
-from ..launch import CONTEXT, finish, prepare, start, start_team, uptrain
+from ..launch import CONTEXT, finish, free_port, prepare, start, start_team, uptrain
 from ..tiny import save_tiny
 
 STEPS = 2.4
@@ -134,10 +133,7 @@ class TestMemory:
 def measured(work: Path, folder: Path, options: dict[str, Any], *, size: int) -> list[dict[str, int]]:
     """What loading the models and publishing the student took in each process, bytes."""
     os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    common = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
     places = [{name: str(value) for name, value in {**common, "RANK": i, "LOCAL_RANK": i}.items()} for i in range(size)]
     processes = [CONTEXT.Process(target=measure, args=(work, folder, options, place)) for place in places]
     for process in processes:
