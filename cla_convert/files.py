@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from .errors import InputError, did_you_mean
 from .refusals import refusal, unread
-from .staging import beside, lock
+from .staging import beside, is_at, lock
 
 LOCKED = "CLA_CONVERT_LOCKED"
 """Environment variable: the folder that the process which started this one has locked for it."""
@@ -69,20 +69,32 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 def _lock(folder: Path) -> int:
     """An open descriptor that holds the lock. On file systems without locks it holds none."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        lock(descriptor)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise InputError(
-            f"Another process is at work in {folder}", fix="Wait for it to end, or give another folder."
-        ) from error
-    return descriptor
+    while True:
+        try:
+            descriptor = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:  # whoever was alone in it has just left it empty
+            folder.mkdir(parents=True, exist_ok=True)
+            continue
+        try:
+            lock(descriptor)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise InputError(
+                f"Another process is at work in {folder}", fix="Wait for it to end, or give another folder."
+            ) from error
+        if is_at(folder, descriptor):
+            return descriptor
+        os.close(descriptor)  # gone between the two: a lock on it would hold nobody off
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """The JSON object in `path`, or None where there is no file. Raises InputError as `load_json` does."""
-    return load_json(path) if path.exists() else None
+    try:
+        return load_json(path)
+    except InputError as error:  # looking first would not do: another process may remove it in between
+        if isinstance(error.__cause__, FileNotFoundError) or not path.exists():
+            return None
+        raise
 
 
 def read_kept(path: Path) -> dict[str, Any] | None:

@@ -44,10 +44,13 @@ def kept(folder: Path, make: Callable[[Path], object], *, intact: Callable[[Path
     """
 
     def whole() -> bool:
-        recorded, there = (read_kept(folder / _SIZES) or {}).get("sizes"), _sizes(folder)
-        if not isinstance(recorded, dict) or not recorded.items() <= there.items():
+        try:
+            recorded, there = (read_kept(folder / _SIZES) or {}).get("sizes"), _sizes(folder)
+            if not isinstance(recorded, dict) or not recorded.items() <= there.items():
+                return False
+            return intact(folder)  # what else lies there is the system's: .DS_Store, .nfs0000...
+        except FileNotFoundError:  # another process is replacing or removing it
             return False
-        return intact(folder)  # what else lies there is the system's: .DS_Store, .nfs0000...
 
     if whole():
         with suppress(OSError):  # another user's

@@ -5,6 +5,7 @@ While one holds the lock of a name, what lies half-made beside it was left by th
 locks, nothing is taken for left behind.
 """
 
+import errno
 import hashlib
 import os
 import re
@@ -83,9 +84,10 @@ def staged(out: Path, wanted: Callable[[], bool]) -> Iterator[Path]:
         yield staging
         for path in [*staging.rglob("*"), staging]:
             sync(path)
-        if wanted():
-            _swap(staging, out)
-            sync(out.parent)
+        while wanted():
+            if _swap(staging, out):
+                sync(out.parent)
+                break
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -108,7 +110,7 @@ def _locked(name: Path, out: Path, *, wait: bool) -> tuple[int | None, bool]:
             return None, False
         try:
             held = _lock_for(descriptor, out, wait=wait)
-            if not held or _is_at(name, descriptor):
+            if not held or is_at(name, descriptor):
                 return descriptor, held
         except BaseException:
             os.close(descriptor)
@@ -116,8 +118,11 @@ def _locked(name: Path, out: Path, *, wait: bool) -> tuple[int | None, bool]:
         os.close(descriptor)
 
 
-def _is_at(name: Path, descriptor: int) -> bool:
-    """One call to the file system: between two, another process may remove the file."""
+def is_at(name: Path, descriptor: int) -> bool:
+    """Whether an open file or folder still has this name.
+
+    One call to the file system: between two, another process may remove it.
+    """
     try:
         return os.path.samestat(os.fstat(descriptor), name.stat())
     except FileNotFoundError:
@@ -146,7 +151,7 @@ def _clear_left(out: Path) -> None:
             if found[2] != _kernel() and time.time() - _last_change(folder) < _DAY:
                 continue
             if found[1] == "old" and not out.exists():
-                folder.rename(out)
+                _renamed(folder, out)
             else:
                 shutil.rmtree(folder, ignore_errors=True)
 
@@ -157,19 +162,36 @@ def _last_change(folder: Path) -> float:
     return max(max(state.st_mtime, state.st_ctime) for state in states)
 
 
-def _swap(staging: Path, out: Path) -> None:
-    """Rename staging to out; an old out is kept aside until the new one stands."""
+def _swap(staging: Path, out: Path) -> bool:
+    """Rename staging to out; an old out is kept aside until the new one stands.
+
+    False: without locks, another process has put its own there meanwhile, or moved it away.
+    """
     if not out.exists():
-        staging.rename(out)
-        return
+        return _renamed(staging, out)
     old = beside(out, "old")
-    out.rename(old)
     try:
-        staging.rename(out)
+        out.rename(old)
+    except FileNotFoundError:
+        return False
+    try:
+        done = _renamed(staging, out)
     except OSError:
         old.rename(out)
         raise
     shutil.rmtree(old)
+    return done
+
+
+def _renamed(folder: Path, out: Path) -> bool:
+    """Give a folder a name that was free; False if it is not any more."""
+    try:
+        folder.rename(out)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return False
+    return True
 
 
 @cache

@@ -24,7 +24,7 @@ def _same_numbers() -> None:
 
 def wait_for(reached: Callable[[], object]) -> None:
     """Until it is so; of a busy machine nobody knows how long that takes."""
-    for _ in range(6000):
+    for _ in range(30_000):
         if reached():
             return
         time.sleep(0.01)

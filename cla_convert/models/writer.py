@@ -189,7 +189,10 @@ def check_output(out: Path, *, overwrite: bool) -> None:
             why="An output takes the place of its folder as a whole; you would be left in one that is gone.",
             fix="Name a new folder in it.",
         )
-    if not out.exists() or not any(out.iterdir()):
+    try:
+        if not any(out.iterdir()):
+            return
+    except FileNotFoundError:
         return
     ours = (out / MANIFEST).exists()
     if not overwrite:

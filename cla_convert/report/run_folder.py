@@ -144,8 +144,11 @@ def _texts(point: PointFolder) -> dict[str, Json]:
 
 def _read_lines(path: Path) -> list[Json]:
     """Rows of a jsonl file. A last line cut off by a crash is left out. Raises InputError for any other damage."""
-    lines = path.read_bytes().splitlines() if path.exists() else []
     rows = []
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return rows
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line) if line.strip() else None

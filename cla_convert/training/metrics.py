@@ -70,9 +70,11 @@ class NoMetrics(Metrics):
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics file, up to the first line that is not whole; empty if there is no file."""
     rows: list[dict[str, Any]] = []
-    if not path.exists():
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
         return rows
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in lines:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:

@@ -256,11 +256,11 @@ def _keep(path: Path, batch: _Batch) -> None:
 
 def _kept(path: Path, drop: float) -> list[np.ndarray] | None:
     """The documents of a batch as `likely` gives them; None where there is none, or a damaged one."""
-    if not path.exists():
-        return None
     try:
         with np.load(path) as batch:  # a checksum goes with each array
             return _Batch(batch["ids"], batch["lengths"], batch["losses"]).likely(drop)
+    except FileNotFoundError:
+        return None
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         warn(f"{path} is damaged ({error}): it is sampled again")
         return None

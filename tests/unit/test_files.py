@@ -1,11 +1,18 @@
-"""A folder to oneself."""
+"""A folder to oneself, and files that another process removes."""
 
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cla_convert import files
 from cla_convert.errors import InputError
-from cla_convert.files import alone_in
+from cla_convert.files import alone_in, read_json
+from cla_convert.models.writer import check_output
+from cla_convert.report.run_folder import _read_lines
+from cla_convert.training.metrics import read_rows
 
 
 def test_who_is_refused_leaves_the_folder_to_the_one_at_work(tmp_path: Path) -> None:
@@ -24,3 +31,38 @@ def test_what_was_written_stays_and_the_folder_is_free_again(tmp_path: Path) -> 
         raise RuntimeError
     with alone_in(tmp_path / "run"):
         assert (tmp_path / "run" / "result").exists()
+
+
+@pytest.mark.parametrize("moment", ["open", "lock"])
+def test_a_folder_that_went_before_it_was_locked_is_made_again(
+    tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever was alone in it has left it empty: a lock on what has no name any more would hold nobody off."""
+    folder, module = tmp_path / "run", os if moment == "open" else files
+    real: Callable[..., Any] = getattr(module, moment)
+
+    def late(*given: Any, **options: Any) -> Any:
+        monkeypatch.setattr(module, moment, real)
+        folder.rmdir()
+        return real(*given, **options)
+
+    monkeypatch.setattr(module, moment, late)
+    with alone_in(folder):
+        assert folder.is_dir() and getattr(module, moment) is real
+        with pytest.raises(InputError, match="Another process is at work"), alone_in(folder):
+            pass
+
+
+@pytest.mark.parametrize("read", [read_json, read_rows, _read_lines, lambda path: check_output(path, overwrite=False)])
+def test_what_goes_while_it_is_looked_for_is_not_there(
+    tmp_path: Path, read: Callable[[Path], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is there when somebody asks, and gone when it is opened."""
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    assert not read(tmp_path / "gone")
+
+
+def test_a_damaged_file_is_not_taken_for_none(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_json(tmp_path / "x.json")

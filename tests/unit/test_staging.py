@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cla_convert import kept as kept_module
 from cla_convert import staging
 from cla_convert.errors import InputError
 from cla_convert.files import atomic
@@ -37,7 +39,7 @@ def another_process(folder: Path, script: str) -> Iterator[subprocess.Popen[byte
         yield process
     finally:
         (folder / "end").touch()
-        process.wait(60)
+        process.wait(300)
 
 
 def names(folder: Path) -> list[str]:
@@ -66,15 +68,22 @@ def test_a_folder_that_another_process_writes_is_not_touched(tmp_path: Path) -> 
         with pytest.raises(InputError, match="Another process is writing"), publishing(tmp_path / "out"):
             pass
         (tmp_path / "end").touch()
-        assert other.wait(60) == 0
+        assert other.wait(300) == 0
     assert names(tmp_path) == ["out"] and (tmp_path / "out" / "whole").read_text() == "theirs"
 
 
-def test_an_entry_that_another_process_makes_is_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with another_process(tmp_path, KEEP), subprocess.Popen(["sh", "-c", f"sleep 0.5; touch '{tmp_path / 'end'}'"]):
+def test_an_entry_that_another_process_makes_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    def say(message: str) -> None:
+        said.append(message)
+        (tmp_path / "end").touch()  # no sooner, however long this took
+
+    monkeypatch.setattr(staging, "say", say)
+    with another_process(tmp_path, KEEP):
         kept(tmp_path / "entry", lambda out: pytest.fail("made twice"))
     assert names(tmp_path / "entry") == [".sizes.json", "first", "second"] and names(tmp_path) == ["entry"]
-    assert "waiting for another process" in capsys.readouterr().err
+    assert said == [f"waiting for another process that makes {tmp_path / 'entry'}"]
 
 
 def test_without_locks_nothing_of_others_is_removed_and_the_first_stays(
@@ -94,6 +103,49 @@ def test_without_locks_nothing_of_others_is_removed_and_the_first_stays(
     kept(tmp_path / "entry", make)
     assert (tmp_path / "entry" / "x").read_text() == "first"
     assert names(tmp_path) == sorted([*(folder.name for folder in left), "entry"])
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_without_locks_another_may_be_faster_at_the_very_last_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
+    """Between the last look and the renaming: the first stays, and a published model is told of, not replaced."""
+    monkeypatch.setattr(staging, "fcntl", None)
+    renamed = staging._renamed
+
+    def late(folder: Path, out: Path) -> bool:
+        monkeypatch.setattr(staging, "_renamed", renamed)
+        if whole:
+            kept(out, lambda other: (other / "x").write_text("first"))
+        else:
+            with publishing(out) as other:
+                (other / "x").write_text("first")
+        return renamed(folder, out)
+
+    monkeypatch.setattr(staging, "_renamed", late)
+    if whole:
+        kept(tmp_path / "entry", lambda out: (out / "x").write_text("second"))
+    else:
+        with pytest.raises(InputError, match="entry is not empty"), publishing(tmp_path / "entry") as out:
+            (out / "x").write_text("second")
+    assert (tmp_path / "entry" / "x").read_text() == "first" and names(tmp_path) == ["entry"]
+
+
+@pytest.mark.parametrize("stays", [True, False])
+def test_an_entry_may_go_while_it_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stays: bool) -> None:
+    """Another process puts it back, having made it again, or has removed it for good."""
+    entry = kept(tmp_path / "entry", lambda out: (out / "x").write_text("first"))
+    sizes = kept_module._sizes
+
+    def vanishing(folder: Path) -> dict[str, int]:
+        monkeypatch.setattr(kept_module, "_sizes", sizes)
+        if not stays:
+            shutil.rmtree(folder)
+        raise FileNotFoundError(2, "No such file or directory", str(folder / "x"))
+
+    monkeypatch.setattr(kept_module, "_sizes", vanishing)
+    kept(entry, lambda out: (out / "x").write_text("again"))
+    assert (entry / "x").read_text() == ("first" if stays else "again") and names(tmp_path) == ["entry"]
 
 
 def test_what_another_kernel_left_is_removed_after_a_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,18 +193,18 @@ def test_the_lock_goes_to_one_of_those_who_wait(tmp_path: Path) -> None:
     processes = [
         subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stderr=subprocess.DEVNULL) for _ in "123"
     ]
-    assert [process.wait(60) for process in processes] == [0, 0, 0] and names(tmp_path) == []
+    assert [process.wait(300) for process in processes] == [0, 0, 0] and names(tmp_path) == []
 
 
 def test_a_lock_whose_file_went_meanwhile_is_not_held(tmp_path: Path) -> None:
     """Whoever held it removed the file, and the next one's too, before this process could look."""
     name = tmp_path / "lock"
     with name.open("w") as mine:
-        assert staging._is_at(name, mine.fileno())
+        assert staging.is_at(name, mine.fileno())
         name.unlink()
-        assert not staging._is_at(name, mine.fileno())
+        assert not staging.is_at(name, mine.fileno())
         name.touch()
-        assert not staging._is_at(name, mine.fileno())
+        assert not staging.is_at(name, mine.fileno())
 
 
 def test_files_have_temporary_names_of_their_own(tmp_path: Path) -> None:
