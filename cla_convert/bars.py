@@ -107,14 +107,15 @@ class TerminalBar(Bar):
             total=total, initial=self.n, desc=desc, unit=self._unit, leave=leave, file=sys.stderr, dynamic_ncols=True,
             mininterval=0.2, maxinterval=1.0, unit_scale=total >= 10_000, bar_format=shape or _FORMAT,
         )  # fmt: skip
-        self._shown = time.monotonic()
+        self._shown, self._beats, self._ended = time.monotonic(), threading.RLock(), False
         _Heart.begin()
 
     def beat(self) -> None:
-        """Show that work goes on, where it has not shown so itself for a second."""
-        if time.monotonic() - self._shown > _BEAT:
-            self._bar.desc = f"{self._desc} {next(self._signs)}"
-            self._bar.refresh()
+        """Show that work goes on, where it has not shown so itself for a second. Nothing once it has ended."""
+        with self._beats:
+            if not self._ended and time.monotonic() - self._shown > _BEAT:
+                self._bar.desc = f"{self._desc} {next(self._signs)}"
+                self._bar.refresh()
 
     def _begin(self) -> None:
         pass
@@ -131,8 +132,9 @@ class TerminalBar(Bar):
             self._bar.refresh()  # the clock goes on, and the note may be another
 
     def _end(self) -> None:
-        self._bar.desc = self._desc
-        self._bar.close()
+        with self._beats:
+            self._ended, self._bar.desc = True, self._desc
+            self._bar.close()
 
 
 _FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {remaining} left, {rate_fmt}{postfix}"

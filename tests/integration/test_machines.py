@@ -150,7 +150,7 @@ class Agents:
 
     def end(self) -> str:
         """Wait; what they printed."""
-        return "".join(agent.communicate(timeout=180)[0] for agent in self.agents)
+        return "".join(agent.communicate(timeout=250)[0] for agent in self.agents)
 
 
 def steps_of(metrics: Path) -> int:
@@ -176,7 +176,7 @@ def test_two_agents_of_torchrun(work: Path, tmp_path: Path) -> None:
     agents.agents[1].kill()
     printed = agents.end()
     assert printed.count("Everything is saved in") == 1, printed
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 250
     while any(map(at_work, workers)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(map(at_work, workers))  # nobody trains on without an agent

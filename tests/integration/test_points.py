@@ -151,7 +151,7 @@ def test_two_processes_share_the_work_and_give_the_same_results(models: dict[str
     for name, command in (("one", [sys.executable]), ("two", launch)):
         done = subprocess.run(
             [*command, "-m", "cla_convert.cli", *words, "--out", str(tmp_path / name)],
-            capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True, text=True, timeout=500, env=os.environ | {"OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         outputs.append(json.loads(done.stdout))  # one object: one process speaks

@@ -72,6 +72,8 @@ def test_a_bar_ends_whole_unless_the_work_failed(monkeypatch: pytest.MonkeyPatch
 
 def test_steps_move_the_innermost_bar_that_counts_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setattr(bars.time, "monotonic", lambda: 100.0)  # however long ago something was said
+    monkeypatch.setattr(bars, "_last_line", 100.0)
     with console.progress(9, "outer", counts="rows") as outer, console.progress(9, "inner", counts="steps") as inner:
         bars.tick("rows", 2)
         bars.tick("steps", 3)
@@ -167,3 +169,16 @@ def test_a_bar_beats_while_a_step_takes_long(monkeypatch: pytest.MonkeyPatch) ->
     with console.waiting("importing") as bar:
         bar.note("torch")
         wait_for(lambda: re.search(r"importing [-\\|/] 00:\d\d, torch", terminal.getvalue()))
+
+
+def test_a_bar_that_has_ended_beats_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that lets it beat may have picked it just before."""
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    monkeypatch.setattr(bars, "_BEAT", -1.0)
+    monkeypatch.setattr(bars._Heart, "begin", lambda: None)
+    with console.progress(2, "reading", unit="row") as bar:
+        bar.beat()  # type: ignore[attr-defined]
+    shown = terminal.getvalue()
+    assert "reading -:" in shown
+    bar.beat()  # type: ignore[attr-defined]
+    assert terminal.getvalue() == shown

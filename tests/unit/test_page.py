@@ -336,5 +336,5 @@ def screenshot(folder: Path, url: str, width: int, height: int, scheme: str) -> 
     dark = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
     command = [CHROMIUM or "", *FLAGS, *dark, f"--user-data-dir={folder / f'profile-{scheme}-{width}'}",
                f"--window-size={width},{height}", f"--screenshot={out}", url]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
     return np.asarray(Image.open(out).convert("RGB"))
