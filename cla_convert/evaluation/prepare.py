@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +59,9 @@ def prepare(spec: Evaluate, seed: int, model_dir: Path | None = None) -> list[Pr
         prepared: list[Prepared] = []
         for name in names:
             bar.note(name)
-            prepared.append(_prepared(manager, name, limits[name], spec, seed, sources, model_dir))
+            build = partial(_prepare, manager, name, limits[name], spec, seed, sources, model_dir)
+            origin = None if name in retrieval.names() else _origin(name, limits[name], spec, seed, sources)
+            prepared.append(_once(origin, build) if origin else build())
             bar.update()
         return prepared
 
@@ -121,28 +125,18 @@ _built: dict[str, Prepared] = {}
 three models the same."""
 
 
-def _prepared(
-    manager: Any,
-    name: str,
-    limit: int | None,
-    spec: Evaluate,
-    seed: int,
-    sources: Sources,
-    model_dir: Path | None,
-) -> Prepared:
-    """Built once, unless a model's context and tokenizer decide the documents."""
-    if name in retrieval.names():
-        return _prepare(manager, name, limit, spec, seed, sources, model_dir)
-    read = sources.local.get(name)
-    files = [(path.name, state.st_mtime_ns, state.st_size) for path, state in _states(read)]
-    key = json.dumps([name, limit, seed, spec.model_dump(mode="json"), str(read), files])
-    if key not in _built:
-        _built[key] = _prepare(manager, name, limit, spec, seed, sources, model_dir)
-    return _built[key]
+def _once(built_from: str, build: Callable[[], Prepared]) -> Prepared:
+    if built_from not in _built:
+        _built[built_from] = build()
+    return _built[built_from]
 
 
-def _states(folder: Path | None) -> list[tuple[Path, os.stat_result]]:
-    return [(path, path.stat()) for path in sorted(folder.iterdir())] if folder else []
+def _origin(name: str, limit: int | None, spec: Evaluate, seed: int, sources: Sources) -> str:
+    """All that a task is built from, where no model's context and tokenizer decide its documents."""
+    folder = sources.local.get(name)
+    states = [(file.name, file.stat()) for file in sorted(folder.iterdir())] if folder else []
+    files = [(file, state.st_mtime_ns, state.st_size) for file, state in states]
+    return json.dumps([name, limit, seed, spec.model_dump(mode="json"), str(folder), files])
 
 
 def _prepare(
