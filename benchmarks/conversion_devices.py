@@ -23,6 +23,9 @@ from shapes import SHAPES
 from streaming_memory import make_source
 
 SHARING = "cla2-keep-ends"
+SIZES = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+          "head_dim", "vocab_size", "tie_word_embeddings", "rms_norm_eps"}  # fmt: skip
+"""Of a shape, what makes a Llama."""
 
 
 def convert(source: Path, out: Path, devices: list[str], options: argparse.Namespace) -> dict[str, Any]:
@@ -91,7 +94,7 @@ def main() -> None:
     if not source.exists():
         shape = SHAPES[options.shape] | ({"num_hidden_layers": options.layers} if options.layers else {})
         started = time.monotonic()
-        make_source(source, {k: v for k, v in shape.items() if k in _SIZES}, 5_000_000_000, several[0][0])
+        make_source(source, {k: v for k, v in shape.items() if k in SIZES}, 5_000_000_000, several[0][0])
         print(f"made {source} in {time.monotonic() - started:.0f} s", flush=True)
     results = []
     for number, out in enumerate(outs):
@@ -106,9 +109,6 @@ def main() -> None:
     for out in outs:
         shutil.rmtree(out)
 
-
-_SIZES = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-          "head_dim", "vocab_size", "tie_word_embeddings", "rms_norm_eps"}  # fmt: skip
 
 if __name__ == "__main__":
     main()
