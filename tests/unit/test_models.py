@@ -257,7 +257,7 @@ def test_attention_implementations_agree(case, ids):
 
 
 def test_flex_attention_agrees():
-    """Of rows of 128 tokens: torch's kernel for processors without AVX-512 is wrong, or NaN, for shorter ones."""
+    """Of rows of 128 tokens: torch's kernel for processors without AVX-512 is wrong, or NaN, for some shorter ones."""
     ids = torch.randint(2, 258, (2, 128), generator=torch.Generator().manual_seed(1))
     model = cla_model("llama", MAPS["cla2-keep-ends"], head_dim=16)
     with torch.inference_mode():
