@@ -85,7 +85,7 @@ def dry_run(
     check_same_recipe(folder, recipe, overwrite, allow_changes)
     say(introduction)
     check(recipe, folder)
-    return checked_plan(recipe, folder)
+    return checked_plan(recipe, folder, anew=overwrite)
 
 
 STAGES = ("plan", "convert", "uptrain", "eval", "report")

@@ -74,6 +74,8 @@ class PlanResult(Result):
     output_bytes: int
     memory_bytes: int
     warnings: list[str]
+    auto: Json | None = None
+    """What `sharing: auto` measured."""
 
 
 class ConvertResult(PlanResult):

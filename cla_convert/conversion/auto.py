@@ -5,7 +5,7 @@ First what each group costs alone, once for all budgets; then the maps that look
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -55,6 +55,15 @@ class Choice:
             ],
             "damage": [asdict(entry) for entry in self.sensitivity],
         }
+
+    @classmethod
+    def from_json(cls, told: Mapping[str, Any]) -> "Choice":
+        """What `to_json` told of it."""
+        from .sensitivity import Sensitivity
+
+        maps = [Sensitivity(tuple(one["kv_source_layers"]), one["kl"], one["delta_nll"]) for one in told["finalists"]]
+        groups = [Sensitivity(tuple(one["layers"]), one["kl"], one["delta_nll"]) for one in told["damage"]]
+        return cls(told["kv_budget"], maps, groups)
 
     def render(self) -> str:
         """The table of sensitivities: a line for each first layer, a column for each size of group."""

@@ -34,20 +34,25 @@ def plan(recipe: Recipe, folder: RunFolder) -> PlanResult:
         return result if folder.plan.read() == result else folder.plan.write(result)
 
 
-def checked_plan(recipe: Recipe, folder: RunFolder) -> "Plan":
-    """The same, and nothing is written."""
-    the_plan = plan_of(recipe, folder)
+def checked_plan(recipe: Recipe, folder: RunFolder, *, anew: bool) -> "Plan":
+    """The same, and nothing is written; `anew`: as if the folder were empty."""
+    the_plan = plan_of(recipe, folder, anew=anew)
     _check_memory(recipe, folder, the_plan)
     return the_plan
 
 
-def plan_of(recipe: Recipe, folder: RunFolder) -> "Plan":
-    """The conversion plan of a recipe; `sharing: auto` measures first. Raises UsageError, InputError."""
+def plan_of(recipe: Recipe, folder: RunFolder, *, anew: bool = False) -> "Plan":
+    """The conversion plan of a recipe; `sharing: auto` measures first. Raises UsageError, InputError.
+
+    A folder whose model is converted keeps the map that was chosen for it, also where training goes on with other text
+    or more of it than the choice was measured on; not if it is to be made `anew`.
+    """
     from ..models.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.open(folder.source(recipe))
     _check(recipe, checkpoint)
-    return _plan(recipe, checkpoint, _choice(recipe, folder, checkpoint))
+    chosen = None if anew else _chosen_before(folder)
+    return _plan(recipe, checkpoint, chosen or _choice(recipe, folder, checkpoint))
 
 
 def preview(recipe: Recipe, folder: RunFolder) -> "Plan":
@@ -90,6 +95,14 @@ def _plan(recipe: Recipe, checkpoint: "Checkpoint", choice: "Choice | None") -> 
         calibration_tokens=calibration_tokens(recipe, checkpoint, pick_device(recipe.device)),
         choice=choice,
     )
+
+
+def _chosen_before(folder: RunFolder) -> "Choice | None":
+    """What `sharing: auto` chose for the model that lies there."""
+    from ..conversion.auto import Choice
+
+    done = folder.convert.read() if folder.converted.exists() else None
+    return Choice.from_json(done.auto) if done and done.auto else None
 
 
 def _choice(recipe: Recipe, folder: RunFolder, checkpoint: "Checkpoint") -> "Choice | None":

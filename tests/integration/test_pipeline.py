@@ -85,6 +85,29 @@ def test_training_that_will_not_fit_is_refused_in_the_plan(tmp_path, tiny_llama,
     pipeline.run(untrained, tmp_path / "other", until="plan")
 
 
+def test_a_map_that_was_measured_is_not_measured_again_on_other_text(tmp_path, tiny_llama, capsys):
+    """It belongs to the model that lies there: a second choice costs minutes, and may be another map."""
+    sets = [
+        f"source.model={tiny_llama}", *SMALL, "device=cpu", "convert.init=calibrated", "convert.sharing=auto",
+        "convert.calibration={tokens: 768, sequence_length: 64, steps: 1}",
+    ]  # fmt: skip
+    recipe = load_recipe(find_recipe("demo"), [*sets, "train.tokens=0"]).recipe
+    pipeline.run(recipe, tmp_path / "run", until="convert")
+    planned = (tmp_path / "run" / "plan.json").read_text()
+    assert "calibrating on" in capsys.readouterr().err and '"auto"' in planned
+    text = tmp_path / "other.jsonl"
+    text.write_text("".join(json.dumps({"text": f"{number} " * 300}) + "\n" for number in range(40)))
+    longer = load_recipe(find_recipe("demo"), [*sets, f"data.sources=[{{path: {text}}}]"]).recipe
+    changes = {"overwrite": False, "allow_changes": ["train", "data"]}
+    dry = pipeline.dry_run(longer, tmp_path / "run", **changes)
+    pipeline.run(longer, tmp_path / "run", until="plan", allow_changes=changes["allow_changes"])
+    assert "calibrating on" not in capsys.readouterr().err
+    assert (tmp_path / "run" / "plan.json").read_text() == planned
+    assert json.loads(json.dumps(dry.to_json())) == json.loads(planned)
+    pipeline.dry_run(longer, tmp_path / "run", overwrite=True, allow_changes=[])
+    assert "calibrating on" in capsys.readouterr().err
+
+
 def test_a_run_folder_is_one_process_s(tmp_path, tiny_llama):
     with alone_in(tmp_path / "run"):
         done = cla(*line(tiny_llama, tmp_path / "run"), "--until", "plan")
