@@ -6,6 +6,8 @@ from typing import Any
 from ..files import read_json
 from ..models.checkpoint import Checkpoint
 
+LOGITS = 2**29
+"""Of a forward pass on an accelerator at most, where short requests take little longer together: 2 GiB in float32."""
 CHARACTERS_PER_TOKEN = 4
 """Only for progress bars, which count tokens before a tokenizer has."""
 

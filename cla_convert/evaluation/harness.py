@@ -22,7 +22,7 @@ from ..recipe import Evaluate
 from ..run_folder import PointFolder
 from .backend import engine_settings, load_backend
 from .batch import out_of_memory
-from .context import CHARACTERS_PER_TOKEN, generation_of
+from .context import CHARACTERS_PER_TOKEN, LOGITS, generation_of
 from .prepare import Prepared, prepare, reset
 from .quiet import quiet
 from .results import digest, finished, store, summary
@@ -119,14 +119,16 @@ def common_settings(spec: Evaluate, dtype: str, device: str, seed: int, processe
     """What all tasks of a specification share. Versions belong to it: scores may move with them; which of several
     GPUs it was, and over how many a model lies, does not.
     """
+    kind = device.partition(":")[0]
+    together = {"rolling_batch_size": 1} if kind == "cpu" or spec.backend == "vllm" else {"logits_at_once": LOGITS}
     packages = ["lm-eval", "torch", "transformers", "tokenizers", *(["vllm"] if spec.backend == "vllm" else [])]
     return {
         "backend": {spec.backend: engine_settings(spec) if spec.backend == "vllm" else {}},
         "batch_size": spec.batch_size,
-        "rolling_batch_size": 1,
+        **together,
         "max_length": spec.max_length,
         "dtype": dtype,
-        "device": device.partition(":")[0],
+        "device": kind,
         "processes": processes,
         "seed": seed,
         "versions": {name: version(name) for name in packages},

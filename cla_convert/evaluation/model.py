@@ -1,5 +1,7 @@
 """The model as lm-eval sees it: HFLM on a live model, with our progress bar and bounded memory."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -7,18 +9,25 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from .batch import BatchTooLarge, out_of_memory, too_long
-from .context import fed_tokens
+from .context import LOGITS, fed_tokens
 from .metered import Metered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+Request = tuple[Any, list[int], list[int]]
+"""As lm-eval has it: its text, the context's tokens, the answer's."""
 Base: Any = HFLM  # its registration decorator hides the class from type checkers
 
 
 class MeteredLM(Metered, Base):
-    """HFLM that reports tokens as it goes, and counts the requests that it had to shorten."""
+    """HFLM that reports tokens as it goes, and counts the requests that it had to shorten.
+
+    With `logits`, requests are put together by their tokens: as many as make so many logits, and no more tokens than
+    `batch_size` of the longest contexts have. A GPU takes little longer for a hundred short ones than for one, and what
+    it computes for each layer has to be launched once.
+    """
 
     def __init__(
         self,
@@ -27,30 +36,72 @@ class MeteredLM(Metered, Base):
         *,
         batch_size: int,
         context: int,
+        logits: int = 0,
         accelerator: Any = None,
     ) -> None:
         # The batch size must be given here: simple_evaluate ignores its own with a model object.
         super().__init__(
             context=context, pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=context
         )
+        self.together = min(logits // model.config.get_text_config().vocab_size, batch_size * context)
+        """Tokens of a forward pass; 0: as many rows as the batch size says, however short."""
         if accelerator is not None:  # with a model object lm-eval leaves this to the caller
             self.accelerator = accelerator
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
 
+    def _loglikelihood_tokens(self, requests: Sequence[Request], disable_tqdm: bool = False, **options: Any) -> Any:
+        answers: dict[int, Any] = {}
+        for numbers, rows in self._batches(requests):
+            with self._batch_size(rows):
+                some = super()._loglikelihood_tokens([requests[number] for number in numbers], **options)
+            answers |= zip(numbers, some, strict=True)
+        return [answers[number] for number in range(len(requests))]
+
+    def _batches(self, requests: Sequence[Request]) -> Iterator[tuple[list[int], int]]:
+        """Numbers of requests that go together, the longest first, and the rows that they make.
+
+        Answers to the same context that differ in their last token share a row, as HFLM has it. It reads the wrong
+        positions where the same tokens are divided elsewhere into context and answer, so such never go together.
+        """
+        fed = [(*context, *answer[:-1])[-self.context :] for _, context, answer in requests]
+        numbers, rows, room = list[int](), 0, 0
+        order = ((-len(tokens), tokens, len(requests[number][2]), number) for number, tokens in enumerate(fed))
+        last: tuple[Any, int] | None = None
+        for _, tokens, answer, number in sorted(order):
+            new = last is None or last[0] != tokens
+            if numbers and (rows == room if new else last != (tokens, answer)):
+                yield numbers, rows
+                numbers, rows, new = [], 0, True
+            if not numbers:
+                room = max(1, self.together // max(1, len(tokens))) if self.together else self.batch_size
+            rows += new
+            numbers.append(number)
+            last = tokens, answer
+        if numbers:
+            yield numbers, rows
+
+    @contextmanager
+    def _batch_size(self, size: int) -> Iterator[None]:
+        before, self.batch_size_per_gpu = self.batch_size_per_gpu, size
+        try:
+            yield
+        finally:
+            self.batch_size_per_gpu = before
+
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
-        """As HFLM, one window at a time.
+        """As HFLM, so many windows at a time as `together` allows, or one.
 
         HFLM holds logits and log-probabilities of a whole batch, 2 x batch x window x vocabulary floats: with 8
         windows of 2048 tokens and a vocabulary of 256k that is 34 GB, for nothing, because one window fills a device.
         """
-        batch_size, self.batch_size_per_gpu = self.batch_size_per_gpu, 1
+        windows = max(1, self.together // self.context)
         try:
-            with out_of_memory():
+            with out_of_memory(), self._batch_size(windows):
                 return super().loglikelihood_rolling(requests)
-        except BatchTooLarge as error:  # a smaller batch would change nothing
-            raise too_long() from error
-        finally:
-            self.batch_size_per_gpu = batch_size
+        except BatchTooLarge as error:
+            if windows > 1:
+                raise
+            raise too_long() from error  # a smaller batch would change nothing
 
     def truncated_everywhere(self) -> int:
         """Shortened requests, over all processes."""
@@ -62,6 +113,11 @@ class MeteredLM(Metered, Base):
         logits = super()._model_call(inps, *args, **kwargs)
         self.on_tokens(inps.numel())
         return logits
+
+
+def logits_at_once(device: str) -> int:
+    """Logits of a forward pass; 0 on a CPU, where a batch takes as long as its tokens do one after the other."""
+    return 0 if device.partition(":")[0] == "cpu" else LOGITS
 
 
 def load(
@@ -76,4 +132,11 @@ def load(
     context = fed_tokens(model.config, max_length)
     tokenizer = load_tokenizer(model_dir)
     with loading(f"lm-eval cannot use the model in {model_dir}", "Check its config.json and its tokenizer."):
-        return MeteredLM(model, tokenizer, batch_size=batch_size, context=context, accelerator=accelerator)
+        return MeteredLM(
+            model,
+            tokenizer,
+            batch_size=batch_size,
+            context=context,
+            logits=logits_at_once(device),
+            accelerator=accelerator,
+        )

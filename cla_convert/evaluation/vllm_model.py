@@ -19,14 +19,11 @@ from ..environment import available_memory
 from ..errors import InputError, UsageError
 from ..models.checkpoint import Checkpoint
 from ..serving.plugin import register
-from .context import fed_tokens
+from .context import LOGITS, fed_tokens
 from .metered import Metered
 
 REQUESTS = 1024
 """Handed to vLLM at a time; it forms batches by itself."""
-LOGITS = 2**29
-"""Logits of a forward pass at most, 2 GiB in float32: log-probabilities of a prompt take all of them, which vLLM does
-not count when it measures how much memory the cache may have."""
 SPARE = 2
 """Positions beyond what is fed, for the last token of an answer and the one token that vLLM must generate."""
 ENGINE = {"model_impl": "transformers", "enforce_eager": True, "enable_prefix_caching": False}
@@ -84,6 +81,7 @@ def load_vllm(model_dir: Path, *, device: str, dtype: str, max_length: int, seed
     config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
     built_for = getattr(config.get_text_config(), "max_position_embeddings", None) or max_length + SPARE
     context = min(fed_tokens(config, max_length), built_for - SPARE)
+    # Log-probabilities of a prompt take all of its logits, which vLLM does not count when it measures what is free.
     together = max(context + SPARE, LOGITS // config.get_text_config().vocab_size)
     arguments = {
         **ENGINE,

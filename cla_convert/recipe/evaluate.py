@@ -60,7 +60,8 @@ class Evaluate(Section):
     """Few-shot examples. None: the task's own default."""
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 8
     """Requests per forward pass, the same at every point, because scores can move with it. auto: the largest power of
-    two up to 64 that fits, found once on the source model (on a CPU: 8). One that does not fit is refused."""
+    two up to 64 that fits, found once on the source model (on a CPU: 8). One that does not fit is refused. On a GPU it
+    counts the longest contexts: of shorter requests, as many tokens go together."""
     backend: Literal["hf", "vllm"] = "hf"
     """What scores the tasks, at every point: transformers, or vLLM where it is installed, which forms batches by itself
     (docs/evaluation.md)."""

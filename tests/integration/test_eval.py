@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import re
 import shutil
 import socket
@@ -10,13 +11,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lm_eval.api.instance import Instance
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 import cla_convert.evaluation.model as model_module
 from cla_convert.errors import InputError, UsageError
 from cla_convert.evaluation import harness
 from cla_convert.evaluation.cache import measure_kv_cache
-from cla_convert.evaluation.harness import check_tasks
+from cla_convert.evaluation.harness import check_tasks, common_settings
+from cla_convert.evaluation.model import MeteredLM
 from cla_convert.evaluation.paired import compare
 from cla_convert.evaluation.prepare import Prepared
 from cla_convert.evaluation.room import check_room
@@ -259,3 +262,63 @@ def test_a_full_sliding_window_stops_growing(tmp_path: Path):
     assert (found["sliding_layers"], found["full_layers"], found["cached_layers"]) == (3, 3, 4)
     assert found["bytes_per_token"] == 2 * 8 * 4  # only the full-attention layer grows
     assert found["measured_bytes"] > 32 * found["bytes_per_token"]
+
+
+@pytest.fixture(scope="module")
+def mixed_requests() -> list[tuple[tuple[str, str], list[int], list[int]]]:
+    """Contexts of 1 to 40 tokens, some with four answers of a token, some with longer ones; in no order."""
+    draw = random.Random(0)
+    contexts = [[draw.randrange(2, 258) for _ in range(draw.randint(1, 40))] for _ in range(60)]
+    pairs = [
+        (context, [draw.randrange(2, 258) for _ in range(length)])
+        for context in contexts
+        for length in draw.choice([[1] * 4, [3, 5]])
+    ]
+    draw.shuffle(pairs)
+    return [((str(context), str(answer)), context, answer) for context, answer in pairs]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 1000])
+def test_requests_that_go_together_by_their_tokens_are_scored_alike(
+    tiny_llama: Path, mixed_requests: list, batch_size: int, monkeypatch: pytest.MonkeyPatch
+):
+    """As on an accelerator: no more tokens at a time than are allowed, every row once, the same answers."""
+    shapes: list[tuple[int, int]] = []
+    original = MeteredLM._model_call
+    monkeypatch.setattr(
+        MeteredLM, "_model_call", lambda lm, ids: (shapes.append(tuple(ids.shape)), original(lm, ids))[1]
+    )
+    model, tokenizer = load_model(tiny_llama, dtype="float32", device="cpu"), load_tokenizer(tiny_llama)
+    alone = MeteredLM(model, tokenizer, batch_size=1, context=32)
+    wanted = alone._loglikelihood_tokens(mixed_requests)
+    rows, shapes[:] = sum(count for count, _ in shapes), []
+    lm = MeteredLM(model, tokenizer, batch_size=batch_size, context=32, logits=128 * model.config.vocab_size)
+    found = lm._loglikelihood_tokens(mixed_requests)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in wanted]
+    assert [score for score, _ in found] == pytest.approx([score for score, _ in wanted], abs=1e-4)
+    most = min(128, batch_size * 32)
+    assert all(count * length <= most or count == 1 for count, length in shapes), shapes
+    assert sum(count for count, _ in shapes) == rows
+    assert len(shapes) < rows * 25 / most
+    assert lm.truncated == alone.truncated > 0
+    texts = [Instance("loglikelihood_rolling", {}, ("word " * count,), 0) for count in (3, 40, 90)]
+    shapes.clear()
+    assert lm.loglikelihood_rolling(texts) == pytest.approx(alone.loglikelihood_rolling(texts), abs=1e-3)
+    assert max(count for count, _ in shapes) == most // 32
+
+
+@pytest.mark.parametrize("logits", [0, 2**20])
+def test_the_same_tokens_may_be_divided_anywhere_into_context_and_answer(tiny_llama: Path, logits: int):
+    """lm-eval takes them for one row, and the scores of the shorter answer from the wrong end of it."""
+    model, tokenizer = load_model(tiny_llama, dtype="float32", device="cpu"), load_tokenizer(tiny_llama)
+    lm = MeteredLM(model, tokenizer, batch_size=8, context=32, logits=logits)
+    tokens = list(range(2, 22))
+    requests = [(None, tokens[:at], [*tokens[at:], last]) for at in (5, 12, 19) for last in (30, 40)]
+    alone = [lm._loglikelihood_tokens([request])[0][0] for request in requests]
+    assert [score for score, _ in lm._loglikelihood_tokens(requests)] == pytest.approx(alone, abs=1e-4)
+
+
+def test_how_requests_go_together_is_part_of_the_specification():
+    one, other = (common_settings(SPEC, "float32", device, 0) for device in ("cpu", "cuda:1"))
+    assert one["rolling_batch_size"] == 1 and model_module.logits_at_once("cpu") == 0
+    assert other["logits_at_once"] == model_module.logits_at_once("cuda:1") > 0
