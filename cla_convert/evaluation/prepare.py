@@ -194,6 +194,21 @@ def _configure(task: Any, spec: Evaluate, seed: int) -> None:
     if default is None or (spec.num_fewshot is not None and default != 0):
         task.set_config(key="num_fewshot", value=spec.num_fewshot or 0)
     task.set_fewshot_seed(seed=seed)
+    _leave_itself_out(task)
+
+
+def _leave_itself_out(task: Any) -> None:
+    """See to it that no document is among its own few-shot examples, answer and all.
+
+    lm-eval leaves it out only where the names of both splits are equal, and examples may come from the rows that are
+    evaluated without being named: where a task has, or was given, no others.
+    """
+    examples, config = getattr(task, "fewshot_cfg", None), task.config
+    if examples is None or (examples.split is None and examples.samples is not None):  # not from a split
+        return
+    drawn = examples.split or config.training_split or config.validation_split or config.test_split
+    if drawn == (config.test_split or config.validation_split):
+        examples.split = config.test_split  # the examples themselves are read already
 
 
 def reset(prepared: Prepared, seed: int) -> None:

@@ -171,6 +171,28 @@ def test_few_shot_examples_depend_on_the_seed_only():
     assert a["num_fewshot"] == [2]
 
 
+@pytest.mark.parametrize(
+    ("name", "splits"),
+    [("arc_easy", ""), ("openbookqa", ""), ("hellaswag", ""), ("named", "fewshot_split: validation\n")],
+)
+def test_no_document_is_an_example_of_itself(
+    name: str, splits: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """lm-eval takes examples from the rows that are evaluated where there are no others, or where a task says so."""
+    (tmp_path / "named.yaml").write_text(f"include: {pack.FOLDER / 'piqa.yaml'}\ntask: named\n{splits}")
+    original = TaskManager.__init__
+
+    def init(self, include_path=None, include_defaults=True):
+        original(self, include_path=[str(tmp_path), *(include_path or [])], include_defaults=False)
+
+    monkeypatch.setattr(TaskManager, "__init__", init)
+    with quiet():
+        task = prepare(Evaluate(tasks=[name], num_fewshot=5), seed=0)[0].tasks["tasks"][name]
+    asked = {instance.doc_id: (task.doc_to_text(instance.doc), instance.args[0]) for instance in task.instances}
+    assert len(asked) == 250
+    assert not [document for document, (question, prompt) in asked.items() if prompt.count(question) != 1]
+
+
 @pytest.fixture
 def small_index(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stock tasks reduced to one folder: indexing all of lm-eval takes several seconds."""
