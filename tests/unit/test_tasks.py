@@ -175,9 +175,7 @@ def test_few_shot_examples_depend_on_the_seed_only():
     ("name", "splits"),
     [("arc_easy", ""), ("openbookqa", ""), ("hellaswag", ""), ("named", "fewshot_split: validation\n")],
 )
-def test_no_document_is_an_example_of_itself(
-    name: str, splits: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
+def test_no_document_is_an_example_of_itself(name: str, splits: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """lm-eval takes examples from the rows that are evaluated where there are no others, or where a task says so."""
     (tmp_path / "named.yaml").write_text(f"include: {pack.FOLDER / 'piqa.yaml'}\ntask: named\n{splits}")
     original = TaskManager.__init__
