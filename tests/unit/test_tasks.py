@@ -1,6 +1,7 @@
 """The offline pack is the stock tasks on fewer rows: every prompt, target and metric is compared with lm-eval's own."""
 
 import hashlib
+import json
 import logging
 import pickle
 import re
@@ -148,6 +149,19 @@ def tagged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         original(self, include_path=[str(tmp_path), *(include_path or [])], include_defaults=False)
 
     monkeypatch.setattr(TaskManager, "__init__", init)
+
+
+@pytest.mark.usefixtures("tagged")
+@pytest.mark.parametrize("folder", ["outer", "inner"])
+def test_local_rows_that_a_group_would_not_read_are_refused(folder: str, tmp_path: Path):
+    sets = tmp_path / "sets"
+    (sets / folder).mkdir(parents=True)
+    (sets / folder / "validation.jsonl").write_text(json.dumps(pack.read("piqa")[0]))
+    with pytest.raises(UsageError, match=f"local rows of {folder} are not read for the group 'outer'"), quiet():
+        prepare(Evaluate(tasks=["outer"], task_data=str(sets)), seed=0)
+    (sets / folder).rename(sets / "red")
+    spec = Evaluate(tasks=["colours", "outer"], limit=1, task_data=str(sets))
+    assert [task.frozen["source"] for task in prepare(spec, seed=0)] == ["lm-eval", "local files", "lm-eval"]
 
 
 @pytest.mark.usefixtures("tagged")
