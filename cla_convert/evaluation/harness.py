@@ -180,7 +180,7 @@ def _run_task(task: Prepared, lm: Any, bar: Any, seed: int) -> dict[str, Any]:
     if output is None:  # the results are with the first process
         return {}
     if truncated:
-        warn(f"{task.name}: {truncated} requests exceed {lm.context} tokens and lost their start")
+        warn(f"{task.name}: {truncated} requests exceed {lm.context} tokens with their answers and lost their start")
     values, stderr = scores(output["results"][task.name])
     return {
         "task": task.name, "scores": values, "stderr": stderr, "n": task.frozen["n"],

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
 
 from ..errors import InputError
 
@@ -31,6 +32,7 @@ class Metered(Base):
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
         """As the model class, without its bar."""
+        self.truncated += sum(map(self._loses_its_start, requests))
         return super().generate_until(requests, disable_tqdm=True)
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
@@ -40,6 +42,12 @@ class Metered(Base):
     def truncated_everywhere(self) -> int:
         """Shortened requests, over all processes."""
         return self.truncated
+
+    def _loses_its_start(self, request: Any) -> bool:
+        """Whether a prompt leaves no room for all that may be generated after it: lm-eval then shortens it."""
+        prompt, options = request.args
+        answer = normalize_gen_kwargs(options, self.max_gen_toks).get("max_gen_toks", self.max_gen_toks)
+        return len(self.tok_encode(prompt)) > self.max_length - answer
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **options: Any) -> Any:
         longest = max(len(target) for _, _, target in requests)

@@ -83,9 +83,17 @@ def compare(before: dict[str, Any], after: dict[str, Any], *, margin: float = 0.
         comparison = _compare_metric(before["task"], metric, rows, margin, seed)
         if comparison is None:
             comparison = _of_corpus(before, after, metric, len(rows))
-        better = before.get("higher_is_better", {}).get(metric, True)
-        found.append(comparison if better else replace(comparison, verdict=""))
+        # lm-eval says it of a metric, which may come through several filters: `ter,first` is of `ter`.
+        better = before.get("higher_is_better", {}).get(metric.partition(",")[0], True)
+        found.append(comparison if better else _turned(comparison))
     return found
+
+
+def _turned(comparison: Comparison) -> Comparison:
+    """Of a metric where less is better: no accuracy has its margin. Likelihoods know by themselves what is worse."""
+    if comparison.kind == "likelihood":
+        return replace(comparison, verdict="")
+    return replace(comparison, verdict="", lost=comparison.gained, gained=comparison.lost)
 
 
 def pair(before: dict[str, Any], after: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -15,7 +15,7 @@ from ..recipe import Evaluate
 from . import retrieval
 from .local_rows import local_splits, missing_columns
 from .retrieval.documents import retrieval_rows
-from .stock_tasks import declared, manager_for
+from .stock_tasks import declared, manager_for, parts_of
 from .tasks import pack
 
 _LAYOUT = "Columns are those of the data set that the stock task reads from the hub (docs/evaluation.md)."
@@ -52,6 +52,7 @@ def prepare(spec: Evaluate, seed: int, model_dir: Path | None = None) -> list[Pr
         raise UsageError("No tasks to evaluate", fix=f"The offline pack has {', '.join(pack.names())}")
     sources = Sources.of(spec)
     manager = _manager(sources, names)
+    _refuse_unread(manager, names, sources)
     asked = [(name, requested) for requested in names for name in _expand(manager, requested, spec)]
     limits = {name: _limit(name, requested, spec) for name, requested in reversed(asked)}
     names = [name for name in dict.fromkeys(name for name, _ in asked) if model_dir or name not in retrieval.names()]
@@ -95,6 +96,17 @@ class Sources:
 def _manager(sources: Sources, names: list[str]) -> Any:
     folders = [str(pack.FOLDER), str(retrieval.FOLDER)] if sources.shipped else [str(retrieval.FOLDER)]
     return manager_for(set(names) - sources.shipped - set(retrieval.names()), folders)
+
+
+def _refuse_unread(manager: Any, names: list[str], sources: Sources) -> None:
+    """Raise UsageError for local rows of a group or of its parts: lm-eval reads all of it from the hub."""
+    for name in names:
+        if name in manager.all_groups and (unread := ({name} | parts_of(manager, name)) & sources.local.keys()):
+            raise UsageError(
+                f"The local rows of {', '.join(sorted(unread))} are not read for the group {name!r}",
+                why="eval.task_data is for tasks that are evaluated by themselves.",
+                fix="Name the tasks instead of the group, or take their folders out of eval.task_data.",
+            )
 
 
 def _expand(manager: Any, name: str, spec: Evaluate) -> list[str]:
@@ -194,6 +206,21 @@ def _configure(task: Any, spec: Evaluate, seed: int) -> None:
     if default is None or (spec.num_fewshot is not None and default != 0):
         task.set_config(key="num_fewshot", value=spec.num_fewshot or 0)
     task.set_fewshot_seed(seed=seed)
+    _leave_itself_out(task)
+
+
+def _leave_itself_out(task: Any) -> None:
+    """See to it that no document is among its own few-shot examples, answer and all.
+
+    lm-eval leaves it out only where the names of both splits are equal, and examples may come from the rows that are
+    evaluated without being named: where a task has, or was given, no others.
+    """
+    examples, config = getattr(task, "fewshot_cfg", None), task.config
+    if examples is None or (examples.split is None and examples.samples is not None):  # not from a split
+        return
+    drawn = examples.split or config.training_split or config.validation_split or config.test_split
+    if drawn == (config.test_split or config.validation_split):
+        examples.split = config.test_split  # the examples themselves are read already
 
 
 def reset(prepared: Prepared, seed: int) -> None:

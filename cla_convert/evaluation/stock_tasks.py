@@ -59,8 +59,12 @@ def _naming(name: str) -> set[Path]:
 
 def _lacking(manager: Any, name: str) -> set[str]:
     """What is not known of a task or, of a group, of all that it consists of."""
-    if name not in manager.task_index:
-        return {name}
-    parts = (manager.task_index[name].cfg or {}).get("task") if name in manager.all_groups else None
-    inner = [part.get("task", part.get("group")) if isinstance(part, dict) else part for part in parts or []]
-    return {one for part in inner if isinstance(part, str) and part != name for one in _lacking(manager, part)}
+    return {one for one in {name} | parts_of(manager, name) if one not in manager.task_index}
+
+
+def parts_of(manager: Any, name: str) -> set[str]:
+    """Names of the tasks and groups that a group consists of, at any depth; none of a task."""
+    listed = (manager.task_index[name].cfg or {}).get("task") if name in manager.all_groups else None
+    inner = [part.get("task", part.get("group")) if isinstance(part, dict) else part for part in listed or []]
+    found = {part for part in inner if isinstance(part, str) and part != name}
+    return found.union(*(parts_of(manager, part) for part in found))

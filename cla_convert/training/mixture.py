@@ -5,8 +5,8 @@ the weights hold whatever the sizes; if all hold less, the whole is as long as t
 round again. Held-out text is never repeated.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import ceil
 from pathlib import Path
@@ -32,6 +32,11 @@ class Part:
     tail: int = 0
     """Held-out tokens that are the end of the training text, for want of documents."""
 
+    @property
+    def one_sided(self) -> bool:
+        """Whether all of it fell on one side, and something is wanted of both."""
+        return self.train.lacking != self.held_out.lacking
+
 
 @dataclass(frozen=True)
 class Mixture:
@@ -56,10 +61,9 @@ class Mixture:
         weights = [source.weight for source in self.sources]
         limits = zip(shares(self.tokens, weights), shares(self.held_out_tokens, weights), strict=True)
         with progress(self.tokens + self.held_out_tokens, "tokenising", unit="tok") as bar:
-            parts = [
-                self._read(source, *limit, folder / f"{number}", bar)
-                for number, (source, limit) in enumerate(zip(self.sources, limits, strict=True))
-            ]
+            parts: list[Part] = []
+            for number, (source, limit) in enumerate(zip(self.sources, limits, strict=True)):
+                parts.append(self._read(source, *limit, folder / f"{number}", bar, parts))
         targets = balanced([part.train.tokens for part in parts], [part.train.limit for part in parts])
         starts = _join([part.train for part in parts], targets, folder / "train.bin")
         (folder / "starts.bin").write_bytes(starts.data)
@@ -69,52 +73,65 @@ class Mixture:
             Path(side.file.name).unlink()
         return _info(parts, targets, [self._about(source) for source in self.sources])
 
-    def _read(self, source: TextSource, tokens: int, held_out_tokens: int, path: Path, bar: Any) -> Part:
-        """Read a source up to its share.
+    def _read(
+        self, source: TextSource, tokens: int, held_out_tokens: int, path: Path, bar: Any, before: Sequence[Part]
+    ) -> Part:
+        """Read a source up to its share. Text that was read `before` stays on the side on which it is.
 
         Where it has so few documents that all fall on one side, those with the smallest hashes are held out; of a
-        single document its end is.
+        single document, however often it is repeated, its end is.
         """
         dtype = token_dtype(self.tokenizer)
         with Path(f"{path}.train").open("w+b") as file, Path(f"{path}.held_out").open("w+b") as other:
-            train, held_out = Side(tokens, file, dtype), Side(held_out_tokens, other, dtype)
-            split, tail = ByShare(self.seed, self.share), 0
-            self._fill(source, train, held_out, split, bar)
-            if train.lacking != held_out.lacking:
-                if smallest := split.smallest():
-                    self._fill(source, train, held_out, smallest, bar)
-                else:
-                    tail = self._split_at_its_end(source, train, held_out, bar)
-            if train.lacking:
+            part = Part(source, Side(tokens, file, dtype), Side(held_out_tokens, other, dtype))
+            split = ByShare(self.seed, self.share)
+            self._fill(part, split, bar, before)
+            if part.one_sided and (smallest := split.smallest()):
+                self._fill(part, smallest, bar, before)
+            if part.one_sided:
+                part = self._split_at_its_end(part, bar, before)
+            if part.train.lacking:
                 raise InputError(
-                    f"The data source {name_of(source)!r} holds no text",
-                    "Every document is empty.",
-                    "Check data.sources and text_field.",
+                    f"The data source {name_of(source)!r} holds no text to train on",
+                    f"Every document is empty{', or held out by another source' if before else ''}.",
+                    f"Check data.sources and text_field{'; name a text once' if before else ''}.",
                 )
-        return Part(source, train, held_out, tail)
+        return part
 
-    def _fill(self, source: TextSource, train: Side, held_out: Side, split: ByShare | BySmallest, bar: Any) -> None:
+    def _fill(
+        self, part: Part, split: ByShare | BySmallest, bar: Any, before: Sequence[Part], *, once: bool = False
+    ) -> None:
+        source, train, held_out = part.source, part.train, part.held_out
         train.clear()
         held_out.clear()
         # Nothing is sampled for the sake of held-out text alone.
         batches = self._open(source, lambda: ceil((train.limit - train.tokens) / (1 - self.share)))
-        Splitter(self.tokenizer, split).fill(batches, train, held_out, bar, patient=source.generate is None)
+        trained, held = [one.train for one in before], [one.held_out for one in before]
+        splitter = Splitter(self.tokenizer, split, trained, held, once)
+        splitter.fill(batches, train, held_out, bar, patient=source.generate is None)
 
-    def _split_at_its_end(self, source: TextSource, train: Side, held_out: Side, bar: Any) -> int:
-        """Hold out the last tokens of a source of one document, read as far as both sides want; returns how many."""
+    def _split_at_its_end(self, part: Part, bar: Any, before: Sequence[Part]) -> Part:
+        """Hold out the last tokens of a source of one document, read as far as both sides want; nothing of one that
+        another source trains on.
+        """
+        train, held_out = part.train, part.held_out
         wanted = train.limit
         train.limit += held_out.limit
-        self._fill(source, train, held_out, BySmallest(self.seed), bar)
+        self._fill(part, BySmallest(self.seed), bar, before, once=True)
         train.limit = wanted
-        tail = held_out.add(train.cut(min(held_out.limit, max(int(train.tokens * self.share), train.tokens - wanted))))
+        tail = 0
+        if all(train.contents.isdisjoint(one.train.contents) for one in before):
+            ids = train.cut(min(held_out.limit, max(int(train.tokens * self.share), train.tokens - wanted)))
+            tail = held_out.add(ids)
+            held_out.contents |= train.contents  # nobody remembers where it was cut
         train.cut(max(0, train.tokens - wanted))
         if tail:
             last = "token is" if tail == 1 else f"{tail} tokens are"
             warn(
-                f"{name_of(source)} is a single document: its last {last} held out. More documents give a cleaner "
+                f"{name_of(part.source)} is a single document: its last {last} held out. More documents give a cleaner "
                 "split."
             )
-        return tail
+        return replace(part, tail=tail)
 
     def _open(self, source: TextSource, wanted: Callable[[], int]) -> Iterator[list[Document]]:
         if source.generate is None:

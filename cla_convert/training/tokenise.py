@@ -1,7 +1,7 @@
 """Documents of one source, split by document into training and held-out text, and tokenised into files."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
@@ -25,6 +25,8 @@ class Side:
     dtype: np.dtype[Any]
     tokens: int = 0
     starts: list[int] = field(default_factory=list)
+    contents: set[int] = field(default_factory=set)
+    """What is in its documents, hashed: the same text under another key, or of another source, is known by it."""
 
     @property
     def full(self) -> bool:
@@ -48,6 +50,7 @@ class Side:
     def clear(self) -> None:
         """Begin anew."""
         self.cut(self.tokens)
+        self.contents.clear()
 
     def cut(self, count: int) -> np.ndarray:
         """Take the last `count` tokens away, and return them."""
@@ -96,10 +99,19 @@ class BySmallest:
 
 @dataclass(frozen=True)
 class Splitter:
-    """Splits documents by their key, and tokenises what is still needed."""
+    """Splits documents by their key, and tokenises what is still needed.
+
+    No text is on both sides, whatever its keys: the second one of two that differ in white space at most is left out.
+    """
 
     tokenizer: Any
     split: ByShare | BySmallest
+    trained: Sequence[Side] = ()
+    """Training sides of the sources that were read before."""
+    held: Sequence[Side] = ()
+    """Their held-out sides."""
+    once: bool = False
+    """Take every text once."""
 
     def fill(
         self, batches: Iterator[list[Document]], train: Side, held_out: Side, bar: Any, *, patient: bool = True
@@ -116,7 +128,7 @@ class Splitter:
             wanted = [
                 (side, document)
                 for side, document in zip([held_out if h else train for h in held], batch, strict=True)
-                if not side.full
+                if not side.full and self._takes(side, document, train, held_out)
             ]
             encoded = encode(self.tokenizer, [document.content for _, document in wanted], train.dtype)
             for (side, _), ids in zip(wanted, encoded, strict=True):
@@ -131,6 +143,24 @@ class Splitter:
                     break
         for rest in rests:
             bar.update(held_out.add(rest))
+
+    def _takes(self, side: Side, document: Document, train: Side, held_out: Side) -> bool:
+        """Whether a document may go to a side; if so, it is remembered there."""
+        number = hash_of_content(document.content)
+        if side is held_out:  # where a text that counts twice would only look like more
+            refusing = (train, held_out, *self.trained, *self.held)
+        else:
+            refusing = (held_out, *self.held, *([train] if self.once else []))
+        if any(number in one.contents for one in refusing):
+            return False
+        side.contents.add(number)
+        return True
+
+
+def hash_of_content(content: str | np.ndarray) -> int:
+    """A number below 2^64 that stands for a text, however its words are set apart, or for token ids."""
+    whole = " ".join(content.split()) if isinstance(content, str) else content.tobytes().hex()
+    return hash_of(whole, 0)
 
 
 def hash_of(key: str, seed: int) -> int:

@@ -198,7 +198,8 @@ def test_no_network_and_no_noise(
     lines = [line for line in output.err.replace("\r", "\n").split("\n") if line.strip()]
     assert lines
     assert not [line for line in lines if not line.startswith(("eval before:", "warning: boolq: 2 requests"))]
-    assert lines == ["warning: boolq: 2 requests exceed 512 tokens and lost their start"]  # no bar outside a terminal
+    (line,) = lines  # no bar outside a terminal
+    assert line == "warning: boolq: 2 requests exceed 512 tokens with their answers and lost their start"
 
 
 def test_an_answer_longer_than_the_context_is_refused_in_words(tiny_llama: Path, tmp_path: Path):
@@ -231,6 +232,31 @@ def test_shortened_prompts_are_counted_and_said(tiny_llama: Path, tmp_path: Path
     evaluate(tiny_llama, tmp_path, Evaluate(tasks=["boolq"], limit=1, max_length=64))
     assert json.loads((tmp_path / "tasks" / "boolq.json").read_text())["truncated"] == 2
     assert "boolq: 2 requests exceed 64 tokens" in capsys.readouterr().err
+
+
+def test_shortened_prompts_of_generated_answers_are_counted_too(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Of 250 questions those that leave no room for 40 tokens; a byte is a token."""
+    from lm_eval.tasks import TaskManager
+
+    (tmp_path / "told.yaml").write_text(
+        f"include: {pack.FOLDER / 'piqa.yaml'}\ntask: told\noutput_type: generate_until\ndoc_to_choice: null\n"
+        'doc_to_target: "{{[sol1, sol2][label]}}"\ngeneration_kwargs: {until: ["\\n"], max_gen_toks: 40}\n'
+        "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
+    )
+    original = TaskManager.__init__
+
+    def init(self, include_path=None, include_defaults=True):
+        original(self, include_path=[str(tmp_path), *(include_path or [])], include_defaults=False)
+
+    monkeypatch.setattr(TaskManager, "__init__", init)
+    evaluate(tiny_llama, tmp_path / "out", Evaluate(tasks=["told"], limit=20, max_length=128))
+    prompts = [f"Question: {row['goal']}\nAnswer:" for row in pack.read("piqa")[:20]]
+    longer = sum(len(prompt.encode()) > 128 - 40 for prompt in prompts)
+    assert 0 < longer < 20
+    assert json.loads((tmp_path / "out" / "tasks" / "told.json").read_text())["truncated"] == longer
+    assert f"told: {longer} requests exceed 128 tokens with their answers" in capsys.readouterr().err
 
 
 def test_every_packed_task_runs(tmp_path: Path):

@@ -254,6 +254,69 @@ def test_one_document_is_held_out_at_its_end(tmp_path: Path, capsys: pytest.Capt
     assert store.held_out.size == pytest.approx(joined.size * 0.1, abs=1)
 
 
+def words(tokens: np.ndarray) -> set[str]:
+    return set(byte_tokenizer().decode(tokens.tolist()).replace("<|eos|>", " ").split())
+
+
+def write_rows(path: Path, rows: list[dict[str, str]]) -> TextSource:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return TextSource(path=str(path), document_field="work" if "work" in rows[0] else None)
+
+
+LONG = " ".join(str(10_000 + i) for i in range(500))
+"""A text whose words all differ."""
+
+
+@pytest.mark.parametrize(
+    "copies", [[LONG] * 300, [LONG, LONG + "\n", LONG.replace(" ", "  ")], [LONG + " " * i for i in range(9)]]
+)
+def test_of_one_document_many_times_nothing_held_out_is_trained_on(tmp_path: Path, copies: list[str]) -> None:
+    """Also where the copies differ in white space, and have other hashes."""
+    store = prepare(tmp_path, write_rows(tmp_path / "rows.jsonl", [{"text": copy} for copy in copies]), share=0.1)
+    assert words(store.train) and words(store.held_out)
+    assert len(words(store.train) & words(store.held_out)) <= 1  # the word at which it is cut
+
+
+def test_works_with_the_same_parts_do_not_hold_out_what_is_trained_on(tmp_path: Path) -> None:
+    parts = [f"part{i:03}" for i in range(40)]
+    rows = [
+        {"text": f"{part} of w{work}" if work % 2 else part, "work": f"w{work}"} for work in range(60) for part in parts
+    ]
+    store = prepare(tmp_path, write_rows(tmp_path / "rows.jsonl", rows))
+    assert not texts(store.train) & texts(store.held_out)
+    kept = byte_tokenizer().decode(store.held_out.tolist()).split("<|eos|>")
+    assert len(kept) == len(set(kept)) > 40  # what counts twice would only look like more
+
+
+def test_text_of_two_sources_stays_on_one_side(tmp_path: Path) -> None:
+    """Of few documents the smallest hashes are held out, of many a share; by works it is otherwise again."""
+    many = [{"text": f"text number {i}"} for i in range(300)]
+    few = write_rows(tmp_path / "few.jsonl", many[:8])
+    by_work = write_rows(tmp_path / "by-work.jsonl", [row | {"work": str(i % 20)} for i, row in enumerate(many)])
+    for sources in itertools.permutations((few, by_work, write_rows(tmp_path / "many.jsonl", many))):
+        store = prepare(tmp_path, *sources, share=0.05)
+        assert texts(store.train) and texts(store.held_out)
+        assert not texts(store.train) & texts(store.held_out)
+
+
+def test_the_end_of_a_document_that_another_source_trains_on_is_not_held_out(tmp_path: Path) -> None:
+    rows = [{"text": LONG}, *({"text": f"text number {i}"} for i in range(200))]
+    alone = write_rows(tmp_path / "alone.jsonl", rows[:1])
+    seed = next(
+        seed
+        for seed in range(9)
+        if LONG in texts(prepare(tmp_path, write_rows(tmp_path / "all.jsonl", rows), seed=seed).train)
+    )
+    sources = [write_rows(tmp_path / "all.jsonl", rows), alone]
+    store = prepare(tmp_path, *sources, seed=seed)
+    assert not words(store.held_out) & set(LONG.split())
+    store = prepare(tmp_path, *reversed(sources), seed=seed)
+    assert len(words(store.train) & words(store.held_out) & set(LONG.split())) <= 1
+    with pytest.raises(InputError, match="alone.jsonl' holds no text to train on") as told:
+        prepare(tmp_path, alone, alone)
+    assert "held out by another source" in told.value.why
+
+
 def test_bos_comes_first_if_the_tokenizer_adds_one(tmp_path: Path, table: Path) -> None:
     from tokenizers.processors import TemplateProcessing
 

@@ -15,6 +15,7 @@ import yaml
 from cla_convert.files import write_json
 from cla_convert.report.report import build_report
 from cla_convert.report.run_plots import QUALITIES, draw_pareto, pareto_front
+from cla_convert.report.sections import runs
 from cla_convert.report.sharing_map import draw_sharing
 from tests.unit.run_files import DOMAINS, add_everything, write_domains, write_point, write_run
 
@@ -220,6 +221,36 @@ def test_several_runs_lie_on_one_plot(run_dir: Path, tmp_path: Path):
     assert "measured differently" in shown.text and "Against other runs" in shown.text
     assert (run_dir / "pareto.png").read_bytes().startswith(b"\x89PNG")
     assert not (smaller / "report.html").exists()  # the others are only read
+
+
+def test_of_a_run_without_an_accuracy_the_reason_is_told(run_dir: Path, tmp_path: Path):
+    for name in ("unmeasured", "halfway", "relimited"):
+        write_run(tmp_path / name)
+    shutil.rmtree(tmp_path / "unmeasured" / "eval")
+    for point in ("converted", "after"):
+        shutil.rmtree(tmp_path / "halfway" / "eval" / point)  # interrupted after the source model
+    write_point(tmp_path / "relimited", "after", specification="z" * 64)  # its source model was measured as ours
+    others = [tmp_path / name for name in ("unmeasured", "halfway", "relimited")]
+
+    def told(first: Path, others: list[Path]) -> dict[str, str]:
+        rows = runs.table(build_report(first, others)["runs"]).rows
+        return {str(row.cells[0]): "".join(map(str, row.cells[-1])) for row in rows}
+
+    found = told(run_dir, others)
+    assert found["unmeasured"] == found["halfway"] == "not measured"
+    assert found["relimited"] == "measured differently"
+    assert found["run"].startswith("58.0")
+    assert set(told(others[0], [run_dir]).values()) == {"not measured"}  # there is nothing to be like
+
+
+def test_a_run_whose_model_was_made_anew_since_says_so(run_dir: Path, tmp_path: Path):
+    other = write_run(tmp_path / "other")
+    (other / "uptrained").mkdir()
+    (other / "uptrained" / "config.json").write_text("{}")
+    report = build_report(run_dir, [other])
+    assert [row["stale"] for row in report["runs"]] == [False, False, True]
+    shown = Page((run_dir / "report.html").read_text()).text
+    assert "other as it was before it was made anew" in " ".join(shown.split())
 
 
 def test_runs_are_compared_by_kl_texts_and_how_they_learned(run_dir: Path, tmp_path: Path):

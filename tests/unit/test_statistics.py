@@ -242,10 +242,13 @@ def test_the_perplexity_of_single_answers_is_lm_evals():
     assert (found.before, found.after) == pytest.approx((math.exp(1.5), math.exp(1.7)))
 
 
-def test_a_metric_where_less_is_better_gets_no_verdict():
-    left, right = (task_file(values, "error", higher_is_better={"error": False}) for values in ([1.0, 0.0], [0.0, 0.0]))
+@pytest.mark.parametrize("metric", ["error", "error,first-line"])
+def test_a_metric_where_less_is_better_gets_no_verdict(metric: str):
+    """Whatever filter its answers came through."""
+    left, right = (task_file(values, metric, higher_is_better={"error": False}) for values in ([1.0, 0.0], [0.0, 0.0]))
     (found,) = paired.compare(left, right)
     assert found.verdict == ""
+    assert (found.lost, found.gained) == (0, 1)
     assert paired.macro_average([found], margin=0.01) is None
 
 

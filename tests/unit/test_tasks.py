@@ -1,6 +1,7 @@
 """The offline pack is the stock tasks on fewer rows: every prompt, target and metric is compared with lm-eval's own."""
 
 import hashlib
+import json
 import logging
 import pickle
 import re
@@ -151,6 +152,19 @@ def tagged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("tagged")
+@pytest.mark.parametrize("folder", ["outer", "inner"])
+def test_local_rows_that_a_group_would_not_read_are_refused(folder: str, tmp_path: Path):
+    sets = tmp_path / "sets"
+    (sets / folder).mkdir(parents=True)
+    (sets / folder / "validation.jsonl").write_text(json.dumps(pack.read("piqa")[0]))
+    with pytest.raises(UsageError, match=f"local rows of {folder} are not read for the group 'outer'"), quiet():
+        prepare(Evaluate(tasks=["outer"], task_data=str(sets)), seed=0)
+    (sets / folder).rename(sets / "red")
+    spec = Evaluate(tasks=["colours", "outer"], limit=1, task_data=str(sets))
+    assert [task.frozen["source"] for task in prepare(spec, seed=0)] == ["lm-eval", "local files", "lm-eval"]
+
+
+@pytest.mark.usefixtures("tagged")
 def test_the_limit_of_a_tag_is_that_of_its_tasks(capsys: pytest.CaptureFixture[str]):
     spec = Evaluate(tasks=["colours", "piqa", "outer"], limit=6, limits={"colours": 3, "red": 2, "outer": 4})
     assert {task.name: task.frozen["n"] for task in prepare(spec, seed=0)} == {
@@ -169,6 +183,26 @@ def test_few_shot_examples_depend_on_the_seed_only():
     assert a == b
     assert a["prompts"] != c["prompts"]
     assert a["num_fewshot"] == [2]
+
+
+@pytest.mark.parametrize(
+    ("name", "splits"),
+    [("arc_easy", ""), ("openbookqa", ""), ("hellaswag", ""), ("named", "fewshot_split: validation\n")],
+)
+def test_no_document_is_an_example_of_itself(name: str, splits: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """lm-eval takes examples from the rows that are evaluated where there are no others, or where a task says so."""
+    (tmp_path / "named.yaml").write_text(f"include: {pack.FOLDER / 'piqa.yaml'}\ntask: named\n{splits}")
+    original = TaskManager.__init__
+
+    def init(self, include_path=None, include_defaults=True):
+        original(self, include_path=[str(tmp_path), *(include_path or [])], include_defaults=False)
+
+    monkeypatch.setattr(TaskManager, "__init__", init)
+    with quiet():
+        task = prepare(Evaluate(tasks=[name], num_fewshot=5), seed=0)[0].tasks["tasks"][name]
+    asked = {instance.doc_id: (task.doc_to_text(instance.doc), instance.args[0]) for instance in task.instances}
+    assert len(asked) == 250
+    assert not [document for document, (question, prompt) in asked.items() if prompt.count(question) != 1]
 
 
 @pytest.fixture

@@ -40,8 +40,9 @@ def rows_of(material: Material) -> list[Json]:
     """The source model of the first run, the last point and the control of every run.
 
     Rows of label, point, sharing, kv_heads, init, trained, tokens, kv_bytes_per_token, accuracy, ci95, kl, domains,
-    wikitext, held_out, comparable and curves. Accuracy is over the tasks of the first run, and None where a run was
-    measured under another specification (comparable: false) or not at all. ci95 is the source's accuracy plus the
+    wikitext, held_out, comparable, stale and curves. Accuracy is over the tasks of the first run, and None where a run
+    was measured under another specification (comparable: false) or one of both not at all (comparable: null). stale:
+    the model was made anew since it was measured. ci95 is the source's accuracy plus the
     interval of the paired difference from it, within 0 to 1. kl (nats) and domains (perplexity above the source's, a
     share) are means over the domains; None where these are not those of the first run. wikitext is the word
     perplexity above the source's. held_out is None where the run's held-out text is not that of the first run.
@@ -59,7 +60,7 @@ def rows_of(material: Material) -> list[Json]:
 
 def _row(material: Material, run: RunFiles, label: str, point: str | None, summary: Json | None) -> Json:
     computed = (run.convert.get("kv_bytes_per_token") or {}).get("before" if point == "before" else "after")
-    comparable = _alike(material, run, lambda one: one.results.get("before", {}).get("specification_hash"))
+    comparable = _comparable(material, run, point)
     source, shares = point == "before", point not in ("before", "control")
     same_text = run is material.run or _alike(material, run, lambda one: _identity(one.held_out))
     same_domains = run is material.run or _alike(material, run, lambda one: _identity(one.domains))
@@ -78,8 +79,18 @@ def _row(material: Material, run: RunFiles, label: str, point: str | None, summa
         "wikitext": _wikitext(run, point) if comparable and not source else None,
         "held_out": run.held_out.get(point or "", {}).get("perplexity") if same_text else None,
         "comparable": comparable,
+        "stale": point in run.stale,
         "curves": _curves(run, same_text) if shares else {"validation": [], "kl": []},
     }
+
+
+def _comparable(material: Material, run: RunFiles, point: str | None) -> bool | None:
+    """Whether a point and the source model of its run were measured as the source model of the first run was."""
+    found = [
+        one.get(name or "", {}).get("specification_hash")
+        for one, name in ((material.run.results, "before"), (run.results, "before"), (run.results, point))
+    ]
+    return None if None in found else len(set(found)) == 1
 
 
 def _alike(material: Material, run: RunFiles, identity: Callable[[RunFiles], str | None]) -> bool:
@@ -176,7 +187,7 @@ def table(runs: Sequence[Json]) -> Table:
     rows = [
         Row(
             [
-                run["label"], _sharing(run), str(run["init"] or ""), str(run["trained"] or ""),
+                _label(run), _sharing(run), str(run["init"] or ""), str(run["trained"] or ""),
                 count(run["tokens"]) if run["tokens"] else "", integer(run["kv_bytes_per_token"]),
                 number(run["kl"], 3), change(run["domains"]), change(run["wikitext"]), number(run["held_out"]),
                 _accuracy(run),
@@ -187,12 +198,19 @@ def table(runs: Sequence[Json]) -> Table:
     return Table(columns, rows, "cards wide")
 
 
+def _label(run: Json) -> Text:
+    """Of a model that is another one now, the numbers are not."""
+    return [f"{run['label']} ", note("as it was before it was made anew")] if run.get("stale") else run["label"]
+
+
 def _sharing(run: Json) -> str:
     heads = f", {run['kv_heads']} KV heads" if run["kv_heads"] else ""
     return f"{run['sharing'] or ''}{heads}"
 
 
 def _accuracy(run: Json) -> Text:
+    if run["comparable"] is None:
+        return "not measured"
     if not run["comparable"]:
         return "measured differently"
     return [f"{percent(run['accuracy'])} ", note(percent_interval(run["ci95"]))]
