@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,9 +46,14 @@ class MeteredLM(Metered, Base):
         )
         self.together = min(logits // model.config.get_text_config().vocab_size, batch_size * context)
         """Tokens of a forward pass; 0: as many rows as the batch size says, however short."""
+        self._encoded = lru_cache(maxsize=16)(super().tok_encode)
         if accelerator is not None:  # with a model object lm-eval leaves this to the caller
             self.accelerator = accelerator
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
+
+    def tok_encode(self, string: str, *arguments: Any, **options: Any) -> list[int]:
+        """As HFLM; of a question, whose answers come one after the other, once."""
+        return [*self._encoded(string, *arguments, **options)]
 
     def _loglikelihood_tokens(self, requests: Sequence[Request], disable_tqdm: bool = False, **options: Any) -> Any:
         answers: dict[int, Any] = {}
