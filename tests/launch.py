@@ -1,21 +1,27 @@
 """Real runs of the command line, as processes that start in a fraction of a second.
 
 A server process imports torch and transformers once; every run is forked from it. The runs are as real as any: own
-process, own memory, signals, limits and exit codes; only the imports are shared.
+process, own memory, signals, limits and exit codes; only the imports are shared. What an import reads or does is seen
+in `cla_anew` alone.
 """
 
+import gc
 import json
 import multiprocessing
 import os
 import random
 import socket
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from itertools import count, zip_longest
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
@@ -67,6 +73,25 @@ def uptrain(work: Path, out: Path, *, steps: float, options: Sequence[object] = 
     return ["uptrain", work / "converted", out, "--recipe", work / "recipe.yaml", *sets, *options]
 
 
+def cla(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the command line as a user does, to its end."""
+    line, environment = ["cla-convert", *map(str, arguments)], dict(os.environ)
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        process = CONTEXT.Process(target=_run_in, args=(line, out, err, cwd or Path.cwd(), environment))
+        _start(process)
+        process.join()
+        said = [file.read_text() if file.exists() else "" for file in (out, err)]
+    assert process.exitcode is not None
+    return subprocess.CompletedProcess(line, process.exitcode, *said)
+
+
+def cla_anew(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """The same in a process that imports everything itself, for seconds: with an environment that imports read."""
+    command = [sys.executable, "-m", "cla_convert.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, **options)
+
+
 def start(
     arguments: Sequence[object],
     log: Path,
@@ -91,9 +116,15 @@ def start(
     line = ["cla-convert", *map(str, arguments)]
     _gate(log).unlink(missing_ok=True)
     process = CONTEXT.Process(target=_run, args=(line, log, file_limit, pause_at, slow_disk, inherited | environment))
-    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # the server reads them when it is started
-    process.start()
+    _start(process)
     return process
+
+
+def _start(process: BaseProcess) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # the server reads them when it is started
+            patch.setenv(name, "1")
+        process.start()
 
 
 def go_on(log: Path) -> None:
@@ -158,21 +189,38 @@ def _run(
 ) -> None:
     import resource
 
-    import torch
-
-    from cla_convert.cli import main
-
     os.environ.update(environment)
-    torch.set_num_threads(1)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+    _lead(log, log)
     if file_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     if pause_at:
         _pause_at(pause_at, _gate(log))
     if slow_disk:
         _slow_down(slow_disk)
+    _main(line)
+
+
+def _run_in(line: list[str], out: Path, err: Path, cwd: Path, environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    _lead(out, err)
+    _main(line)
+
+
+def _lead(*files: Path) -> None:
+    """Let what is printed go to these files: stdout, stderr."""
+    for number, file in enumerate(files, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+
+
+def _main(line: list[str]) -> None:
+    import torch
+
+    from cla_convert.cli import main
+
+    gc.freeze()  # what was imported is no garbage: nobody looks through it again
+    torch.set_num_threads(1)
     sys.argv = line
     main()
 

@@ -1,4 +1,4 @@
-"""Run lm-eval without its log lines and progress bars, because this package reports in its own way; and without delay."""
+"""Run lm-eval without its log lines and progress bars: this package reports in its own way. And without its delays."""
 
 import logging
 import math

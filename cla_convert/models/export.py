@@ -19,7 +19,8 @@ from ..files import read_json, write_json
 from ..refusals import unread
 from .checkpoint import Checkpoint
 from .classes import cla_classes as cla_classes
-from .classes import register
+from .classes import register as register
+from .classes import register_type
 from .families import Family
 from .headers import FLOATING
 from .self_test import check_interface
@@ -129,7 +130,7 @@ def _building(folder: Path) -> Iterator[Any]:
     checkpoint = Checkpoint.open(folder)  # names a truncated shard or an index that reaches outside
     if converted_family(checkpoint.config):
         check_interface(checkpoint.config["model_type"])
-    register()
+    register_type(checkpoint.config.get("model_type"))
     logging.disable_progress_bar()
     with loading(f"The model in {folder} cannot be loaded", "Check that config.json belongs to the weights."):
         config: Any = _config(folder, checkpoint)
@@ -196,9 +197,9 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     """Load the tokenizer of a local folder. Raises InputError if it has none."""
     from transformers import AutoTokenizer, PreTrainedConfig
 
-    register()
     fix = "Put the model's tokenizer files (tokenizer.json, tokenizer_config.json) into the folder."
     kind = str((read_json(folder / "config.json") or {}).get("model_type"))
+    register_type(kind)
     of_whole = kind.startswith("cla_") and kind.removeprefix("cla_") in WHOLES
     with loading(f"{folder} has no usable tokenizer", fix):
         config = {"config": PreTrainedConfig()} if of_whole else {}  # of a type that nobody knows, as theirs is

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..models.classes import register
+from ..models.classes import register_type
 from ..models.scoring import hidden_states
 from .loss import Target, Terms, vocabulary_loss
 
@@ -37,7 +37,7 @@ _STAND_IN = "cla_rehearsal"
 
 def skeleton(config: Mapping[str, Any]) -> Any:
     """The causal language model that a config.json describes, in training mode, on the meta device."""
-    register()
+    register_type(config["model_type"])
     settings = {key: value for key, value in config.items() if key not in _NOT_OF_THE_SHAPE}
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **settings))

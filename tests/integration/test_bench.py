@@ -17,7 +17,8 @@ from cla_convert.errors import InputError, UsageError
 from cla_convert.evaluation.cache import kv_cache_of
 from cla_convert.models.export import load_model
 from tests.conftest import save_tiny_llama
-from tests.integration.test_convert import cla, convert
+from tests.integration.test_convert import convert
+from tests.launch import cla
 
 SOURCE_BYTES, CONVERTED_BYTES = 6 * 2 * 2 * 8 * 4, 4 * 2 * 2 * 8 * 4  # layers, K and V, heads, channels, float32
 

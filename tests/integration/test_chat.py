@@ -9,7 +9,8 @@ import pytest
 
 from cla_convert.chat import Manner, Speaker, chat, lines_of
 from tests.conftest import byte_tokenizer, save_tiny_llama
-from tests.integration.test_convert import cla, convert
+from tests.integration.test_convert import convert
+from tests.launch import cla
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}:{% endif %}"

@@ -16,13 +16,8 @@ from cla_convert.models.export import export_model, load_model
 from cla_convert.models.headers import TensorInfo
 from cla_convert.models.writer import ShardWriter
 from tests.conftest import save_tiny_llama
+from tests.launch import cla
 from tests.tiny import save_tiny
-
-
-def cla(*arguments, **options) -> subprocess.CompletedProcess:
-    """Run the command line as a user does."""
-    command = [sys.executable, "-m", "cla_convert.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, **options)
 
 
 def convert(source: Path, out: Path, *options) -> dict:

@@ -14,7 +14,7 @@ from cla_convert.models.export import export_model, load_model
 from cla_convert.models.families import FAMILIES
 from cla_convert.models.shape import owners_of
 from cla_convert.models.verify import verify_models
-from tests.integration.test_convert import cla
+from tests.launch import cla
 from tests.tiny import CASES, save_tiny
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.test_convert import cla
+from tests.launch import cla, cla_anew
 from tests.tiny import save_tiny
 
 COMMIT = "0" * 40
@@ -88,7 +88,7 @@ def hub(tmp_path) -> Iterator[Hub]:
 
 def test_inspect_fetches_headers_only(hub, tmp_path):
     folder = save_tiny("phi3", tmp_path / "owner" / "phi", vocab_size=20_000)
-    done = cla("inspect", "owner/phi", "--json", env=hub.environment())
+    done = cla_anew("inspect", "owner/phi", "--json", env=hub.environment())
     assert done.returncode == 0, done.stderr
     result, local = json.loads(done.stdout), json.loads(cla("inspect", folder, "--json").stdout)
     assert result["supported"] and result["parameters"] > 1_000_000
@@ -103,10 +103,10 @@ def test_weights_of_an_unsupported_model_stay_on_the_hub(hub, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config |= {"model_type": "falcon", "architectures": ["FalconForCausalLM"]}
     (folder / "config.json").write_text(json.dumps(config))
-    done = cla("convert", "owner/falcon", tmp_path / "out", env=hub.environment())
+    done = cla_anew("convert", "owner/falcon", tmp_path / "out", env=hub.environment())
     assert done.returncode == 3 and "code of its own" in done.stderr and "Supported: llama" in done.stderr
     assert set(hub.sent) == {"config.json"}
-    described = json.loads(cla("inspect", "owner/falcon", "--json", env=hub.environment()).stdout)
+    described = json.loads(cla_anew("inspect", "owner/falcon", "--json", env=hub.environment()).stdout)
     assert described["supported"] is False and "FalconForCausalLM" in described["reason"]
     assert described["num_layers"] == 6 and described["patterns"] == {}
 
@@ -126,10 +126,10 @@ def test_convert_fetches_the_whole_model_and_nothing_else(hub, tmp_path):
     (folder / "README.md").write_text("---\nlicense: llama3.2\nlanguage: [en]\ntags: [chat]\n---\n# The source\n")
     online = hub.environment() | {"HF_TOKEN": "hf_secret"}
     line = ("convert", "owner/llama", tmp_path / "out", "--init", "mean", "--revision", "v1")
-    dry = cla(*line, "--dry-run", env=online)
+    dry = cla_anew(*line, "--dry-run", env=online)
     assert dry.returncode == 0 and "needs " in dry.stdout, dry.stderr
     assert hub.sent["model.safetensors"] < (folder / "model.safetensors").stat().st_size / 2  # its header
-    done = cla(*line, env=online)
+    done = cla_anew(*line, env=online)
     assert done.returncode == 0, done.stderr
     assert hub.sent["model.safetensors"] >= (folder / "model.safetensors").stat().st_size
     assert not hub.sent.keys() & {"consolidated.safetensors", "params.json", "pytorch_model.bin"}
@@ -141,21 +141,21 @@ def test_convert_fetches_the_whole_model_and_nothing_else(hub, tmp_path):
         assert line in card
     assert "hf_secret" not in "".join(f.read_text(errors="replace") for f in (tmp_path / "out").glob("*.*"))
 
-    missing = cla("inspect", "owner/nothing", env=online)
+    missing = cla_anew("inspect", "owner/nothing", env=online)
     assert missing.returncode == 3 and "was not found" in missing.stderr
     hub.sent.clear()
     hub.tokens.clear()
     offline = online | {"HF_HUB_OFFLINE": "1"}
-    again = cla("convert", "owner/llama", tmp_path / "again", "--init", "mean", "--revision", "v1", env=offline)
+    again = cla_anew("convert", "owner/llama", tmp_path / "again", "--init", "mean", "--revision", "v1", env=offline)
     assert again.returncode == 0, again.stderr
-    seen = json.loads(cla("inspect", "owner/llama", "--revision", "v1", "--json", env=offline).stdout)
+    seen = json.loads(cla_anew("inspect", "owner/llama", "--revision", "v1", "--json", env=offline).stdout)
     assert seen["supported"] and not hub.sent and not hub.tokens
-    missing = cla("inspect", "owner/other", env=offline)
+    missing = cla_anew("inspect", "owner/other", env=offline)
     assert missing.returncode == 3 and "HF_HUB_OFFLINE" in missing.stderr
     # Without a network what is cached still works, and nothing is tried again and again.
     unreachable = online | {"HF_ENDPOINT": "http://no-such-host.invalid"}
-    assert cla("inspect", "owner/llama", "--revision", "v1", env=unreachable).returncode == 0
+    assert cla_anew("inspect", "owner/llama", "--revision", "v1", env=unreachable).returncode == 0
     (tmp_path / "my-model").mkdir()
-    missing = cla("inspect", "my-modle", env=unreachable, cwd=tmp_path)
+    missing = cla_anew("inspect", "my-modle", env=unreachable, cwd=tmp_path)
     assert missing.returncode == 3 and "on this machine. Did you mean 'my-model'?" in missing.stderr
     assert "cannot be reached" in missing.stderr and "etry" not in missing.stderr

@@ -18,7 +18,7 @@ from cla_convert.recipes import find_recipe
 from cla_convert.run_folder import RunFolder
 from cla_convert.same_recipe import check_same_recipe
 from cla_convert.training import micro_batch
-from tests.integration.test_convert import cla
+from tests.launch import cla
 
 SMALL = [
     "train.tokens=4k", "train.sequence_length=64", "train.batch_tokens=256", "train.validation_tokens=256",

@@ -5,7 +5,7 @@ import runpy
 import shlex
 from pathlib import Path
 
-from tests.integration.test_convert import cla
+from tests.launch import cla_anew
 
 README = Path(__file__).parents[2] / "README.md"
 SMALL_TRAINING = [
@@ -47,7 +47,7 @@ def test_commands_of_the_readme(tmp_path, tiny_llama, monkeypatch):
             words += SMALL_BENCH
         for extra in EXTRA.get(verb, []):
             words += ["--set", extra]
-        done = cla(*words, cwd=tmp_path)
+        done = cla_anew(*words, cwd=tmp_path)  # what each verb imports, it imports by itself
         assert done.returncode == 0, f"{words}\n{done.stderr}"
     assert {"inspect", "recipes", "run", "convert", "uptrain", "eval", "verify", "bench"} <= seen
     assert (tmp_path / "runs" / "mine" / "report.md").exists()

@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.integration.test_convert import cla
 from tests.integration.test_hub import Handler, Hub
-from tests.launch import prepare
+from tests.launch import cla, cla_anew, prepare
 from tests.tiny import save_tiny
 
 USERS = {
@@ -135,7 +134,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def push(hub: WritableHub, source: Path, out: Path, *options, repo: str = "me/model", **environment):
     """`convert --push-to-hub`."""
     line = ["convert", source, out, "--init", "mean", "--push-to-hub", repo, *options]
-    return cla(*line, env=hub.environment(**environment))
+    return cla_anew(*line, env=hub.environment(**environment))
 
 
 def same_but_for_its_teacher(uploaded: Path, folder: Path) -> bool:
@@ -227,16 +226,16 @@ def test_uptrain_and_run_upload_what_they_trained(hub, source, tmp_path):
     work = prepare(tmp_path, source)
     recipe = ["--set", "train.tokens=160"]
     line = ["uptrain", work / "converted", tmp_path / "trained", "--recipe", work / "recipe.yaml", *recipe]
-    done = cla(*line, "--push-to-hub", "lab/trained", env=hub.environment())
+    done = cla_anew(*line, "--push-to-hub", "lab/trained", env=hub.environment())
     assert done.returncode == 0, done.stderr
     assert same_but_for_its_teacher(hub.folder / "lab" / "trained", tmp_path / "trained")
     assert "Uptrained on 160 tokens" in (hub.folder / "lab" / "trained" / "README.md").read_text()
     run = ["run", work / "recipe.yaml", "--out", tmp_path / "run", *recipe]
-    done = cla(*run, "--push-to-hub", "lab/run", "--until", "plan", env=hub.environment())
+    done = cla_anew(*run, "--push-to-hub", "lab/run", "--until", "plan", env=hub.environment())
     assert done.returncode == 2 and "nothing to upload" in done.stderr
-    done = cla(*run, "--push-to-hub", "lab/run", "--until", "convert", env=hub.environment())
+    done = cla_anew(*run, "--push-to-hub", "lab/run", "--until", "convert", env=hub.environment())
     assert done.returncode == 0, done.stderr
     assert same_but_for_its_teacher(hub.folder / "lab" / "run", tmp_path / "run" / "converted")
-    done = cla(*run, "--push-to-hub", "lab/run", "--until", "uptrain", env=hub.environment())
+    done = cla_anew(*run, "--push-to-hub", "lab/run", "--until", "uptrain", env=hub.environment())
     assert done.returncode == 0, done.stderr
     assert same_but_for_its_teacher(hub.folder / "lab" / "run", tmp_path / "run" / "uptrained")

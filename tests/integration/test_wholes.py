@@ -9,8 +9,7 @@ from safetensors.torch import load_file
 
 from cla_convert.models.checkpoint import Checkpoint
 from cla_convert.models.verify import measure_cache, verify_models
-from tests.integration.test_convert import cla
-from tests.launch import LENGTH, prepare
+from tests.launch import LENGTH, cla, prepare
 from tests.unit.test_wholes import TEXT, load_whole, save_whole
 from tests.wholes import CASES, shown
 

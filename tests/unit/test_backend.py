@@ -11,7 +11,7 @@ from cla_convert.evaluation.backend import check_backend
 from cla_convert.evaluation.harness import common_settings
 from cla_convert.recipe import Evaluate
 from cla_convert.serving import versions
-from tests.integration.test_convert import cla
+from tests.launch import cla
 
 VLLM = Evaluate(backend="vllm")
 

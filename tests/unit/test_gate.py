@@ -15,7 +15,7 @@ from cla_convert.evaluation.statistics import mcnemar
 from cla_convert.evaluation.verdict import Margins
 from cla_convert.files import write_json
 from cla_convert.report.report import build_report
-from tests.integration.test_convert import cla
+from tests.launch import cla
 
 
 def point(run: Path, name: str, scores: dict[str, list[float]], specification: str = "same") -> None:
