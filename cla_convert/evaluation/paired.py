@@ -76,6 +76,8 @@ def compare(before: dict[str, Any], after: dict[str, Any], *, margin: float = 0.
     """
     left, right = pair(before, after)
     metrics = list(dict.fromkeys(name for entry in left for name in entry["metrics"]))
+    if before.get("subtasks"):  # of a group: what only some of its tasks have would pass for a measure of all
+        metrics = [metric for metric in metrics if metric in before["scores"]]
     found = []
     for metric in metrics:
         rows = [(a["metrics"][metric], b["metrics"][metric]) for a, b in zip(left, right, strict=True)

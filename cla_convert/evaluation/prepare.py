@@ -15,7 +15,7 @@ from ..recipe import Evaluate
 from . import retrieval
 from .local_rows import local_splits, missing_columns
 from .retrieval.documents import retrieval_rows
-from .stock_tasks import declared, manager_for, parts_of
+from .stock_tasks import declared, manager_for, parts_of, unscored_parts
 from .tasks import pack
 
 _LAYOUT = "Columns are those of the data set that the stock task reads from the hub (docs/evaluation.md)."
@@ -52,8 +52,8 @@ def prepare(spec: Evaluate, seed: int, model_dir: Path | None = None) -> list[Pr
         raise UsageError("No tasks to evaluate", fix=f"The offline pack has {', '.join(pack.names())}")
     sources = Sources.of(spec)
     manager = _manager(sources, names)
-    _refuse_unread(manager, names, sources)
     asked = [(name, requested) for requested in names for name in _expand(manager, requested, spec)]
+    _refuse_unread(manager, [name for name, _ in asked], sources)
     limits = {name: _limit(name, requested, spec) for name, requested in reversed(asked)}
     names = [name for name in dict.fromkeys(name for name, _ in asked) if model_dir or name not in retrieval.names()]
     with progress(len(names), "preparing tasks", unit="task", leave=False) as bar:
@@ -110,9 +110,14 @@ def _refuse_unread(manager: Any, names: list[str], sources: Sources) -> None:
 
 
 def _expand(manager: Any, name: str, spec: Evaluate) -> list[str]:
-    """A tag becomes its tasks; a task or group stays. Raises UsageError for a name nobody knows."""
+    """A tag, or a group that has no score of its own, becomes its tasks; a task or any other group stays.
+
+    Raises UsageError for a name nobody knows.
+    """
     if name in manager.all_tags:
         return sorted(manager.task_index[name].tags)
+    if name in manager.all_groups and (parts := unscored_parts(manager, name)):
+        return [one for part in parts for one in _expand(manager, part, spec)]
     if name in manager.all_subtasks or name in manager.all_groups:
         return [name]
     known = [*pack.names(), *retrieval.names()]
@@ -126,7 +131,7 @@ def _expand(manager: Any, name: str, spec: Evaluate) -> list[str]:
 
 
 def _limit(name: str, requested: str, spec: Evaluate) -> int | None:
-    """Documents of a task: its own limit, or that of the tag that it was asked for with, or the one for all."""
+    """Documents of a task: its own limit, that of the tag or group that it was asked for with, or the one for all."""
     # The grid of a generated task is its own limit: half a heat map helps nobody.
     default = None if name in retrieval.names() else spec.limit
     return spec.limits.get(name, spec.limits.get(requested, default))

@@ -68,3 +68,14 @@ def parts_of(manager: Any, name: str) -> set[str]:
     inner = [part.get("task", part.get("group")) if isinstance(part, dict) else part for part in listed or []]
     found = {part for part in inner if isinstance(part, str) and part != name}
     return found.union(*(parts_of(manager, part) for part in found))
+
+
+def unscored_parts(manager: Any, name: str) -> list[str]:
+    """The parts of a group that aggregates nothing, which are all that can be told of it; none of one that does.
+
+    Nor of one that changes its parts: by themselves they would be others.
+    """
+    settings = manager.task_index[name].cfg or {}
+    parts = settings.get("task") or []
+    named = all(isinstance(part, str) and part != name for part in parts)
+    return [] if settings.get("aggregate_metric_list") or not named else list(parts)

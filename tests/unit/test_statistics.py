@@ -242,6 +242,13 @@ def test_the_perplexity_of_single_answers_is_lm_evals():
     assert (found.before, found.after) == pytest.approx((math.exp(1.5), math.exp(1.7)))
 
 
+def test_of_a_group_what_it_aggregates_is_compared():
+    """A metric that one of its tasks has alone would be preferred, and judged for all of them."""
+    group = task_file([1.0, 0.0], "acc") | {"subtasks": {"one": {}, "two": {}}, "scores": {"acc": 0.5}}
+    group["samples"][1]["metrics"]["acc_norm"] = 1.0
+    assert [found.metric for found in paired.compare(group, group)] == ["acc"]
+
+
 @pytest.mark.parametrize("metric", ["error", "error,first-line"])
 def test_a_metric_where_less_is_better_gets_no_verdict(metric: str):
     """Whatever filter its answers came through."""

@@ -142,13 +142,21 @@ def tagged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("red", "blue", "inner"):
         tag = "tag: colours\n" if name != "inner" else ""
         (tmp_path / f"{name}.yaml").write_text(f"include: {pack.FOLDER / 'piqa.yaml'}\ntask: {name}\n{tag}")
-    (tmp_path / "outer.yaml").write_text("group: outer\ntask: [inner]\n")
+    scored = "aggregate_metric_list: [{metric: acc, aggregation: mean, weight_by_size: true}]\n"
+    (tmp_path / "outer.yaml").write_text(f"group: outer\ntask: [inner]\n{scored}")
+    (tmp_path / "loose.yaml").write_text("group: loose\ntask: [outer, red]\n")
     original = TaskManager.__init__
 
     def init(self, include_path=None, include_defaults=True):
         original(self, include_path=[str(tmp_path), *(include_path or [])], include_defaults=False)
 
     monkeypatch.setattr(TaskManager, "__init__", init)
+
+
+@pytest.mark.usefixtures("tagged")
+def test_a_group_without_a_score_is_its_parts():
+    found = prepare(Evaluate(tasks=["loose"], limit=6, limits={"loose": 2, "red": 3}), seed=0)
+    assert {task.name: task.frozen["n"] for task in found} == {"outer": 2, "red": 3}
 
 
 @pytest.mark.usefixtures("tagged")
