@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,8 @@ if TYPE_CHECKING:
 
 Request = tuple[Any, list[int], list[int]]
 """As lm-eval has it: its text, the context's tokens, the answer's."""
+_REMEMBERED = 16
+"""Texts whose tokens are remembered: a question and its answers."""
 Base: Any = HFLM  # its registration decorator hides the class from type checkers
 
 
@@ -46,14 +47,19 @@ class MeteredLM(Metered, Base):
         )
         self.together = min(logits // model.config.get_text_config().vocab_size, batch_size * context)
         """Tokens of a forward pass; 0: as many rows as the batch size says, however short."""
-        self._encoded = lru_cache(maxsize=16)(super().tok_encode)
+        self._encoded: dict[Any, list[int]] = {}
         if accelerator is not None:  # with a model object lm-eval leaves this to the caller
             self.accelerator = accelerator
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
 
     def tok_encode(self, string: str, *arguments: Any, **options: Any) -> list[int]:
         """As HFLM; of a question, whose answers come one after the other, once."""
-        return [*self._encoded(string, *arguments, **options)]
+        key = string, arguments, *options.items()
+        if key not in self._encoded:  # lru_cache would hold on to this object, and to its model's memory
+            if len(self._encoded) == _REMEMBERED:
+                del self._encoded[next(iter(self._encoded))]
+            self._encoded[key] = super().tok_encode(string, *arguments, **options)
+        return [*self._encoded[key]]
 
     def _loglikelihood_tokens(self, requests: Sequence[Request], disable_tqdm: bool = False, **options: Any) -> Any:
         answers: dict[int, Any] = {}
