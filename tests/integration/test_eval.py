@@ -1,13 +1,11 @@
 """A tiny model through lm-eval: files per task, resume, cache, one specification, no network, no noise."""
 
-import gc
 import json
 import math
 import random
 import re
 import shutil
 import socket
-import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -350,24 +348,3 @@ def test_how_requests_go_together_is_part_of_the_specification():
     one, other = (common_settings(SPEC, "float32", device, 0) for device in ("cpu", "cuda:1"))
     assert one["rolling_batch_size"] == 1 and model_module.logits_at_once("cpu") == 0
     assert other["logits_at_once"] == model_module.logits_at_once("cuda:1") > 0
-
-
-def test_a_model_that_was_evaluated_leaves_its_memory_at_once(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """The next point needs it: nothing waits for the garbage collector."""
-    seen: list[weakref.ref] = []
-    original = model_module.load
-
-    def load(*arguments, **settings):
-        lm = original(*arguments, **settings)
-        seen.append(weakref.ref(lm))
-        return lm
-
-    monkeypatch.setattr(model_module, "load", load)
-    gc.disable()
-    try:
-        evaluate(tiny_llama, tmp_path)
-    finally:
-        gc.enable()
-    assert [lm() for lm in seen] == [None]
