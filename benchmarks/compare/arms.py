@@ -12,7 +12,7 @@ from cla_convert.recipe_file import load_recipe, parse_overrides, read_yaml
 from cla_convert.recipes import find_recipe
 
 Settings = dict[str, Any]
-KEYS = {"model", "from", "budget", "settings", "cache"}
+KEYS = {"model", "from", "budget", "settings", "cache", "alone"}
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Arm:
     """The arm whose converted model it starts from."""
     cache: str | None = None
     """Not a training: the parent's models with such a KV cache (quantised_cache.py)."""
+    alone: bool = False
+    """Whether nothing else may run beside it."""
 
     @property
     def converts_only(self) -> bool:
@@ -110,7 +112,7 @@ def _arm(
     if budget:
         _known(budget, budgets, f"{name}: budget")
     settings = settings | budgets.get(budget, {}) | entry.get("settings", {})
-    return Arm(name, recipe, settings, parent, entry.get("cache"))
+    return Arm(name, recipe, settings, parent, entry.get("cache"), entry.get("alone", False))
 
 
 def _known(name: str, there_are: Mapping[str, Any], where: str) -> None:

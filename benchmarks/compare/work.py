@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -126,18 +126,21 @@ def run_all(arms: Mapping[str, Arm], place: Place, *, jobs: int, minutes: float 
                 states[one.arm.name] = _finish(one, place)
             if over:
                 waiting = []
-            while len(running) < jobs and (arm := _next(waiting, states)):
+            while len(running) < jobs and (arm := _next(waiting, states, running)):
                 waiting.remove(arm)
                 running.append(_start(arm, place))
             time.sleep(0.2 if running else 0)
-            if not running and waiting and _next(waiting, states) is None:
+            if not running and waiting and _next(waiting, states, running) is None:
                 break  # what is left starts from what failed
     return {name: states.get(name) or _left_out(arm, states) for name, arm in arms.items()}
 
 
-def _next(waiting: Iterable[Arm], states: Mapping[str, str]) -> Arm | None:
-    """The first that can begin."""
-    return next((arm for arm in waiting if arm.parent is None or states.get(arm.parent) == "done"), None)
+def _next(waiting: Iterable[Arm], states: Mapping[str, str], running: Sequence[Running]) -> Arm | None:
+    """The first whose parent is there, if it can begin: one that runs alone waits until nothing else does."""
+    first = next((arm for arm in waiting if arm.parent is None or states.get(arm.parent) == "done"), None)
+    if first is None or any(one.arm.alone for one in running) or (first.alone and running):
+        return None
+    return first
 
 
 def _left_out(arm: Arm, states: Mapping[str, str]) -> str:

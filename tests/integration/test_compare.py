@@ -35,7 +35,7 @@ def listed(tiny_llama: Path, tmp_path: Path) -> list[str]:
         "arms": {
             "broken": {"model": "tiny", "settings": {"convert.sharing": "cla9"}},
             "broken-trained": {"from": "broken", "budget": "short"},
-            "pairs": {"model": "tiny", "settings": {"convert.sharing": "cla2", "convert.init": "first"}},
+            "pairs": {"model": "tiny", "alone": True, "settings": {"convert.sharing": "cla2", "convert.init": "first"}},
             "pairs-trained": {"from": "pairs", "budget": "short"},
         },
         "tables": [
@@ -73,6 +73,7 @@ def test_one_command_makes_all_that_is_not_there(listed: list[str], tmp_path: Pa
     first = compare(listed, "--jobs", "2")
     assert first.returncode == 1, first.stderr
     assert "broken-trained: not run: broken failed" in first.stderr
+    assert first.stderr.index("failed broken") < first.stderr.index("begin  pairs")  # which runs alone
     assert "cla9" in (out / "logs" / "broken.log").read_text()
     (row, *rows) = json.loads((out / "results.json").read_text())["All"]
     assert [one["label"] for one in rows] == ["pairs", "pairs-trained"] and row["point"] == "before"
