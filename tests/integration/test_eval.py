@@ -9,6 +9,7 @@ import socket
 from pathlib import Path
 from types import SimpleNamespace
 
+import lm_eval.utils
 import pytest
 import torch
 from lm_eval.api.instance import Instance
@@ -348,3 +349,17 @@ def test_how_requests_go_together_is_part_of_the_specification():
     one, other = (common_settings(SPEC, "float32", device, 0) for device in ("cpu", "cuda:1"))
     assert one["rolling_batch_size"] == 1 and model_module.logits_at_once("cpu") == 0
     assert other["logits_at_once"] == model_module.logits_at_once("cuda:1") > 0
+
+
+def test_templates_are_compiled_once(monkeypatch: pytest.MonkeyPatch):
+    """lm-eval compiles them for every prompt, choice and answer of every row: most of the time of building a task."""
+    compiled: list[str] = []
+    templates = lm_eval.utils.env
+    original = templates.compile
+    monkeypatch.setattr(
+        templates,
+        "compile",
+        lambda text, *more, **options: (compiled.append(text), original(text, *more, **options))[1],
+    )
+    check_tasks(Evaluate(tasks=["openbookqa", "boolq"], limit=37))
+    assert compiled and len(compiled) == len(set(compiled))
