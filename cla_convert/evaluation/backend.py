@@ -57,7 +57,10 @@ def load_backend(model_dir: Path, spec: Evaluate, common: dict[str, Any], device
     settings = {"device": device, "dtype": common["dtype"], "max_length": common["max_length"]}
     if spec.backend == "hf":
         with out_of_memory():
-            return model.load(model_dir, **settings, batch_size=common["batch_size"], accelerator=accelerator)
+            return model.load(
+                model_dir, **settings, batch_size=common["batch_size"], logits=common.get("logits_at_once", 0),
+                accelerator=accelerator,
+            )  # fmt: skip
     _hush_vllm()
     try:
         from .vllm_model import load_vllm

@@ -120,6 +120,7 @@ def common_settings(spec: Evaluate, dtype: str, device: str, seed: int, processe
     GPUs it was, and over how many a model lies, does not.
     """
     kind = device.partition(":")[0]
+    # On a CPU a batch takes as long as its tokens do one after the other.
     together = {"rolling_batch_size": 1} if kind == "cpu" or spec.backend == "vllm" else {"logits_at_once": LOGITS}
     packages = ["lm-eval", "torch", "transformers", "tokenizers", *(["vllm"] if spec.backend == "vllm" else [])]
     return {

@@ -9,7 +9,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from .batch import BatchTooLarge, out_of_memory, too_long
-from .context import LOGITS, fed_tokens
+from .context import fed_tokens
 from .metered import Metered
 
 if TYPE_CHECKING:
@@ -127,15 +127,20 @@ class MeteredLM(Metered, Base):
         return logits
 
 
-def logits_at_once(device: str) -> int:
-    """Logits of a forward pass; 0 on a CPU, where a batch takes as long as its tokens do one after the other."""
-    return 0 if device.partition(":")[0] == "cpu" else LOGITS
-
-
 def load(
-    model_dir: Path, *, device: str, dtype: str, batch_size: int, max_length: int, accelerator: Any = None
+    model_dir: Path,
+    *,
+    device: str,
+    dtype: str,
+    batch_size: int,
+    max_length: int,
+    logits: int = 0,
+    accelerator: Any = None,
 ) -> MeteredLM:
-    """Load a folder (plain transformers or CLA) for lm-eval; contexts never exceed what the model was built for."""
+    """Load a folder (plain transformers or CLA) for lm-eval; contexts never exceed what the model was built for.
+
+    `logits` as for MeteredLM.
+    """
     from ..models.export import load_tokenizer, loading
     from ..models.placement import load_where_it_fits
 
@@ -149,6 +154,6 @@ def load(
             tokenizer,
             batch_size=batch_size,
             context=context,
-            logits=logits_at_once(device),
+            logits=logits,
             accelerator=accelerator,
         )

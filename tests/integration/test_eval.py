@@ -18,6 +18,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 import cla_convert.evaluation.model as model_module
 from cla_convert.errors import InputError, UsageError
 from cla_convert.evaluation import harness
+from cla_convert.evaluation.backend import load_backend
 from cla_convert.evaluation.cache import measure_kv_cache
 from cla_convert.evaluation.harness import check_tasks, common_settings
 from cla_convert.evaluation.model import MeteredLM
@@ -345,10 +346,12 @@ def test_the_same_tokens_may_be_divided_anywhere_into_context_and_answer(tiny_ll
     assert [score for score, _ in lm._loglikelihood_tokens(requests)] == pytest.approx(alone, abs=1e-4)
 
 
-def test_how_requests_go_together_is_part_of_the_specification():
+def test_requests_go_together_as_the_specification_says(tiny_llama: Path):
     one, other = (common_settings(SPEC, "float32", device, 0) for device in ("cpu", "cuda:1"))
-    assert one["rolling_batch_size"] == 1 and model_module.logits_at_once("cpu") == 0
-    assert other["logits_at_once"] == model_module.logits_at_once("cuda:1") > 0
+    assert one["rolling_batch_size"] == 1 and other["logits_at_once"] > 0
+    assert "logits_at_once" not in one
+    for common, together in ((one, 0), (other, SPEC.batch_size * SPEC.max_length)):
+        assert load_backend(tiny_llama, SPEC, common, "cpu", None).together == together
 
 
 def test_templates_are_compiled_once(monkeypatch: pytest.MonkeyPatch):
