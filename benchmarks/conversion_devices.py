@@ -19,13 +19,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from shapes import SHAPES
+from shapes import SHAPES, sizes
 from streaming_memory import make_source
 
 SHARING = "cla2-keep-ends"
-SIZES = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-          "head_dim", "vocab_size", "tie_word_embeddings", "rms_norm_eps"}  # fmt: skip
-"""Of a shape, what makes a Llama."""
 
 
 def convert(source: Path, out: Path, devices: list[str], options: argparse.Namespace) -> dict[str, Any]:
@@ -92,9 +89,8 @@ def main() -> None:
         print(json.dumps(convert(source, outs[options.worker], several[options.worker], options)))
         return
     if not source.exists():
-        shape = SHAPES[options.shape] | ({"num_hidden_layers": options.layers} if options.layers else {})
         started = time.monotonic()
-        make_source(source, {k: v for k, v in shape.items() if k in SIZES}, 5_000_000_000, several[0][0])
+        make_source(source, sizes(options.shape, options.layers), 5_000_000_000, several[0][0])
         print(f"made {source} in {time.monotonic() - started:.0f} s", flush=True)
     results = []
     for number, out in enumerate(outs):

@@ -17,8 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from conversion_devices import SIZES
-from shapes import SHAPES
+from shapes import SHAPES, sizes
 from streaming_memory import make_source
 
 COMPARED, WARM_UP = 20, 10
@@ -83,8 +82,7 @@ def main() -> None:
     options = parser.parse_args()
     folder, tokens = options.folder.absolute(), options.batch * options.length
     if not (folder / "converted").exists():
-        shape = SHAPES[options.shape] | ({"num_hidden_layers": options.layers} if options.layers else {})
-        make_inputs(folder, {name: value for name, value in shape.items() if name in SIZES}, options.made_on)
+        make_inputs(folder, sizes(options.shape, options.layers), options.made_on)
     settings = {
         "loss": "cross_entropy", "tokens": options.steps * tokens, "batch_tokens": tokens,
         "sequence_length": options.length, "micro_batch_size": 8, "validation_tokens": options.length,

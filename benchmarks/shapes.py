@@ -25,6 +25,14 @@ SHAPES: dict[str, dict[str, Any]] = {
                      "num_attention_heads": 64},
 }  # fmt: skip
 """Llama 3's shapes, and a tiny one to try things with."""
+_SIZES = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+          "head_dim", "vocab_size", "tie_word_embeddings", "rms_norm_eps"}  # fmt: skip
+
+
+def sizes(name: str, layers: int | None = None) -> dict[str, Any]:
+    """Of a shape, what makes a random Llama, with so many layers in place of its own."""
+    found = {key: value for key, value in SHAPES[name].items() if key in _SIZES}
+    return found | ({"num_hidden_layers": layers} if layers else {})
 
 
 def parameters(config: dict[str, Any]) -> int:
