@@ -83,11 +83,12 @@ def test_what_is_contained_is_found_wherever_it_stands(monkeypatch: pytest.Monke
     monkeypatch.setattr("cla_convert.evaluation.domains.overlap._CHUNK", 50)
     text = np.random.default_rng(0).integers(0, 1000, 400)
     for start in (0, 40, 49, 50, 400 - 2 * RUN):
-        assert contained(text, text[None, start : start + 2 * RUN]) == 1.0
+        assert contained(text, {"here": text[None, start : start + 2 * RUN]}) == {"here": 1.0}
     changed = text[None, 100 : 100 + 2 * RUN].copy()
     changed[0, RUN] += 1  # the only run without it is the first
-    assert contained(text, changed) == pytest.approx(1 / (RUN + 1))
-    assert contained(text[: RUN - 1], changed) == 0.0
+    found = contained(text, {"changed": changed, "too short": text[None, : RUN - 1], "there": text[None, :RUN]})
+    assert found == {"changed": pytest.approx(1 / (RUN + 1)), "too short": 0.0, "there": 1.0}
+    assert contained(text[: RUN - 1], {"changed": changed}) == {"changed": 0.0}
 
 
 def test_domains_are_measured_at_every_point(tmp_path: Path):
