@@ -21,6 +21,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 OLDEST ?= transformers==5.16.*
 NEWEST ?= transformers
 TORCH  ?=
+# Every test of the models is short, and few share what is slow to make.
+TOGETHER := --numprocesses $(JOBS) --dist worksteal
 MODELS := tests/unit/test_interface.py tests/unit/test_models.py tests/integration/test_interface.py
 
 .PHONY: demo test check setup clean test-versions test-oldest test-pinned test-newest test-wheel test-vllm docs
@@ -54,13 +56,13 @@ test: check
 test-versions: test-oldest test-pinned test-newest
 
 test-oldest: setup
-	tests/with_packages.sh $(VENV) '$(OLDEST)' $(TORCH) -- $(MODELS)
+	OMP_NUM_THREADS=1 tests/with_packages.sh $(VENV) '$(OLDEST)' $(TORCH) -- $(TOGETHER) $(MODELS)
 
 test-pinned: setup
-	$(BIN)/pytest $(MODELS) tests/unit/test_families.py tests/integration/test_families.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(TOGETHER) $(MODELS) tests/unit/test_families.py tests/integration/test_families.py
 
 test-newest: setup
-	tests/with_packages.sh $(VENV) '$(NEWEST)' $(TORCH) -- $(MODELS) tests/unit/test_families.py
+	OMP_NUM_THREADS=1 tests/with_packages.sh $(VENV) '$(NEWEST)' $(TORCH) -- $(TOGETHER) $(MODELS) tests/unit/test_families.py
 
 test-wheel: setup
 	tests/wheel.sh $(abspath $(VENV))

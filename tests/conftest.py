@@ -1,5 +1,6 @@
 """Tiny random models, built here: nothing is downloaded, everything is saved and loaded like a real checkpoint."""
 
+import gc
 import os
 import time
 from collections.abc import Callable
@@ -14,6 +15,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 torch.set_num_threads(1)  # models this small only wait for each other's threads
+
+
+def pytest_collection_finish() -> None:
+    """Hundreds of thousands of imported objects are no garbage: nobody looks through them again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

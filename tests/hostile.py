@@ -339,8 +339,10 @@ def _run(line: list[str], log: Path, work: Path) -> None:
 
 def find(cases: int, seed: int = 0, only: str = "", one: int | None = None) -> list[str]:
     """What is wrong with how so many cases ended, one text each."""
+    import scipy.stats  # noqa: F401
     import torch
 
+    import cla_convert.cli
     import cla_convert.conversion.convert
     import cla_convert.conversion.inspect
     import cla_convert.pipeline

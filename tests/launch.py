@@ -28,8 +28,11 @@ CONTEXT.set_forkserver_preload(
     [
         "__main__",
         "tests.launch",
+        "cla_convert.cli",
         "cla_convert.pipeline",
+        "cla_convert.report.report",
         "cla_convert.training.loop",
+        "scipy.stats",
         "transformers.models.llama.modeling_llama",
     ]
 )
