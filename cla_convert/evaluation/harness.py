@@ -172,10 +172,13 @@ def _run_task(task: Prepared, lm: Any, bar: Any, seed: int) -> dict[str, Any]:
     torch.manual_seed(seed)
     reset(task, seed)
     share, start, lm.truncated = task.characters // CHARACTERS_PER_TOKEN, bar.n, 0
+    lm.in_turns = task.chat
     lm.on_tokens = lambda tokens: bar.move(min(bar.n + tokens, start + share))
     began = time.monotonic()
     # lm_eval.evaluate, not simple_evaluate: the latter adds `git describe` and seconds of environment listing a task.
-    output: Any = lm_eval.evaluate(lm, task.tasks, limit=task.frozen["limit"], bootstrap_iters=1000, log_samples=True)
+    output: Any = lm_eval.evaluate(
+        lm, task.tasks, limit=task.frozen["limit"], bootstrap_iters=1000, log_samples=True, **task.requesting
+    )
     bar.move(start + share)
     truncated = lm.truncated_everywhere()
     if output is None:  # the results are with the first process

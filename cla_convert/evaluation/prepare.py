@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from ..console import progress
 from ..errors import ClaError, InputError, UsageError, did_you_mean
 from ..recipe import Evaluate
 from . import retrieval
+from .chat_template import ChatTemplate
 from .local_rows import local_splits, missing_columns
 from .retrieval.documents import retrieval_rows
 from .stock_tasks import declared, manager_for, parts_of, unscored_parts
@@ -30,9 +31,16 @@ class Prepared:
     """lm-eval's TaskDict: {"tasks": {name: Task}, "groups": ..., "group_map": ...}."""
     frozen: dict[str, Any]
     """source (offline pack, local files, generated or lm-eval), version, split, num_fewshot, limit, n, requests,
-    prompts (sha256 over every context and continuation)."""
+    prompts (sha256 over every context and continuation); chat_template (its hash), where it is asked with one."""
     characters: int
     """Characters that the model will read, for the progress bar."""
+    chat: ChatTemplate | None = None
+    """What puts its questions into turns."""
+
+    @property
+    def requesting(self) -> dict[str, Any]:
+        """How its requests are formed, for lm-eval, whose command line does the same with --apply_chat_template."""
+        return {"apply_chat_template": True, "fewshot_as_multiturn": True} if self.chat else {}
 
 
 def prepare(spec: Evaluate, seed: int, model_dir: Path | None = None) -> list[Prepared]:
@@ -41,16 +49,19 @@ def prepare(spec: Evaluate, seed: int, model_dir: Path | None = None) -> list[Pr
     Args:
         spec: the recipe's `eval` section.
         seed: of few-shot examples and generated documents.
-        model_dir: its tokenizer and context decide the documents of passkey and needle; None leaves those tasks out.
+        model_dir: its tokenizer and context decide the documents of passkey and needle, and its chat template the
+            prompts where that is asked for; None leaves those tasks out, and asks plainly.
 
     Raises:
         UsageError: no task, or a task that does not exist, or a length that the model is not fed.
-        InputError: the data of a stock task cannot be had (no network, gated, dependency missing).
+        InputError: the data of a stock task cannot be had (no network, gated, dependency missing); the tokenizer has
+            no chat template, or one that cannot be used.
     """
     names = list(dict.fromkeys(spec.tasks))
     if not names:
         raise UsageError("No tasks to evaluate", fix=f"The offline pack has {', '.join(pack.names())}")
     sources = Sources.of(spec)
+    chat = ChatTemplate.of(model_dir, spec.chat_template_args) if spec.chat_template and model_dir else None
     manager = _manager(sources, names)
     asked = [(name, requested) for requested in names for name in _expand(manager, requested, spec)]
     _refuse_unread(manager, [name for name, _ in asked], sources)
@@ -60,8 +71,8 @@ def prepare(spec: Evaluate, seed: int, model_dir: Path | None = None) -> list[Pr
         prepared: list[Prepared] = []
         for name in names:
             bar.note(name)
-            build = partial(_prepare, manager, name, limits[name], spec, seed, sources, model_dir)
-            origin = None if name in retrieval.names() else _origin(name, limits[name], spec, seed, sources)
+            build = partial(_prepare, manager, name, limits[name], spec, seed, sources, model_dir, chat)
+            origin = None if name in retrieval.names() else _origin(name, limits[name], spec, seed, sources, chat)
             prepared.append(_once(origin, build) if origin else build())
             bar.update()
         return prepared
@@ -148,12 +159,14 @@ def _once(built_from: str, build: Callable[[], Prepared]) -> Prepared:
     return _built[built_from]
 
 
-def _origin(name: str, limit: int | None, spec: Evaluate, seed: int, sources: Sources) -> str:
+def _origin(
+    name: str, limit: int | None, spec: Evaluate, seed: int, sources: Sources, chat: ChatTemplate | None
+) -> str:
     """All that a task is built from, where no model's context and tokenizer decide its documents."""
     folder = sources.local.get(name)
     states = [(file.name, file.stat()) for file in sorted(folder.iterdir())] if folder else []
     files = [(file, state.st_mtime_ns, state.st_size) for file, state in states]
-    return json.dumps([name, limit, seed, spec.model_dump(mode="json"), str(folder), files])
+    return json.dumps([name, limit, seed, spec.model_dump(mode="json"), str(folder), files, chat and chat.identity])
 
 
 def _prepare(
@@ -164,18 +177,31 @@ def _prepare(
     seed: int,
     sources: Sources,
     model_dir: Path | None,
+    chat: ChatTemplate | None,
 ) -> Prepared:
     try:
         tasks = _load(manager, name, _rows(name, spec, seed, sources, model_dir))
+        prepared = Prepared(name, tasks, {}, 0, chat if _has_turns(name, tasks) else None)
         for task in tasks["tasks"].values():
             _configure(task, spec, seed)
-            task.build_all_requests(limit=limit, rank=0, world_size=1)
+            task.build_all_requests(
+                limit=limit, rank=0, world_size=1, chat_template=prepared.chat, **prepared.requesting
+            )
     except ClaError:
         raise
     except Exception as error:
         # Whatever a third party's loader raises here, no work has begun: say it as a refusal (CLA_DEBUG shows all).
         raise _no_data(name, error, sources.name(name)) from error
-    return _describe(name, tasks, sources.name(name), limit)
+    return _describe(prepared, sources.name(name), limit)
+
+
+def _has_turns(name: str, tasks: Any) -> bool:
+    """Whether a task asks something that could stand in a conversation: a text to be read through is none.
+
+    Nor are passkey and needle: their prompts end in the middle of a sentence, and their lengths are counted.
+    """
+    rolling = all(task.OUTPUT_TYPE == "loglikelihood_rolling" for task in tasks["tasks"].values())
+    return name not in retrieval.names() and not rolling
 
 
 def _rows(
@@ -234,7 +260,9 @@ def reset(prepared: Prepared, seed: int) -> None:
         task.set_fewshot_seed(seed=seed)
 
 
-def _describe(name: str, tasks: Any, source: str, limit: int | None) -> Prepared:
+def _describe(prepared: Prepared, source: str, limit: int | None) -> Prepared:
+    """The same with its requests built, and described."""
+    tasks = prepared.tasks
     digest, characters, requests, documents = hashlib.sha256(), 0, 0, 0
     for task_name, task in tasks["tasks"].items():
         documents += len({instance.doc_id for instance in task.instances})
@@ -255,8 +283,9 @@ def _describe(name: str, tasks: Any, source: str, limit: int | None) -> Prepared
         "n": documents,
         "requests": requests,
         "prompts": digest.hexdigest(),
+        **({"chat_template": prepared.chat.identity} if prepared.chat else {}),
     }
-    return Prepared(name, tasks, frozen, characters)
+    return replace(prepared, frozen=frozen, characters=characters)
 
 
 def _no_data(name: str, error: Exception, source: str) -> InputError:

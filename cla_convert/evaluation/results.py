@@ -80,4 +80,6 @@ def render(results: Json, width: int = 80) -> str:
             rows.append([text["name"], metric, str(text["tokens"]), f"{text[metric]:.4f}", ""])
     titles = ["task", "metric", "n", "value", "stderr"]
     measured = table(titles, rows, numbers=[False, False, True, True, True], width=width)
-    return f"{measured}\nspecification {results['specification_hash'][:16]}, {results['seconds']:.0f} s"
+    in_turns = any("chat_template" in task for task in results["specification"]["tasks"].values())
+    asked = "asked with the chat template, " if in_turns else ""
+    return f"{measured}\n{asked}specification {results['specification_hash'][:16]}, {results['seconds']:.0f} s"

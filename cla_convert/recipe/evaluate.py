@@ -58,6 +58,11 @@ class Evaluate(Section):
     """Documents of single tasks, in place of `limit`: a page of wikitext costs as much as dozens of questions."""
     num_fewshot: int | None = Field(default=None, ge=0)
     """Few-shot examples. None: the task's own default."""
+    chat_template: bool = False
+    """Ask the tasks as turns of a conversation, by the model's own chat template, few-shot examples as turns before;
+    what they measure changes with it (docs/evaluation.md). Wikitext, passkey and needle stay plain text."""
+    chat_template_args: dict[str, Any] = {}
+    """Further arguments of the template, such as {enable_thinking: false}."""
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 8
     """Requests per forward pass, the same at every point, because scores can move with it. auto: the largest power of
     two up to 64 that fits, found once on the source model (on a CPU: 8). One that does not fit is refused. On a GPU it
@@ -95,6 +100,12 @@ class Evaluate(Section):
         if tokens == 1:
             raise ValueError("of a single token nothing is predicted; 0 measures none")
         return tokens
+
+    @model_validator(mode="after")
+    def _arguments_have_a_template(self) -> "Evaluate":
+        if self.chat_template_args and not self.chat_template:
+            raise ValueError("chat_template_args are of the chat template, and chat_template is false")
+        return self
 
     @field_validator("perplexity")
     @classmethod

@@ -56,6 +56,11 @@ def _task_caveats(run: RunFiles, comparison: Json) -> list[str]:
             f"Accuracies are on {' to '.join(map(str, counts))} rows a task, from the 250-row samples of the offline "
             f"pack ({', '.join(packed)}): good for before against after, not for comparing with published scores."
         )
+    if in_turns := [name for name, task in tasks.items() if task.get("chat_template")]:
+        found.append(
+            f"Asked as turns of a conversation, by the model's chat template ({', '.join(in_turns)}): these scores are "
+            "not comparable with those of plain prompts."
+        )
     if "boolq" in packed:
         found.append("boolq passages lack the article title that the stock task puts in front.")
     if "wikitext" in tasks and tasks["wikitext"].get("source") == "offline pack" and tasks["wikitext"]["n"] < 62:
