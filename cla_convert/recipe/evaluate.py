@@ -42,6 +42,9 @@ class Evaluate(Section):
     """Use the rows shipped with the package for the tasks it has. False: the full stock tasks, from the hub."""
     task_data: str | None = None
     """Folder of full evaluation sets, one folder a task (docs/evaluation.md); tasks without one are as ever."""
+    include_path: str | None = None
+    """Folder with tasks of one's own, as lm-eval's YAML files (its --include_path); `tasks` names those to run. Python
+    that they name is run (docs/evaluation.md)."""
     perplexity: list[TextFile] = []
     """Text files whose perplexity and bits per byte are measured at every point."""
     agreement_tokens: Count = 8192

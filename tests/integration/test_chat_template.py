@@ -28,6 +28,36 @@ TEMPLATE = (
 )
 DATED = "{{ strftime_now('%d %b %Y') }}" + TEMPLATE
 NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
+EXAMPLES = [{"question": f"What is {n} plus {n}?", "answer": str(2 * n), "wrong": str(n)} for n in range(6)]
+CHOSEN = f"""
+custom_dataset: !function helpers.rows
+test_split: test
+description: "Add two numbers.\\n"
+doc_to_text: "{{{{question}}}}"
+doc_to_target: answer
+num_fewshot: 2
+fewshot_config: {{sampler: first_n, samples: {json.dumps(EXAMPLES[3:])}}}
+output_type: multiple_choice
+doc_to_choice: ["{{{{answer}}}}", "{{{{wrong}}}}"]
+gen_prefix: "The answer is"
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+task: chosen
+"""
+WRITTEN = """
+include: chosen.yaml
+output_type: generate_until
+doc_to_choice: null
+generation_kwargs: {until: ["</>"], max_gen_toks: 24, do_sample: false}
+process_results: !function helpers.letters
+metric_list: [{metric: letters, aggregation: mean, higher_is_better: true}]
+task: written
+"""
+HELPERS = f"""
+from cla_convert.evaluation.tasks.pack import Rows
+
+def rows(**_): return {{"test": Rows({EXAMPLES[:3]!r})}}
+def letters(doc, results): return {{"letters": float(sum(map(ord, results[0])))}}
+"""
 TASKS = ["arc_easy", "winogrande", "lambada_openai"]
 """Several answers to a prompt, an answer to several prompts, and one to one."""
 
@@ -86,6 +116,26 @@ def test_prompts_and_scores_are_lm_evals_own(
             assert likelihoods == pytest.approx([answer[0] for answer in other["filtered_resps"]], abs=1e-3)
         for metric, value in ours["tasks"][task].items():
             assert value == pytest.approx(theirs["results"][task][f"{metric},none"], rel=1e-4)
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, NO_SYSTEM])
+def test_own_tasks_are_asked_as_lm_eval_asks_them(tmp_path: Path, template: str):
+    """With a description, examples, the start of an answer, and answers that are written."""
+    (tmp_path / "mine").mkdir()
+    for name, text in {"chosen.yaml": CHOSEN, "written.yaml": WRITTEN, "helpers.py": HELPERS}.items():
+        (tmp_path / "mine" / name).write_text(text)
+    model, tasks = save(tmp_path / "model", template), ["chosen", "written"]
+    evaluate(model, tmp_path / "out", tasks=tasks, include_path=str(tmp_path / "mine"))
+    theirs = plain_lm_eval(model, tasks, [tmp_path / "mine"])
+    for task in tasks:
+        samples = json.loads((tmp_path / "out" / "tasks" / f"{task}.json").read_text())["samples"]
+        for mine, other in zip(samples, theirs["samples"][task], strict=True):
+            assert mine["prompt_hash"] == other["prompt_hash"]
+            assert mine["metrics"] == {name: other[name] for name in mine["metrics"]}
+    prompt = theirs["samples"]["written"][0]["arguments"][0][0]
+    assert prompt.count("<assistant>\nThe answer is") == 3
+    assert prompt.endswith("The answer is")
+    assert ("<system>\nAdd two numbers." in prompt) == (template == TEMPLATE)
 
 
 def test_a_prompt_begins_once_and_ends_where_the_answer_begins(instruct: Path):
