@@ -161,6 +161,13 @@ def _run(
             yield task.name, result
 
 
+def _weighs_equally(task: Prepared, metric: str) -> bool:
+    """Whether the score of a group is the mean over its tasks, however many documents each has."""
+    group = task.tasks.get("groups", {}).get(task.name)
+    rules = getattr(group, "aggregate_metric_list", None) or []
+    return any(not rule.weight_by_size for rule in rules if rule.metric == metric.partition(",")[0])
+
+
 def _run_task(task: Prepared, lm: Any, bar: Any, seed: int) -> dict[str, Any]:
     """Run one task (or group) and describe its result. The bar is advanced by exactly the task's share."""
     import lm_eval
@@ -192,5 +199,6 @@ def _run_task(task: Prepared, lm: Any, bar: Any, seed: int) -> dict[str, Any]:
         "truncated": truncated, "max_length": lm.context, "seconds": round(time.monotonic() - began, 3),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "subtasks": {name: scores(output["results"][name])[0] for name in task.tasks["tasks"] if name != task.name},
+        "equal_weights": [metric for metric in values if _weighs_equally(task, metric)],
         "samples": compact(output["samples"]), **grid(task.frozen["source"], output["samples"]),
     }  # fmt: skip

@@ -1,7 +1,8 @@
 """The result files of one model: tasks/<task>.json as each task finishes, results.json at the end.
 
 tasks/<task>.json   task, scores, stderr, n, higher_is_better, specification, identity, truncated, max_length, seconds,
-finished, subtasks, samples (one entry a document, see samples.py); passkey and needle: grid
+finished, subtasks, equal_weights (metrics of a group that are means over its tasks), samples (one entry a document,
+see samples.py); passkey and needle: grid
 results.json        {tasks: {task: {metric: value}}, stderr, n, specification, specification_hash, ...}
 """
 

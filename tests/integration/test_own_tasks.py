@@ -72,7 +72,7 @@ def test_own_tasks_through_the_command_line(folder: Path, tmp_path: Path):
         "source": {"model": str(model)},
         "convert": {"sharing": "cla2", "init": "mean"},
         "train": {"tokens": 0},
-        "eval": {"tasks": ["mine", "written", "arithmetic"], "include_path": str(folder), "limit": 4}
+        "eval": {"tasks": ["mine", "written", "arithmetic"], "include_path": str(folder), "limit": 12}
         | {"domain_tokens": 0, "agreement_tokens": 0, "prompts": []},
         "device": "cpu",
     }
@@ -82,6 +82,13 @@ def test_own_tasks_through_the_command_line(folder: Path, tmp_path: Path):
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert list(report["tasks"]) == ["sums", "written", "arithmetic"]
     assert report["tasks"]["written"]["exact,number"]["delta"] is not None
+    row = report["tasks"]["arithmetic"]["acc"]  # 6 and 12 rows, which weigh the same
+    assert row["delta"] == pytest.approx(row["converted"] - row["before"])
+    assert row["ci95"]
+    task = json.loads((tmp_path / "run" / "eval" / "before" / "tasks" / "arithmetic.json").read_text())
+    means = [one["acc"] for one in task["subtasks"].values()]
+    assert row["before"] == row["before_paired"] == pytest.approx(sum(means) / 2)
+    assert task["equal_weights"] == ["acc"]
     done = cla("eval", model, "--include-path", folder, "--tasks", "sums", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["specification"]["tasks"]["sums"]["source"] == "own task"
