@@ -59,6 +59,7 @@ def summary(tasks: list[Prepared], done: Json, common: Json, model_dir: Path, mo
         "stderr": {name: result["stderr"] for name, result in results.items()},
         "n": {name: result["n"] for name, result in results.items()},
         "higher_is_better": {name: result["higher_is_better"] for name, result in results.items()},
+        "truncated": {name: result["truncated"] for name, result in results.items() if result.get("truncated")},
         "specification": specification,
         "specification_hash": digest(specification),
         "versions": common["versions"],
