@@ -22,6 +22,8 @@ from .stock_tasks import parts_of
 
 _SKIPPED = {"__pycache__", ".ipynb_checkpoints"}
 """Folders that lm-eval does not look into either."""
+_LONGEST_NAME = 200
+"""Bytes: a file has it."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -119,8 +121,11 @@ def _below(folder: Path, ending: str) -> list[Path]:
 
 def _name(name: Any, path: Path) -> str:
     """Raises UsageError for what cannot be the name of a task, and of the file with its results."""
-    if not isinstance(name, str) or not name or Path(name).name != name or "\\" in name:
-        raise UsageError(f"{name!r} in {path} cannot be the name of a task", fix="Give it a name without slashes.")
+    fits = isinstance(name, str) and name.isprintable() and 0 < len(name.encode()) <= _LONGEST_NAME
+    if not fits or Path(name).name != name or "\\" in name:
+        raise UsageError(
+            f"{repr(name)[:80]} in {path} cannot be the name of a task", fix="Give it a short name without slashes."
+        )
     if name in retrieval.names():
         raise UsageError(f"{path} declares {name!r}, which is a task of cla-convert", fix="Give it another name.")
     return name
@@ -136,14 +141,16 @@ def _read(path: Path, through: tuple[Path, ...]) -> tuple[dict[str, Any], list[P
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise InputError(what, f"{line}{error.problem or first_line(error)}.", "Correct the YAML.") from error
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise unread(error, InputError(what, first_line(error))) from error
     if not isinstance(settings, dict):
         raise InputError(what, "It holds no settings.", "See docs/evaluation.md for an example.")
     included = settings.pop("include", [])
     merged, files = dict[str, Any](), [path]
     for name in included if isinstance(included, list) else [included]:
-        inner, more = _read((path.parent / str(name)).resolve(), (*through, path))
+        if not isinstance(name, str) or not name.isprintable():
+            raise InputError(what, f"include names {repr(name)[:80]}, which is no file.", "Name a YAML file.")
+        inner, more = _read((path.parent / name).resolve(), (*through, path))
         merged |= inner
         files += more
     return merged | settings, files

@@ -169,6 +169,10 @@ def test_a_group_may_have_stock_tasks(folder: Path, monkeypatch: pytest.MonkeyPa
         ("new.yaml", "task: sums", "The task 'sums' is declared twice"),
         ("new.yaml", "task: a/b", "'a/b' in .*new.yaml cannot be the name of a task"),
         ("new.yaml", "task: [sums]", "cannot be the name of a task"),
+        ("new.yaml", 'task: "a\\0b"', "cannot be the name of a task"),
+        ("new.yaml", f"task: {'long' * 60}", "cannot be the name of a task"),
+        ("new.yaml", "task: new\ninclude: [[sums.yaml]]", "which is no file"),
+        ("new.yaml", "[" * 50_000, "new.yaml cannot be read"),
         ("new.yaml", "task: passkey", "declares 'passkey', which is a task of cla-convert"),
         ("sums.yaml", SUMS.replace("helpers.rows", "helpers.lines"), "sums.yaml cannot be used\nAttributeError"),
         ("sums.yaml", SUMS.replace("doc_to_text:", "doc_to_texts:"), "sums.yaml cannot be used\nTypeError"),
@@ -184,6 +188,13 @@ def test_mistakes_are_said_before_any_work(folder: Path, file: str, text: str, t
     (folder / file).write_text(text)
     with pytest.raises(ClaError, match=told):
         harness.check_tasks(spec(folder, "sums", "written"))
+
+
+def test_a_folder_of_which_nothing_is_named_is_said(folder: Path, capsys: pytest.CaptureFixture[str]):
+    harness.check_tasks(spec(folder, "arithmetic", limit=1))
+    assert capsys.readouterr().err.count("eval.tasks names none") == 0
+    harness.check_tasks(spec(folder, "piqa", limit=1))
+    assert "eval.tasks names none of the tasks in" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_none(folder: Path, tmp_path: Path):
