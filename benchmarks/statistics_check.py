@@ -103,7 +103,7 @@ def task_gate(tasks: list[int], loss: float) -> Callable[[Rng, int], bool]:
 
     def run(rng: Rng, _seed: int) -> bool:
         groups = [paired(rng, n, (0.2 + loss) / 2, (0.2 - loss) / 2) for n in tasks]
-        return min(statistics.holm([statistics.p_inferior(group, MARGIN) for group in groups])) < LEVEL
+        return min(statistics.holm([statistics.p_inferior([group], MARGIN) for group in groups])) < LEVEL
 
     return run
 

@@ -213,12 +213,18 @@ def output(rng: random.Random, given: Path, out: Path) -> list[object]:
     return ["inspect", model]
 
 
-KINDS: list[Case] = [config, index, header, sidecar, gguf, recipe, run_folder, resumed, output]
-WEIGHTS = [27, 12, 18, 9, 16, 8, 6, 2, 2]
+def own_task(rng: random.Random, given: Path, out: Path) -> list[object]:
+    """A task of the user's own."""
+    spoil(rng, given / "tasks" / "sums.yaml")
+    return ["eval", given / "llama", "--include-path", given / "tasks", "--tasks", "sums", "--out", out / "eval"]
+
+
+KINDS: list[Case] = [config, index, header, sidecar, gguf, recipe, run_folder, resumed, output, own_task]
+WEIGHTS = [27, 12, 18, 9, 16, 8, 6, 2, 2, 4]
 
 
 def inputs(folder: Path) -> Path:
-    """One of each: models, a sharded one, a GGUF file, a recipe, a finished run and one that was begun."""
+    """One of each: models, a sharded one, a GGUF file, a recipe, a finished run and one that was begun, a task."""
     from cla_convert.files import write_json
 
     from .conftest import save_tiny_llama
@@ -233,6 +239,17 @@ def inputs(folder: Path) -> Path:
     write_gguf(folder / "tiny.gguf", "llama")
     for name in ("run", "other"):
         add_everything(write_run(folder / name))
+    (folder / "tasks").mkdir()
+    (folder / "tasks" / "base.yaml").write_text("custom_dataset: !function rows.rows\ntest_split: test\n")
+    (folder / "tasks" / "rows.py").write_text(
+        "from cla_convert.evaluation.tasks.pack import Rows\n\n"
+        "def rows(**_): return {'test': Rows([{'question': 'One and one?', 'right': 'two', 'wrong': 'one'}])}\n"
+    )
+    write_json(folder / "tasks" / "sums.yaml", {
+        "include": "base.yaml", "task": "sums", "output_type": "multiple_choice", "doc_to_text": "{{question}}",
+        "doc_to_choice": ["{{right}}", "{{wrong}}"], "doc_to_target": 0, "num_fewshot": 0, "description": "Add. ",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    })  # fmt: skip
     (folder / "text.jsonl").write_text(
         "\n".join(json.dumps({"text": f"line {i} of the text " * 20}) for i in range(40))
     )

@@ -72,6 +72,9 @@ Private = Annotated[bool, typer.Option("--private", help="With --push-to-hub: a 
 TaskData = Annotated[
     str | None, typer.Option(metavar="DIR", help="Folder of full evaluation sets (docs/evaluation.md).")
 ]
+IncludePath = Annotated[
+    str | None, typer.Option(metavar="DIR", help="Folder of one's own lm-eval tasks (YAML), for --tasks to name.")
+]
 Gate = Annotated[bool, typer.Option("--gate", help="Exit with code 4 if a loss beyond a margin is shown.")]
 GateStrict = Annotated[
     bool, typer.Option("--gate-strict", help="Exit with code 4 unless the losses are shown to be within their margins.")

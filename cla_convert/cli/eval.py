@@ -10,7 +10,20 @@ import typer
 from ..console import columns, data_json, page, say
 from ..errors import UsageError
 from ..files import check_place
-from .app import AllowPickle, Json, Model, Quiet, Recipe, Revision, Sets, TaskData, app, check_revision, settings_of
+from .app import (
+    AllowPickle,
+    IncludePath,
+    Json,
+    Model,
+    Quiet,
+    Recipe,
+    Revision,
+    Sets,
+    TaskData,
+    app,
+    check_revision,
+    settings_of,
+)
 from .words import names_of, whole
 
 
@@ -25,6 +38,7 @@ def evaluate(
         typer.Option(metavar="N", parser=whole("--limit", 1, 100), help="Documents per task: the first so many."),
     ] = None,
     task_data: TaskData = None,
+    include_path: IncludePath = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for results (per task, resumable).")] = None,
     backend: Annotated[
         str | None, typer.Option(metavar="NAME", help="What scores the tasks: hf, or vllm if installed.")
@@ -48,6 +62,7 @@ def evaluate(
         "eval.tasks": None if tasks is None else names_of(tasks),
         "eval.limit": limit,
         "eval.task_data": task_data,
+        "eval.include_path": include_path,
     }
     settings = settings_of(recipe, sets, options | {"eval.backend": backend})
     if out:

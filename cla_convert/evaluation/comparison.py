@@ -145,7 +145,7 @@ def _table(comparisons: list[Comparison], chosen: list[Comparison], margin: floa
     tested = {c.task: c.p_value for c in chosen if c.p_value is not None}
     adjusted = dict(zip(tested, holm(list(tested.values())), strict=True))
     judged = [c for c in chosen if c.verdict and c.kind == "binary"]
-    worse = [p_inferior(c.differences, margin) for c in judged]
+    worse = [p_inferior(c.strata, margin) for c in judged]
     inferior = {c.task: pair for c, *pair in zip(judged, worse, holm(worse), strict=True)}
     table: dict[str, dict[str, Json]] = {}
     for comparison in comparisons:

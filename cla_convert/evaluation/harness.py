@@ -101,6 +101,8 @@ def check_tasks(spec: Evaluate, model_dir: Path | None = None, seed: int = 0) ->
         found = prepare(spec, seed, model_dir)
         if model_dir:
             check_room(found, model_dir, spec.max_length)
+    if spec.include_path and not any("files" in task.frozen for task in found):
+        warn(f"eval.tasks names none of the tasks in {spec.include_path} (eval.include_path)")
     if unused := sorted(spec.limits.keys() - set(spec.tasks) - {task.name for task in found}):
         warn(f"eval.limits names tasks that are not evaluated by themselves: {', '.join(unused)}")
 
@@ -161,6 +163,13 @@ def _run(
             yield task.name, result
 
 
+def _weighs_equally(task: Prepared, metric: str) -> bool:
+    """Whether the score of a group is the mean over its tasks, however many documents each has."""
+    group = task.tasks.get("groups", {}).get(task.name)
+    rules = getattr(group, "aggregate_metric_list", None) or []
+    return any(not rule.weight_by_size for rule in rules if rule.metric == metric.partition(",")[0])
+
+
 def _run_task(task: Prepared, lm: Any, bar: Any, seed: int) -> dict[str, Any]:
     """Run one task (or group) and describe its result. The bar is advanced by exactly the task's share."""
     import lm_eval
@@ -172,10 +181,13 @@ def _run_task(task: Prepared, lm: Any, bar: Any, seed: int) -> dict[str, Any]:
     torch.manual_seed(seed)
     reset(task, seed)
     share, start, lm.truncated = task.characters // CHARACTERS_PER_TOKEN, bar.n, 0
+    lm.in_turns = task.chat
     lm.on_tokens = lambda tokens: bar.move(min(bar.n + tokens, start + share))
     began = time.monotonic()
     # lm_eval.evaluate, not simple_evaluate: the latter adds `git describe` and seconds of environment listing a task.
-    output: Any = lm_eval.evaluate(lm, task.tasks, limit=task.frozen["limit"], bootstrap_iters=1000, log_samples=True)
+    output: Any = lm_eval.evaluate(
+        lm, task.tasks, limit=task.frozen["limit"], bootstrap_iters=1000, log_samples=True, **task.requesting
+    )
     bar.move(start + share)
     truncated = lm.truncated_everywhere()
     if output is None:  # the results are with the first process
@@ -189,5 +201,6 @@ def _run_task(task: Prepared, lm: Any, bar: Any, seed: int) -> dict[str, Any]:
         "truncated": truncated, "max_length": lm.context, "seconds": round(time.monotonic() - began, 3),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "subtasks": {name: scores(output["results"][name])[0] for name in task.tasks["tasks"] if name != task.name},
+        "equal_weights": [metric for metric in values if _weighs_equally(task, metric)],
         "samples": compact(output["samples"]), **grid(task.frozen["source"], output["samples"]),
     }  # fmt: skip

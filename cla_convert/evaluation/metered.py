@@ -7,6 +7,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from ..errors import InputError
+from .chat_template import ChatTemplate, Turns
 
 Base: Any = TemplateLM
 
@@ -22,6 +23,13 @@ class Metered(Base):
         self.context = context
         self.on_tokens: Callable[[int], None] = lambda _: None
         self.truncated = 0
+        self.in_turns: ChatTemplate | None = None
+        """What the requests of a task were prepared with; the model classes have ways of their own."""
+
+    def apply_chat_template(self, chat_history: Turns, add_generation_prompt: bool = True) -> str:
+        """The prompt for turns, as it was prepared."""
+        assert self.in_turns is not None
+        return self.in_turns(chat_history, add_generation_prompt)
 
     def close(self) -> None:
         """Free what does not go with the object."""

@@ -5,6 +5,10 @@
     other numbers  sign-flip test and interval on the per-document differences
     of all at once no value per document, so no test and no interval (bleu, mcc, the f1 of multiple choice)
 
+A group of tasks whose score is the mean over its tasks, however long each is (`weight_by_size: false`), is compared so:
+documents are resampled within each task, and the test is the sign-flip test of the weighted differences. Whatever else
+is not what comes of its documents one by one (a mean of perplexities) counts as a metric of all at once.
+
 The tests and intervals themselves are in `statistics.py`.
 """
 
@@ -22,9 +26,8 @@ from .statistics import (
     Interval,
     known,
     mcnemar,
-    mean_interval,
     mean_of_groups_interval,
-    paired_interval,
+    mean_of_strata_interval,
     percentiles,
     resample,
     sign_flip,
@@ -59,12 +62,13 @@ class Comparison:
     """See `statistics.verdict`; only for metrics between 0 and 1 where 1 is good: the margin is in accuracy."""
     relative_ci95: Interval | None = None
     """Of perplexities: 95% interval of after / before - 1."""
-    differences: Array = field(repr=False, default_factory=lambda: np.zeros(0))
-    """Per document, after - before: in accuracy, or in nats of log-likelihood (positive is better)."""
+    strata: list[Array] = field(repr=False, default_factory=lambda: [np.zeros(0)])
+    """Per document, after - before, in accuracy or in nats of log-likelihood (positive is better): of all documents, or
+    of every subtask where these weigh the same."""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, without the per-document differences."""
-        left_out = {"differences", "task", "metric"} | ({"relative_ci95"} if self.relative_ci95 is None else set())
+        left_out = {"strata", "task", "metric"} | ({"relative_ci95"} if self.relative_ci95 is None else set())
         return {key: value for key, value in asdict(self).items() if key not in left_out}
 
 
@@ -80,15 +84,37 @@ def compare(before: dict[str, Any], after: dict[str, Any], *, margin: float = 0.
         metrics = [metric for metric in metrics if metric in before["scores"]]
     found = []
     for metric in metrics:
-        rows = [(a["metrics"][metric], b["metrics"][metric]) for a, b in zip(left, right, strict=True)
+        rows = [(a["task"], a["metrics"][metric], b["metrics"][metric]) for a, b in zip(left, right, strict=True)
                 if metric in a["metrics"] and metric in b["metrics"]]  # fmt: skip
-        comparison = _compare_metric(before["task"], metric, rows, margin, seed)
+        comparison = _of_documents(before, after, metric, rows, margin, seed)
         if comparison is None:
             comparison = _of_corpus(before, after, metric, len(rows))
         # lm-eval says it of a metric, which may come through several filters: `ter,first` is of `ter`.
         better = before.get("higher_is_better", {}).get(metric.partition(",")[0], True)
         found.append(comparison if better else _turned(comparison))
     return found
+
+
+def _of_documents(
+    before: dict[str, Any], after: dict[str, Any], metric: str, rows: list[Any], margin: float, seed: int
+) -> Comparison | None:
+    """The comparison document by document whose numbers are those of the score, if there is one."""
+    equal: Any = before.get("equal_weights", [])
+    ways = [metric in equal] if "equal_weights" in before or not before.get("subtasks") else [False, True]
+    for by_task in ways:  # of older results only the numbers tell
+        parts = [part if by_task else "" for part, *_ in rows]
+        found = _compare_metric(before["task"], metric, parts, [pair for _, *pair in rows], margin, seed)
+        if found and _is_score(before, metric, found.before) and _is_score(after, metric, found.after):
+            return found
+    return None
+
+
+def _is_score(side: dict[str, Any], metric: str, value: float) -> bool:
+    """Whether a number is the score of a task file, as far as that tells."""
+    score = side.get("scores", {}).get(metric)
+    if score is None or not (math.isfinite(score) and math.isfinite(value)):
+        return True
+    return math.isclose(score, value, rel_tol=1e-6, abs_tol=1e-9)
 
 
 def _turned(comparison: Comparison) -> Comparison:
@@ -119,30 +145,53 @@ def pair(before: dict[str, Any], after: dict[str, Any]) -> tuple[list[dict[str, 
     return before["samples"], after["samples"]
 
 
-def _compare_metric(task: str, metric: str, rows: list[Any], margin: float, seed: int) -> Comparison | None:
-    """None for a metric that has no value per document, whatever lm-eval keeps of each."""
+def _compare_metric(
+    task: str, metric: str, parts: list[str], rows: list[Any], margin: float, seed: int
+) -> Comparison | None:
+    """None for a metric that has no value per document, whatever lm-eval keeps of each.
+
+    Args:
+        task, metric: how to call it.
+        parts: of every document, what it belongs to; each weighs the same.
+        rows: of every document, before and after.
+        margin, seed: as `compare`.
+    """
     if _is_likelihood(metric):
+        if len(set(parts)) > 1:
+            return None
         # lm-eval keeps of one answer a document its log-likelihood, without a count
         rows = [[value if isinstance(value, (list, tuple)) else (value, 1) for value in row] for row in rows]
         pairs = np.array(rows, dtype=np.float64)  # [documents, before/after, (log-likelihood, units)]
         return compare_likelihoods(task, metric, pairs, seed=seed)
     if not all(value is None or isinstance(value, (int, float)) for row in rows for value in row):
         return None  # an answer and what it should be, for a metric of all of them at once
-    given = [row for row in rows if row != (None, None)]  # some tasks leave documents out
+    given = [index for index, row in enumerate(rows) if row != [None, None]]  # some tasks leave documents out
     if not given:
         return None
-    values = np.array(given, dtype=np.float64)  # None, JSON's for what is no number, becomes NaN
-    before, after = values[:, 0], values[:, 1]
-    differences = after - before
+    values = np.array([rows[index] for index in given], dtype=np.float64)  # None, JSON's for no number, becomes NaN
+    members = _members([parts[index] for index in given])
+    before, after = (float(np.mean([values[one, side].mean() for one in members])) for side in (0, 1))
+    differences = values[:, 1] - values[:, 0]
+    strata = [differences[one] for one in members]
     binary = bool(np.isin(values, (0.0, 1.0)).all())
     lost, gained = int((differences < 0).sum()), int((differences > 0).sum())
-    interval = paired_interval(differences, seed=seed) if binary else mean_interval(differences, seed=seed)
+    interval = mean_of_groups_interval(strata, seed=seed) if binary else mean_of_strata_interval(strata, seed=seed)
+    if binary and len(strata) == 1:
+        p_value = mcnemar(lost, gained)
+    else:
+        p_value = sign_flip(np.concatenate([one * len(differences) / len(one) for one in strata]), seed=seed)
     a_share = bool(((values >= 0) & (values <= 1)).all())
     return Comparison(
-        task, metric, "binary" if binary else "number", len(values), float(before.mean()), float(after.mean()),
-        float(differences.mean()), interval, mcnemar(lost, gained) if binary else sign_flip(differences, seed=seed),
-        lost, gained, verdict(interval, margin) if a_share and interval else "", None, differences,
+        task, metric, "binary" if binary else "number", len(values), before, after,
+        float(np.mean([one.mean() for one in strata])), interval, p_value, lost, gained,
+        verdict(interval, margin) if a_share and interval else "", None, strata,
     )  # fmt: skip
+
+
+def _members(parts: list[str]) -> list[NDArray[np.int64]]:
+    """Indices of what belongs together, in order of appearance."""
+    names = np.array(parts)
+    return [np.flatnonzero(names == name) for name in dict.fromkeys(parts)]
 
 
 def _is_likelihood(metric: str) -> bool:
@@ -180,7 +229,7 @@ def compare_likelihoods(task: str, metric: str, pairs: Array, *, seed: int = 0) 
         task, metric, "likelihood", len(pairs), values[0], values[1], change,
         _likelihood_interval(delta, change, _influence(pairs, metric), seed), sign_flip(nats, seed=seed),
         int((nats < 0).sum()), int((nats > 0).sum()), "",
-        None if metric.startswith("bits_per") else ratio_interval(nats, units, seed), nats,
+        None if metric.startswith("bits_per") else ratio_interval(nats, units, seed), [nats],
     )  # fmt: skip
 
 
@@ -222,12 +271,15 @@ def _link(metric: str) -> Callable[[Any], Any]:
 def macro_average(comparisons: list[Comparison], *, margin: float, seed: int = 0) -> dict[str, Any] | None:
     """Mean accuracy difference over tasks, each task weighing the same, with an interval and the verdict.
 
-    Documents are resampled within each task. None without 0/1 metrics.
+    Documents are resampled within each task, and within each subtask where these weigh the same. None without 0/1
+    metrics.
     """
     chosen = [comparison for comparison in comparisons if comparison.verdict]
     if not chosen:
         return None
-    interval = mean_of_groups_interval([comparison.differences for comparison in chosen], seed=seed)
+    strata = [(one, 1 / len(chosen) / len(comparison.strata)) for comparison in chosen for one in comparison.strata]
+    groups, weights = [one for one, _ in strata], [weight for _, weight in strata]
+    interval = mean_of_groups_interval(groups, weights=weights, seed=seed)
     return {
         "tasks": [comparison.task for comparison in chosen], "n": sum(comparison.n for comparison in chosen),
         "before": float(np.mean([comparison.before for comparison in chosen])),

@@ -3,8 +3,8 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ from ..console import progress
 from ..errors import ClaError, InputError, UsageError, did_you_mean
 from ..recipe import Evaluate
 from . import retrieval
+from .chat_template import ChatTemplate
 from .local_rows import local_splits, missing_columns
+from .own_tasks import OwnTasks, rehearse, rows_digest
 from .retrieval.documents import retrieval_rows
-from .stock_tasks import declared, manager_for, parts_of, unscored_parts
+from .stock_tasks import declared, is_stock, manager_for, parts_of, unscored_parts
 from .tasks import pack
 
 _LAYOUT = "Columns are those of the data set that the stock task reads from the hub (docs/evaluation.md)."
@@ -29,10 +31,18 @@ class Prepared:
     tasks: Any
     """lm-eval's TaskDict: {"tasks": {name: Task}, "groups": ..., "group_map": ...}."""
     frozen: dict[str, Any]
-    """source (offline pack, local files, generated or lm-eval), version, split, num_fewshot, limit, n, requests,
-    prompts (sha256 over every context and continuation)."""
+    """source (offline pack, local files, generated, own task or lm-eval), version, split, num_fewshot, limit, n,
+    requests, prompts (sha256 over every context and continuation); chat_template (its hash), where it is asked with
+    one; files and rows (hashes) of a task of the user's own."""
     characters: int
     """Characters that the model will read, for the progress bar."""
+    chat: ChatTemplate | None = None
+    """What puts its questions into turns."""
+
+    @property
+    def requesting(self) -> dict[str, Any]:
+        """How its requests are formed, for lm-eval, whose command line does the same with --apply_chat_template."""
+        return {"apply_chat_template": True, "fewshot_as_multiturn": True} if self.chat else {}
 
 
 def prepare(spec: Evaluate, seed: int, model_dir: Path | None = None) -> list[Prepared]:
@@ -41,16 +51,19 @@ def prepare(spec: Evaluate, seed: int, model_dir: Path | None = None) -> list[Pr
     Args:
         spec: the recipe's `eval` section.
         seed: of few-shot examples and generated documents.
-        model_dir: its tokenizer and context decide the documents of passkey and needle; None leaves those tasks out.
+        model_dir: its tokenizer and context decide the documents of passkey and needle, and its chat template the
+            prompts where that is asked for; None leaves those tasks out, and asks plainly.
 
     Raises:
         UsageError: no task, or a task that does not exist, or a length that the model is not fed.
-        InputError: the data of a stock task cannot be had (no network, gated, dependency missing).
+        InputError: the data of a stock task cannot be had (no network, gated, dependency missing); the tokenizer has
+            no chat template, or one that cannot be used.
     """
     names = list(dict.fromkeys(spec.tasks))
     if not names:
         raise UsageError("No tasks to evaluate", fix=f"The offline pack has {', '.join(pack.names())}")
     sources = Sources.of(spec)
+    chat = ChatTemplate.of(model_dir, spec.chat_template_args) if spec.chat_template and model_dir else None
     manager = _manager(sources, names)
     asked = [(name, requested) for requested in names for name in _expand(manager, requested, spec)]
     _refuse_unread(manager, [name for name, _ in asked], sources)
@@ -60,8 +73,9 @@ def prepare(spec: Evaluate, seed: int, model_dir: Path | None = None) -> list[Pr
         prepared: list[Prepared] = []
         for name in names:
             bar.note(name)
-            build = partial(_prepare, manager, name, limits[name], spec, seed, sources, model_dir)
-            origin = None if name in retrieval.names() else _origin(name, limits[name], spec, seed, sources)
+            build = partial(_prepare, manager, name, limits[name], spec, seed, sources, model_dir, chat)
+            anew = name in retrieval.names() or name in sources.own.names
+            origin = None if anew else _origin(name, limits[name], spec, seed, sources, chat)
             prepared.append(_once(origin, build) if origin else build())
             bar.update()
         return prepared
@@ -73,16 +87,19 @@ class Sources:
 
     local: dict[str, Path]
     """Tasks that have a folder in `eval.task_data`."""
+    own: OwnTasks
+    """Tasks of `eval.include_path`, which replace others of their name, as in lm-eval."""
     shipped: frozenset[str]
 
     @classmethod
     def of(cls, spec: Evaluate) -> "Sources":
-        """Raises InputError if `eval.task_data` is no folder."""
+        """Raises InputError if `eval.task_data` is no folder, and what `OwnTasks.of` raises."""
         folder = Path(spec.task_data).expanduser() if spec.task_data else None
         if folder is not None and not folder.is_dir():
             raise InputError(f"There is no folder {folder}", fix="Check eval.task_data (--task-data).")
         local = {path.name: path for path in folder.iterdir() if path.is_dir()} if folder else {}
-        return cls(local, frozenset(pack.names() if spec.offline_pack else []))
+        own = OwnTasks.of(spec.include_path)
+        return cls(local, own, frozenset(pack.names() if spec.offline_pack else []) - own.names)
 
     def name(self, task: str) -> str:
         """In words, for the specification and the report."""
@@ -90,12 +107,16 @@ class Sources:
             return "generated"
         if task in self.local:
             return "local files"
+        if task in self.own.names:
+            return "own task"
         return "offline pack" if task in self.shipped else "lm-eval"
 
 
 def _manager(sources: Sources, names: list[str]) -> Any:
-    folders = [str(pack.FOLDER), str(retrieval.FOLDER)] if sources.shipped else [str(retrieval.FOLDER)]
-    return manager_for(set(names) - sources.shipped - set(retrieval.names()), folders)
+    folders = [*([pack.FOLDER] if sources.shipped else []), retrieval.FOLDER, sources.own.folder]  # later ones win
+    here = sources.shipped | set(retrieval.names()) | sources.own.names
+    inner = {part for name in names for part in sources.own.parts(name) - here if is_stock(part)}
+    return manager_for((set(names) | inner) - here, [str(folder) for folder in folders if folder])
 
 
 def _refuse_unread(manager: Any, names: list[str], sources: Sources) -> None:
@@ -120,9 +141,11 @@ def _expand(manager: Any, name: str, spec: Evaluate) -> list[str]:
         return [one for part in parts for one in _expand(manager, part, spec)]
     if name in manager.all_subtasks or name in manager.all_groups:
         return [name]
-    known = [*pack.names(), *retrieval.names()]
+    own = Sources.of(spec).own.names
+    known = [*sorted(own), *pack.names(), *retrieval.names()]
     hint = did_you_mean(name, known) or did_you_mean(name, declared())  # the pack first: it needs no network
     where = "in lm-eval or in the offline pack" if spec.offline_pack else "in lm-eval"
+    where = f"in {spec.include_path}, {where}" if own else where
     raise UsageError(
         f"There is no evaluation task named {name!r}.{hint}",
         why=f"No task, group or tag of that name exists {where}.",
@@ -148,12 +171,14 @@ def _once(built_from: str, build: Callable[[], Prepared]) -> Prepared:
     return _built[built_from]
 
 
-def _origin(name: str, limit: int | None, spec: Evaluate, seed: int, sources: Sources) -> str:
+def _origin(
+    name: str, limit: int | None, spec: Evaluate, seed: int, sources: Sources, chat: ChatTemplate | None
+) -> str:
     """All that a task is built from, where no model's context and tokenizer decide its documents."""
     folder = sources.local.get(name)
     states = [(file.name, file.stat()) for file in sorted(folder.iterdir())] if folder else []
     files = [(file, state.st_mtime_ns, state.st_size) for file, state in states]
-    return json.dumps([name, limit, seed, spec.model_dump(mode="json"), str(folder), files])
+    return json.dumps([name, limit, seed, spec.model_dump(mode="json"), str(folder), files, chat and chat.identity])
 
 
 def _prepare(
@@ -164,18 +189,47 @@ def _prepare(
     seed: int,
     sources: Sources,
     model_dir: Path | None,
+    chat: ChatTemplate | None,
 ) -> Prepared:
     try:
         tasks = _load(manager, name, _rows(name, spec, seed, sources, model_dir))
+        _refuse_unfit(name, tasks["tasks"].values())
+        prepared = Prepared(name, tasks, {}, 0, chat if _has_turns(name, tasks) else None)
         for task in tasks["tasks"].values():
             _configure(task, spec, seed)
-            task.build_all_requests(limit=limit, rank=0, world_size=1)
+            task.build_all_requests(
+                limit=limit, rank=0, world_size=1, chat_template=prepared.chat, **prepared.requesting
+            )
+            if name in sources.own.names:
+                rehearse(task)
+        return _describe(prepared, sources, limit)
     except ClaError:
         raise
     except Exception as error:
         # Whatever a third party's loader raises here, no work has begun: say it as a refusal (CLA_DEBUG shows all).
-        raise _no_data(name, error, sources.name(name)) from error
-    return _describe(name, tasks, sources.name(name), limit)
+        raise _no_data(name, error, sources) from error
+
+
+def _refuse_unfit(name: str, tasks: Iterable[Any]) -> None:
+    """Raise UsageError for what lm-eval refuses as well, but after the model is loaded."""
+    for task in tasks:
+        if getattr(task, "UNSAFE_CODE", False):
+            raise UsageError(
+                f"The task {name!r} runs code that the model writes",
+                why="Nothing would keep that code from doing harm here.",
+                fix="Leave it out; lm_eval runs it on one's own responsibility (--confirm_run_unsafe_code).",
+            )
+        if getattr(task, "MULTIMODAL", False):
+            raise UsageError(f"The task {name!r} asks about images or sound", fix="Leave it out: models get text here.")
+
+
+def _has_turns(name: str, tasks: Any) -> bool:
+    """Whether a task asks something that could stand in a conversation: a text to be read through is none.
+
+    Nor are passkey and needle: their prompts end in the middle of a sentence, and their lengths are counted.
+    """
+    rolling = all(task.OUTPUT_TYPE == "loglikelihood_rolling" for task in tasks["tasks"].values())
+    return name not in retrieval.names() and not rolling
 
 
 def _rows(
@@ -234,7 +288,9 @@ def reset(prepared: Prepared, seed: int) -> None:
         task.set_fewshot_seed(seed=seed)
 
 
-def _describe(name: str, tasks: Any, source: str, limit: int | None) -> Prepared:
+def _describe(prepared: Prepared, sources: Sources, limit: int | None) -> Prepared:
+    """The same, described: its requests are built."""
+    name, tasks = prepared.name, prepared.tasks
     digest, characters, requests, documents = hashlib.sha256(), 0, 0, 0
     for task_name, task in tasks["tasks"].items():
         documents += len({instance.doc_id for instance in task.instances})
@@ -246,7 +302,7 @@ def _describe(name: str, tasks: Any, source: str, limit: int | None) -> Prepared
     leaves = tasks["tasks"].values()
     splits = {task.get_config("test_split") or task.get_config("validation_split") for task in leaves}
     frozen = {
-        "source": source,
+        "source": sources.name(name),
         "version": {task_name: task.VERSION for task_name, task in tasks["tasks"].items()},
         "split": sorted(map(str, splits)),
         "num_fewshot": sorted({task.get_config("num_fewshot") or 0 for task in leaves}),
@@ -255,11 +311,16 @@ def _describe(name: str, tasks: Any, source: str, limit: int | None) -> Prepared
         "n": documents,
         "requests": requests,
         "prompts": digest.hexdigest(),
+        **({"chat_template": prepared.chat.identity} if prepared.chat else {}),
+        **({"files": files, "rows": rows_digest(leaves, limit)} if (files := sources.own.digest(name)) else {}),
     }
-    return Prepared(name, tasks, frozen, characters)
+    return replace(prepared, frozen=frozen, characters=characters)
 
 
-def _no_data(name: str, error: Exception, source: str) -> InputError:
+def _no_data(name: str, error: Exception, sources: Sources) -> InputError:
+    source = sources.name(name)
+    if source == "own task":
+        return sources.own.failed(name, error)
     reason = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')[:300]}"
     if source == "local files":
         return InputError(f"The local rows of the task {name!r} do not suit it", reason, _LAYOUT)

@@ -1,7 +1,8 @@
 """The result files of one model: tasks/<task>.json as each task finishes, results.json at the end.
 
 tasks/<task>.json   task, scores, stderr, n, higher_is_better, specification, identity, truncated, max_length, seconds,
-finished, subtasks, samples (one entry a document, see samples.py); passkey and needle: grid
+finished, subtasks, equal_weights (metrics of a group that are means over its tasks), samples (one entry a document,
+see samples.py); passkey and needle: grid
 results.json        {tasks: {task: {metric: value}}, stderr, n, specification, specification_hash, ...}
 """
 
@@ -58,6 +59,7 @@ def summary(tasks: list[Prepared], done: Json, common: Json, model_dir: Path, mo
         "stderr": {name: result["stderr"] for name, result in results.items()},
         "n": {name: result["n"] for name, result in results.items()},
         "higher_is_better": {name: result["higher_is_better"] for name, result in results.items()},
+        "truncated": {name: result["truncated"] for name, result in results.items() if result.get("truncated")},
         "specification": specification,
         "specification_hash": digest(specification),
         "versions": common["versions"],
@@ -80,4 +82,6 @@ def render(results: Json, width: int = 80) -> str:
             rows.append([text["name"], metric, str(text["tokens"]), f"{text[metric]:.4f}", ""])
     titles = ["task", "metric", "n", "value", "stderr"]
     measured = table(titles, rows, numbers=[False, False, True, True, True], width=width)
-    return f"{measured}\nspecification {results['specification_hash'][:16]}, {results['seconds']:.0f} s"
+    in_turns = any("chat_template" in task for task in results["specification"]["tasks"].values())
+    asked = "asked with the chat template, " if in_turns else ""
+    return f"{measured}\n{asked}specification {results['specification_hash'][:16]}, {results['seconds']:.0f} s"

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 Interval = tuple[float, float]
+Weights = list[float] | None
 
 WITHIN, BROKEN, INCONCLUSIVE = "within_margin", "margin_broken", "inconclusive"
 """See `verdict`."""
@@ -86,6 +87,23 @@ def student(values: Array, centre: float) -> Interval:
     return centre - half, centre + half
 
 
+def mean_of_strata_interval(groups: list[Array], *, seed: int = 0) -> Interval | None:
+    """As `mean_interval`, for the mean over groups weighing the same; None if one has fewer than two documents.
+
+    Student's t has the degrees of freedom of Welch and Satterthwaite.
+    """
+    from scipy.stats import t
+
+    if len(groups) == 1 or min(map(len, groups)) < 2:
+        return mean_interval(groups[0], seed=seed) if len(groups) == 1 else None
+    draws = np.mean([_means(differences, seed + i) for i, differences in enumerate(groups)], axis=0)
+    parts = np.array([group.var(ddof=1) / len(group) for group in groups]) / len(groups) ** 2
+    variance, centre = parts.sum(), float(np.mean([group.mean() for group in groups]))
+    below = sum(part**2 / (len(group) - 1) for part, group in zip(parts, groups, strict=True))
+    half = float(t.ppf(0.975, variance**2 / below) * math.sqrt(variance)) if variance > 0 else 0.0
+    return known(_wider(percentiles(draws), (centre - half, centre + half)))
+
+
 def paired_interval(differences: Array, *, seed: int = 0) -> Interval:
     """95% interval for the difference of two paired proportions: the wider of bootstrap and adjusted Wald.
 
@@ -93,40 +111,46 @@ def paired_interval(differences: Array, *, seed: int = 0) -> Interval:
     The adjusted Wald interval of Bonett and Price (2012) adds one document to each discordant cell, which keeps the
     coverage near 95% down to small n. With many documents the two agree.
     """
-    low, high = _wider(bootstrap_interval(differences, seed=seed), wald([differences]))
-    return max(-1.0, low), min(1.0, high)
+    return mean_of_groups_interval([differences], seed=seed)
 
 
-def wald(groups: list[Array]) -> Interval:
+def wald(groups: list[Array], weights: Weights = None) -> Interval:
     """95% adjusted Wald interval of the mean, over groups weighing the same, of differences of paired proportions."""
-    centre, error = _adjusted(groups)
+    centre, error = _adjusted(groups, weights)
     return centre - _Z * error, centre + _Z * error
 
 
-def p_inferior(differences: Array, margin: float) -> float:
+def p_inferior(groups: list[Array], margin: float) -> float:
     """One-sided p-value of "the loss is within the margin": small means worse by more than the margin.
 
-    From the centre and the standard error of the adjusted Wald interval, so that it agrees with that interval.
+    From the centre and the standard error of the adjusted Wald interval, so that it agrees with that interval; the
+    loss is the mean over groups weighing the same.
     """
-    centre, error = _adjusted([differences])
+    centre, error = _adjusted(groups)
     return 0.5 * math.erfc(-(centre + margin) / error / math.sqrt(2))
 
 
-def _adjusted(groups: list[Array]) -> tuple[float, float]:
+def _adjusted(groups: list[Array], weights: Weights = None) -> tuple[float, float]:
     """Centre and standard error of the adjusted Wald interval of the groups' mean (Bonett and Price 2012)."""
     centre = variance = 0.0
-    for differences in groups:
+    for differences, weight in zip(groups, weights or [1 / len(groups)] * len(groups), strict=True):
         n = len(differences) + 2
         lost, gained = ((differences < 0).sum() + 1) / n, ((differences > 0).sum() + 1) / n
-        centre += (gained - lost) / len(groups)
-        variance += (gained + lost - (gained - lost) ** 2) / n / len(groups) ** 2
+        centre += (gained - lost) * weight
+        variance += (gained + lost - (gained - lost) ** 2) / n * weight**2
     return float(centre), math.sqrt(variance)
 
 
-def mean_of_groups_interval(groups: list[Array], *, seed: int = 0) -> Interval:
-    """As `paired_interval`, for the mean over groups weighing the same; documents are resampled within each."""
+def mean_of_groups_interval(groups: list[Array], *, weights: Weights = None, seed: int = 0) -> Interval:
+    """As `paired_interval`, for the mean over groups; documents are resampled within each.
+
+    Args:
+        groups: differences of paired proportions.
+        weights: of the groups, which add up to 1; None: the same for all.
+        seed: of the resampling.
+    """
     draws = [_means(differences, seed + i) for i, differences in enumerate(groups)]
-    low, high = _wider(percentiles(np.mean(draws, axis=0)), wald(groups))
+    low, high = _wider(percentiles(np.average(draws, axis=0, weights=weights)), wald(groups, weights))
     return max(-1.0, low), min(1.0, high)
 
 

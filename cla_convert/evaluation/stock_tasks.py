@@ -57,6 +57,11 @@ def _naming(name: str) -> set[Path]:
     return {root / parts[0] for parts in found if len(parts) > 1}
 
 
+def is_stock(name: str) -> bool:
+    """Whether a file of lm-eval's has `name` as a word, as those that declare it do."""
+    return bool(_naming(name))
+
+
 def _lacking(manager: Any, name: str) -> set[str]:
     """What is not known of a task or, of a group, of all that it consists of."""
     return {one for one in {name} | parts_of(manager, name) if one not in manager.task_index}

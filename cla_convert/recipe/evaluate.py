@@ -42,6 +42,9 @@ class Evaluate(Section):
     """Use the rows shipped with the package for the tasks it has. False: the full stock tasks, from the hub."""
     task_data: str | None = None
     """Folder of full evaluation sets, one folder a task (docs/evaluation.md); tasks without one are as ever."""
+    include_path: str | None = None
+    """Folder with tasks of one's own, as lm-eval's YAML files (its --include_path); `tasks` names those to run. Python
+    that they name is run (docs/evaluation.md)."""
     perplexity: list[TextFile] = []
     """Text files whose perplexity and bits per byte are measured at every point."""
     agreement_tokens: Count = 8192
@@ -58,6 +61,11 @@ class Evaluate(Section):
     """Documents of single tasks, in place of `limit`: a page of wikitext costs as much as dozens of questions."""
     num_fewshot: int | None = Field(default=None, ge=0)
     """Few-shot examples. None: the task's own default."""
+    chat_template: bool = False
+    """Ask the tasks as turns of a conversation, by the model's own chat template, few-shot examples as turns before;
+    what they measure changes with it (docs/evaluation.md). Wikitext, passkey and needle stay plain text."""
+    chat_template_args: dict[str, Any] = {}
+    """Further arguments of the template, such as {enable_thinking: false}."""
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 8
     """Requests per forward pass, the same at every point, because scores can move with it. auto: the largest power of
     two up to 64 that fits, found once on the source model (on a CPU: 8). One that does not fit is refused. On a GPU it
@@ -95,6 +103,12 @@ class Evaluate(Section):
         if tokens == 1:
             raise ValueError("of a single token nothing is predicted; 0 measures none")
         return tokens
+
+    @model_validator(mode="after")
+    def _arguments_have_a_template(self) -> "Evaluate":
+        if self.chat_template_args and not self.chat_template:
+            raise ValueError("chat_template_args are of the chat template, and chat_template is false")
+        return self
 
     @field_validator("perplexity")
     @classmethod

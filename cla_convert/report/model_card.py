@@ -109,7 +109,8 @@ def _measured(report: Json, point: str) -> list[list[str]]:
             if unit in ("perplexity", "bits"):
                 continue
             shown, said = (percent, "%") if unit == "share" else (number, "nats" if unit == "nats" else "")
-            named = f"{metric}, {said}" if said else metric
+            asked = "with chat template" if row.get("in_turns") else ""
+            named = ", ".join(filter(None, (metric, asked, said)))
             rows.append([task, named, integer(row["n"]), shown(row["before"]), shown(row[point])])
     for name, row in report["perplexity"].items():
         n = integer(row["n"])

@@ -231,7 +231,8 @@ def test_answers_without_room_are_refused_before_the_work(tmp_path: Path):
 
 
 def test_shortened_prompts_are_counted_and_said(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    evaluate(tiny_llama, tmp_path, Evaluate(tasks=["boolq"], limit=1, max_length=64))
+    found = evaluate(tiny_llama, tmp_path, Evaluate(tasks=["boolq", "openbookqa"], limit=1, max_length=64))
+    assert found["truncated"]["boolq"] == 2
     assert json.loads((tmp_path / "tasks" / "boolq.json").read_text())["truncated"] == 2
     assert "boolq: 2 requests exceed 64 tokens" in capsys.readouterr().err
 

@@ -223,6 +223,27 @@ def test_several_runs_lie_on_one_plot(run_dir: Path, tmp_path: Path):
     assert not (smaller / "report.html").exists()  # the others are only read
 
 
+def test_runs_of_several_source_models_stand_below_their_own(run_dir: Path, tmp_path: Path):
+    """One whose source is known from its conversion alone, too."""
+    larger, same, third = (write_run(tmp_path / name) for name in ("larger", "same", "third"))
+    for folder, source in ((larger, "another model"), (third, "another model"), (run_dir, "the model")):
+        write_point(folder, "before", n=100 if folder == run_dir else 80)
+        path = folder / "eval" / "before" / "results.json"
+        write_json(path, json.loads(path.read_text()) | {"model_fingerprint": source})
+    shutil.rmtree(same / "eval")
+    convert = json.loads((same / "convert.json").read_text())
+    write_json(same / "convert.json", convert | {"source": {"fingerprint": "the model"}})
+    report = build_report(run_dir, [larger, same, third])
+    rows = report["runs"]
+    assert [row["label"] for row in rows] == [
+        "source model of run", "run", "same", "source model of larger", "larger", "third",
+    ]  # fmt: skip
+    assert [row["accuracy"] for row in rows if row["point"] == "before"] == [0.6, 0.75]
+    assert "each stands below its own" in Page((run_dir / "report.html").read_text()).text
+    build_report(run_dir, [same])
+    assert "each stands below its own" not in Page((run_dir / "report.html").read_text()).text
+
+
 def test_of_a_run_without_an_accuracy_the_reason_is_told(run_dir: Path, tmp_path: Path):
     for name in ("unmeasured", "halfway", "relimited"):
         write_run(tmp_path / name)

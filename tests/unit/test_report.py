@@ -466,6 +466,17 @@ def test_caveats_are_said_where_they_apply(run_dir: Path):
     assert "cross-entropy" in " ".join(build_report(run_dir)["caveats"])
 
 
+def test_shortened_requests_are_said(run_dir: Path):
+    assert "lost their start" not in " ".join(build_report(run_dir)["caveats"])
+    for point, shortened in (("before", 1200), ("after", 1201)):
+        path = run_dir / "eval" / point / "results.json"
+        result = json.loads(path.read_text()) | {"truncated": {"piqa": shortened}}
+        result["specification"]["tasks"]["piqa"]["requests"] = 2000
+        write_json(path, result)
+    (said,) = (caveat for caveat in build_report(run_dir)["caveats"] if "lost their start" in caveat)
+    assert said.endswith(": piqa 1,201 of 2,000.")
+
+
 def test_distillation_is_its_own_control(run_dir: Path):
     recipe = yaml.safe_load((run_dir / "recipe.yaml").read_text())
     for decay, kind in ((0.0, "source"), (0.1, None)):  # with weight decay a control moves, and is not trained here

@@ -101,7 +101,7 @@ def test_p_inferior_agrees_with_its_interval():
     for _ in range(200):
         differences = rng.choice([-1.0, 0.0, 1.0], p=[0.12, 0.83, 0.05], size=300)
         below = statistics.wald([differences])[1] < -0.02
-        assert (statistics.p_inferior(differences, 0.02) < 0.025) == below
+        assert (statistics.p_inferior([differences], 0.02) < 0.025) == below
         seen.add(below)
     assert seen == {True, False}
 
@@ -249,6 +249,71 @@ def test_of_a_group_what_it_aggregates_is_compared():
     assert [found.metric for found in paired.compare(group, group)] == ["acc"]
 
 
+def group_file(tasks: dict[str, list[float]], score: float, **settings) -> dict:
+    """A group's file: its documents are those of its tasks."""
+    file = task_file([value for values in tasks.values() for value in values])
+    names = [name for name, values in tasks.items() for _ in values]
+    for sample, name in zip(file["samples"], names, strict=True):
+        sample["task"] = name
+    return file | {"subtasks": {name: {} for name in tasks}, "scores": {"acc": score}} | settings
+
+
+LONG_AND_SHORT = (
+    {"long": [1.0] * 60 + [0.0] * 40, "short": [1.0] * 9 + [0.0]},
+    {"long": [1.0] * 70 + [0.0] * 30, "short": [1.0] * 5 + [0.0] * 5},
+)
+
+
+@pytest.mark.parametrize("said", [{"equal_weights": ["acc"]}, {}])
+def test_a_group_whose_tasks_weigh_the_same_is_compared_so(said: dict):
+    """Over pooled documents it would have gained where its score has lost; older files do not say how it is weighed."""
+    scores = [np.mean([np.mean(values) for values in tasks.values()]) for tasks in LONG_AND_SHORT]
+    files = [group_file(tasks, score, **said) for tasks, score in zip(LONG_AND_SHORT, scores, strict=True)]
+    (found,) = paired.compare(*files)
+    assert (found.before, found.after, found.delta) == pytest.approx((*scores, scores[1] - scores[0]))
+    assert found.delta < 0 < found.gained - found.lost
+    low, high = found.ci95
+    assert low < found.delta < high
+    short = statistics.paired_interval(found.strata[1])
+    assert high - low < short[1] - short[0]  # half of it is known much better
+    assert found.p_value == pytest.approx(
+        statistics.sign_flip(np.array([0.0] * 90 + [0.55] * 10 + [-5.5] * 4)), abs=0.02
+    )
+    alone = paired.macro_average([found], margin=0.01)
+    assert alone is not None
+    assert alone["ci95"] == found.ci95
+
+
+def test_a_group_by_size_is_compared_over_its_documents():
+    scores = [np.mean([value for values in tasks.values() for value in values]) for tasks in LONG_AND_SHORT]
+    files = [group_file(tasks, score) for tasks, score in zip(LONG_AND_SHORT, scores, strict=True)]
+    for more in ({}, {"equal_weights": []}):
+        (found,) = paired.compare(*(file | more for file in files))
+        assert found.delta == pytest.approx(scores[1] - scores[0])
+        assert len(found.strata) == 1
+
+
+def test_a_score_that_does_not_come_of_its_documents_has_no_interval():
+    """A group's mean of perplexities, or a median: what is tested would not be what is shown."""
+    files = [task_file([-1.0, -2.0], "perplexity") | {"scores": {"perplexity": score}} for score in (5.0, 6.0)]
+    (found,) = paired.compare(*files)
+    assert (found.kind, found.before, found.delta, found.ci95) == ("corpus", 5.0, 1.0, None)
+    files = [task_file([0.0, 0.0, 1.0]) | {"scores": {"acc": score}} for score in (0.0, 0.5)]
+    assert [(one.delta, one.ci95) for one in paired.compare(*files)] == [(0.5, None)]
+
+
+def test_a_mean_over_strata_covers_its_truth():
+    """Numbers of two tasks, one long and one short with more spread; nothing is known where one has a single row."""
+    rng, inside = np.random.default_rng(0), 0
+    for seed in range(200):
+        groups = [rng.normal(0.1, 1, 80), rng.normal(0.3, 3, 12)]
+        low, high = statistics.mean_of_strata_interval(groups, seed=seed)
+        inside += low < 0.2 < high
+    assert 182 <= inside <= 199
+    assert statistics.mean_of_strata_interval([groups[0], groups[1][:1]]) is None
+    assert statistics.mean_of_strata_interval(groups[:1], seed=3) == statistics.mean_interval(groups[0], seed=3)
+
+
 @pytest.mark.parametrize("metric", ["error", "error,first-line"])
 def test_a_metric_where_less_is_better_gets_no_verdict(metric: str):
     """Whatever filter its answers came through."""
@@ -294,6 +359,11 @@ def test_macro_average_weighs_tasks_equally_and_narrows_with_more_of_them():
     assert summary is not None
     assert summary["delta"] == pytest.approx(np.mean([c.delta for c in comparisons]))
     assert summary["n"] == 430
+    both = group_file({"a": [1.0] * 40, "b": [0.0] * 10}, 0.5, equal_weights=["acc"], task="group")
+    with_group = paired.macro_average([*comparisons, *paired.compare(both, both)], margin=0.01)
+    assert with_group is not None
+    assert with_group["delta"] == pytest.approx(0.8 * summary["delta"])
+    assert sum(with_group["ci95"]) / 2 == pytest.approx(0.8 * sum(summary["ci95"]) / 2, abs=0.01)
     width = summary["ci95"][1] - summary["ci95"][0]
     assert width < min(c.ci95[1] - c.ci95[0] for c in comparisons)
     assert paired.macro_average([], margin=0.01) is None

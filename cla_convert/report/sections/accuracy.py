@@ -16,7 +16,8 @@ UNITS = {"nats": "nats", "bits": "bits", "number": ""}
 def collect(material: Material, report: Json) -> Json:
     """tasks {task: {metric: {before, converted, after, control, unit, delta, ci95, p_value, n, ...}}}, mean_accuracy.
 
-    With a control, `cla_cost` holds delta, ci95 and p_value of after against the control.
+    in_turns: true where a chat template put the questions into turns. With a control, `cla_cost` holds delta, ci95 and
+    p_value of after against the control.
     """
     run, summary = material.run, material.comparison["mean_accuracy"]
     names = dict.fromkeys(task for point in POINTS for task in run.results.get(point, {}).get("tasks", {}))
@@ -45,9 +46,15 @@ def _row(material: Material, task: str, metric: str) -> Json:
     else:
         row["delta"] = difference(values["before"], values.get(comparison["compared"] or ""))
     row["unit"] = unit_of(metric, row.get("kind"))
+    if any("chat_template" in one["specification"]["tasks"].get(task, {}) for one in _specified(run)):
+        row["in_turns"] = True
     if control:
         row["cla_cost"] = cost(control["tasks"].get(task, {}).get(metric, {}))
     return row
+
+
+def _specified(run: RunFiles) -> list[Json]:
+    return [result for result in run.results.values() if "tasks" in result.get("specification", {})]
 
 
 def show(report: Json) -> Sequence[Block]:
@@ -123,10 +130,12 @@ def _note(report: Json) -> str:
     )
     corrected = any("p_holm" in row for metrics in report["tasks"].values() for row in metrics.values())
     holm = ", for a task's main metric corrected over the tasks (Holm)" if corrected else ""
+    in_turns = any("in_turns" in row for metrics in report["tasks"].values() for row in metrics.values())
+    asked = ", asked in turns by the model's chat template" if in_turns else ""
     return (
-        "Per cent correct on the same documents. Before: the source model. Converted: K/V shared, nothing trained yet. "
-        f"After: uptrained.{control} The delta is {report['compared'] or 'the last point'} minus before, paired by "
-        f"document; p: exact McNemar test{holm}."
+        f"Per cent correct on the same documents{asked}. Before: the source model. Converted: K/V shared, nothing "
+        f"trained yet. After: uptrained.{control} The delta is {report['compared'] or 'the last point'} minus before, "
+        f"paired by document; p: exact McNemar test{holm}."
     )
 
 

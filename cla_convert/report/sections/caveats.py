@@ -56,6 +56,16 @@ def _task_caveats(run: RunFiles, comparison: Json) -> list[str]:
             f"Accuracies are on {' to '.join(map(str, counts))} rows a task, from the 250-row samples of the offline "
             f"pack ({', '.join(packed)}): good for before against after, not for comparing with published scores."
         )
+    if in_turns := [name for name, task in tasks.items() if task.get("chat_template")]:
+        found.append(
+            f"Asked as turns of a conversation, by the model's chat template ({', '.join(in_turns)}): these scores are "
+            "not comparable with those of plain prompts."
+        )
+    if shortened := _shortened(run, tasks):
+        found.append(
+            "Requests that were longer than the model is fed (eval.max_length, or its context) lost their start: "
+            f"{', '.join(shortened)}."
+        )
     if "boolq" in packed:
         found.append("boolq passages lack the article title that the stock task puts in front.")
     if "wikitext" in tasks and tasks["wikitext"].get("source") == "offline pack" and tasks["wikitext"]["n"] < 62:
@@ -67,6 +77,15 @@ def _task_caveats(run: RunFiles, comparison: Json) -> list[str]:
     if tasks and not corrected:
         found.append("Several metrics are tested at once; p-values are not corrected for that.")
     return found
+
+
+def _shortened(run: RunFiles, tasks: Json) -> list[str]:
+    """`boolq 2 of 500`: the most at any point."""
+    most: dict[str, int] = {}
+    for result in run.results.values():
+        for name, number in (result.get("truncated") or {}).items():
+            most[name] = max(number, most.get(name, 0))
+    return [f"{name} {number:,} of {tasks.get(name, {}).get('requests', 0):,}" for name, number in most.items()]
 
 
 def _training_caveats(run: RunFiles) -> list[str]:

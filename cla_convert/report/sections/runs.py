@@ -18,6 +18,9 @@ MEANING = (
     "KL from the source model in nats a token, and perplexity above the source's: means over the domains. wikitext: "
     "word perplexity above the source's."
 )
+SEVERAL = (
+    " The runs were made of different source models: each stands below its own, from which its differences are taken."
+)
 FIGURES = (
     Figure(
         "pareto",
@@ -37,7 +40,7 @@ def collect(material: Material, report: Json) -> Json:
 
 
 def rows_of(material: Material) -> list[Json]:
-    """The source model of the first run, the last point and the control of every run.
+    """The source model, and below it the last point and the control of every run that was made of it; the next source.
 
     Rows of label, point, sharing, kv_heads, init, trained, tokens, kv_bytes_per_token, accuracy, ci95, kl, domains,
     wikitext, held_out, comparable, stale and curves. Accuracy is over the tasks of the first run, and None where a run
@@ -50,12 +53,25 @@ def rows_of(material: Material) -> list[Json]:
     """
     runs, summary = [material.run, *material.others], material.comparison["mean_accuracy"]
     labels = _labels(runs)
-    rows = [_row(material, runs[0], "source model", "before", summary)]
+    of_source: dict[str, list[tuple[RunFiles, str]]] = {}
     for run, label in zip(runs, labels, strict=True):
-        rows.append(_row(material, run, label, run.last_point, summary))
-        if "control" in run.results:
-            rows.append(_row(material, run, f"{label}, control", "control", summary))
+        of_source.setdefault(_source(run) or _source(runs[0]) or "", []).append((run, label))
+    rows: list[Json] = []
+    for made in of_source.values():
+        first, name = next(((run, label) for run, label in made if "before" in run.results), made[0])
+        of = f" of {name}" if len(of_source) > 1 else ""
+        rows.append(_row(material, first, f"source model{of}", "before", summary))
+        for run, label in made:
+            rows.append(_row(material, run, label, run.last_point, summary))
+            if "control" in run.results:
+                rows.append(_row(material, run, f"{label}, control", "control", summary))
     return rows
+
+
+def _source(run: RunFiles) -> str | None:
+    """Which model a run was made of, by its content; None where nothing tells."""
+    converted = (run.convert.get("source") or {}).get("fingerprint")
+    return run.results.get("before", {}).get("model_fingerprint") or converted
 
 
 def _row(material: Material, run: RunFiles, label: str, point: str | None, summary: Json | None) -> Json:
@@ -173,7 +189,8 @@ def show(report: Json) -> Sequence[Block]:
     if not report["runs"]:
         return []
     pictures = [figure for figure in FIGURES if figure.name in report["plots"]]
-    return [*pictures, table(report["runs"]), Paragraph(MEANING, "note")]
+    several = sum(run["point"] == "before" for run in report["runs"]) > 1
+    return [*pictures, table(report["runs"]), Paragraph(f"{MEANING}{SEVERAL if several else ''}", "note")]
 
 
 def table(runs: Sequence[Json]) -> Table:

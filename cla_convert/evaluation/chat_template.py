@@ -1,0 +1,107 @@
+"""A model's chat template, with which lm-eval puts its questions into turns of a conversation.
+
+lm-eval's own `apply_chat_template`, but that the day which a template may name is always the same: otherwise two points
+of a run that were measured on different days would have been asked different things.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, tzinfo
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+from ..console import warn
+from ..errors import InputError, first_line
+from ..models.export import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Turns = Sequence[Mapping[str, str]]
+"""As lm-eval has them: {role: system, user or assistant, content}."""
+
+
+class _Day(datetime):
+    """The day that templates are told: the one that Llama's name where they are told none."""
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> "_Day":
+        return cls(2024, 7, 26, tzinfo=tz)
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """Renders turns to a prompt; lm-eval calls it as it would its model's `apply_chat_template`."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    arguments: Mapping[str, Any]
+    """Further arguments of the template, such as enable_thinking."""
+
+    @classmethod
+    def of(cls, model_dir: Path, arguments: Mapping[str, Any]) -> "ChatTemplate":
+        """Raises InputError if the model's tokenizer has none."""
+        tokenizer = load_tokenizer(model_dir)
+        if not tokenizer.chat_template:
+            raise InputError(
+                "eval.chat_template is true, and the tokenizer has no chat template",
+                why=f"Neither tokenizer_config.json nor chat_template.jinja in {model_dir} has one: a base model is "
+                "asked plainly.",
+                fix="Leave eval.chat_template out, or evaluate the model's instruct variant.",
+            )
+        return cls(tokenizer, dict(arguments))
+
+    @property
+    def identity(self) -> str:
+        """Hash of all that prompts depend on beside the turns."""
+        parts = [self.tokenizer.chat_template, self.tokenizer.special_tokens_map, self.arguments]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+    def __call__(self, turns: Turns, add_generation_prompt: bool = True) -> str:
+        """The prompt; without a generation prompt the last turn, which is the assistant's, is left open.
+
+        A template that knows no system turn gets none, as in lm-eval.
+
+        Raises:
+            InputError: the template refuses the turns, or its arguments.
+        """
+        try:
+            return self._render(turns, add_generation_prompt)
+        except Exception as error:  # a template is a program of the model's
+            others = [turn for turn in turns if turn["role"] != "system"]
+            if len(others) == len(turns):
+                raise _refused(error) from error
+        try:
+            prompt = self._render(others, add_generation_prompt)
+        except Exception as error:
+            raise _refused(error) from error
+        _say_once("the chat template takes no system turn: what tasks say there (their description) is left out")
+        return prompt
+
+    def _render(self, turns: Turns, add_generation_prompt: bool) -> str:
+        from transformers.utils import chat_template_utils
+
+        with patch.object(chat_template_utils, "datetime", _Day):
+            prompt = self.tokenizer.apply_chat_template(
+                [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt, **self.arguments,
+            )  # fmt: skip
+        if not isinstance(prompt, str):
+            raise TypeError(f"it gives {type(prompt).__name__} and no text")
+        return prompt
+
+
+def _refused(error: Exception) -> InputError:
+    return InputError(
+        "The chat template cannot put a task's questions into turns",
+        why=f"{type(error).__name__}: {first_line(error)}",
+        fix="Leave out the task, eval.num_fewshot or eval.chat_template_args, or set eval.chat_template to false.",
+    )
+
+
+@cache
+def _say_once(note: str) -> None:
+    warn(note)
