@@ -84,7 +84,7 @@ class ChatTemplate:
     def _render(self, turns: Turns, add_generation_prompt: bool) -> str:
         from transformers.utils import chat_template_utils
 
-        with patch.object(chat_template_utils, "datetime", _Day):
+        with patch.object(chat_template_utils, "datetime", _Day, create=True):  # that a later release lacks: not held
             prompt = self.tokenizer.apply_chat_template(
                 [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=add_generation_prompt,
                 continue_final_message=not add_generation_prompt, **self.arguments,
