@@ -38,9 +38,10 @@ def chat(
     from ..chat import chat as converse
     from ..environment import choose_dtype, pick_device
     from ..models.source import resolve_source
+    from ..surrogates import replaced
 
     device = pick_device(device, "--device ")
-    manner = Manner(max_new_tokens, temperature, system)
+    manner = Manner(max_new_tokens, temperature, replaced(system, "--system"))
     folders = {name: resolve_source(name, allow_pickle=allow_pickle) for name in (model, beside) if name}
     if beside and len({folder.resolve() for folder in folders.values()}) == 1:
         raise UsageError(f"{model} would answer twice", "--beside names the same model.", "Name another one, or none.")
