@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from .console import say
-from .errors import UsageError, first_line
+from .console import say, warn
+from .errors import InputError, UsageError, first_line
 from .files import load_json
 from .models.export import load_tokenizer
 from .models.shape import positions_of
+from .surrogates import replaced
 
 RESET = "/reset"
 
@@ -52,6 +53,7 @@ class Speaker:
 
         tokenizer = load_tokenizer(folder)
         _check_system(name, tokenizer, manner.system)
+        _drop_broken_template(name, tokenizer)
         return cls(name, load_where_it_fits(folder, dtype=dtype, device=device), tokenizer, manner)
 
     @property
@@ -70,6 +72,7 @@ class Speaker:
             self.model.generate(
                 **prompt.to(self.model.device), max_new_tokens=self.manner.max_new_tokens, streamer=streamer,
                 pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0,
+                num_beams=1, num_return_sequences=1,  # a generation config may ask for more, which cannot be streamed
                 **(sampling or {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}),
             )  # fmt: skip
         if self.converses:
@@ -84,9 +87,12 @@ class Speaker:
         longest = getattr(self.model.config, "max_position_embeddings", None)
         while True:
             system = [{"role": "system", "content": self.manner.system}] if self.manner.system else []
-            ids = self.tokenizer.apply_chat_template(
-                system + self.turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
+            try:
+                ids = self.tokenizer.apply_chat_template(
+                    system + self.turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+                )
+            except Exception as error:  # a template is a program of the model's
+                raise InputError(f"The chat template of {self.name} failed", first_line(error)) from error
             if not longest or len(self.turns) == 1 or ids["input_ids"].shape[1] + self.manner.max_new_tokens <= longest:
                 return ids
             del self.turns[:2]  # a question and its answer
@@ -106,6 +112,17 @@ def _check_system(name: str, tokenizer: Any, system: str | None) -> None:
     raise UsageError(f"{name} takes no system prompt", why, "Leave --system out, and say it in the first question.")
 
 
+def _drop_broken_template(name: str, tokenizer: Any) -> None:
+    """Do without a chat template that refuses the simplest question; says so."""
+    if not tokenizer.chat_template:
+        return
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
+    except Exception as error:  # as above
+        warn(f"the chat template of {name} does not work ({first_line(error)}): {name} goes on without it")
+        tokenizer.chat_template = None
+
+
 def check_length(name: str, folder: Path, tokens: int) -> None:
     """Raise UsageError if an answer may be longer than all that the model in `folder` was built for."""
     longest = positions_of(load_json(folder / "config.json"))
@@ -122,7 +139,7 @@ def chat(speakers: list[Speaker], lines: Iterable[str]) -> None:
     if not all(speaker.converses for speaker in speakers):
         say("no chat template: each line is continued as text")
     for line in lines:
-        if not (text := line.strip()):
+        if not (text := replaced(line.strip(), "a line")):  # a pipe may be no UTF-8
             continue
         if text == RESET:
             for speaker in speakers:

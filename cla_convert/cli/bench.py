@@ -10,7 +10,7 @@ import typer
 from ..console import columns, command, data_json, page, say
 from ..environment import command_line, import_slowly
 from ..files import check_place
-from .app import Json, Quiet, app
+from .app import AllowPickle, Json, Quiet, app
 from .words import number, numbers_of, size_of, whole
 
 
@@ -48,6 +48,7 @@ def bench(
             metavar="DIR", help="Folder for bench.json, bench.md and bench.png; a run folder's report shows them."
         ),
     ] = None,
+    allow_pickle: AllowPickle = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -71,7 +72,7 @@ def bench(
     from ..report.render import render_bench
 
     device = pick_device(device, "--device ")
-    folders = [resolve_source(model) for model in (source, converted)]
+    folders = [resolve_source(model, allow_pickle=allow_pickle) for model in (source, converted)]
     check_order(folders[0], folders[1], command("bench", converted, source))
     result = measure(*folders, device=device, memory=room, batch_sizes=sizes, prompt=prompt, new=new, seconds=seconds)
     result["command"] = command_line()

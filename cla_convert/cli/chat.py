@@ -9,7 +9,7 @@ import typer
 from ..console import say
 from ..environment import import_slowly
 from ..errors import UsageError
-from .app import Model, Quiet, app
+from .app import AllowPickle, Model, Quiet, app
 from .words import number, whole
 
 
@@ -25,6 +25,7 @@ def chat(
     ] = 0.0,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.")] = None,
     device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda, ...; auto: the best there is.")] = "auto",
+    allow_pickle: AllowPickle = False,
     quiet: Quiet = False,
 ) -> None:
     """Talk to a model, or to two side by side.
@@ -37,10 +38,11 @@ def chat(
     from ..chat import chat as converse
     from ..environment import choose_dtype, pick_device
     from ..models.source import resolve_source
+    from ..surrogates import replaced
 
     device = pick_device(device, "--device ")
-    manner = Manner(max_new_tokens, temperature, system)
-    folders = {name: resolve_source(name) for name in (model, beside) if name}
+    manner = Manner(max_new_tokens, temperature, replaced(system, "--system"))
+    folders = {name: resolve_source(name, allow_pickle=allow_pickle) for name in (model, beside) if name}
     if beside and len({folder.resolve() for folder in folders.values()}) == 1:
         raise UsageError(f"{model} would answer twice", "--beside names the same model.", "Name another one, or none.")
     for name, folder in folders.items():

@@ -8,7 +8,7 @@ import typer
 from ..console import columns, data_json, page, say
 from ..environment import import_slowly
 from ..errors import UsageError
-from .app import Json, Model, Quiet, Recipe, Revision, Sets, app, check_revision, settings_of
+from .app import AllowPickle, Json, Model, Quiet, Recipe, Revision, Sets, app, check_revision, settings_of
 from .words import numbers_of
 
 
@@ -24,6 +24,7 @@ def inspect(
     recipe: Recipe = None,
     sets: Sets = None,
     revision: Revision = None,
+    allow_pickle: AllowPickle = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -35,12 +36,13 @@ def inspect(
     import_slowly("torch", "transformers")
     from ..conversion.inspect import inspect_model, render
 
-    result = inspect_model(model, revision=revision)
+    result = inspect_model(model, revision=revision, allow_pickle=allow_pickle)
     more = ""
     if training:
         from ..conversion.capacity import GPUS, capacity_of
 
-        settings, numbers = settings_of(recipe, sets, {}), numbers_of(gpus, "--gpus") if gpus else GPUS
+        settings = settings_of(recipe, sets, {"source.allow_pickle": allow_pickle or None})
+        numbers = numbers_of(gpus, "--gpus") if gpus else GPUS
         capacity = capacity_of(model, settings, revision=revision, gpus=numbers)
         result, more = result | {"training": capacity.to_json()}, capacity.render()
     data_json(result) if as_json else page(render(result, more, columns(sys.stdout)))

@@ -10,7 +10,7 @@ from ..console import command, data, data_json, say, warn
 from ..environment import launched, may_restart, rank
 from ..errors import ClaError, InputError, UsageError
 from ..files import check_place, read_json
-from .app import AllowChanges, Json, Private, PushToHub, Quiet, Recipe, Sets, app, destination, load, push
+from .app import AllowChanges, AllowPickle, Json, Private, PushToHub, Quiet, Recipe, Sets, app, destination, load, push
 
 if TYPE_CHECKING:
     from ..recipe import Recipe as Schema
@@ -30,6 +30,7 @@ def uptrain(
             help="Model to distil from; default: the recipe's teacher or source model, else what MODEL was made from.",
         ),
     ] = None,
+    allow_pickle: AllowPickle = False,
     resume: Annotated[
         bool, typer.Option(help="Continue from the last checkpoint (the default if there is one).")
     ] = True,
@@ -53,7 +54,7 @@ def uptrain(
     folder, leads = RunFolder.of_uptraining(model, out), rank() == 0
     if recipe is None and folder.begun:  # the report that follows is about the run's own recipe
         recipe = str(folder.recipe)
-    resolved = load(recipe, sets, {"train.tokens": tokens})
+    resolved = load(recipe, sets, {"train.tokens": tokens, "source.allow_pickle": allow_pickle or None})
     if not launched():  # a control is the source model itself
         check_shares(model)
     if out.exists() and out.samefile(model):
@@ -78,7 +79,8 @@ def uptrain(
     with folder.alone() if leads else nullcontext():  # under torchrun every process is here
         result = execute(settings, folder, fresh=not resume, allow_changes=allow_changes or ()).to_json()
     if leads and not launched():
-        chat = command("chat", out, "--beside", settings.source.model)
+        pickled = ["--allow-pickle"] if settings.source.allow_pickle else []
+        chat = command("chat", out, "--beside", settings.source.model, *pickled)
         say(f"next        {command('eval', out)}\n            {chat}")
     try:
         result |= push(hub, out)
@@ -106,7 +108,7 @@ def _with_source(settings: "Schema", model: Path, teacher: str | None) -> "Schem
         train = train.model_copy(update={"teacher": None})
         source = source.model_copy(update={} if source.model == teacher else {"model": teacher, "revision": None})
     elif not source.model:
-        known = {"model": train.teacher} if train.teacher else _recorded(model) or _stand_in(settings, model)
+        known = {"model": train.teacher} if train.teacher else _recorded(settings, model) or _stand_in(settings, model)
         source = source.model_copy(update=known)
     return settings.model_copy(update={"source": source, "train": train})
 
@@ -122,8 +124,9 @@ def _refuse_itself(settings: "Schema", model: Path) -> None:
         )
 
 
-def _recorded(model: Path) -> dict[str, str | None] | None:
+def _recorded(settings: "Schema", model: Path) -> dict[str, str | bool | None] | None:
     """The source model that the converted one's manifest names, if it is there and the same still."""
+    from ..models.checkpoint import Checkpoint
     from ..models.fingerprint import fingerprint
     from ..models.source import resolve_source
     from ..models.writer import MANIFEST
@@ -132,23 +135,25 @@ def _recorded(model: Path) -> dict[str, str | None] | None:
     name, revision = known.get("model"), known.get("revision")
     if not isinstance(name, str):
         return None
+    reads_only = Checkpoint.open(model).around is None  # of a source that also sees images: its language model
     try:
-        found = resolve_source(name, revision=revision)
-    except ClaError:
+        found = resolve_source(name, revision=revision, allow_pickle=settings.source.allow_pickle, text_only=reads_only)
+    except ClaError as error:
+        warn(f"{name}, which {model} was converted from, does not teach: {error.what}. {error.fix}")
         return None
     if fingerprint(found) != known.get("fingerprint"):
         warn(f"{name}, which {model} was converted from, has changed since: it does not teach")
         return None
     say(f"the teacher is {name}, which {model} was converted from")
-    return {"model": name, "revision": revision}
+    return {"model": name, "revision": revision, "text_only": reads_only}
 
 
-def _stand_in(settings: "Schema", model: Path) -> dict[str, str | None]:
+def _stand_in(settings: "Schema", model: Path) -> dict[str, str | bool | None]:
     """What is named as the source model where nothing is asked of one. Raises UsageError where something is."""
     if not settings.train.needs_teacher and not any(source.generate for source in settings.data.sources):
         return {"model": str(model)}
     raise UsageError(
         "No teacher",
-        why="Distillation and `generate` need the source model, and the one it was converted from is not there.",
+        why="Distillation and `generate` need the source model, and the one it was converted from cannot be had.",
         fix="Give --teacher MODEL.",
     )

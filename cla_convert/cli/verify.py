@@ -7,7 +7,7 @@ import typer
 
 from ..console import data_json, page
 from ..errors import UsageError
-from .app import Json, Quiet, app
+from .app import AllowPickle, Json, Quiet, app
 
 
 @app.command(epilog="Example: cla-convert verify out/ --cache")
@@ -20,6 +20,7 @@ def verify(
     beside: Annotated[
         str | None, typer.Option(metavar="SOURCE", help="With --cache: measure this model, too, and compare.")
     ] = None,
+    allow_pickle: AllowPickle = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -34,11 +35,12 @@ def verify(
 
     if beside and not cache:
         raise UsageError("--beside compares KV caches", fix="Give --cache, too.")
+    source = resolve_source(beside, allow_pickle=allow_pickle) if beside else None  # refused before work
     if update_code:
         update(model)
     result = verify_model(model)
     if cache:
-        result["cache"] = measure_cache(model, resolve_source(beside) if beside else None)
+        result["cache"] = measure_cache(model, source)
     if as_json:
         data_json(result)
     else:

@@ -82,11 +82,13 @@ def capacity_of(model: str, recipe: Recipe, *, revision: str | None = None, gpus
 
     Raises InputError, UsageError if it cannot be converted so.
     """
-    checkpoint = open_headers(model, revision=revision)
+    pickled = recipe.source.allow_pickle
+    checkpoint = open_headers(model, revision=revision, allow_pickle=pickled)
     family, shape, *_ = check_convertible(checkpoint)
     wanted = "cla2-keep-ends" if recipe.convert.sharing == "auto" else recipe.convert.sharing  # about as large
     student = cla_config(checkpoint.config, family, sharing_map(wanted, shape.kinds), "bfloat16")
-    teacher = open_headers(recipe.train.teacher).config if recipe.train.teacher else checkpoint.config
+    named = recipe.train.teacher
+    teacher = open_headers(named, allow_pickle=pickled).config if named else checkpoint.config
     train = _assumed(recipe.train, max(gpus))
     return Capacity(train, list(demands(train, student, teacher, sorted(set(gpus)))))
 

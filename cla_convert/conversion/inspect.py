@@ -19,13 +19,13 @@ from .sharing import sharing_map
 from .supported import check_convertible
 
 
-def inspect_model(model: str, *, revision: str | None = None) -> dict[str, Any]:
+def inspect_model(model: str, *, revision: str | None = None, allow_pickle: bool = False) -> dict[str, Any]:
     """Describe a model (the keys of `inspect --json`). Raises InputError if it cannot be read at all.
 
     Of a supported family everything is known. Of others the description goes as far as the usual keys of a config.json;
     the sizes are null where it has none of them.
     """
-    checkpoint = open_headers(model, revision=revision)
+    checkpoint = open_headers(model, revision=revision, allow_pickle=allow_pickle)
     if not checkpoint.tensors:
         raise InputError(f"{model} holds no tensors of a language model", fix="Download it again.")
     reason = _reason(checkpoint)

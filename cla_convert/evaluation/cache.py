@@ -1,6 +1,7 @@
 """The KV cache as it really is: bytes of live tensors after a real `generate`, nothing computed from the config."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,16 +91,29 @@ def _measure(model: Any, tokens: int) -> list[Layer]:
     return live_layers(_generate(model, tokens))
 
 
+@contextmanager
+def _no_generation_config(model: Any) -> Iterator[None]:
+    """Pass over what a model says of how it generates: with beams, many texts; or another kind of cache."""
+    from transformers import GenerationConfig
+
+    stated, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = stated
+
+
 @torch.no_grad()
 def _generate(model: Any, tokens: int) -> Any:
     """The cache of a greedy generation that holds exactly `tokens` positions."""
     # The last generated token is never fed back, so `tokens` cached positions take one more token in the sequence.
     prompt = torch.arange(3, 3 + PROMPT, device=model.device)[None] % model.config.get_text_config().vocab_size
     new = tokens - PROMPT + 1
-    output = model.generate(
-        input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, min_new_tokens=new,
-        do_sample=False, use_cache=True, return_dict_in_generate=True, pad_token_id=0,
-    )  # fmt: skip
+    with _no_generation_config(model):
+        output = model.generate(
+            input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, min_new_tokens=new,
+            do_sample=False, use_cache=True, return_dict_in_generate=True, pad_token_id=0,
+        )  # fmt: skip
     cache = output[cache_argument(model)]
     if cache.get_seq_length() != tokens:
         raise RuntimeError(f"the cache holds {cache.get_seq_length()} positions, not {tokens}")

@@ -55,17 +55,20 @@ def resolve_source(
     return _text_only(folder) if text_only else folder
 
 
-def open_headers(model: str, *, revision: str | None = None, to_convert: bool = False) -> Checkpoint:
+def open_headers(
+    model: str, *, revision: str | None = None, to_convert: bool = False, allow_pickle: bool = False
+) -> Checkpoint:
     """As much of a model as describes it; of a model on the hub, the weights stay there. Raises InputError.
 
-    With `to_convert`, a GGUF file has the tensors that it will be written as, and not its own.
+    With `to_convert`, a GGUF file has the tensors that it will be written as, and not its own. Pickled weights have no
+    headers: those of a folder are rewritten with `allow_pickle`, and refused without.
     """
     path = local_path(model)
     if path is None:
         return mxfp4.unpacked(hub.headers(model, revision))
     if path.is_file():
         return gguf_source.as_converted(path) if to_convert else gguf_source.headers(path)
-    return mxfp4.unpacked(Checkpoint.open(_with_safetensors(path, allow_pickle=False)))
+    return mxfp4.unpacked(Checkpoint.open(_with_safetensors(path, allow_pickle)))
 
 
 _NAME = "Name a hub id, a local folder or a .gguf file: source.model in the recipe, or --set source.model=NAME."

@@ -89,7 +89,19 @@ def _train(it: _Training) -> TrainResult:
     with recorded(recipe, folder, "uptrain"):
         if rank() == 0:
             training.result.path.unlink(missing_ok=True)  # of a model that was removed since
+            _check_disk(it)
         return _train_together(it) if recipe.train.processes > 1 and world_size() == 1 else _train_here(it)
+
+
+def _check_disk(it: _Training) -> None:
+    """Refuse a disk without room for the model and the first checkpoint, before hours of work. Raises InputError."""
+    from ..models.checkpoint import Checkpoint
+    from ..models.writer import check_disk
+
+    tensors = Checkpoint.open(it.student).tensors.values()
+    whole = it.recipe.train.parameters == "all" and (it.fresh or not any(it.training.checkpoints.glob("*/*")))
+    state = 12 * sum(info.numel for info in tensors) if whole else 0  # float32 weights and two Adam moments
+    check_disk(it.training.path, sum(info.nbytes for info in tensors) + state)
 
 
 def _train_here(it: _Training) -> TrainResult:

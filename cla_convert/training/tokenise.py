@@ -1,14 +1,24 @@
 """Documents of one source, split by document into training and held-out text, and tokenised into files."""
 
 import hashlib
+import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from .sources import Document
 
+PIECE = 65_536
+"""Characters that a tokenizer is given at once: of a text it keeps more than a hundred bytes a character."""
+_AT_ONCE = 16
+"""Pieces of one text that are tokenised together, on several threads."""
+_WORD = 1024
+"""Characters at the end of a piece in which a place to cut is looked for."""
+_BETWEEN = re.compile(r"\w\s(?=\S)")
 _FEW = 4096
 """Documents of which some are held out by hash, as good as surely."""
 _PATIENCE = 20
@@ -130,7 +140,8 @@ class Splitter:
                 for side, document in zip([held_out if h else train for h in held], batch, strict=True)
                 if not side.full and self._takes(side, document, train, held_out)
             ]
-            encoded = encode(self.tokenizer, [document.content for _, document in wanted], train.dtype)
+            most = max(train.limit - train.tokens, held_out.limit)
+            encoded = encode(self.tokenizer, [document.content for _, document in wanted], train.dtype, most)
             for (side, _), ids in zip(wanted, encoded, strict=True):
                 if side is held_out:
                     rests.append(ids[cap : held_out.limit])
@@ -159,8 +170,17 @@ class Splitter:
 
 def hash_of_content(content: str | np.ndarray) -> int:
     """A number below 2^64 that stands for a text, however its words are set apart, or for token ids."""
-    whole = " ".join(content.split()) if isinstance(content, str) else content.tobytes().hex()
-    return hash_of(whole, 0)
+    if not isinstance(content, str):
+        return hash_of(content.tobytes().hex(), 0)
+    digest = hashlib.blake2b(digest_size=8)
+    before, apart = False, False  # whether there were words, and white space behind the last of them
+    for piece in pieces(content):  # all words of a book at once would take many times its size
+        words = " ".join(piece.split())
+        if words and before and (apart or piece[0].isspace()):
+            digest.update(b" ")
+        digest.update(words.encode("utf-8", "surrogatepass"))
+        before, apart = before or bool(words), piece[-1].isspace() or (apart and not words)
+    return int.from_bytes(digest.digest(), "big")
 
 
 def hash_of(key: str, seed: int) -> int:
@@ -174,21 +194,54 @@ def token_dtype(tokenizer: Any) -> np.dtype[Any]:
     return np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
 
 
-def encode(tokenizer: Any, contents: list[str | np.ndarray], dtype: np.dtype[Any]) -> list[np.ndarray]:
+def encode(
+    tokenizer: Any, contents: list[str | np.ndarray], dtype: np.dtype[Any], most: float = math.inf
+) -> list[np.ndarray]:
     """Token ids of each text, with EOS behind, and in front what the tokenizer itself puts there.
 
-    Contents that are token ids already stay as they are.
+    Contents that are token ids already stay as they are. Of a long text, what comes after `most` tokens may be missing.
     """
-    texts = [content for content in contents if isinstance(content, str)]
     before = leading(tokenizer)
     after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    short = [content for content in contents if isinstance(content, str) and len(content) <= PIECE]
+    encoded = iter(_ids(tokenizer, short))
+
+    def one(content: str | np.ndarray) -> np.ndarray:
+        if not isinstance(content, str):
+            return np.asarray(content, dtype=dtype)
+        if len(content) <= PIECE:
+            return np.asarray([*before, *next(encoded), *after], dtype=dtype)
+        parts = [np.asarray(before, dtype=dtype)]
+        rest = pieces(content)
+        while some := list(islice(rest, _AT_ONCE)):
+            parts += [np.asarray(ids, dtype=dtype) for ids in _ids(tokenizer, some)]
+            if sum(part.size for part in parts) > most:
+                break
+        return np.concatenate([*parts, np.asarray(after, dtype=dtype)])
+
+    return [one(content) for content in contents]
+
+
+def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     # verbose=False: a document longer than the model's context is no reason for a warning, it is cut into rows.
     options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-    encoded = iter(tokenizer(texts, **options).input_ids if texts else [])
-    return [
-        np.asarray([*before, *next(encoded), *after] if isinstance(content, str) else content, dtype=dtype)
-        for content in contents
-    ]
+    return tokenizer(texts, **options).input_ids if texts else []
+
+
+def pieces(text: str) -> Iterator[str]:
+    """A text in parts of at most `PIECE` characters; each but the first begins with the white space before a word.
+
+    There most tokenizers begin a token anyway. Where there is no such place, a part ends in the middle of a word.
+    """
+    start = 0
+    while len(text) - start > PIECE:
+        latest = text[start + PIECE - _WORD : start + PIECE + 1]
+        found = [match.end() - 1 for match in _BETWEEN.finditer(latest)]
+        end = start + PIECE - _WORD + found[-1] if found else start + PIECE
+        yield text[start:end]
+        start = end
+    if start < len(text):
+        yield text[start:]
 
 
 def leading(tokenizer: Any) -> list[int]:

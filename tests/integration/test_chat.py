@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from cla_convert.chat import Manner, Speaker, chat, lines_of
+from cla_convert.errors import InputError
 from tests.conftest import byte_tokenizer, save_tiny_llama
 from tests.integration.test_convert import convert
 from tests.launch import cla
@@ -114,3 +115,35 @@ def test_comparing_with_another_model_is_refused(pair: tuple[Path, Path], tmp_pa
     done = cla("verify", pair[1], "--cache", "--beside", other)
     assert done.returncode == 3 and "is not the source of" in done.stderr
     assert cla("verify", pair[1], "--beside", pair[0]).returncode == 2
+
+
+@pytest.mark.parametrize(
+    "template", ["{% for m in messages %}{{ m.role }", "{{ raise_exception('no') }}", "{{ 1 / 0 }}"]
+)
+def test_a_chat_template_that_does_not_work_is_done_without(pair, tmp_path, capsys, template):
+    shutil.copytree(pair[0], tmp_path / "model")
+    (tmp_path / "model/chat_template.jinja").write_text(template)
+    one = speaker(tmp_path / "model")
+    chat([one], ["Hello"])
+    assert not one.converses and capsys.readouterr().err.count("does not work") == 1
+
+
+def test_a_chat_template_that_refuses_a_later_turn_is_named(pair, tmp_path):
+    shutil.copytree(pair[0], tmp_path / "model")
+    late = "{% if messages | length > 1 %}{{ raise_exception('one turn only') }}{% endif %}" + TEMPLATE
+    (tmp_path / "model/chat_template.jinja").write_text(late)
+    with pytest.raises(InputError, match=r"The chat template of model failed\s+one turn only"):
+        chat([speaker(tmp_path / "model")], ["Hello", "Again"])
+
+
+@pytest.mark.parametrize("asked", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}])
+def test_a_model_that_asks_for_beams_answers_too(pair, tmp_path, asked):
+    shutil.copytree(pair[0], tmp_path / "model")
+    stated = tmp_path / "model/generation_config.json"
+    stated.write_text(json.dumps(json.loads(stated.read_text()) | asked))
+    assert speaker(tmp_path / "model").answer("Hello") == speaker(pair[0]).answer("Hello")
+
+
+def test_a_line_that_is_no_utf_8_is_answered(pair, capsys):
+    chat([speaker(pair[0])], lines_of(io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8", errors="surrogateescape")))
+    assert capsys.readouterr().out

@@ -278,6 +278,17 @@ def test_kv_cache_is_measured_on_live_tensors(tiny_llama: Path):
     assert found["dtype"] == "float32"
 
 
+@pytest.mark.parametrize("asked", [{"num_beams": 4}, {"cache_implementation": "static"}, {"use_cache": False}])
+def test_the_kv_cache_is_one_texts_however_a_model_says_that_it_generates(
+    tiny_llama: Path, tmp_path: Path, asked: dict
+):
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    stated = tmp_path / "model/generation_config.json"
+    stated.write_text(json.dumps(json.loads(stated.read_text()) | asked))
+    found, plain = (measure_kv_cache(folder, device="cpu", tokens=16) for folder in (tmp_path / "model", tiny_llama))
+    assert found == plain
+
+
 def test_a_full_sliding_window_stops_growing(tmp_path: Path):
     torch.manual_seed(0)
     config = Gemma3TextConfig(

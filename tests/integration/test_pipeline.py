@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from cla_convert import pipeline
@@ -19,6 +20,7 @@ from cla_convert.run_folder import RunFolder
 from cla_convert.same_recipe import check_same_recipe
 from cla_convert.training import micro_batch
 from tests.launch import cla
+from tests.unit.test_wholes import save_whole
 
 SMALL = [
     "train.tokens=4k", "train.sequence_length=64", "train.batch_tokens=256", "train.validation_tokens=256",
@@ -179,3 +181,41 @@ def test_uptrain_finds_the_teacher_that_the_manifest_names(tmp_path, tiny_llama)
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     done = cla("uptrain", tmp_path / "c", tmp_path / "v", *small)
     assert done.returncode == 2 and "has changed since" in done.stderr and "error: No teacher" in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["text_only", "pickled"])
+def test_the_teacher_is_found_however_the_source_was_read(tmp_path, tiny_llama, kind):
+    source, options = tmp_path / "source", {"text_only": ["--text-only"], "pickled": ["--allow-pickle"]}[kind]
+    if kind == "text_only":
+        save_whole("gemma3", source)
+    else:
+        torch.save(load_file(shutil.copytree(tiny_llama, source) / "model.safetensors"), source / "pytorch_model.bin")
+        (source / "model.safetensors").unlink()
+    done = cla("convert", source, tmp_path / "c", "--init", "mean", *options)
+    assert done.returncode == 0, done.stderr
+    small = [word for value in [*SMALL[:5], "device=cpu"] for word in ("--set", value)]
+    if kind == "pickled":
+        done = cla("uptrain", tmp_path / "c", tmp_path / "u", *small)
+        assert done.returncode == 2 and "are pickled" in done.stderr and "or --allow-pickle" in done.stderr, done.stderr
+        small += options
+    done = cla("uptrain", tmp_path / "c", tmp_path / "u", *small)
+    assert done.returncode == 0 and f"the teacher is {source}" in done.stderr, done.stderr
+    assert (kind == "pickled") == (f"--beside {source} --allow-pickle" in done.stderr)
+
+
+def test_every_verb_that_refuses_pickled_weights_can_accept_them(tmp_path, tiny_llama):
+    source, out = shutil.copytree(tiny_llama, tmp_path / "source"), tmp_path / "c"
+    torch.save(load_file(source / "model.safetensors"), source / "pytorch_model.bin")
+    (source / "model.safetensors").unlink()
+    assert cla("convert", source, out, "--init", "mean", "--allow-pickle").returncode == 0
+    lines: list[tuple] = [
+        ("inspect", source),
+        ("inspect", source, "--training"),
+        ("bench", source, out, "--memory", "1MB", "--batch-sizes", 1, "--prompt", 4, "--new", 2, "--device", "cpu"),
+        ("verify", out, "--cache", "--beside", source),
+        ("chat", out, "--beside", source, "--device", "cpu"),
+    ]
+    for line in lines:
+        refused, done = cla(*line), cla(*line, "--allow-pickle")
+        assert refused.returncode == 3 and "--allow-pickle" in refused.stderr, (line, refused.stderr)
+        assert done.returncode == 0, (line, done.stderr)

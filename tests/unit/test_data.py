@@ -513,3 +513,52 @@ def test_a_little_calibration_text_is_taken_from_many_documents(tmp_path: Path) 
     assert rows.size == 2000 and store.train.size == 16 * 2000
     begun = re.findall(r"Document (\d+):", "\n".join(byte_tokenizer().batch_decode(rows.tolist())))
     assert max(map(int, begun)) - min(map(int, begun)) > 60  # a stretch of ten documents holds 2000
+
+
+class Counting:
+    """A tokenizer that remembers how many characters it was given at once."""
+
+    def __init__(self) -> None:
+        self.inner, self.given = byte_tokenizer(), list[int]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __call__(self, text: Any, **options: Any) -> Any:
+        self.given.append(sum(map(len, text)) if isinstance(text, list) else len(text))
+        return self.inner(text, **options)
+
+
+@pytest.mark.parametrize("ending", [".txt", ".jsonl"])
+def test_of_a_book_no_more_is_tokenised_than_is_wanted_and_a_piece_at_a_time(tmp_path: Path, ending: str) -> None:
+    """A tokenizer keeps more than a hundred bytes of every character: a gigabyte of text is more than any memory."""
+    book = "".join(f"word {number} of a book\n" for number in range(200_000))
+    file = tmp_path / f"book{ending}"
+    file.write_text(book if ending == ".txt" else json.dumps({"text": book}))
+    tokenizer, data = Counting(), Data(sources=[TextSource(path=str(file))])
+    store = prepare_data(data, tokenizer, tokens=10_000, held_out_tokens=500, cache_dir=tmp_path / "cache", seed=0)
+    at_once = tokenise.PIECE * tokenise._AT_ONCE
+    assert max(tokenizer.given) <= at_once and sum(tokenizer.given) < 3 * at_once < len(book)
+    assert byte_tokenizer().decode(store.train[:10_000].tolist()) == book[:10_000]
+    assert byte_tokenizer().decode(store.held_out.tolist()) == book[10_000:10_500]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_text_in_pieces_gives_tokens_and_hash_of_the_whole(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    drawn = np.random.default_rng(seed)
+    kinds = ["a", "word", " ", "  ", "\n", "\r\n\t", ".", "é", "\u00a0", "猫" * 3, "y" * 70, " " * 60]
+    text = "".join(drawn.choice(kinds, size=200))
+    tokenizer, whole = byte_tokenizer(), tokenise.encode(byte_tokenizer(), [text], np.dtype(np.uint16))[0]
+    number = tokenise.hash_of_content(text)
+    assert tokenise.hash_of_content(" ".join(text.split())) == number != tokenise.hash_of_content(text + "x")
+    monkeypatch.setattr(tokenise, "PIECE", 50)
+    monkeypatch.setattr(tokenise, "_WORD", 20)
+    parts = list(tokenise.pieces(text))
+    assert "".join(parts) == text and max(map(len, parts)) <= 50
+    found = tokenise.encode(tokenizer, ["short", text, np.arange(3)], np.dtype(np.uint16))
+    assert np.array_equal(found[1], whole) and np.array_equal(found[2], np.arange(3))
+    assert len(tokenise.encode(tokenizer, [text], np.dtype(np.uint16), 30)[0]) >= 30
+    assert tokenise.hash_of_content(text) == number

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -20,6 +21,7 @@ from cla_convert.run_folder import RunFolder
 from cla_convert.stages.check import check
 from cla_convert.stages.plan import plan_of
 from cla_convert.stages.text import calibration
+from cla_convert.stages.uptrain import uptrain
 from cla_convert.training.sources import documents
 from tests.conftest import byte_tokenizer
 from tests.tiny import save_tiny
@@ -159,3 +161,37 @@ def test_a_dry_run_looks_at_the_disk_of_the_output_and_at_what_is_there(tmp_path
     shutil.copytree(model, tmp_path / "run" / "converted")  # nothing is left to write
     RunFolder(tmp_path / "run").save_recipe(recipe)
     assert pipeline.dry_run(recipe, tmp_path / "run", **planned).sharing == "cla2-keep-ends"
+
+
+class Begun(Exception):
+    """The work has begun."""
+
+
+@pytest.mark.parametrize(
+    ("free", "begun", "parameters", "refused"),
+    [
+        (1_100_000, False, "all", False),
+        (600_000, False, "all", True),  # float32 weights and two moments of each, and the model
+        (600_000, False, "attention", False),
+        (600_000, True, "all", False),  # it may be at its end
+        (100_000, True, "all", True),
+    ],
+)
+def test_uptraining_asks_for_the_disk_of_its_first_checkpoint_before_work(
+    tiny_llama, tmp_path, monkeypatch, free, begun, parameters, refused
+):
+    folder = RunFolder(tmp_path, converted=tiny_llama)
+    settings = [f"source.model={tiny_llama}", "train.tokens=64k", f"train.parameters={parameters}", "device=cpu"]
+    recipe = load_recipe(None, settings, {}).recipe
+    if begun:
+        folder.save_recipe(recipe)
+        (folder.training.checkpoints / "step-1").mkdir(parents=True)
+        (folder.training.checkpoints / "step-1" / "state").touch()
+
+    def work(*_, **__):
+        raise Begun
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+    monkeypatch.setattr("cla_convert.training.loop.uptrain", work)
+    with pytest.raises(InputError, match="too small") if refused else pytest.raises(Begun):
+        uptrain(recipe, folder)
