@@ -1,9 +1,10 @@
 """Whether a model can be converted, from headers alone: `inspect` tells it, a plan insists on it."""
 
 import re
+from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..models.checkpoint import Checkpoint
 from ..models.families import Family, family_of
 from ..models.headers import FLOATING
@@ -50,6 +51,7 @@ def check_convertible(checkpoint: Checkpoint) -> Convertible:
             why="With transformers_weights, transformers loads that file and not the usual ones.",
             fix="Load the model with transformers and save it again, then convert that.",
         )
+    _check_generation(checkpoint.folder)
     packed = [n for n, info in checkpoint.tensors.items() if info.dtype not in FLOATING and not _BUFFERS.search(n)]
     if checkpoint.config.get("quantization_config") is not None or packed:
         raise InputError(
@@ -70,6 +72,22 @@ def check_convertible(checkpoint: Checkpoint) -> Convertible:
     ahead = _predicting_ahead(checkpoint, family, shape)
     _check_layers(checkpoint, family, shape, ahead)
     return Convertible(family, shape, ahead | _unused(checkpoint, family, ahead), frozenset(ahead))
+
+
+def _check_generation(folder: Path) -> None:
+    """The output has this file, too, and transformers loads no model with one that it refuses."""
+    from transformers import GenerationConfig
+
+    if not (folder / "generation_config.json").exists():
+        return
+    try:
+        GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # each of its settings has checks of its own
+        raise InputError(
+            f"transformers refuses generation_config.json in {folder}",
+            why=first_line(error),
+            fix="Correct that file, or take it away: then the model generates by what config.json says.",
+        ) from error
 
 
 def _predicting_ahead(checkpoint: Checkpoint, family: Family, shape: AttentionShape) -> set[str]:

@@ -190,6 +190,15 @@ def test_weights_under_another_name_are_refused(tmp_path):
     refused(change(save_tiny("llama", tmp_path), transformers_weights="other.safetensors"), "other.safetensors")
 
 
+@pytest.mark.parametrize("settings", [{"max_new_tokens": -1}, {"cache_implementation": "nonsense"}, [1]])
+def test_a_generation_config_that_transformers_refuses_is_refused(tmp_path: Path, settings: Any):
+    folder = save_tiny("llama", tmp_path / "m")
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    with pytest.raises(Exception, match=r"max_new_tokens|nonsense|not a mapping"):
+        AutoModelForCausalLM.from_pretrained(folder)
+    refused(folder, "generation_config.json")
+
+
 def test_null_is_no_quantisation(tmp_path):
     for case in ("llama", "phi3"):
         same(change(save_tiny(case, tmp_path / case), quantization_config=None), tmp_path / f"{case}-out")
