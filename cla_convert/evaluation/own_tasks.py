@@ -75,7 +75,17 @@ class OwnTasks:
             )
         from lm_eval.tasks import TaskManager
 
-        return cls(folder, TaskManager(include_path=[str(folder)], include_defaults=False), files)
+        manager = TaskManager(include_path=[str(folder)], include_defaults=False)
+        for name, chain in files.items():
+            if name not in manager.task_index:  # which it does not say
+                raise InputError(
+                    f"lm-eval does not read {chain[0]}",
+                    why="It passes over files that it cannot use, and over those that include a file by two ways."
+                    if len(set(chain)) < len(chain)
+                    else "It passes over files that it cannot use.",
+                    fix="Include every file once, and see docs/evaluation.md for an example.",
+                )
+        return cls(folder, manager, files)
 
     @property
     def names(self) -> set[str]:
@@ -84,19 +94,18 @@ class OwnTasks:
 
     def parts(self, name: str) -> set[str]:
         """A task of this folder, or a group or tag and all that it consists of; nothing for any other name."""
-        if name not in self.names:
-            return set()
-        inner = parts_of(self.manager, name) | set(self.manager.task_index[name].tags if self._is_tag(name) else ())
-        return {name} | inner
+        return {name} | parts_of(self.manager, name) if name in self.names else set()
 
-    def _is_tag(self, name: str) -> bool:
-        return name in self.manager.all_tags
+    def digest(self, names: Iterable[str]) -> str | None:
+        """Hash of the files that a task is made of, wherever the folder lies; None for one that has none of it.
 
-    def digest(self, name: str) -> str | None:
-        """Hash of the files that a task is made of, wherever the folder lies; None for a task that is not of it."""
-        if self.folder is None or name not in self.names:
+        Args:
+            names: its own, and those of the tasks and groups that it was built of.
+        """
+        own = {part for name in names for part in self.parts(name)}
+        if self.folder is None or not own & self.names:
             return None
-        named = {file for part in self.parts(name) for file in self.files.get(part, [])}
+        named = {file for part in own for file in self.files.get(part, [])}
         found = hashlib.sha256()
         for path in sorted(named | set(_below(self.folder, "py"))):
             inside = path.is_relative_to(self.folder.resolve())
@@ -161,7 +170,7 @@ def rows_digest(tasks: Iterable[Any], limit: int | None) -> str:
     found = hashlib.sha256()
     for task in tasks:
         for number, row in task.doc_iterator(limit=limit, rank=0, world_size=1):
-            text = json.dumps([task.task_name, number, row], sort_keys=True, default=lambda value: type(value).__name__)
+            text = json.dumps([task.task_name, number, row], sort_keys=True, default=repr)
             found.update(text.encode())
     return found.hexdigest()
 

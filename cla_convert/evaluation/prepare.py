@@ -74,7 +74,7 @@ def prepare(spec: Evaluate, seed: int, model_dir: Path | None = None) -> list[Pr
         for name in names:
             bar.note(name)
             build = partial(_prepare, manager, name, limits[name], spec, seed, sources, model_dir, chat)
-            anew = name in retrieval.names() or name in sources.own.names
+            anew = name in retrieval.names() or bool(({name} | parts_of(manager, name)) & sources.own.names)
             origin = None if anew else _origin(name, limits[name], spec, seed, sources, chat)
             prepared.append(_once(origin, build) if origin else build())
             bar.update()
@@ -200,7 +200,7 @@ def _prepare(
             task.build_all_requests(
                 limit=limit, rank=0, world_size=1, chat_template=prepared.chat, **prepared.requesting
             )
-            if name in sources.own.names:
+            if _made_of(name, tasks) & sources.own.names:
                 rehearse(task)
         return _describe(prepared, sources, limit)
     except ClaError:
@@ -282,6 +282,11 @@ def _leave_itself_out(task: Any) -> None:
         examples.split = config.test_split  # the examples themselves are read already
 
 
+def _made_of(name: str, tasks: Any) -> set[str]:
+    """Names of a task or group and of all that it was built of: what is written out in a group has that in front."""
+    return {part.rpartition("::")[2] for part in (name, *tasks["tasks"], *tasks["groups"])}
+
+
 def reset(prepared: Prepared, seed: int) -> None:
     """Restart the few-shot sampling, so that building the requests again gives the same prompts."""
     for task in prepared.tasks["tasks"].values():
@@ -312,8 +317,9 @@ def _describe(prepared: Prepared, sources: Sources, limit: int | None) -> Prepar
         "requests": requests,
         "prompts": digest.hexdigest(),
         **({"chat_template": prepared.chat.identity} if prepared.chat else {}),
-        **({"files": files, "rows": rows_digest(leaves, limit)} if (files := sources.own.digest(name)) else {}),
     }
+    if files := sources.own.digest(_made_of(name, tasks)):
+        frozen |= {"files": files, "rows": rows_digest(leaves, limit)}
     return replace(prepared, frozen=frozen, characters=characters)
 
 

@@ -1,7 +1,7 @@
 """Stock lm-eval tasks by name, without parsing all of its 14 000 YAML files: those of the folders that name them do."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -68,11 +68,24 @@ def _lacking(manager: Any, name: str) -> set[str]:
 
 
 def parts_of(manager: Any, name: str) -> set[str]:
-    """Names of the tasks and groups that a group consists of, at any depth; none of a task."""
-    listed = (manager.task_index[name].cfg or {}).get("task") if name in manager.all_groups else None
-    inner = [part.get("task", part.get("group")) if isinstance(part, dict) else part for part in listed or []]
-    found = {part for part in inner if isinstance(part, str) and part != name}
+    """Names of the tasks, groups and tags that a group or tag consists of, at any depth; none of a task."""
+    listed: Any = None
+    if name in manager.all_tags:
+        listed = manager.task_index[name].tags
+    elif name in manager.all_groups:
+        listed = (manager.task_index[name].cfg or {}).get("task")
+    found = set(_named(listed or [])) - {name}
     return found.union(*(parts_of(manager, part) for part in found))
+
+
+def _named(parts: Any) -> Iterator[str]:
+    """Of a group's list: tasks by their names, with settings, or groups that are written out in place."""
+    for part in parts:
+        inner = part.get("task", part.get("group")) if isinstance(part, dict) else part
+        if isinstance(inner, list):
+            yield from _named(inner)
+        elif isinstance(inner, str):
+            yield inner
 
 
 def unscored_parts(manager: Any, name: str) -> list[str]:

@@ -137,6 +137,30 @@ def test_whatever_a_task_is_made_of_is_in_its_specification(
     assert {name for name in tasks if before[name] != after[name]} == changed
 
 
+@pytest.mark.parametrize(
+    ("parts", "settings"),
+    [
+        ("[mine]", ""),
+        ("[{group: inner, task: [sums], aggregate_metric_list: [{metric: acc}]}]", ""),
+        ("[piqa]", "stock"),
+    ],
+)
+def test_a_group_is_made_of_what_it_reaches_by_any_way(folder: Path, parts: str, settings: str):
+    """By a tag, by a group that is written out in it, or by the name of a task that it replaces."""
+    (folder / "more" / "group.yaml").write_text(
+        f"group: all\ntask: {parts}\naggregate_metric_list: [{{metric: acc}}]\n"
+    )
+    named = "sums"
+    if settings:
+        named = "piqa"
+        (folder / "piqa.yaml").write_text(SUMS.replace("task: sums", "task: piqa").replace("tag: mine", ""))
+    before, file = frozen(folder, "all")["all"], folder / f"{named}.yaml"
+    file.write_text(file.read_text().replace("doc_to_target: 0", "doc_to_target: 1"))
+    after = frozen(folder, "all")["all"]
+    assert before["prompts"] == after["prompts"]
+    assert before["files"] != after["files"]
+
+
 def test_the_specification_does_not_depend_on_where_the_folder_lies(folder: Path):
     before = frozen(folder, "sums", "arithmetic")
     assert before == frozen(folder.rename(folder.parent / "elsewhere"), "sums", "arithmetic")
@@ -166,6 +190,11 @@ def test_a_group_may_have_stock_tasks(folder: Path, monkeypatch: pytest.MonkeyPa
         ("new.yaml", "task: !python/name:os.system x", "new.yaml cannot be read\nline 1: could not determine"),
         ("new.yaml", "include: nowhere.yaml\ntask: new", r"nowhere.yaml, which .*new.yaml includes, cannot be read"),
         ("new.yaml", "include: new.yaml\ntask: new", "new.yaml includes itself"),
+        (
+            "new.yaml",
+            "include: [sums.yaml, written.yaml]\ntask: new\ntag: null",
+            "does not read .*new.yaml\n.*by two ways",
+        ),
         ("new.yaml", "task: sums", "The task 'sums' is declared twice"),
         ("new.yaml", "task: a/b", "'a/b' in .*new.yaml cannot be the name of a task"),
         ("new.yaml", "task: [sums]", "cannot be the name of a task"),
