@@ -212,8 +212,8 @@ def check_output(out: Path, *, overwrite: bool) -> None:
         )
 
 
-def check_disk(folder: Path, needed: int) -> None:
-    """Raise InputError if the disk under `folder` has fewer than `needed` bytes free."""
+def check_disk(folder: Path, needed: int, what: str = "The output needs") -> None:
+    """Raise InputError if the disk under `folder` has fewer than `needed` bytes free, for `what`."""
     from ..console import human_bytes
 
     while not folder.exists():
@@ -222,8 +222,8 @@ def check_disk(folder: Path, needed: int) -> None:
     if free < needed:
         raise InputError(
             f"The disk of {folder} is too small",
-            why=f"The output needs {human_bytes(needed)}, {human_bytes(free)} are free.",
-            fix="Free some space or give an output folder on another disk. Nothing was written.",
+            why=f"{what} {human_bytes(needed)}, {human_bytes(free)} are free.",
+            fix="Free some space or give an output folder on another disk. The work has not begun.",
         )
 
 

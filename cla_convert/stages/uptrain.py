@@ -99,9 +99,12 @@ def _check_disk(it: _Training) -> None:
     from ..models.writer import check_disk
 
     tensors = Checkpoint.open(it.student).tensors.values()
-    whole = it.recipe.train.parameters == "all" and (it.fresh or not any(it.training.checkpoints.glob("*/*")))
+    kept = sum(file.stat().st_size for file in it.training.checkpoints.glob("*/*"))
+    whole = it.recipe.train.parameters == "all" and (it.fresh or not kept)
     state = 12 * sum(info.numel for info in tensors) if whole else 0  # float32 weights and two Adam moments
-    check_disk(it.training.path, sum(info.nbytes for info in tensors) + state)
+    freed = kept if it.fresh else 0  # before the first is written
+    needed = sum(info.nbytes for info in tensors) + state - freed
+    check_disk(it.training.path, needed, "The model and its first checkpoint need" if state else "The model needs")
 
 
 def _train_here(it: _Training) -> TrainResult:

@@ -175,6 +175,7 @@ class Begun(Exception):
         (600_000, False, "attention", False),
         (600_000, True, "all", False),  # it may be at its end
         (100_000, True, "all", True),
+        (600_000, "anew", "all", False),  # what was begun makes room for it
     ],
 )
 def test_uptraining_asks_for_the_disk_of_its_first_checkpoint_before_work(
@@ -186,7 +187,7 @@ def test_uptraining_asks_for_the_disk_of_its_first_checkpoint_before_work(
     if begun:
         folder.save_recipe(recipe)
         (folder.training.checkpoints / "step-1").mkdir(parents=True)
-        (folder.training.checkpoints / "step-1" / "state").touch()
+        (folder.training.checkpoints / "step-1" / "state").write_bytes(bytes(500_000))
 
     def work(*_, **__):
         raise Begun
@@ -194,4 +195,4 @@ def test_uptraining_asks_for_the_disk_of_its_first_checkpoint_before_work(
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
     monkeypatch.setattr("cla_convert.training.loop.uptrain", work)
     with pytest.raises(InputError, match="too small") if refused else pytest.raises(Begun):
-        uptrain(recipe, folder)
+        uptrain(recipe, folder, fresh=begun == "anew")
