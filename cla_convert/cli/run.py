@@ -10,8 +10,10 @@ from ..console import columns, data, data_json, page
 from ..errors import UsageError, did_you_mean
 from .app import (
     AllowChanges,
+    AllowPickle,
     Gate,
     GateStrict,
+    IncludePath,
     Json,
     Private,
     PushToHub,
@@ -43,7 +45,9 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Start the run folder anew.")] = False,
     allow_changes: AllowChanges = None,
+    allow_pickle: AllowPickle = False,
     task_data: TaskData = None,
+    include_path: IncludePath = None,
     gate: Gate = False,
     gate_strict: GateStrict = False,
     push_to_hub: PushToHub = None,
@@ -56,7 +60,13 @@ def run(
     Rerunning the same line resumes where it stopped. Several GPUs? --set train.processes=N
     """
     mode = gate_mode(gate, gate_strict)
-    resolved = load(recipe, sets, {"eval.task_data": task_data, "eval.gate": mode or None})
+    options = {
+        "source.allow_pickle": allow_pickle or None,
+        "eval.task_data": task_data,
+        "eval.include_path": include_path,
+        "eval.gate": mode or None,
+    }
+    resolved = load(recipe, sets, options)
     from .. import pipeline
     from ..report.last_lines import last_lines
     from ..run_folder import RunFolder

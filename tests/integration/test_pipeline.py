@@ -211,11 +211,12 @@ def test_every_verb_that_refuses_pickled_weights_can_accept_them(tmp_path, tiny_
     lines: list[tuple] = [
         ("inspect", source),
         ("inspect", source, "--training"),
+        (*line(source, tmp_path / "run"), "--dry-run"),
         ("bench", source, out, "--memory", "1MB", "--batch-sizes", 1, "--prompt", 4, "--new", 2, "--device", "cpu"),
         ("verify", out, "--cache", "--beside", source),
         ("chat", out, "--beside", source, "--device", "cpu"),
     ]
-    for line in lines:
-        refused, done = cla(*line), cla(*line, "--allow-pickle")
-        assert refused.returncode == 3 and "--allow-pickle" in refused.stderr, (line, refused.stderr)
-        assert done.returncode == 0, (line, done.stderr)
+    for words in lines:
+        refused, done = cla(*words), cla(*words, "--allow-pickle")
+        assert refused.returncode == 3 and "--allow-pickle" in refused.stderr, (words, refused.stderr)
+        assert done.returncode == 0, (words, done.stderr)
