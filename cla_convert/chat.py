@@ -7,6 +7,7 @@ continues the text of the last line, and no conversation is kept.
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -53,7 +54,8 @@ class Speaker:
 
         tokenizer = load_tokenizer(folder)
         _check_system(name, tokenizer, manner.system)
-        _drop_broken_template(name, tokenizer)
+        if not manner.system:  # one that takes it works
+            _drop_broken_template(name, tokenizer)
         return cls(name, load_where_it_fits(folder, dtype=dtype, device=device), tokenizer, manner)
 
     @property
@@ -154,6 +156,8 @@ def chat(speakers: list[Speaker], lines: Iterable[str]) -> None:
 
 def lines_of(stream: TextIO) -> Iterator[str]:
     """Lines as they are typed, after a prompt where somebody sits there to see it (stderr)."""
+    if isinstance(stream, TextIOWrapper):
+        stream.reconfigure(errors="surrogateescape")  # a pipe may be no UTF-8, which is an error in most locales
     asks = stream.isatty()
     while True:
         if asks:

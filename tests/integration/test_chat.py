@@ -128,6 +128,14 @@ def test_a_chat_template_that_does_not_work_is_done_without(pair, tmp_path, caps
     assert not one.converses and capsys.readouterr().err.count("does not work") == 1
 
 
+def test_a_chat_template_that_demands_a_system_prompt_gets_it(pair, tmp_path):
+    shutil.copytree(pair[0], tmp_path / "model")
+    demanding = "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}" + TEMPLATE
+    (tmp_path / "model/chat_template.jinja").write_text(demanding)
+    assert speaker(tmp_path / "model", system="Be brief.").converses
+    assert not speaker(tmp_path / "model").converses
+
+
 def test_a_chat_template_that_refuses_a_later_turn_is_named(pair, tmp_path):
     shutil.copytree(pair[0], tmp_path / "model")
     late = "{% if messages | length > 1 %}{{ raise_exception('one turn only') }}{% endif %}" + TEMPLATE
@@ -145,5 +153,5 @@ def test_a_model_that_asks_for_beams_answers_too(pair, tmp_path, asked):
 
 
 def test_a_line_that_is_no_utf_8_is_answered(pair, capsys):
-    chat([speaker(pair[0])], lines_of(io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8", errors="surrogateescape")))
+    chat([speaker(pair[0])], lines_of(io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8")))
     assert capsys.readouterr().out
