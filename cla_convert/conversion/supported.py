@@ -78,10 +78,15 @@ def _check_generation(folder: Path) -> None:
     """The output has this file, too, and transformers loads no model with one that it refuses."""
     from transformers import GenerationConfig
 
+    from ..models.export import quietly
+
     if not (folder / "generation_config.json").exists():
         return
     try:
-        GenerationConfig.from_pretrained(folder)
+        with quietly():
+            GenerationConfig.from_pretrained(folder)
+    except OSError:  # no JSON: it does without
+        return
     except Exception as error:  # each of its settings has checks of its own
         raise InputError(
             f"transformers refuses generation_config.json in {folder}",

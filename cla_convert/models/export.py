@@ -137,7 +137,7 @@ def _building(folder: Path) -> Iterator[Any]:
         if stored := named_implementation(checkpoint.config):
             _say_once(f"config.json asks for the attention {stored!r}: transformers' default is used instead")
         config._attn_implementation = None
-        with _quiet() if checkpoint.around else nullcontext():
+        with quietly() if checkpoint.around else nullcontext():
             yield config
 
 
@@ -164,7 +164,7 @@ def _names_in(folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """transformers tells of every tensor that it does not load, and those of what sees images are meant to be left."""
     from transformers.utils import logging
 

@@ -199,6 +199,16 @@ def test_a_generation_config_that_transformers_refuses_is_refused(tmp_path: Path
     refused(folder, "generation_config.json")
 
 
+def test_a_generation_config_that_transformers_does_without_is_none(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    for text in ("{", json.dumps({"temperature": 0.5})):
+        folder = save_tiny("llama", tmp_path / str(len(text)))
+        (folder / "generation_config.json").write_text(text)
+        AutoModelForCausalLM.from_pretrained(folder)
+        capfd.readouterr()
+        assert inspect_model(str(folder))["supported"]
+        assert "generation flags" not in "".join(capfd.readouterr())
+
+
 def test_null_is_no_quantisation(tmp_path):
     for case in ("llama", "phi3"):
         same(change(save_tiny(case, tmp_path / case), quantization_config=None), tmp_path / f"{case}-out")
