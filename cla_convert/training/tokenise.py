@@ -140,7 +140,7 @@ class Splitter:
                 for side, document in zip([held_out if h else train for h in held], batch, strict=True)
                 if not side.full and self._takes(side, document, train, held_out)
             ]
-            most = max(train.limit - train.tokens, held_out.limit)
+            most = [held_out.limit if side is held_out else train.limit - train.tokens for side, _ in wanted]
             encoded = encode(self.tokenizer, [document.content for _, document in wanted], train.dtype, most)
             for (side, _), ids in zip(wanted, encoded, strict=True):
                 if side is held_out:
@@ -195,18 +195,19 @@ def token_dtype(tokenizer: Any) -> np.dtype[Any]:
 
 
 def encode(
-    tokenizer: Any, contents: list[str | np.ndarray], dtype: np.dtype[Any], most: float = math.inf
+    tokenizer: Any, contents: list[str | np.ndarray], dtype: np.dtype[Any], most: Sequence[float] = ()
 ) -> list[np.ndarray]:
     """Token ids of each text, with EOS behind, and in front what the tokenizer itself puts there.
 
-    Contents that are token ids already stay as they are. Of a long text, what comes after `most` tokens may be missing.
+    Contents that are token ids already stay as they are. Of a long text, what comes after `most` tokens (one number a
+    text; none: all) may be missing.
     """
     before = leading(tokenizer)
     after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     short = [content for content in contents if isinstance(content, str) and len(content) <= PIECE]
     encoded = iter(_ids(tokenizer, short))
 
-    def one(content: str | np.ndarray) -> np.ndarray:
+    def one(content: str | np.ndarray, most: float) -> np.ndarray:
         if not isinstance(content, str):
             return np.asarray(content, dtype=dtype)
         if len(content) <= PIECE:
@@ -219,7 +220,7 @@ def encode(
                 break
         return np.concatenate([*parts, np.asarray(after, dtype=dtype)])
 
-    return [one(content) for content in contents]
+    return [one(content, limit) for content, limit in zip(contents, most or [math.inf] * len(contents), strict=True)]
 
 
 def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:

@@ -560,5 +560,5 @@ def test_a_text_in_pieces_gives_tokens_and_hash_of_the_whole(monkeypatch: pytest
     assert "".join(parts) == text and max(map(len, parts)) <= 50
     found = tokenise.encode(tokenizer, ["short", text, np.arange(3)], np.dtype(np.uint16))
     assert np.array_equal(found[1], whole) and np.array_equal(found[2], np.arange(3))
-    assert len(tokenise.encode(tokenizer, [text], np.dtype(np.uint16), 30)[0]) >= 30
+    assert len(tokenise.encode(tokenizer, [text], np.dtype(np.uint16), [30])[0]) >= 30
     assert tokenise.hash_of_content(text) == number
