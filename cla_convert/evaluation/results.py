@@ -83,5 +83,5 @@ def render(results: Json, width: int = 80) -> str:
     titles = ["task", "metric", "n", "value", "stderr"]
     measured = table(titles, rows, numbers=[False, False, True, True, True], width=width)
     in_turns = any("chat_template" in task for task in results["specification"]["tasks"].values())
-    asked = "asked with the chat template, " if in_turns else ""
+    asked = "asked with the chat template\n" if in_turns else ""
     return f"{measured}\n{asked}specification {results['specification_hash'][:16]}, {results['seconds']:.0f} s"

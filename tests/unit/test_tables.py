@@ -48,6 +48,7 @@ def test_what_verbs_print_is_as_wide_as_the_screen(tmp_path: Path, width: int) -
     scores = {
         "tasks": {"hellaswag_of_a_longer_name": {"acc_norm": 0.5, "brier_score": 12345.678}},
         "stderr": {}, "n": {"hellaswag_of_a_longer_name": 10000}, "specification_hash": "a" * 64, "seconds": 3,
+        "specification": {"tasks": {"hellaswag_of_a_longer_name": {"chat_template": "b" * 64}}},
         "texts": {"t": {"name": "held_out", "tokens": 5, "perplexity": 3.0, "bits_per_byte": 1.0}},
     }  # fmt: skip
     described = inspect_model(str(save_tiny("gemma3", tmp_path / "m")))
