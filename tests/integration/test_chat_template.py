@@ -219,7 +219,7 @@ def test_the_command_line_and_the_report(instruct: Path, tmp_path: Path):
     """`eval` says it, `run` refuses a model without a template before work, and its report says it."""
     done = cla("eval", instruct, "--tasks", "piqa,wikitext", "--limit", 1, "--set", "eval.chat_template=true")
     assert done.returncode == 0, done.stderr
-    assert "asked with the chat template, specification" in done.stdout
+    assert "asked with the chat template\nspecification" in done.stdout
     recipe = {
         "source": {"model": str(instruct)},
         "convert": {"sharing": "cla2", "init": "mean"},
