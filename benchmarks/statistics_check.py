@@ -28,12 +28,14 @@ def covers(interval: tuple[float, float] | None, truth: float) -> bool:
 
 
 def accuracy_interval(n: int, lost: float, gained: float) -> Callable[[Rng, int], bool]:
-    return lambda rng, seed: covers(statistics.paired_interval(paired(rng, n, lost, gained), seed=seed), gained - lost)
+    return lambda rng, seed: covers(
+        statistics.paired_interval([paired(rng, n, lost, gained)], seed=seed), gained - lost
+    )
 
 
 def mean_interval(n: int) -> Callable[[Rng, int], bool]:
     """Skewed differences of log-likelihood: a shifted exponential with mean 0.1."""
-    return lambda rng, seed: covers(statistics.mean_interval(rng.exponential(1.0, n) - 0.9, seed=seed), 0.1)
+    return lambda rng, seed: covers(statistics.mean_interval([rng.exponential(1.0, n) - 0.9], seed=seed), 0.1)
 
 
 def pages(rng: Rng, n: int) -> np.ndarray:
@@ -92,7 +94,7 @@ def verdict(wanted: str, tasks: list[int], loss: float, discordant: float = 0.2)
 
     def run(rng: Rng, seed: int) -> bool:
         groups = [paired(rng, n, (discordant + loss) / 2, (discordant - loss) / 2) for n in tasks]
-        interval = statistics.mean_of_groups_interval(groups, seed=seed)
+        interval = statistics.paired_interval(groups, seed=seed)
         return statistics.verdict(interval, MARGIN) == wanted
 
     return run

@@ -26,8 +26,8 @@ from .statistics import (
     Interval,
     known,
     mcnemar,
-    mean_of_groups_interval,
-    mean_of_strata_interval,
+    mean_interval,
+    paired_interval,
     percentiles,
     resample,
     sign_flip,
@@ -175,7 +175,7 @@ def _compare_metric(
     strata = [differences[one] for one in members]
     binary = bool(np.isin(values, (0.0, 1.0)).all())
     lost, gained = int((differences < 0).sum()), int((differences > 0).sum())
-    interval = mean_of_groups_interval(strata, seed=seed) if binary else mean_of_strata_interval(strata, seed=seed)
+    interval = paired_interval(strata, seed=seed) if binary else mean_interval(strata, seed=seed)
     if binary and len(strata) == 1:
         p_value = mcnemar(lost, gained)
     else:
@@ -279,7 +279,7 @@ def macro_average(comparisons: list[Comparison], *, margin: float, seed: int = 0
         return None
     strata = [(one, 1 / len(chosen) / len(comparison.strata)) for comparison in chosen for one in comparison.strata]
     groups, weights = [one for one, _ in strata], [weight for _, weight in strata]
-    interval = mean_of_groups_interval(groups, weights=weights, seed=seed)
+    interval = paired_interval(groups, weights=weights, seed=seed)
     return {
         "tasks": [comparison.task for comparison in chosen], "n": sum(comparison.n for comparison in chosen),
         "before": float(np.mean([comparison.before for comparison in chosen])),

@@ -63,20 +63,10 @@ def holm(p_values: list[float]) -> list[float]:
     return adjusted
 
 
-def bootstrap_interval(differences: Array, *, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
-    """95% percentile interval of the mean difference, resampling documents."""
-    return percentiles(_means(differences, seed, resamples))
-
-
-def mean_interval(differences: Array, *, seed: int = 0) -> Interval | None:
-    """95% interval of a mean difference: the wider of bootstrap and Student's t; None below two documents, or if a
-    difference is not finite.
-
-    The percentile bootstrap is too narrow for a handful of documents, the t interval blind to skewness.
-    """
-    if len(differences) < 2:
-        return None
-    return known(_wider(bootstrap_interval(differences, seed=seed), student(differences, float(differences.mean()))))
+def bootstrap_interval(groups: list[Array], *, weights: Weights = None, seed: int = 0) -> Interval:
+    """95% percentile interval of the mean over groups, resampling documents within each; see `paired_interval`."""
+    draws = [_means(differences, seed + i) for i, differences in enumerate(groups)]
+    return percentiles(np.average(draws, axis=0, weights=weights))
 
 
 def student(values: Array, centre: float) -> Interval:
@@ -87,31 +77,22 @@ def student(values: Array, centre: float) -> Interval:
     return centre - half, centre + half
 
 
-def mean_of_strata_interval(groups: list[Array], *, seed: int = 0) -> Interval | None:
-    """As `mean_interval`, for the mean over groups weighing the same; None if one has fewer than two documents.
+def mean_interval(groups: list[Array], *, seed: int = 0) -> Interval | None:
+    """95% interval of a mean difference, over groups weighing the same: the wider of bootstrap and Student's t, whose
+    degrees of freedom are Welch's and Satterthwaite's; None if a group has fewer than two documents, or a difference is
+    not finite.
 
-    Student's t has the degrees of freedom of Welch and Satterthwaite.
+    The percentile bootstrap is too narrow for a handful of documents, the t interval blind to skewness.
     """
     from scipy.stats import t
 
-    if len(groups) == 1 or min(map(len, groups)) < 2:
-        return mean_interval(groups[0], seed=seed) if len(groups) == 1 else None
-    draws = np.mean([_means(differences, seed + i) for i, differences in enumerate(groups)], axis=0)
+    if min(map(len, groups)) < 2:
+        return None
     parts = np.array([group.var(ddof=1) / len(group) for group in groups]) / len(groups) ** 2
     variance, centre = parts.sum(), float(np.mean([group.mean() for group in groups]))
     below = sum(part**2 / (len(group) - 1) for part, group in zip(parts, groups, strict=True))
     half = float(t.ppf(0.975, variance**2 / below) * math.sqrt(variance)) if variance > 0 else 0.0
-    return known(_wider(percentiles(draws), (centre - half, centre + half)))
-
-
-def paired_interval(differences: Array, *, seed: int = 0) -> Interval:
-    """95% interval for the difference of two paired proportions: the wider of bootstrap and adjusted Wald.
-
-    With few discordant documents the bootstrap collapses (none at all: to a point) and would call eight rows proof.
-    The adjusted Wald interval of Bonett and Price (2012) adds one document to each discordant cell, which keeps the
-    coverage near 95% down to small n. With many documents the two agree.
-    """
-    return mean_of_groups_interval([differences], seed=seed)
+    return known(_wider(bootstrap_interval(groups, seed=seed), (centre - half, centre + half)))
 
 
 def wald(groups: list[Array], weights: Weights = None) -> Interval:
@@ -141,16 +122,19 @@ def _adjusted(groups: list[Array], weights: Weights = None) -> tuple[float, floa
     return float(centre), math.sqrt(variance)
 
 
-def mean_of_groups_interval(groups: list[Array], *, weights: Weights = None, seed: int = 0) -> Interval:
-    """As `paired_interval`, for the mean over groups; documents are resampled within each.
+def paired_interval(groups: list[Array], *, weights: Weights = None, seed: int = 0) -> Interval:
+    """95% interval of the mean, over groups, of differences of paired proportions: the wider of bootstrap and Wald.
+
+    The percentile bootstrap resamples documents within each group; alone it has no width where no document differs.
+    The adjusted Wald interval of Bonett and Price (2012) adds one document to each discordant cell, which keeps the
+    coverage near 95% down to small n. With many documents the two agree.
 
     Args:
-        groups: differences of paired proportions.
+        groups: differences of each, document by document.
         weights: of the groups, which add up to 1; None: the same for all.
         seed: of the resampling.
     """
-    draws = [_means(differences, seed + i) for i, differences in enumerate(groups)]
-    low, high = _wider(percentiles(np.average(draws, axis=0, weights=weights)), wald(groups, weights))
+    low, high = _wider(bootstrap_interval(groups, weights=weights, seed=seed), wald(groups, weights))
     return max(-1.0, low), min(1.0, high)
 
 
@@ -181,7 +165,7 @@ def clustered_share(shares: Array, trials: int) -> Interval | None:
 
 def positive_interval(values: Array, *, seed: int = 0) -> Interval | None:
     """`mean_interval` of what cannot be negative."""
-    found = mean_interval(values, seed=seed)
+    found = mean_interval([values], seed=seed)
     return found and (max(0.0, found[0]), found[1])
 
 

@@ -79,19 +79,19 @@ def test_a_clustered_share_covers_the_truth():
 
 def test_what_cannot_be_negative_has_no_negative_interval():
     values = np.array([0.0, 0.01, 0.3])
-    assert statistics.mean_interval(values)[0] < 0
-    assert statistics.positive_interval(values) == (0.0, statistics.mean_interval(values)[1])
+    assert statistics.mean_interval([values])[0] < 0
+    assert statistics.positive_interval(values) == (0.0, statistics.mean_interval([values])[1])
     many = np.random.default_rng(0).normal(5, 1, 50)
-    assert statistics.positive_interval(many) == statistics.mean_interval(many)
+    assert statistics.positive_interval(many) == statistics.mean_interval([many])
 
 
 def test_few_documents_get_an_interval_that_is_wide_enough():
     values = np.array([0.1, 0.2, 0.3])
-    low, high = statistics.mean_interval(values)
+    low, high = statistics.mean_interval([values])
     assert (low, high) == pytest.approx(statistics.student(values, 0.2))
-    narrow = statistics.bootstrap_interval(values)
+    narrow = statistics.bootstrap_interval([values])
     assert low < narrow[0] and high > narrow[1]
-    assert statistics.mean_interval(values[:1]) is None
+    assert statistics.mean_interval([values[:1]]) is None
 
 
 def test_p_inferior_agrees_with_its_interval():
@@ -112,7 +112,7 @@ def test_verdicts_at_the_margin_err_in_at_most_a_fortieth_of_the_cases():
     verdicts = []
     for seed in range(400):
         groups = [rng.choice([-1.0, 0.0, 1.0], p=[0.11, 0.80, 0.09], size=n) for n in (800, 2000, 500)]
-        verdicts.append(statistics.verdict(statistics.mean_of_groups_interval(groups, seed=seed), margin=0.02))
+        verdicts.append(statistics.verdict(statistics.paired_interval(groups, seed=seed), margin=0.02))
     for wrong in ("within_margin", "margin_broken"):
         assert verdicts.count(wrong) / 400 < 0.045
     assert verdicts.count("within_margin") + verdicts.count("margin_broken") > 0  # it is not just silent
@@ -120,7 +120,7 @@ def test_verdicts_at_the_margin_err_in_at_most_a_fortieth_of_the_cases():
 
 def test_bootstrap_of_counts_is_the_bootstrap_of_documents(monkeypatch: pytest.MonkeyPatch):
     differences = np.random.default_rng(3).choice([-1.0, 0.0, 1.0], p=[0.1, 0.7, 0.2], size=250)
-    by_count = statistics.bootstrap_interval(differences, seed=0)
+    by_count = statistics.bootstrap_interval([differences], seed=0)
     by_document = statistics.percentiles(statistics.resample(lambda i: differences[i].mean(axis=1), 250, seed=0))
     assert by_count == pytest.approx(by_document, abs=0.006)
 
@@ -150,16 +150,16 @@ def test_sign_flip_is_uniform_under_no_difference():
 def test_bootstrap_equals_scipy():
     differences = np.random.default_rng(3).choice([-1.0, 0.0, 1.0], p=[0.1, 0.7, 0.2], size=250)
     reference = scipy_stats.bootstrap((differences,), np.mean, method="percentile", random_state=0).confidence_interval
-    low, high = statistics.bootstrap_interval(differences, seed=0)
+    low, high = statistics.bootstrap_interval([differences], seed=0)
     assert low == pytest.approx(reference.low, abs=0.006)
     assert high == pytest.approx(reference.high, abs=0.006)
 
 
 def test_no_discordant_document_is_no_proof():
-    low, high = statistics.paired_interval(np.zeros(8))
+    low, high = statistics.paired_interval([np.zeros(8)])
     assert low < -0.2
     assert high > 0.2
-    assert statistics.bootstrap_interval(np.zeros(8)) == (0.0, 0.0)  # what the adjustment is for
+    assert statistics.bootstrap_interval([np.zeros(8)]) == (0.0, 0.0)  # what the adjustment is for
 
 
 @pytest.mark.parametrize("n", [20, 250])
@@ -168,7 +168,7 @@ def test_paired_interval_covers_the_truth(n: int):
     truth = probabilities[2] - probabilities[0]
     hits = 0
     for seed in range(200):
-        low, high = statistics.paired_interval(rng.choice([-1.0, 0.0, 1.0], p=probabilities, size=n), seed=seed)
+        low, high = statistics.paired_interval([rng.choice([-1.0, 0.0, 1.0], p=probabilities, size=n)], seed=seed)
         hits += low <= truth <= high
     assert hits / 200 >= 0.92
 
@@ -178,7 +178,7 @@ def test_pairing_is_much_sharper_than_two_standard_errors():
     before = (rng.random(500) < 0.5).astype(float)
     after = before.copy()
     after[:10] = 1 - after[:10]
-    low, high = statistics.paired_interval(after - before)
+    low, high = statistics.paired_interval([after - before])
     unpaired = 1.96 * math.sqrt(2 * 0.25 / 500)
     assert (high - low) / 2 < unpaired / 3
 
@@ -274,7 +274,7 @@ def test_a_group_whose_tasks_weigh_the_same_is_compared_so(said: dict):
     assert found.delta < 0 < found.gained - found.lost
     low, high = found.ci95
     assert low < found.delta < high
-    short = statistics.paired_interval(found.strata[1])
+    short = statistics.paired_interval([found.strata[1]])
     assert high - low < short[1] - short[0]  # half of it is known much better
     assert found.p_value == pytest.approx(
         statistics.sign_flip(np.array([0.0] * 90 + [0.55] * 10 + [-5.5] * 4)), abs=0.02
@@ -307,11 +307,14 @@ def test_a_mean_over_strata_covers_its_truth():
     rng, inside = np.random.default_rng(0), 0
     for seed in range(200):
         groups = [rng.normal(0.1, 1, 80), rng.normal(0.3, 3, 12)]
-        low, high = statistics.mean_of_strata_interval(groups, seed=seed)
+        low, high = statistics.mean_interval(groups, seed=seed)
         inside += low < 0.2 < high
     assert 182 <= inside <= 199
-    assert statistics.mean_of_strata_interval([groups[0], groups[1][:1]]) is None
-    assert statistics.mean_of_strata_interval(groups[:1], seed=3) == statistics.mean_interval(groups[0], seed=3)
+    assert statistics.mean_interval([groups[0], groups[1][:1]]) is None
+    bootstrap = statistics.bootstrap_interval(groups[:1], seed=3)
+    student = statistics.student(groups[0], float(groups[0].mean()))  # what Welch's degrees of freedom are of one group
+    wider = min(bootstrap[0], student[0]), max(bootstrap[1], student[1])
+    assert statistics.mean_interval(groups[:1], seed=3) == pytest.approx(wider)
 
 
 @pytest.mark.parametrize("metric", ["error", "error,first-line"])
