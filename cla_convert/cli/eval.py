@@ -82,9 +82,12 @@ def evaluate(
     from ..preflight import check_evaluation
 
     check_backend(settings.eval, device)
-    check_tasks(settings.eval)
+    if not settings.eval.chat_template:  # before a model is fetched
+        check_tasks(settings.eval)
     check_texts(settings.eval.perplexity)
     folder = resolve_source(model, revision=revision, allow_pickle=allow_pickle)
+    if settings.eval.chat_template:  # the model's, which the requests are made with
+        check_tasks(settings.eval, folder, settings.seed)
     check_evaluation(folder, settings.eval.perplexity)
     with tempfile.TemporaryDirectory() as scratch:
         texts = Texts(settings.eval.perplexity)
