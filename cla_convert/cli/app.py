@@ -73,7 +73,7 @@ TaskData = Annotated[
     str | None, typer.Option(metavar="DIR", help="Folder of full evaluation sets (docs/evaluation.md).")
 ]
 IncludePath = Annotated[
-    str | None, typer.Option(metavar="DIR", help="Folder of one's own lm-eval tasks (YAML), for --tasks to name.")
+    str | None, typer.Option(metavar="DIR", help="Folder of one's own lm-eval tasks (YAML), for eval.tasks to name.")
 ]
 Gate = Annotated[bool, typer.Option("--gate", help="Exit with code 4 if a loss beyond a margin is shown.")]
 GateStrict = Annotated[

@@ -80,9 +80,7 @@ class OwnTasks:
             if name not in manager.task_index:  # which it does not say
                 raise InputError(
                     f"lm-eval does not read {chain[0]}",
-                    why="It passes over files that it cannot use, and over those that include a file by two ways."
-                    if len(set(chain)) < len(chain)
-                    else "It passes over files that it cannot use.",
+                    why="It passes over files that it cannot use, such as those that include a file by two ways.",
                     fix="Include every file once, and see docs/evaluation.md for an example.",
                 )
         return cls(folder, manager, files)

@@ -165,7 +165,7 @@ def _names_in(folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """transformers tells of every tensor that it does not load, and those of what sees images are meant to be left."""
+    """Without what transformers tells of every tensor that is not loaded on purpose, or of settings that clash."""
     from transformers.utils import logging
 
     logger = logging.get_logger("transformers")

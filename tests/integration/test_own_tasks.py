@@ -138,21 +138,19 @@ def test_whatever_a_task_is_made_of_is_in_its_specification(
 
 
 @pytest.mark.parametrize(
-    ("parts", "settings"),
+    ("parts", "named"),
     [
-        ("[mine]", ""),
-        ("[{group: inner, task: [sums], aggregate_metric_list: [{metric: acc}]}]", ""),
-        ("[piqa]", "stock"),
+        ("[mine]", "sums"),
+        ("[{group: inner, task: [sums], aggregate_metric_list: [{metric: acc}]}]", "sums"),
+        ("[piqa]", "piqa"),
     ],
 )
-def test_a_group_is_made_of_what_it_reaches_by_any_way(folder: Path, parts: str, settings: str):
+def test_a_group_is_made_of_what_it_reaches_by_any_way(folder: Path, parts: str, named: str):
     """By a tag, by a group that is written out in it, or by the name of a task that it replaces."""
     (folder / "more" / "group.yaml").write_text(
         f"group: all\ntask: {parts}\naggregate_metric_list: [{{metric: acc}}]\n"
     )
-    named = "sums"
-    if settings:
-        named = "piqa"
+    if named == "piqa":
         (folder / "piqa.yaml").write_text(SUMS.replace("task: sums", "task: piqa").replace("tag: mine", ""))
     before, file = frozen(folder, "all")["all"], folder / f"{named}.yaml"
     file.write_text(file.read_text().replace("doc_to_target: 0", "doc_to_target: 1"))

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from tokenizers import processors
 
+from cla_convert.console import progress
 from cla_convert.errors import InputError
 from cla_convert.pipeline import run
 from cla_convert.recipe import Data, Recipe, TextSource, Train
@@ -31,7 +32,7 @@ from cla_convert.training.data import (
     say_passes,
     store_for,
 )
-from cla_convert.training.sources import SAMPLE, documents, local_files
+from cla_convert.training.sources import SAMPLE, Document, documents, local_files
 from tests.conftest import byte_tokenizer
 
 TEXTS = [f"Document {i}: " + chr(97 + i % 26) * (20 + i) for i in range(200)]
@@ -544,6 +545,16 @@ def test_of_a_book_no_more_is_tokenised_than_is_wanted_and_a_piece_at_a_time(tmp
     assert max(tokenizer.given) <= at_once and sum(tokenizer.given) < 3 * at_once < len(book)
     assert byte_tokenizer().decode(store.train[:10_000].tolist()) == book[:10_000]
     assert byte_tokenizer().decode(store.held_out.tolist()) == book[10_000:10_500]
+
+
+def test_of_a_held_out_book_no_more_is_tokenised_than_is_held_out(tmp_path: Path) -> None:
+    book, tokenizer, dtype = "word of a book " * 500_000, Counting(), np.dtype(np.uint16)
+    with (tmp_path / "train").open("wb") as one, (tmp_path / "held_out").open("wb") as other:
+        train, held_out = tokenise.Side(10_000_000, one, dtype), tokenise.Side(500, other, dtype)
+        splitter = tokenise.Splitter(tokenizer, tokenise.ByShare(seed=0, share=1.0))
+        splitter.fill(iter([[Document(book, "book")]]), train, held_out, progress(0, "tokenising"))
+    assert (train.tokens, held_out.tokens) == (0, 500)
+    assert sum(tokenizer.given) <= tokenise.PIECE * tokenise._AT_ONCE < len(book)
 
 
 @pytest.mark.parametrize("seed", range(20))
