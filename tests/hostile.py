@@ -247,7 +247,7 @@ def inputs(folder: Path) -> Path:
     )
     write_json(folder / "tasks" / "sums.yaml", {
         "include": "base.yaml", "task": "sums", "output_type": "multiple_choice", "doc_to_text": "{{question}}",
-        "doc_to_choice": ["{{right}}", "{{wrong}}"], "doc_to_target": 0, "num_fewshot": 0, "description": "Add. ",
+        "doc_to_choice": "{{[right, wrong]}}", "doc_to_target": 0, "num_fewshot": 0, "description": "Add. ",
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     })  # fmt: skip
     (folder / "text.jsonl").write_text(

@@ -181,6 +181,10 @@ def rehearse(task: Any) -> None:
     unknown = [name for name, function in getattr(task, "_metric_fn_list", {}).items() if function is None]
     if unknown and not callable(task.get_config("process_results")):
         raise ValueError(f"there is no metric {unknown[0]}")
+    choices = task.get_config("doc_to_choice")
+    listed = choices.values() if isinstance(choices, dict) else choices if isinstance(choices, list) else ()
+    if any("{{" in str(choice) for choice in listed):
+        raise ValueError('doc_to_choice is a list, which lm-eval takes as it stands: write "{{[one, other]}}" instead')
     first = task.instances[0]
     asked = [copy.copy(one) for one in task.instances if one.doc_id == first.doc_id]
     for one in asked:

@@ -173,13 +173,13 @@ def hash_of_content(content: str | np.ndarray) -> int:
     if not isinstance(content, str):
         return hash_of(content.tobytes().hex(), 0)
     digest = hashlib.blake2b(digest_size=8)
-    before, apart = False, False  # whether there were words, and white space behind the last of them
+    before, apart = False, False  # whether there were words, and white space at the end
     for piece in pieces(content):  # all words of a book at once would take many times its size
         words = " ".join(piece.split())
         if words and before and (apart or piece[0].isspace()):
             digest.update(b" ")
         digest.update(words.encode("utf-8", "surrogatepass"))
-        before, apart = before or bool(words), piece[-1].isspace() or (apart and not words)
+        before, apart = before or bool(words), piece[-1].isspace()
     return int.from_bytes(digest.digest(), "big")
 
 

@@ -38,7 +38,7 @@ doc_to_target: answer
 num_fewshot: 2
 fewshot_config: {{sampler: first_n, samples: {json.dumps(EXAMPLES[3:])}}}
 output_type: multiple_choice
-doc_to_choice: ["{{{{answer}}}}", "{{{{wrong}}}}"]
+doc_to_choice: "{{{{[answer, wrong]}}}}"
 gen_prefix: "The answer is"
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 task: chosen

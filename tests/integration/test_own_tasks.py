@@ -22,7 +22,7 @@ custom_dataset: !function helpers.rows
 test_split: test
 output_type: multiple_choice
 doc_to_text: "{{question}}"
-doc_to_choice: ["{{right}}", "{{wrong}}"]
+doc_to_choice: "{{[right, wrong]}}"
 doc_to_target: 0
 metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 metadata: {version: 1}
@@ -206,6 +206,11 @@ def test_a_group_may_have_stock_tasks(folder: Path, monkeypatch: pytest.MonkeyPa
         ("sums.yaml", SUMS.replace("{{question}}", "{{question"), "sums.yaml cannot be used\nTemplateSyntaxError"),
         ("sums.yaml", SUMS.replace("metric: acc", "metric: acccc"), "used\nValueError: there is no metric acccc"),
         ("sums.yaml", SUMS.replace("aggregation: mean", "aggregation: meen"), "used\nValueError: there is no such"),
+        (
+            "sums.yaml",
+            SUMS.replace('"{{[right, wrong]}}"', '["{{right}}", "{{wrong}}"]'),
+            "used\nValueError: doc_to_choice",
+        ),
         ("sums.yaml", SUMS + "unsafe_code: true\n", "runs code that the model writes"),
         ("helpers.py", HELPERS.replace('doc["right"]', 'doc["nothing"]'), "written.yaml cannot be used\nKeyError"),
         ("helpers.py", "def rows(:", "sums.yaml cannot be used\nSyntaxError"),
