@@ -282,6 +282,12 @@ def test_a_group_whose_tasks_weigh_the_same_is_compared_so(said: dict):
     alone = paired.macro_average([found], margin=0.01)
     assert alone is not None
     assert alone["ci95"] == found.ci95
+    (other,) = paired.compare(task_file([1.0, 0.0] * 20), task_file([1.0, 1.0] * 20))
+    both = paired.macro_average([found, other], margin=0.01)  # a half of each, however many tasks it has
+    assert both is not None
+    assert both["delta"] == pytest.approx((found.delta + other.delta) / 2)
+    weights = [1 / 4, 1 / 4, 1 / 2]
+    assert both["ci95"] == statistics.paired_interval([*found.strata, *other.strata], weights=weights)
 
 
 def test_a_group_by_size_is_compared_over_its_documents():
