@@ -106,9 +106,7 @@ class OwnTasks:
         named = {file for part in own for file in self.files.get(part, [])}
         found = hashlib.sha256()
         for path in sorted(named | set(_below(self.folder, "py"))):
-            inside = path.is_relative_to(self.folder.resolve())
-            place = path.relative_to(self.folder.resolve()).as_posix() if inside else path.name
-            found.update(json.dumps([place, hashlib.sha256(path.read_bytes()).hexdigest()]).encode())
+            found.update(hashlib.sha256(path.read_bytes()).digest())
         return found.hexdigest()
 
     def failed(self, name: str, error: Exception) -> InputError:

@@ -162,6 +162,16 @@ def test_no_discordant_document_is_no_proof():
     assert statistics.bootstrap_interval([np.zeros(8)]) == (0.0, 0.0)  # what the adjustment is for
 
 
+def test_an_interval_is_of_what_weighs():
+    rng = np.random.default_rng(0)
+    sure, unsure = rng.choice([-1.0, 0.0, 1.0], p=[0.1, 0.8, 0.1], size=200), rng.choice([-1.0, 1.0], size=10)
+    for interval in (statistics.bootstrap_interval, statistics.paired_interval):
+        assert interval([sure, unsure], weights=[1.0, 0.0]) == pytest.approx(interval([sure]))
+        low, high = interval([sure, unsure], weights=[0.5, 0.5])
+        assert (low, high) == pytest.approx(interval([sure, unsure]))
+        assert high - low > 1.5 * np.ptp(interval([sure]))
+
+
 @pytest.mark.parametrize("n", [20, 250])
 def test_paired_interval_covers_the_truth(n: int):
     rng, probabilities = np.random.default_rng(n), [0.12, 0.80, 0.08]
