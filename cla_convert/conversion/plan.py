@@ -49,6 +49,8 @@ class Plan:
     output_bytes: int
     memory_bytes: int
     """Estimate of the peak: the program, what is pooled or fitted at a time, the activations of calibrated pooling."""
+    activation_bytes: int
+    """Of these, the activations, in float32: half as many on a GPU with room for them, on disk where memory lacks."""
     left_out: list[str]
     """What of the checkpoint is in no output, in sentences."""
     warnings: list[str]
@@ -93,6 +95,10 @@ class Plan:
         sizes = f"{human_bytes(long['before'])} -> {human_bytes(long['after'])}"
         return f"; of {long['tokens']} tokens: {sizes} ({long['before'] / long['after']:.2f}x smaller)"
 
+    def _activations(self) -> str:
+        size, half = human_bytes(self.activation_bytes), human_bytes(self.activation_bytes // 2)
+        return f"of it {size} for activations of the text: {half} in the GPU, if there is one with room"
+
     def to_json(self) -> dict[str, Any]:
         """The keys that `convert --json` and plan.json carry."""
         return {
@@ -110,6 +116,7 @@ class Plan:
             "tensors": {action: self.count(action) for action in ("keep", "pool", "fit", "drop")},
             "output_bytes": self.output_bytes,
             "memory_bytes": self.memory_bytes,
+            "activation_bytes": self.activation_bytes,
             "left_out": self.left_out,
             "warnings": self.warnings,
             **({"auto": self.choice.to_json()} if self.choice else {}),
@@ -133,6 +140,7 @@ class Plan:
             *([f"            beside it a state: {_state(self)}"] if self.state_bytes else []),
             *([f"            sliding layers keep their last {window} tokens at most{self._long()}"] if window else []),
             f"needs       {human_bytes(self.output_bytes)} of disk, about {human_bytes(self.memory_bytes)} of memory",
+            *([f"            {self._activations()}"] if self.activation_bytes else []),
         ]
         return "\n".join(lines + [f"warning     {warning}" for warning in self.warnings])
 
@@ -196,6 +204,7 @@ def make_plan(
         + sidecars
         + 10**6,
         memory_bytes=_PROGRAM + working + streams,
+        activation_bytes=streams,
         left_out=(left_out := _left_out(shape.model_type, unused - ahead, ahead)),
         warnings=[*left_out, *_warnings(checkpoint, shape, each, sources)],
         choice=choice,
