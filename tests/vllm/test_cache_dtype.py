@@ -19,6 +19,9 @@ FULL = {
 }  # fmt: skip
 FP8 = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
 OWNERS = [0, 0, 2, 2, 4, 4]
+wide = pytest.mark.skipif(
+    "AVX512" not in torch.backends.cpu.get_cpu_capability(), reason="vLLM has no fp8 cache for CPUs without AVX-512"
+)
 
 
 def with_scales(folder: Path, target: Path, layers: list[int]) -> Path:
@@ -54,10 +57,12 @@ def llama(conversions: Path) -> Path:
     return conversions / "llama" / "cla2"
 
 
+@wide
 def test_fp8(llama: Path, tmp_path: Path):
     same_answers(tmp_path, llama, llama, {"kv_cache_dtype": "fp8"}, {"kv_cache_dtype": "fp8"})
 
 
+@wide
 def test_a_consumer_is_given_the_scales_of_its_owner(llama: Path, tmp_path: Path):
     shared = with_scales(llama, tmp_path / "shared", [0, 2, 4])
     full = with_scales(llama, tmp_path / "full", [0, 1, 2, 3, 4, 5])
