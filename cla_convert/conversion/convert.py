@@ -12,8 +12,8 @@ from ..environment import peak_memory_bytes
 from ..errors import InputError
 from ..files import write_json
 from ..models.checkpoint import Checkpoint
-from ..models.finite import naming_not_finite
 from ..models.fingerprint import fingerprint
+from ..models.finite import naming_not_finite
 from ..models.headers import FLOATING
 from ..models.shipped import write_sidecars
 from ..models.tokenization import keep_tokenizer

@@ -1,4 +1,4 @@
-"""Whether the numbers of a file are finite, told from their bytes: they are never in memory as a whole. Imports no torch.
+"""Whether the numbers of a file are finite, told from their bytes, a block at a time. Imports no torch.
 
 A float of any width is NaN or infinite where all bits of its exponent are set. Without the sign, which is shifted out,
 these are the largest of all whole numbers of that width.

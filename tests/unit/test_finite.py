@@ -1,4 +1,4 @@
-"""NaN and infinity are found while bytes are copied, in tensors of every kind, and the error says where they are from."""
+"""NaN and infinity are found while bytes are copied, in tensors of every kind; the error says where they are from."""
 
 from pathlib import Path
 
