@@ -23,6 +23,7 @@ from .classes import register as register
 from .classes import register_type
 from .families import Family
 from .headers import FLOATING
+from .packed import refuse_scales
 from .self_test import check_interface
 from .shipped import converted_family
 from .whole_rows import WHOLES
@@ -57,8 +58,8 @@ def load_model(
         parts: in place of that, where each part lies (`placement.over_gpus`).
 
     Raises:
-        InputError: transformers cannot build the model, weights are missing, or the installed transformers is not one
-            that converted models of its family work with.
+        InputError: transformers cannot build the model, weights are missing, or quantised without a word of it in
+            config.json, or the installed transformers is not one that converted models of its family work with.
     """
     from transformers import AutoModelForCausalLM
 
@@ -70,6 +71,8 @@ def load_model(
         )  # fmt: skip
         model, info = loaded
     refuse_missing(folder, info["missing_keys"])
+    if model.config.to_dict().get("quantization_config") is None:
+        refuse_scales(info["unexpected_keys"], Checkpoint.open(folder, as_stored=True).tensors)
     return (model if parts else model.to(device)).eval()
 
 
