@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..console import human_bytes, say
 from ..errors import ClaError, InputError, first_line
-from ..files import read_json, write_json
+from ..files import read_json, refuse_pointer, write_json
 from ..refusals import unread
 from .checkpoint import Checkpoint
 from .classes import cla_classes as cla_classes
@@ -200,6 +200,8 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     """Load the tokenizer of a local folder. Raises InputError if it has none."""
     from transformers import AutoTokenizer, PreTrainedConfig
 
+    for name in ("tokenizer.json", "tokenizer.model"):
+        refuse_pointer(folder / name)
     fix = "Put the model's tokenizer files (tokenizer.json, tokenizer_config.json) into the folder."
     kind = str((read_json(folder / "config.json") or {}).get("model_type"))
     register_type(kind)

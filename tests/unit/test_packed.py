@@ -120,4 +120,5 @@ def test_scales_of_activations_and_of_the_cache_are_left_out(case, tmp_path):
     assert any("input_scale" in left and "dropped" in left for left in plan.left_out)
     convert(plan, source, tmp_path / "out")
     assert not [name for name in Checkpoint.open(tmp_path / "out").tensors if "scale" in name]
-    load_model(tmp_path / "out"), load_model(folder)
+    for loadable in (tmp_path / "out", folder):
+        load_model(loadable)
