@@ -8,11 +8,14 @@ import pytest
 from cla_convert.conversion.convert import convert
 from cla_convert.conversion.inspect import inspect_model
 from cla_convert.conversion.plan import make_plan
-from cla_convert.errors import InputError
+from cla_convert.errors import InputError, UsageError
 from cla_convert.models.checkpoint import INDEX, Checkpoint
 from cla_convert.models.export import load_tokenizer
 from cla_convert.models.source import resolve_source
 from cla_convert.models.verify import verify_model
+from cla_convert.recipe import Recipe
+from cla_convert.run_folder import RunFolder
+from cla_convert.same_recipe import check_same_recipe
 
 from ..conftest import save_tiny_llama
 from ..tiny import save_tiny
@@ -65,6 +68,21 @@ def test_layer_types_of_another_length(case, tmp_path):
     (folder / "config.json").write_text(json.dumps(config | {"layer_types": ["full_attention"] * 3}))
     with pytest.raises(InputError, match="the kind of 3 layers, not of 6"):
         make_plan(Checkpoint.open(folder), sharing="cla2", init="mean")
+
+
+def test_a_source_that_was_moved_may_be_linked(model, tmp_path):
+    """Hours of training are not begun anew for the name of a folder."""
+    run, old = RunFolder(tmp_path / "run"), tmp_path / "old"
+    run.converted.mkdir(parents=True)
+    run.save_recipe(Recipe.model_validate({"source": {"model": str(old)}}))
+    with pytest.raises(UsageError, match="another recipe") as caught:
+        check_same_recipe(run, Recipe.model_validate({"source": {"model": str(model)}}), False)
+    assert f"leave a link to it at {old}" in caught.value.fix
+    old.symlink_to(model)
+    check_same_recipe(run, Recipe.model_validate({"source": {"model": str(old)}}), False)
+    with pytest.raises(UsageError) as caught:
+        check_same_recipe(run, Recipe.model_validate({"source": {"model": str(model)}}), False)
+    assert "link" not in caught.value.fix
 
 
 def test_verify_says_that_there_is_no_tokenizer(model, tmp_path):
