@@ -37,6 +37,10 @@ class InputError(ClaError):
     exit_code = ExitCode.INPUT
 
 
+class NotFiniteError(InputError):
+    """Weights, or what a model makes of a text, are NaN or infinite."""
+
+
 class TrainingError(ClaError):
     """Uptraining had to stop (loss not finite, disk full); the last good checkpoint is kept."""
 

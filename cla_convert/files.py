@@ -15,6 +15,8 @@ from .staging import beside, is_at, lock
 
 LOCKED = "CLA_CONVERT_LOCKED"
 """Environment variable: the folder that the process which started this one has locked for it."""
+_POINTER = 1024
+"""Bytes that a pointer of Git LFS has at most."""
 LARGEST_JSON = 1 << 28
 """Bytes of a file that is read at once: more would be no JSON of ours, and many times as much in memory."""
 
@@ -128,6 +130,29 @@ def load_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{path} does not hold a JSON object", fix="Restore or remove it.")
     return value
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise InputError if a file that is there is what git leaves in place of a large one which it did not fetch."""
+    if path.is_file() and path.stat().st_size < _POINTER and path.read_bytes().startswith(b"version https://git-lfs"):
+        raise InputError(
+            f"{path} is not the file itself",
+            why="It is a pointer of Git LFS: the folder was cloned without its large files.",
+            fix="Install Git LFS (`git lfs install`) and run `git lfs pull` in the folder, or download the model anew "
+            "(`hf download`).",
+        )
+
+
+def refuse_mark(path: Path) -> None:
+    """Raise InputError if a JSON file that transformers reads, too, is in an encoding that only we understand."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")) or b"\0" in start:
+        raise InputError(
+            f"{path} is not plain UTF-8",
+            why="It begins with a byte order mark (of Windows' editors) or is UTF-16; transformers reads neither.",
+            fix="Save it as UTF-8 without a mark (BOM).",
+        )
 
 
 def stays_in(path: Path, folder: Path) -> bool:

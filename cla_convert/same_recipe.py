@@ -1,6 +1,7 @@
 """Whether a run folder may be continued: under the recipe it was made with, unless the user accepts what changed."""
 
 from collections.abc import Collection
+from pathlib import Path
 
 from .environment import launched, on_command_line, rank
 from .errors import UsageError
@@ -53,7 +54,7 @@ def check_same_recipe(folder: RunFolder, recipe: Recipe, overwrite: bool, allow_
         raise UsageError(
             f"{path} holds a run of another recipe",
             why="\n       ".join(changed[name] for name in refused),
-            fix=_what_to_do([name for name in refused if name in can_be_allowed]),
+            fix=_what_to_do([name for name in refused if name in can_be_allowed]) + _moved(folder, recipe, refused),
         )
 
 
@@ -78,6 +79,15 @@ def _changes(folder: RunFolder, recipe: Recipe) -> dict[str, str]:
         for name in sorted(before.keys() | after.keys())
         if before.get(name) != after.get(name)
     }
+
+
+def _moved(folder: RunFolder, recipe: Recipe, refused: list[str]) -> str:
+    """What to do if a source model was only moved: its weights are compared on resume, wherever they lie."""
+    before, after = str(flatten(read_yaml(folder.recipe)).get("source.model")), recipe.source.model
+    exist = [Path(name).expanduser().exists() for name in (before, after)]
+    if refused != ["source.model"] or exist != [False, True]:
+        return ""
+    return f" If the model was only moved, leave a link to it at {before} (ln -s) and name that."
 
 
 def _can_be_allowed(name: str, folder: RunFolder) -> bool:

@@ -13,6 +13,7 @@ from ..errors import InputError
 from ..files import write_json
 from ..models.checkpoint import Checkpoint
 from ..models.fingerprint import fingerprint
+from ..models.finite import naming_not_finite
 from ..models.headers import FLOATING
 from ..models.shipped import write_sidecars
 from ..models.tokenization import keep_tokenizer
@@ -53,8 +54,8 @@ def convert(
 
     Raises:
         InputError: the disk is too small (before anything is written), `out` must not be replaced, the tokenizer would
-            give other ids than the source's, a tensor of a group does not have the shape of its owner's, or the asked
-            dtype cannot hold the weights.
+            give other ids than the source's, a tensor of a group does not have the shape of its owner's, weights of
+            the source are NaN or infinite, or the asked dtype cannot hold them.
     """
     started = time.monotonic()
     check_output(out, overwrite=overwrite)
@@ -66,7 +67,8 @@ def convert(
         init, fewer = INITIALISATIONS.named(plan.init), plan.heads_each > 1
         patches = init.patches(checkpoint, plan.kv_source_layers, plan.kv_heads, calibration, staging)
         steps = init.steps(plan.kv_source_layers, calibration, every=fewer)
-        with progress(steps, "matching", unit="step", counts="matching") if steps else _tensors(plan):
+        bar = progress(steps, "matching", unit="step", counts="matching") if steps else _tensors(plan)
+        with naming_not_finite(checkpoint), bar:
             fits = _write(plan, checkpoint, patches, staging, max_shard_size)
         made = manifest(plan, checkpoint, calibration, named or {}) | _head_groups(plan, fits)
         write_json(staging / MANIFEST, made | {"tokenizer": tokenizer})

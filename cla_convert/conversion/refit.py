@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import NotFiniteError
 
 
 def ridge_towards(weight: Tensor, gram: Tensor, cross: Tensor, strength: float | Tensor) -> Tensor:
@@ -16,10 +16,10 @@ def ridge_towards(weight: Tensor, gram: Tensor, cross: Tensor, strength: float |
         strength: dimensionless; one for all outputs, or one for each.
 
     Shrinking towards `weight` makes the regression exact where nothing needs to change: if y = weight x, W = weight.
-    Raises InputError if the data are not finite.
+    Raises NotFiniteError if the data are not finite.
     """
     if not (gram.isfinite().all() and cross.isfinite().all()):
-        raise InputError(
+        raise NotFiniteError(
             "The model's activations on the calibration text are not finite",
             why="Its weights hold inf or nan, or it overflows on this text.",
             fix="Check that the source model generates text; --init mean looks at no activations.",

@@ -7,13 +7,11 @@ from typing import NamedTuple
 from ..errors import InputError, first_line
 from ..models.checkpoint import Checkpoint
 from ..models.families import Family, family_of
-from ..models.headers import FLOATING
 from ..models.kinds import FULL, NOPE, SLIDING, STATES
+from ..models.packed import refuse_packed, refuse_scales
 from ..models.shape import AttentionShape, shape_of
 
 _MTP = re.compile(r"(model\.)?mtp[._]")
-_BUFFERS = re.compile(r"(^|\.)(position_ids|masked_bias|attn\.bias)$")
-"""Tables of whole numbers that old checkpoints store and nobody reads: no sign of packed weights."""
 
 
 class Convertible(NamedTuple):
@@ -52,13 +50,7 @@ def check_convertible(checkpoint: Checkpoint) -> Convertible:
             fix="Load the model with transformers and save it again, then convert that.",
         )
     _check_generation(checkpoint.folder)
-    packed = [n for n, info in checkpoint.tensors.items() if info.dtype not in FLOATING and not _BUFFERS.search(n)]
-    if checkpoint.config.get("quantization_config") is not None or packed:
-        raise InputError(
-            "The model's weights are quantised",
-            why="Packed numbers cannot be pooled or fitted.",
-            fix="Use the unquantised checkpoint of this model, or a GGUF file, which is dequantised.",
-        )
+    refuse_packed(checkpoint.config, checkpoint.tensors)
     files = {info.file for info in checkpoint.tensors.values()}
     if ggufs := [file for file in files if file.endswith(".gguf")]:  # tensors have other names until dequantised
         from ..models.gguf_source import check
@@ -71,7 +63,9 @@ def check_convertible(checkpoint: Checkpoint) -> Convertible:
         check_whole(checkpoint.around, checkpoint.as_stored(checkpoint.whole or checkpoint.tensors))
     ahead = _predicting_ahead(checkpoint, family, shape)
     _check_layers(checkpoint, family, shape, ahead)
-    return Convertible(family, shape, ahead | _unused(checkpoint, family, ahead), frozenset(ahead))
+    unused = ahead | _unused(checkpoint, family, ahead)
+    refuse_scales(unused, checkpoint.tensors)
+    return Convertible(family, shape, unused, frozenset(ahead))
 
 
 def _check_generation(folder: Path) -> None:
@@ -111,7 +105,8 @@ def _unused(checkpoint: Checkpoint, family: Family, ahead: set[str]) -> set[str]
 
     stored = checkpoint.whole or checkpoint.tensors
     unused = unused_tensors(checkpoint.config, {name: info for name, info in stored.items() if name not in ahead})
-    places = {name: place for name in unused if (place := family.place(name)) and place.module == family.fused}
+    split = unused - checkpoint.tensors.keys()
+    places = {name: place for name in split if (place := family.place(name)) and place.module == family.fused}
     for name, place in places.items():  # shown to all others as three
         unused |= {family.tensor(place.layer, module, place.part) for module in ("q_proj", "k_proj", "v_proj")}
         unused.remove(name)

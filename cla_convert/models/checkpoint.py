@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from ..files import load_json, stays_in
+from ..files import load_json, refuse_mark, stays_in
 from .families import FAMILIES, Family, as_transformers_reads, without_strays
-from .headers import ELEMENT_SIZE, TORCH_NAMES, TensorInfo, read_header
+from .headers import ELEMENT_SIZE, FLOATING, TORCH_NAMES, TensorInfo, read_header
 from .shape import positions_of, shape_of
 from .whole import Around, around, text_config
 
@@ -59,6 +59,7 @@ class Checkpoint:
         """
         refuse_adapter(folder)
         config = as_transformers_reads(load_json(folder / "config.json"))
+        refuse_mark(folder / "config.json")
         tensors: dict[str, TensorInfo] = {}
         for file, promised in _weight_files(folder).items():
             header = read_header(folder / file)
@@ -187,12 +188,20 @@ def _with_prefix(tensors: dict[str, TensorInfo], family: Family) -> dict[str, Te
 
 
 def _split_fused(tensors: dict[str, TensorInfo], family: Family, config: dict[str, Any]) -> dict[str, TensorInfo]:
-    """Replace every fused projection by its blocks of rows: q, then k, then v. Raises InputError if they do not fit."""
+    """Replace every fused projection by its blocks of rows: q, then k, then v. Raises InputError if they do not fit.
+
+    Packed ones, and what stands beside them (scales), have other rows and stay as they are.
+    """
     rows = shape_of(config).projection_rows
     split: dict[str, TensorInfo] = {}
     for name, info in tensors.items():
         place = family.place(name)
-        if place is None or place.module != family.fused:
+        if (
+            place is None
+            or place.module != family.fused
+            or place.part not in ("weight", "bias")
+            or (info.dtype not in FLOATING)
+        ):
             split[name] = info
             continue
         if info.shape[:1] != (sum(rows.values()),):
@@ -214,6 +223,7 @@ def _weight_files(folder: Path) -> dict[str, set[str]]:
     if (folder / INDEX).exists():
         files: dict[str, set[str]] = {}
         weight_map = load_json(folder / INDEX).get("weight_map")
+        refuse_mark(folder / INDEX)
         if not isinstance(weight_map, dict) or not weight_map:
             raise InputError(f"{folder / INDEX} has no weight_map", fix="Download the model again.")
         for name, file in weight_map.items():

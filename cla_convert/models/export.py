@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..console import human_bytes, say
 from ..errors import ClaError, InputError, first_line
-from ..files import read_json, write_json
+from ..files import read_json, refuse_pointer, write_json
 from ..refusals import unread
 from .checkpoint import Checkpoint
 from .classes import cla_classes as cla_classes
@@ -23,6 +23,7 @@ from .classes import register as register
 from .classes import register_type
 from .families import Family
 from .headers import FLOATING
+from .packed import refuse_scales
 from .self_test import check_interface
 from .shipped import converted_family
 from .whole_rows import WHOLES
@@ -57,8 +58,8 @@ def load_model(
         parts: in place of that, where each part lies (`placement.over_gpus`).
 
     Raises:
-        InputError: transformers cannot build the model, weights are missing, or the installed transformers is not one
-            that converted models of its family work with.
+        InputError: transformers cannot build the model, weights are missing, or quantised without a word of it in
+            config.json, or the installed transformers is not one that converted models of its family work with.
     """
     from transformers import AutoModelForCausalLM
 
@@ -70,6 +71,8 @@ def load_model(
         )  # fmt: skip
         model, info = loaded
     refuse_missing(folder, info["missing_keys"])
+    if model.config.to_dict().get("quantization_config") is None:
+        refuse_scales(info["unexpected_keys"], Checkpoint.open(folder, as_stored=True).tensors)
     return (model if parts else model.to(device)).eval()
 
 
@@ -197,6 +200,8 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     """Load the tokenizer of a local folder. Raises InputError if it has none."""
     from transformers import AutoTokenizer, PreTrainedConfig
 
+    for name in ("tokenizer.json", "tokenizer.model"):
+        refuse_pointer(folder / name)
     fix = "Put the model's tokenizer files (tokenizer.json, tokenizer_config.json) into the folder."
     kind = str((read_json(folder / "config.json") or {}).get("model_type"))
     register_type(kind)

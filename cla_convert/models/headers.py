@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..files import refuse_pointer
 from ..refusals import unread
 
 ELEMENT_SIZE = {
@@ -48,6 +49,7 @@ class TensorInfo:
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Names, dtypes and shapes of a safetensors file. Raises InputError if it is truncated or not safetensors."""
+    refuse_pointer(path)
     try:
         size = path.stat().st_size
         with path.open("rb") as file:

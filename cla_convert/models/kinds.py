@@ -141,6 +141,11 @@ _READ: dict[KindRule, tuple[str, ...]] = {
 
 
 def strays(rule: KindRule, config: Config) -> list[str]:
-    """Which of these keys a config.json has although models of this rule know nothing of them."""
-    read = _READ.get(rule, CACHE_KEYS)
+    """Which of these keys a config.json has although models of this rule know nothing of them.
+
+    A `layer_types` of another length is none: transformers refuses it, whether anybody reads it or not.
+    """
+    read, kinds = _READ.get(rule, CACHE_KEYS), config.get("layer_types")
+    if isinstance(kinds, list) and len(kinds) != config.get("num_hidden_layers"):
+        read = (*read, "layer_types")
     return [key for key in CACHE_KEYS if key not in read and config.get(key) is not None]

@@ -96,6 +96,8 @@ def shape_of(config: Mapping[str, Any]) -> AttentionShape:
         layers, heads = _size(config, "num_hidden_layers"), _size(config, "num_attention_heads")
         hidden = _size(config, "hidden_size")
         kinds = family.kinds(config) if family else config.get("layer_types") or ["full_attention"] * layers
+        named = config.get("layer_types")  # of a family of one kind, too: transformers counts it
+        kinds = named if isinstance(named, list) and len(named) != layers else kinds
         if len(kinds) != layers or not all(isinstance(kind, str) for kind in kinds):
             raise ValueError(f"layer_types tells the kind of {len(kinds)} layers, not of {layers}")
         slides = any(kind.startswith(SLIDING) for kind in kinds) and config.get("sliding_window") is not None

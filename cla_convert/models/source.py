@@ -14,7 +14,7 @@ from pathlib import Path
 from ..console import say
 from ..environment import cache_of
 from ..errors import InputError
-from ..files import did_you_mean_path, load_json, models_in, read_json, write_json
+from ..files import did_you_mean_path, load_json, models_in, read_json, refuse_pointer, write_json
 from ..kept import kept
 from . import gguf_source, hub, mxfp4
 from .checkpoint import INDEX, Checkpoint, refuse_adapter
@@ -79,6 +79,7 @@ def local_path(model: str) -> Path | None:
     if not model:
         raise InputError("No model was given", fix=_NAME)
     path = _package_file(model) if model.startswith("package:") else Path(model).expanduser()
+    refuse_pointer(path)
     if path.is_file() and path.suffix != ".gguf":
         inside = (path.parent / "config.json").is_file()
         fix = f"Give its folder: {path.parent}" if inside else "Give a folder, a .gguf file or a hub id."
@@ -112,6 +113,8 @@ def _with_safetensors(folder: Path, allow_pickle: bool) -> Path:
     if (folder / INDEX).exists() or (folder / "model.safetensors").exists():
         return folder
     ggufs, pickles = sorted(folder.glob("*.gguf")), pickled_files(folder)
+    for file in ggufs or pickles:
+        refuse_pointer(file)
     if len(ggufs) == 1:
         return _from_gguf(ggufs[0])
     if not pickles:

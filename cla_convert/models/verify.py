@@ -11,13 +11,13 @@ from typing import Any
 
 from ..console import command, human_bytes, say
 from ..errors import InputError
-from ..files import did_you_mean_path, load_json, models_in
+from ..files import did_you_mean_path, load_json, models_in, refuse_pointer
 from .checkpoint import refuse_adapter
 from .kinds import SLIDING
 from .self_test import ROUNDING, check_interface
 from .shape import owners_of, shape_of
 from .shipped import has_other_code
-from .tokenization import recorded_ids
+from .tokenization import has_tokenizer, recorded_ids
 from .whole import text_config
 
 SCRIPT = Path(__file__).with_name("clean_check.py")
@@ -37,11 +37,23 @@ def verify_model(folder: Path) -> dict[str, Any]:
 def verify_models(folders: Sequence[Path]) -> list[dict[str, Any]]:
     """As `verify_model`, all in one process. Raises InputError for the first that fails."""
     configs = [check_shares(folder) for folder in folders]
+    for folder in folders:
+        _check_tokenizer(folder)
     found = _in_a_clean_process(SCRIPT, folders)
     results = [_judged(folder, result) for folder, result in zip(folders, found, strict=True)]
     for config in configs:
         check_interface(config.get("model_type", ""))  # beyond a window too, which here may be too large for that
     return results
+
+
+def _check_tokenizer(folder: Path) -> None:
+    if not has_tokenizer(folder):
+        raise InputError(
+            f"{folder} has no tokenizer",
+            why="The checks read a text. Its source had none either, or its files were taken away.",
+            fix="Put the tokenizer of the source model (tokenizer.json, tokenizer_config.json) into the folder.",
+        )
+    refuse_pointer(folder / "tokenizer.json")
 
 
 def check_shares(folder: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from ..errors import InputError
 from ..files import check_place, write_json
 from ..staging import claimed, staged
 from .checkpoint import INDEX, Checkpoint, bytes_of
+from .finite import finite_rest, infinite
 from .headers import ELEMENT_SIZE, TORCH_NAMES, TensorInfo
 
 if TYPE_CHECKING:
@@ -22,8 +23,8 @@ MANIFEST = "cla_manifest.json"
 _FOLDERS = ("additional_chat_templates", "__pycache__", ".cache")
 """What an output may hold: with what Python and the hub's library leave in it."""
 _PAGE = 4096
-_BLOCK = 1 << 18
-"""Bytes copied at a time: what stays in a processor's cache."""
+_CHUNK = 1 << 23
+"""Bytes copied at a time: they are looked at before the system's cache has dropped them."""
 
 
 class ShardWriter:
@@ -63,9 +64,11 @@ class ShardWriter:
 
     def copy(self, name: str, source: Path, start: int) -> None:
         """Write a tensor that lies in the file `source` from byte `start` on, as it is. Raises InputError likewise."""
+        info = self._tensors[name]
         with source.open("rb", buffering=0) as reader, self._at(name) as file:
             reader.seek(start)
-            _copy_bytes(reader, file, self._tensors[name].nbytes)
+            if not _copy_finite(reader, file, info.dtype, info.nbytes):
+                raise infinite(name, TORCH_NAMES[info.dtype])
 
     def copy_others(self, source: Checkpoint) -> None:
         """Write what stands around the language model of a checkpoint, as it is. Raises InputError likewise."""
@@ -105,19 +108,33 @@ class ShardWriter:
         self._missing.remove(name)
 
 
-def _copy_bytes(reader: FileIO, writer: FileIO, count: int) -> None:
-    """Copy from where one file stands to where the other does; inside the kernel, as cp does, where that works."""
-    try:
+def _copy_finite(reader: FileIO, writer: FileIO, dtype: str, count: int) -> bool:
+    """Copy from where one file stands to where the other does; whether they are finite numbers: if not, not all."""
+    with suppress(AttributeError, OSError):  # not Linux
         os.posix_fadvise(reader.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        while count and (done := os.copy_file_range(reader.fileno(), writer.fileno(), count)):
-            count -= done
-    except (AttributeError, OSError):  # not Linux, or two file systems that do not know each other
-        pass
     while count:
-        block = reader.read(min(count, _BLOCK))
-        assert block, f"{reader.name} became shorter while it was read"
-        _write_all(writer, memoryview(block))
-        count -= len(block)
+        part = min(count, _CHUNK)
+        done = _copy_in_the_kernel(reader, writer, part)
+        reader.seek(-done, os.SEEK_CUR)
+        rest = finite_rest(reader, dtype, done) and finite_rest(
+            reader, dtype, part - done, lambda block: _write_all(writer, block)
+        )
+        if not rest:
+            return False
+        count -= part
+    return True
+
+
+def _copy_in_the_kernel(reader: FileIO, writer: FileIO, count: int) -> int:
+    """As cp does, where that works: how many bytes were copied, in whole numbers of any type."""
+    done = 0
+    with suppress(AttributeError, OSError):  # not Linux, or two file systems that do not know each other
+        while done < count and (found := os.copy_file_range(reader.fileno(), writer.fileno(), count - done)):
+            done += found
+    begun = done % 8 if done < count else 0
+    reader.seek(-begun, os.SEEK_CUR)
+    writer.seek(-begun, os.SEEK_CUR)
+    return done - begun
 
 
 def _write_all(file: FileIO, data: memoryview) -> None:
@@ -130,12 +147,7 @@ def _refuse_infinite(name: str, tensor: "Tensor") -> None:
     if not tensor.is_floating_point() or not tensor.numel():
         return
     if not all(end.isfinite() for end in tensor.aminmax()):  # NaN wins; needs no memory
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        raise InputError(
-            f"{name} is not finite in {dtype}",
-            why="It was not before, or its values are larger than this dtype can hold.",
-            fix="Ask for another dtype (--dtype bfloat16 or float32; source.dtype), or check the source's weights.",
-        )
+        raise infinite(name, str(tensor.dtype).removeprefix("torch."))
 
 
 def infos_of(state: "Mapping[str, Tensor]") -> dict[str, TensorInfo]:

@@ -112,12 +112,14 @@ def _choice(recipe: Recipe, folder: RunFolder, checkpoint: "Checkpoint") -> "Cho
     from ..conversion.auto import choose
     from ..conversion.kv_heads import check_kv_heads
     from ..conversion.supported import check_convertible
+    from ..models.finite import naming_not_finite
 
     family, shape, *_ = check_convertible(checkpoint)
     heads = check_kv_heads(recipe.convert.kv_heads, family, shape)
     looks_at = calibration(recipe, folder)
     assert looks_at is not None, "the recipe's schema wants `init: calibrated` here"
-    return choose(checkpoint, shape, heads, recipe.convert.kv_budget, looks_at, cache_of("damage"))
+    with naming_not_finite(checkpoint):
+        return choose(checkpoint, shape, heads, recipe.convert.kv_budget, looks_at, cache_of("damage"))
 
 
 def _check_memory(recipe: Recipe, folder: RunFolder, the_plan: "Plan") -> None:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from ..models.checkpoint import Checkpoint
 from ..models.export import empty_model, load_model, loading, refuse_missing, say_if_large
+from ..models.packed import refuse_scales
 from ..models.stored import StoredTensors
 from .sharded import own_rows
 
@@ -29,7 +30,7 @@ class Unfilled:
     """Then it is loaded already, as transformers does it, and is neither sharded nor trained."""
 
     def __init__(self, folder: Path, *, dtype: torch.dtype, device: str) -> None:
-        """Build it. Raises InputError if transformers cannot, or weights are missing or of another shape."""
+        """Build it. Raises InputError if transformers cannot, or weights are missing, scaled or of another shape."""
         self.folder, self.device = folder, device
         checkpoint = Checkpoint.open(folder, as_stored=True)
         self.quantised = checkpoint.config.get("quantization_config") is not None
@@ -42,6 +43,7 @@ class Unfilled:
             self._stored = StoredTensors(checkpoint, self.model)
             self._check_shapes()
             self._names = self._stored_names()
+            refuse_scales(self._stored.unused, checkpoint.tensors)
 
     def adopt(self, other: nn.Module) -> dict[str, nn.Parameter]:
         """Let what is frozen here use the memory of `other` where that holds the same bits; those parameters by name.

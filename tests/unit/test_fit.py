@@ -315,15 +315,16 @@ def test_what_guesses_further_ahead_is_left_out_and_this_is_said_once(case, name
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_in_a_source_is_told_where_no_logit_shows_it(value, tmp_path):
-    """A token that hardly anybody writes; it is copied as it is."""
+def test_what_is_not_finite_in_an_output_is_told_where_no_logit_shows_it(value, tmp_path):
+    """A token that hardly anybody writes."""
 
     def damage(tensors: Tensors) -> Tensors:
         tensors["model.embed_tokens.weight"][7, 3] = value
         return tensors
 
-    folder = change(save_tiny("llama", tmp_path / "m", tie_word_embeddings=False), damage)
+    folder = save_tiny("llama", tmp_path / "m", tie_word_embeddings=False)
     convert(plan_of(folder, sharing="cla2"), Checkpoint.open(folder), tmp_path / "out")
+    change(tmp_path / "out", damage)
     with pytest.raises(InputError) as refused:
         verify_model(tmp_path / "out")
     assert "Failed: all weights are finite (" in str(refused.value)
