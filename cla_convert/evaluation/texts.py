@@ -30,14 +30,14 @@ from ..models.export import load_tokenizer
 from ..models.fingerprint import fingerprint
 from ..models.placement import load_where_it_fits
 from ..recipe import TextFile
-from ..refusals import refusal, unread
 from ..run_folder import PointFolder
 from .agreement import agreement
 from .answers import answers
 from .batch import out_of_memory
 from .context import CHARACTERS_PER_TOKEN, fed_tokens, generation_of
-from .perplexity import row_windows, totals
+from .perplexity import Window, row_windows, totals
 from .quiet import quiet
+from .text_files import content_of, windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,7 +68,7 @@ class Texts:
 def check_texts(files: list[TextFile]) -> None:
     """Raise InputError for a text file that cannot be read or is empty."""
     for text in files:
-        _read(text)
+        content_of(text)
 
 
 def measure_texts(
@@ -130,10 +130,10 @@ def measure_texts(
             lambda: answers(load(model_dir), load_tokenizer(model_dir), texts.prompts, texts.answer_tokens),
         )  # fmt: skip
     for text in texts.files:
-        key = [text.model_dump(), hashlib.sha256(_read(text).encode()).hexdigest()]
-        count = max(1, len(_read(text)) // (CHARACTERS_PER_TOKEN * text.window))
+        content = content_of(text)
+        count = max(1, content.characters // (CHARACTERS_PER_TOKEN * text.window))
         once(
-            f"perplexity/{text.name}", key, count,
+            f"perplexity/{text.name}", [text.model_dump(), *content.identity], count,
             lambda text=text: text_perplexity(load(model_dir), model_dir, text, size),
         )  # fmt: skip
     PointFolder(point_dir).keep_texts(found)
@@ -149,27 +149,24 @@ def text_perplexity(model: "PreTrainedModel", model_dir: Path, text: TextFile, b
     Raises:
         InputError: the window is longer than the model's context.
     """
-    content, tokenizer = _read(text), load_tokenizer(model_dir)
     if fed_tokens(model.config, text.window) < text.window:
         raise InputError(
             f"eval.perplexity {text.name}: a window of {text.window} tokens does not fit",
             why=f"The model was built for {fed_tokens(model.config, text.window)}.",
         )
-    prefix: Any = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    ids = torch.tensor(tokenizer(content, add_special_tokens=False)["input_ids"])
-    whole = len(ids) // text.window * text.window
-    parts = [ids[:whole].view(-1, text.window), ids[whole:].view(1, -1)]  # full windows, and what is left
-    windows = []
-    for part in parts:
-        if part.numel():
-            rows = torch.cat((torch.full((len(part), 1), prefix), part), dim=1)
-            windows += row_windows(model, rows, batch_size=batch_size)
-    scored, size = _scored(windows), len(content.encode())
+    content, found = content_of(text), list[Window]()
+    for rows in windows(text, load_tokenizer(model_dir), batch_size * _BATCHES):
+        found += row_windows(model, rows, batch_size=batch_size)
+    scored = _scored(found)
     return {
-        "name": text.name, "path": text.path, "sha256": hashlib.sha256(content.encode()).hexdigest(),
-        "characters": len(content), "bytes": size, "window": text.window,
-        "bits_per_byte": scored["nll"] * scored["tokens"] / math.log(2) / size, **scored,
+        "name": text.name, "path": text.path, "sha256": content.sha256,
+        "characters": content.characters, "bytes": content.bytes, "window": text.window,
+        "bits_per_byte": scored["nll"] * scored["tokens"] / math.log(2) / content.bytes, **scored,
     }  # fmt: skip
+
+
+_BATCHES = 64
+"""Batches of a text whose tokens are in memory together."""
 
 
 def _domains(
@@ -186,20 +183,8 @@ def _domains(
     return {"domains": {name: one(rows) for name, rows in domains.items()}}
 
 
-def _scored(windows: list[tuple[float, int]]) -> Json:
-    return {**totals(windows), "windows": windows}
-
-
-def _read(text: TextFile) -> str:
-    path = Path(text.path).expanduser()
-    try:
-        content = path.read_bytes().decode("utf-8")[: text.characters]
-    except (OSError, UnicodeDecodeError) as error:
-        why = refusal(error).why if isinstance(error, OSError) else ""
-        raise unread(error, InputError(f"eval.perplexity {text.name}: {path} cannot be read", why)) from error
-    if not content.strip():
-        raise InputError(f"eval.perplexity {text.name}: {path} is empty")
-    return content
+def _scored(found: list[Window]) -> Json:
+    return {**totals(found), "windows": found}
 
 
 def _digest(rows: torch.Tensor) -> str:

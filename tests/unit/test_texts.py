@@ -1,25 +1,30 @@
 """Perplexity of text files, agreement with the source model, and measuring nothing twice."""
 
+import hashlib
 import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from cla_convert.errors import InputError
+from cla_convert.evaluation import text_files
 from cla_convert.evaluation import texts as module
 from cla_convert.evaluation.agreement import agreement
+from cla_convert.evaluation.text_files import content_of
 from cla_convert.evaluation.texts import Texts, check_texts, measure_texts, text_perplexity
 from cla_convert.files import write_json
+from cla_convert.models import long_text
 from cla_convert.models.export import load_model, load_tokenizer
 from cla_convert.recipe import TextFile
 from cla_convert.recipe_file import load_recipe
 from cla_convert.report.report import build_report
 from cla_convert.run_folder import RunFolder
 from cla_convert.stages.evaluate import texts_of
-from tests.conftest import save_tiny_llama
+from tests.conftest import Counting, save_tiny_llama
 from tests.tiny import save_tiny
 
 COMMON = {"batch_size": 2, "device": "cpu", "dtype": "float32"}
@@ -69,6 +74,45 @@ def test_what_cannot_be_read_is_refused_before_work(tmp_path: Path, models: list
     check_texts([story])
     with pytest.raises(InputError, match="600 tokens does not fit"):
         text_perplexity(load_model(models[0]), models[0], story.model_copy(update={"window": 600}), batch_size=1)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("characters", [None, 3001])
+def test_of_a_long_text_a_part_at_a_time_is_in_memory_and_the_numbers_stay(
+    models: list[Path], tmp_path: Path, batch: int, characters: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tokenizer keeps more than a hundred bytes of every character: 2 GB of text are more than any memory."""
+    path = tmp_path / "long.txt"
+    path.write_bytes("".join(f"Zoë's wörd {number}\r\n of a \u732b bo\rok\n" for number in range(200)).encode())
+    text = TextFile(name="long", path=str(path), window=48, characters=characters)
+    tokenizer: Any = Counting()
+
+    def measured() -> dict:
+        return text_perplexity(load_model(models[0]), models[0], text, batch)
+
+    whole, at_once = measured(), torch.cat(list(text_files.windows(text, tokenizer, 10**9))[:-1])
+    identity = content_of(text).identity
+    read = path.read_bytes().decode()[:characters]
+    assert identity == [hashlib.sha256(read.encode()).hexdigest()] == [whole["sha256"]]
+    assert (whole["characters"], whole["bytes"]) == (len(read), len(read.encode()))
+    assert at_once[:, 1:].flatten().tolist() == tokenizer(read).input_ids[: at_once[:, 1:].numel()]
+    for name, value in (("PIECE", 64), ("_WORD", 30), ("AT_ONCE", 2)):
+        monkeypatch.setattr(long_text, name, value)
+    monkeypatch.setattr(text_files, "WHOLE", 200)
+    monkeypatch.setattr(module, "_BATCHES", 2)
+    assert measured() == whole
+    tokenizer.given.clear()
+    parts = list(text_files.windows(text, tokenizer, 4))
+    assert torch.equal(torch.cat(parts[:-1]), at_once) and max(map(len, parts)) == 4 and max(tokenizer.given) <= 128
+    assert content_of(text).identity == [*identity, "in pieces"]  # which other tokenizers may cut otherwise
+
+    tokenizer.given.clear()
+    some = text_files.beginning(text, tokenizer, 100, first=[0])
+    assert some is not None and sum(tokenizer.given) <= 256
+    assert [row[1:] for row in some.tolist()] == [tokenizer(read).input_ids[i : i + 48][1:] for i in (0, 48)]
+    assert some[:, 0].tolist() == [0, 0]
+    few = text_files.beginning(text, tokenizer, 20)
+    assert few is not None and few.shape == (1, 20)
 
 
 def rows() -> torch.Tensor:
