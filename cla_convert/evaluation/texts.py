@@ -3,6 +3,7 @@ and what the model answers to a few prompts.
 
     point_dir/held_out.json            perplexity, nll (nats per token), tokens, text (its hash), windows
     point_dir/agreement.json           kl, top1, tokens, ci95 {kl, top1}, windows: see agreement.py; not for the source
+    point_dir/agreement/<name>.json    the same on the beginning of a text file
     point_dir/domains.json             domains {name: perplexity, nll, tokens and, but for the source, kl, top1, ci95}
     point_dir/answers.json             answers [{prompt, text, cut}]: see answers.py
     point_dir/perplexity/<name>.json   name, path, sha256, characters, bytes, tokens, window, perplexity, nll,
@@ -55,6 +56,8 @@ class Texts:
     """Rows of token ids [n, T]."""
     agreement_rows: torch.Tensor | None = None
     """Rows on which models are compared with the source."""
+    compared: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Rows of the beginnings of `files`, by name, on which they are compared likewise."""
     source: Path | None = None
     domains: dict[str, torch.Tensor] = field(default_factory=dict)
     """Rows of the texts of each domain."""
@@ -108,16 +111,21 @@ def measure_texts(
 
     if (rows := texts.held_out) is not None:
         once(
-            "held_out", _digest(rows), len(rows),
+            "held_out", digest_of(rows), len(rows),
             lambda: {**_scored(row_windows(load(model_dir), rows, batch_size=size)), "text": texts.text},
         )  # fmt: skip
-    shared, source = texts.agreement_rows, texts.source
-    if shared is not None and source is not None and source != model_dir:
-        key = [_digest(shared), fingerprint(source)]
-        once("agreement", key, len(shared), lambda: agreement(load(model_dir), load(source), shared, batch_size=size))
+    source = texts.source
+    compared = {f"agreement/{name}": part for name, part in texts.compared.items()}
+    if texts.agreement_rows is not None:
+        compared["agreement"] = texts.agreement_rows
+    other = None if source is None or source == model_dir else source
+    for name, part in compared.items() if other else ():
+        once(
+            name, [digest_of(part), other and fingerprint(other)], len(part),
+            lambda part=part: agreement(load(model_dir), load(other), part, batch_size=size),
+        )  # fmt: skip
     if texts.domains:
-        other = None if source is None or source == model_dir else source
-        key = [{name: _digest(rows) for name, rows in texts.domains.items()}, source and fingerprint(source)]
+        key = [{name: digest_of(rows) for name, rows in texts.domains.items()}, source and fingerprint(source)]
         count = sum(map(len, texts.domains.values()))
         once(
             "domains", key, count,
@@ -187,5 +195,6 @@ def _scored(found: list[Window]) -> Json:
     return {**totals(found), "windows": found}
 
 
-def _digest(rows: torch.Tensor) -> str:
+def digest_of(rows: torch.Tensor) -> str:
+    """sha256 of the shape and the content."""
     return hashlib.sha256(str(tuple(rows.shape)).encode() + rows.contiguous().numpy().tobytes()).hexdigest()
