@@ -124,11 +124,13 @@ class KvCache(Result):
 
 
 class Domains(Result):
-    """eval/domains.json: which texts of the domain pack the run's text touched."""
+    """eval/domains.json: which texts of the domain pack, and which text files, the run's text touched."""
 
     text: str
     """Hash of the run's text."""
     domains: dict[str, Json]
+    texts: dict[str, Json] = {}
+    """The same of text files, by name; `rows` is a hash of the tokens that were looked at."""
 
 
 class Invocation(Result):

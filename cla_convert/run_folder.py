@@ -100,17 +100,23 @@ class PointFolder:
         return {file.stem: file for file in sorted((self.path / "perplexity").glob("*.json"))}
 
     @property
+    def compared_texts(self) -> dict[str, Path]:
+        """How far the model is from the source on text files, by their names."""
+        return {file.stem: file for file in sorted((self.path / "agreement").glob("*.json"))}
+
+    @property
     def task_files(self) -> list[Path]:
         """Every document of each task that was measured."""
         return sorted((self.path / "tasks").glob("*.json"))
 
     def measured(self, name: str) -> Path:
-        """A file of the point: results, kv_cache; of TEXTS; or perplexity/NAME."""
+        """A file of the point: results, kv_cache; of TEXTS; or perplexity/NAME or agreement/NAME."""
         return self.path / f"{name}.json"
 
     def keep_texts(self, names: Collection[str]) -> None:
         """Remove what was measured on text, but for `names`."""
         measured = [*TEXTS, *(f"perplexity/{name}" for name in self.text_files)]
+        measured += [f"agreement/{name}" for name in self.compared_texts]
         _remove(*(self.measured(name) for name in measured if name not in names))
 
     def task(self, name: str) -> Path:

@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -46,6 +47,23 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|eos|>")
+
+
+class Counting:
+    """A tokenizer that remembers how many characters it was given at once."""
+
+    def __init__(self) -> None:
+        self.inner, self.given = byte_tokenizer(), list[int]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __call__(self, text: Any, **options: Any) -> Any:
+        self.given.append(sum(map(len, text)) if isinstance(text, list) else len(text))
+        return self.inner(text, **options)
 
 
 def tiny_llama_config(**overrides) -> LlamaConfig:

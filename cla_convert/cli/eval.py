@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from ..console import columns, data_json, page, say
-from ..errors import UsageError
 from ..files import check_place
 from .app import (
     AllowPickle,
@@ -22,9 +21,9 @@ from .app import (
     TaskData,
     app,
     check_revision,
-    settings_of,
+    load,
 )
-from .words import names_of, whole
+from .words import names_of, texts_in, whole
 
 
 @app.command("eval", epilog="Example: cla-convert eval trained/ --tasks piqa,wikitext --limit 100")
@@ -32,6 +31,12 @@ def evaluate(
     model: Model,
     tasks: Annotated[
         str | None, typer.Option(metavar="A,B", help="Comma-separated task names; default: the offline pack.")
+    ] = None,
+    perplexity: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE", help="Text file to measure the perplexity of, alone if no tasks are named; repeatable."
+        ),
     ] = None,
     limit: Annotated[
         int | None,
@@ -50,25 +55,29 @@ def evaluate(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Score a model with lm-eval.
+    """Score a model with lm-eval, or by its perplexity on texts of one's own.
 
     Without --tasks: the offline pack that ships with the package. With a network: any stock task by name. Also:
-    passkey and needle (retrieval in long contexts), and perplexity of text files (eval.perplexity).
+    passkey and needle (retrieval in long contexts), and perplexity of text files.
     """
     from ..environment import import_slowly, pick_device
+    from ..evaluation.asked import check_asked
     from ..models.source import local_path, resolve_source
 
     options = {
         "eval.tasks": None if tasks is None else names_of(tasks),
+        "eval.perplexity": texts_in(perplexity) if perplexity else None,
         "eval.limit": limit,
         "eval.task_data": task_data,
         "eval.include_path": include_path,
     }
-    settings = settings_of(recipe, sets, options | {"eval.backend": backend})
+    resolved = load(recipe, sets, options | {"eval.backend": backend})
+    if perplexity and "eval.tasks" not in resolved.origins:  # nobody who names a text alone waits for tasks
+        resolved = load(recipe, sets, options | {"eval.backend": backend, "eval.tasks": []})
+    settings = resolved.recipe
     if out:
         check_place(out)
-    if not settings.eval.tasks:
-        raise UsageError("No tasks to evaluate", fix="Name some with --tasks, or leave it out for the offline pack.")
+    check_asked(settings.eval)
     local_path(model)
     check_revision(model, revision)
     say("reading tasks and model ...")

@@ -1,7 +1,9 @@
 """The words of a command line as values, and what is wrong with them in words of our own."""
 
+import re
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import typer
@@ -81,6 +83,14 @@ def numbers_of(text: str, option: str) -> list[int]:
 def names_of(text: str) -> list[str]:
     """`a, b,` -> [a, b]."""
     return [name for word in text.split(",") if (name := word.strip())]
+
+
+def texts_in(paths: list[str]) -> list[dict[str, str]]:
+    """Text files as settings (`eval.perplexity`), each named as its file is, without the ending."""
+    return [{"name": _NOT_A_NAME.sub("-", Path(path).stem).strip("-._") or "text", "path": path} for path in paths]
+
+
+_NOT_A_NAME = re.compile(r"^[^A-Za-z0-9]+|[^\w.-]+")
 
 
 def help_of(error: Any) -> str:

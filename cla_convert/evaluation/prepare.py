@@ -13,6 +13,7 @@ from ..console import progress
 from ..errors import ClaError, InputError, UsageError, did_you_mean
 from ..recipe import Evaluate
 from . import retrieval
+from .asked import check_asked
 from .chat_template import ChatTemplate
 from .local_rows import local_splits, missing_columns
 from .own_tasks import OwnTasks, rehearse, rows_digest
@@ -55,13 +56,12 @@ def prepare(spec: Evaluate, seed: int, model_dir: Path | None = None) -> list[Pr
             prompts where that is asked for; None leaves those tasks out, and asks plainly.
 
     Raises:
-        UsageError: no task, or a task that does not exist, or a length that the model is not fed.
+        UsageError: neither task nor text, or a task that does not exist, or a length that the model is not fed.
         InputError: the data of a stock task cannot be had (no network, gated, dependency missing); the tokenizer has
             no chat template, or one that cannot be used.
     """
+    check_asked(spec)
     names = list(dict.fromkeys(spec.tasks))
-    if not names:
-        raise UsageError("No tasks to evaluate", fix=f"The offline pack has {', '.join(pack.names())}")
     sources = Sources.of(spec)
     chat = ChatTemplate.of(model_dir, spec.chat_template_args) if spec.chat_template and model_dir else None
     manager = _manager(sources, names)

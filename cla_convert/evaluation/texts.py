@@ -3,6 +3,7 @@ and what the model answers to a few prompts.
 
     point_dir/held_out.json            perplexity, nll (nats per token), tokens, text (its hash), windows
     point_dir/agreement.json           kl, top1, tokens, ci95 {kl, top1}, windows: see agreement.py; not for the source
+    point_dir/agreement/<name>.json    the same on the beginning of a text file
     point_dir/domains.json             domains {name: perplexity, nll, tokens and, but for the source, kl, top1, ci95}
     point_dir/answers.json             answers [{prompt, text, cut}]: see answers.py
     point_dir/perplexity/<name>.json   name, path, sha256, characters, bytes, tokens, window, perplexity, nll,
@@ -30,14 +31,14 @@ from ..models.export import load_tokenizer
 from ..models.fingerprint import fingerprint
 from ..models.placement import load_where_it_fits
 from ..recipe import TextFile
-from ..refusals import refusal, unread
 from ..run_folder import PointFolder
 from .agreement import agreement
 from .answers import answers
 from .batch import out_of_memory
 from .context import CHARACTERS_PER_TOKEN, fed_tokens, generation_of
-from .perplexity import row_windows, totals
+from .perplexity import Window, row_windows, totals
 from .quiet import quiet
+from .text_files import content_of, windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,6 +56,8 @@ class Texts:
     """Rows of token ids [n, T]."""
     agreement_rows: torch.Tensor | None = None
     """Rows on which models are compared with the source."""
+    compared: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Rows of the beginnings of `files`, by name, on which they are compared likewise."""
     source: Path | None = None
     domains: dict[str, torch.Tensor] = field(default_factory=dict)
     """Rows of the texts of each domain."""
@@ -68,7 +71,7 @@ class Texts:
 def check_texts(files: list[TextFile]) -> None:
     """Raise InputError for a text file that cannot be read or is empty."""
     for text in files:
-        _read(text)
+        content_of(text)
 
 
 def measure_texts(
@@ -108,16 +111,21 @@ def measure_texts(
 
     if (rows := texts.held_out) is not None:
         once(
-            "held_out", _digest(rows), len(rows),
+            "held_out", digest_of(rows), len(rows),
             lambda: {**_scored(row_windows(load(model_dir), rows, batch_size=size)), "text": texts.text},
         )  # fmt: skip
-    shared, source = texts.agreement_rows, texts.source
-    if shared is not None and source is not None and source != model_dir:
-        key = [_digest(shared), fingerprint(source)]
-        once("agreement", key, len(shared), lambda: agreement(load(model_dir), load(source), shared, batch_size=size))
+    source = texts.source
+    compared = {f"agreement/{name}": part for name, part in texts.compared.items()}
+    if texts.agreement_rows is not None:
+        compared["agreement"] = texts.agreement_rows
+    other = None if source is None or source == model_dir else source
+    for name, part in compared.items() if other else ():
+        once(
+            name, [digest_of(part), other and fingerprint(other)], len(part),
+            lambda part=part: agreement(load(model_dir), load(other), part, batch_size=size),
+        )  # fmt: skip
     if texts.domains:
-        other = None if source is None or source == model_dir else source
-        key = [{name: _digest(rows) for name, rows in texts.domains.items()}, source and fingerprint(source)]
+        key = [{name: digest_of(rows) for name, rows in texts.domains.items()}, source and fingerprint(source)]
         count = sum(map(len, texts.domains.values()))
         once(
             "domains", key, count,
@@ -130,10 +138,10 @@ def measure_texts(
             lambda: answers(load(model_dir), load_tokenizer(model_dir), texts.prompts, texts.answer_tokens),
         )  # fmt: skip
     for text in texts.files:
-        key = [text.model_dump(), hashlib.sha256(_read(text).encode()).hexdigest()]
-        count = max(1, len(_read(text)) // (CHARACTERS_PER_TOKEN * text.window))
+        content = content_of(text)
+        count = max(1, content.characters // (CHARACTERS_PER_TOKEN * text.window))
         once(
-            f"perplexity/{text.name}", key, count,
+            f"perplexity/{text.name}", [text.model_dump(), *content.identity], count,
             lambda text=text: text_perplexity(load(model_dir), model_dir, text, size),
         )  # fmt: skip
     PointFolder(point_dir).keep_texts(found)
@@ -149,27 +157,24 @@ def text_perplexity(model: "PreTrainedModel", model_dir: Path, text: TextFile, b
     Raises:
         InputError: the window is longer than the model's context.
     """
-    content, tokenizer = _read(text), load_tokenizer(model_dir)
     if fed_tokens(model.config, text.window) < text.window:
         raise InputError(
             f"eval.perplexity {text.name}: a window of {text.window} tokens does not fit",
             why=f"The model was built for {fed_tokens(model.config, text.window)}.",
         )
-    prefix: Any = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    ids = torch.tensor(tokenizer(content, add_special_tokens=False)["input_ids"])
-    whole = len(ids) // text.window * text.window
-    parts = [ids[:whole].view(-1, text.window), ids[whole:].view(1, -1)]  # full windows, and what is left
-    windows = []
-    for part in parts:
-        if part.numel():
-            rows = torch.cat((torch.full((len(part), 1), prefix), part), dim=1)
-            windows += row_windows(model, rows, batch_size=batch_size)
-    scored, size = _scored(windows), len(content.encode())
+    content, found = content_of(text), list[Window]()
+    for rows in windows(text, load_tokenizer(model_dir), batch_size * _BATCHES):
+        found += row_windows(model, rows, batch_size=batch_size)
+    scored = _scored(found)
     return {
-        "name": text.name, "path": text.path, "sha256": hashlib.sha256(content.encode()).hexdigest(),
-        "characters": len(content), "bytes": size, "window": text.window,
-        "bits_per_byte": scored["nll"] * scored["tokens"] / math.log(2) / size, **scored,
+        "name": text.name, "path": text.path, "sha256": content.sha256,
+        "characters": content.characters, "bytes": content.bytes, "window": text.window,
+        "bits_per_byte": scored["nll"] * scored["tokens"] / math.log(2) / content.bytes, **scored,
     }  # fmt: skip
+
+
+_BATCHES = 64
+"""Batches of a text whose tokens are in memory together."""
 
 
 def _domains(
@@ -186,21 +191,10 @@ def _domains(
     return {"domains": {name: one(rows) for name, rows in domains.items()}}
 
 
-def _scored(windows: list[tuple[float, int]]) -> Json:
-    return {**totals(windows), "windows": windows}
+def _scored(found: list[Window]) -> Json:
+    return {**totals(found), "windows": found}
 
 
-def _read(text: TextFile) -> str:
-    path = Path(text.path).expanduser()
-    try:
-        content = path.read_bytes().decode("utf-8")[: text.characters]
-    except (OSError, UnicodeDecodeError) as error:
-        why = refusal(error).why if isinstance(error, OSError) else ""
-        raise unread(error, InputError(f"eval.perplexity {text.name}: {path} cannot be read", why)) from error
-    if not content.strip():
-        raise InputError(f"eval.perplexity {text.name}: {path} is empty")
-    return content
-
-
-def _digest(rows: torch.Tensor) -> str:
+def digest_of(rows: torch.Tensor) -> str:
+    """sha256 of the shape and the content."""
     return hashlib.sha256(str(tuple(rows.shape)).encode() + rows.contiguous().numpy().tobytes()).hexdigest()

@@ -8,7 +8,7 @@ from .section import Count, Section
 
 
 class TextFile(Section):
-    """A text whose perplexity is measured."""
+    """A text whose perplexity is measured and, in a run, its KL divergence from the source model."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
     """What the report calls it."""
@@ -46,9 +46,11 @@ class Evaluate(Section):
     """Folder with tasks of one's own, as lm-eval's YAML files (its --include_path); `tasks` names those to run. Python
     that they name is run (docs/evaluation.md)."""
     perplexity: list[TextFile] = []
-    """Text files whose perplexity and bits per byte are measured at every point."""
+    """Text files whose perplexity and bits per byte are measured at every point, and KL from the source model on their
+    beginning."""
     agreement_tokens: Count = 8192
-    """Tokens of held-out text for KL divergence from the source model and top-1 agreement with it. 0: not measured."""
+    """Tokens of held-out text, and of each text of `perplexity` from its start, for KL divergence from the source model
+    and top-1 agreement with it. 0: not measured."""
     domain_tokens: Count | Literal["auto"] = "auto"
     """Tokens of each of seven kinds of text shipped with the package (encyclopaedia, web, news, law, science, dialogue,
     code) on which perplexity and KL from the source model are measured. auto: all, 5k to 7k; on a CPU 512. 0: none.

@@ -52,8 +52,11 @@ def _perplexity(report: Json) -> str:
 
 
 def _kl(report: Json) -> str:
-    row = report["agreement"].get(report["compared_point"])
-    return f"{number(row['kl'], 3)} nats per token from the source{_verdict(report, 'held_out', 'kl')}" if row else ""
+    point = report["compared_point"]
+    row = report["agreement"].get(point)
+    texts = {name: points[point] for name, points in report["text_agreement"].items() if point in points}
+    said = [f"{number(row['kl'], 3)} nats per token from the source{_verdict(report, 'held_out', 'kl')}"] if row else []
+    return ", ".join([*said, *(f"{titled(name)} {number(one['kl'], 3)}" for name, one in texts.items())])
 
 
 def _kv(report: Json) -> str:

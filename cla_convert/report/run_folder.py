@@ -13,7 +13,7 @@ from ..errors import ClaError, InputError
 from ..evaluation.stale import stale_points
 from ..files import read_json, stays_in
 from ..recipe_file import read_yaml
-from ..run_folder import POINTS, PointFolder, RunFolder
+from ..run_folder import POINTS, RunFolder
 
 Json = dict[str, Any]
 
@@ -37,12 +37,16 @@ class RunFiles:
     agreement: dict[str, Json]
     texts: dict[str, dict[str, Json]]
     """Point -> name of a text -> eval/<point>/perplexity/<name>.json."""
+    text_agreement: dict[str, dict[str, Json]]
+    """Point -> name of a text -> eval/<point>/agreement/<name>.json."""
     domains: dict[str, Json]
     """Point -> eval/<point>/domains.json."""
     answers: dict[str, Json]
     """Point -> eval/<point>/answers.json."""
     touched: Json
     """eval/domains.json: which domains the run's text touched."""
+    touched_texts: Json
+    """The same of text files."""
     comparison: Json
     """eval/comparison.json: the statistics of before against the last point."""
     bench: Json
@@ -81,6 +85,7 @@ def read_run_folder(path: Path) -> RunFiles:
             else "Give the folder that was passed as --out to `cla-convert run`.",
         )
     _refuse_links(run)
+    touched = read_json(run.evaluation.domains.path) or {}
     return RunFiles(
         path=path,
         recipe=read_yaml(run.recipe) if run.recipe.exists() else {},
@@ -95,10 +100,12 @@ def read_run_folder(path: Path) -> RunFiles:
         held_out=_by_point(run, "held_out"),
         kv_cache=_by_point(run, "kv_cache"),
         agreement=_by_point(run, "agreement"),
-        texts={point: _texts(run.evaluation.point(point)) for point in POINTS},
+        texts={point: _texts(run.evaluation.point(point).text_files) for point in POINTS},
+        text_agreement={point: _texts(run.evaluation.point(point).compared_texts) for point in POINTS},
         domains=_by_point(run, "domains"),
         answers=_by_point(run, "answers"),
-        touched=(read_json(run.evaluation.domains.path) or {}).get("domains", {}),
+        touched=touched.get("domains", {}),
+        touched_texts=touched.get("texts", {}),
         comparison=read_json(run.evaluation.comparison) or {},
         bench=read_json(run.bench) or {},
     )
@@ -137,8 +144,8 @@ def _by_point(run: RunFolder, name: str) -> dict[str, Json]:
     return {point: value for point, value in found.items() if value is not None}
 
 
-def _texts(point: PointFolder) -> dict[str, Json]:
-    found = {name: read_json(path) for name, path in point.text_files.items()}
+def _texts(files: dict[str, Path]) -> dict[str, Json]:
+    found = {name: read_json(path) for name, path in files.items()}
     return {name: value for name, value in found.items() if value is not None}
 
 

@@ -1,5 +1,6 @@
 """Stage 4, evaluate: measure the same things on the source, the converted and the uptrained model, and compare."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,7 @@ def texts_of(recipe: Recipe, folder: RunFolder) -> "Texts":
     import torch
 
     from ..evaluation.answers import unseen
+    from ..evaluation.text_files import beginning
     from ..evaluation.texts import Texts
     from ..models.checkpoint import Checkpoint
     from ..models.export import load_tokenizer
@@ -88,9 +90,14 @@ def texts_of(recipe: Recipe, folder: RunFolder) -> "Texts":
             "agreement are measured on (train.validation_tokens, data.held_out)"
         )
     part = rows[: max(1, shared // rows.shape[1])] if shared else None
-    prompts = unseen(settings.prompts, load_tokenizer(source), store.train) if settings.prompts else []
-    domains = _domains(recipe, folder, store)
-    return Texts(settings.perplexity, rows, part, source, domains, prompts, settings.answer_tokens, store.digest)
+    tokenizer = load_tokenizer(source)
+    prompts = unseen(settings.prompts, tokenizer, store.train) if settings.prompts else []
+    begun = {text.name: beginning(text, tokenizer, shared, store.first) for text in settings.perplexity if shared}
+    compared = {name: some for name, some in begun.items() if some is not None}
+    domains = _domains(recipe, folder, store, compared)
+    return Texts(
+        settings.perplexity, rows, part, compared, source, domains, prompts, settings.answer_tokens, store.digest
+    )
 
 
 def trained_on_other(folder: RunFolder, digest: str) -> bool:
@@ -99,23 +106,49 @@ def trained_on_other(folder: RunFolder, digest: str) -> bool:
     return any(result.data_digest != digest for result in done if result)
 
 
-def _domains(recipe: Recipe, folder: RunFolder, store: "TokenStore") -> "dict[str, Tensor]":
-    """Rows of the domain pack. Records which of them the run's text touched."""
-    from ..evaluation.domains.overlap import overlap
+def _domains(recipe: Recipe, folder: RunFolder, store: "TokenStore", texts: "dict[str, Tensor]") -> "dict[str, Tensor]":
+    """Rows of the domain pack. Records which of them, and of the rows of `texts`, the run's text touched."""
     from ..evaluation.domains.pack import domain_rows
     from ..models.checkpoint import Checkpoint
     from ..models.export import load_tokenizer
 
-    source, recorded = folder.source(recipe), folder.evaluation.domains
+    source = folder.source(recipe)
     tokenizer, positions = load_tokenizer(source), Checkpoint.open(source).positions
 
     def rows_of(tokens: Any) -> "dict[str, Tensor]":
         device = pick_device(recipe.device)
         return domain_rows(tokenizer, tokens, device, first=store.first, positions=positions)
 
-    rows, known = rows_of(recipe.eval.domain_tokens), recorded.read()
-    if rows and (known is None or (known.text != store.digest and not trained_on_other(folder, store.digest))):
-        whole = rows_of(10**9)  # what is judged by its text alone costs little
-        found = overlap(store.train, store.held_out, {name: part.numpy() for name, part in whole.items()})
-        recorded.write(Domains(text=store.digest, domains=found))
+    rows = rows_of(recipe.eval.domain_tokens)
+    # what is judged by its text alone costs little
+    _record_touched(folder, store, lambda: rows_of(10**9) if rows else {}, texts)
     return rows
+
+
+def _record_touched(
+    folder: RunFolder, store: "TokenStore", domains: "Callable[[], dict[str, Tensor]]", texts: "dict[str, Tensor]"
+) -> None:
+    """Judge what has not been judged yet, as long as the text is here that the run was trained on."""
+    from ..evaluation.domains.overlap import overlap
+    from ..evaluation.domains.pack import WINDOW
+    from ..evaluation.text_files import packed
+    from ..evaluation.texts import digest_of
+
+    def judged(rows: "dict[str, Tensor]") -> dict[str, Any]:
+        return overlap(store.train, store.held_out, {name: part.numpy() for name, part in rows.items()})
+
+    recorded = folder.evaluation.domains
+    known = recorded.read()
+    if known is not None and trained_on_other(folder, store.digest):
+        return
+    last = known if known is not None and known.text == store.digest else Domains(text=store.digest, domains={})
+    whole = {} if last.domains else domains()
+    found = judged(whole) if whole else last.domains
+    seen: dict[str, Any] = {}
+    for name, rows in texts.items():
+        digest, length = digest_of(rows), min(WINDOW, rows.numel())
+        seen[name] = last.texts.get(name, {})
+        if seen[name].get("rows") != digest:
+            seen[name] = {"rows": digest} | judged({name: packed(rows.flatten(), length, ())})[name]
+    if (found or seen) and (found, seen) != (last.domains, last.texts):
+        recorded.write(Domains(text=store.digest, domains=found, texts=seen))

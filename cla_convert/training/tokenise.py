@@ -2,23 +2,16 @@
 
 import hashlib
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from ..models import long_text
+from ..models.long_text import ids_of, pieces, piecewise_ids
 from .sources import Document
 
-PIECE = 65_536
-"""Characters that a tokenizer is given at once: of a text it keeps more than a hundred bytes a character."""
-_AT_ONCE = 16
-"""Pieces of one text that are tokenised together, on several threads."""
-_WORD = 1024
-"""Characters at the end of a piece in which a place to cut is looked for."""
-_BETWEEN = re.compile(r"\w\s(?=\S)")
 _FEW = 4096
 """Documents of which some are held out by hash, as good as surely."""
 _PATIENCE = 20
@@ -204,45 +197,22 @@ def encode(
     """
     before = leading(tokenizer)
     after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    short = [content for content in contents if isinstance(content, str) and len(content) <= PIECE]
-    encoded = iter(_ids(tokenizer, short))
+    short = [content for content in contents if isinstance(content, str) and len(content) <= long_text.PIECE]
+    encoded = iter(ids_of(tokenizer, short))
 
     def one(content: str | np.ndarray, most: float) -> np.ndarray:
         if not isinstance(content, str):
             return np.asarray(content, dtype=dtype)
-        if len(content) <= PIECE:
+        if len(content) <= long_text.PIECE:
             return np.asarray([*before, *next(encoded), *after], dtype=dtype)
         parts = [np.asarray(before, dtype=dtype)]
-        rest = pieces(content)
-        while some := list(islice(rest, _AT_ONCE)):
-            parts += [np.asarray(ids, dtype=dtype) for ids in _ids(tokenizer, some)]
+        for some in piecewise_ids(tokenizer, content):
+            parts += [np.asarray(ids, dtype=dtype) for ids in some]
             if sum(part.size for part in parts) > most:
                 break
         return np.concatenate([*parts, np.asarray(after, dtype=dtype)])
 
     return [one(content, limit) for content, limit in zip(contents, most or [math.inf] * len(contents), strict=True)]
-
-
-def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    # verbose=False: a document longer than the model's context is no reason for a warning, it is cut into rows.
-    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-    return tokenizer(texts, **options).input_ids if texts else []
-
-
-def pieces(text: str) -> Iterator[str]:
-    """A text in parts of at most `PIECE` characters; each but the first begins with the white space before a word.
-
-    There most tokenizers begin a token anyway. Where there is no such place, a part ends in the middle of a word.
-    """
-    start = 0
-    while len(text) - start > PIECE:
-        latest = text[start + PIECE - _WORD : start + PIECE + 1]
-        found = [match.end() - 1 for match in _BETWEEN.finditer(latest)]
-        end = start + PIECE - _WORD + found[-1] if found else start + PIECE
-        yield text[start:end]
-        start = end
-    if start < len(text):
-        yield text[start:]
 
 
 def leading(tokenizer: Any) -> list[int]:

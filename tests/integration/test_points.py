@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from cla_convert.cli import main
 from cla_convert.errors import InputError
 from cla_convert.evaluation import batch
 from cla_convert.evaluation.harness import common_settings, evaluate
 from cla_convert.evaluation.model import MeteredLM
 from cla_convert.evaluation.points import Bench, evaluate_points
 from cla_convert.evaluation.texts import Texts, measure_texts
-from cla_convert.recipe import Evaluate
+from cla_convert.recipe import Evaluate, TextFile
 from tests.conftest import save_tiny_llama
 
 SPEC = Evaluate(tasks=["arc_easy", "openbookqa"], limit=3, batch_size=8, max_length=256)
@@ -52,6 +53,31 @@ def test_the_gpu_that_was_asked_for_is_used(models: dict[str, Path], tmp_path: P
         texts = Texts(held_out=torch.zeros(1, 8, dtype=torch.long))
         measure_texts(texts, models["before"], tmp_path, common, "model", device="cuda:1")
     assert asked == ["cuda:1", "cuda:1"] and common == common_settings(SPEC, "float32", "cuda:0", 0)
+
+
+def test_a_text_alone_has_the_perplexity_that_it_has_beside_tasks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And by the command line no task is measured with it, unless it is named there, in --set or in a recipe."""
+    (tmp_path / "my own.txt").write_text("She turned left at the mill, and left again. " * 20)
+    text = TextFile(name="my-own", path=str(tmp_path / "my own.txt"))
+    model, texts = save_tiny_llama(tmp_path / "model", max_position_embeddings=1024), Texts([text])
+    beside = measure({"": model}, tmp_path / "beside", SPEC, texts)[""]["texts"]
+    alone = measure({"": model}, tmp_path / "alone", Evaluate(tasks=[], perplexity=[text]), texts)[""]
+    assert alone["texts"] == beside and alone["tasks"] == {}
+
+    def told(*words: str) -> dict:
+        line = ["cla-convert", "-q", "eval", str(model), "--set", "device=cpu", "--json", "--perplexity"]
+        monkeypatch.setattr(sys, "argv", [*line, text.path, *words])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code
+        return json.loads(capsys.readouterr().out)
+
+    assert told()["texts"] == beside and told()["tasks"] == {}
+    named = told("--set", "eval.tasks=[arc_easy]", "--limit", "2")
+    assert named["texts"] == beside and list(named["tasks"]) == ["arc_easy"]
+    assert list(told("--tasks", "openbookqa", "--limit", "2")["tasks"]) == ["openbookqa"]
 
 
 def full_device(monkeypatch: pytest.MonkeyPatch, limit: int, only: str = "") -> list[int]:

@@ -18,6 +18,7 @@ from tokenizers import processors
 
 from cla_convert.console import progress
 from cla_convert.errors import InputError
+from cla_convert.models import long_text
 from cla_convert.pipeline import run
 from cla_convert.recipe import Data, Recipe, TextSource, Train
 from cla_convert.recipe_file import validate
@@ -33,7 +34,7 @@ from cla_convert.training.data import (
     store_for,
 )
 from cla_convert.training.sources import SAMPLE, Document, documents, local_files
-from tests.conftest import byte_tokenizer
+from tests.conftest import Counting, byte_tokenizer
 
 TEXTS = [f"Document {i}: " + chr(97 + i % 26) * (20 + i) for i in range(200)]
 
@@ -516,23 +517,6 @@ def test_a_little_calibration_text_is_taken_from_many_documents(tmp_path: Path) 
     assert max(map(int, begun)) - min(map(int, begun)) > 60  # a stretch of ten documents holds 2000
 
 
-class Counting:
-    """A tokenizer that remembers how many characters it was given at once."""
-
-    def __init__(self) -> None:
-        self.inner, self.given = byte_tokenizer(), list[int]()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
-
-    def __len__(self) -> int:
-        return len(self.inner)
-
-    def __call__(self, text: Any, **options: Any) -> Any:
-        self.given.append(sum(map(len, text)) if isinstance(text, list) else len(text))
-        return self.inner(text, **options)
-
-
 @pytest.mark.parametrize("ending", [".txt", ".jsonl"])
 def test_of_a_book_no_more_is_tokenised_than_is_wanted_and_a_piece_at_a_time(tmp_path: Path, ending: str) -> None:
     """A tokenizer keeps more than a hundred bytes of every character: a gigabyte of text is more than any memory."""
@@ -541,7 +525,7 @@ def test_of_a_book_no_more_is_tokenised_than_is_wanted_and_a_piece_at_a_time(tmp
     file.write_text(book if ending == ".txt" else json.dumps({"text": book}))
     tokenizer, data = Counting(), Data(sources=[TextSource(path=str(file))])
     store = prepare_data(data, tokenizer, tokens=10_000, held_out_tokens=500, cache_dir=tmp_path / "cache", seed=0)
-    at_once = tokenise.PIECE * tokenise._AT_ONCE
+    at_once = long_text.PIECE * long_text.AT_ONCE
     assert max(tokenizer.given) <= at_once and sum(tokenizer.given) < 3 * at_once < len(book)
     assert byte_tokenizer().decode(store.train[:10_000].tolist()) == book[:10_000]
     assert byte_tokenizer().decode(store.held_out.tolist()) == book[10_000:10_500]
@@ -554,7 +538,7 @@ def test_of_a_held_out_book_no_more_is_tokenised_than_is_held_out(tmp_path: Path
         splitter = tokenise.Splitter(tokenizer, tokenise.ByShare(seed=0, share=1.0))
         splitter.fill(iter([[Document(book, "book")]]), train, held_out, progress(0, "tokenising"))
     assert (train.tokens, held_out.tokens) == (0, 500)
-    assert sum(tokenizer.given) <= tokenise.PIECE * tokenise._AT_ONCE < len(book)
+    assert sum(tokenizer.given) <= long_text.PIECE * long_text.AT_ONCE < len(book)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -565,10 +549,12 @@ def test_a_text_in_pieces_gives_tokens_and_hash_of_the_whole(monkeypatch: pytest
     tokenizer, whole = byte_tokenizer(), tokenise.encode(byte_tokenizer(), [text], np.dtype(np.uint16))[0]
     number = tokenise.hash_of_content(text)
     assert tokenise.hash_of_content(" ".join(text.split())) == number != tokenise.hash_of_content(text + "x")
-    monkeypatch.setattr(tokenise, "PIECE", 50)
-    monkeypatch.setattr(tokenise, "_WORD", 20)
-    parts = list(tokenise.pieces(text))
+    monkeypatch.setattr(long_text, "PIECE", 50)
+    monkeypatch.setattr(long_text, "_WORD", 20)
+    parts = list(long_text.pieces(text))
     assert "".join(parts) == text and max(map(len, parts)) <= 50
+    for size in (1, 7, 60, 1000):
+        assert list(long_text.pieces(text[i : i + size] for i in range(0, len(text), size))) == parts
     found = tokenise.encode(tokenizer, ["short", text, np.arange(3)], np.dtype(np.uint16))
     assert np.array_equal(found[1], whole) and np.array_equal(found[2], np.arange(3))
     assert len(tokenise.encode(tokenizer, [text], np.dtype(np.uint16), [30])[0]) >= 30

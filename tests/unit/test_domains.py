@@ -14,10 +14,13 @@ from cla_convert.evaluation.domains.overlap import RUN, contained, overlap
 from cla_convert.evaluation.domains.pack import NAMES, WINDOW, documents, domain_rows
 from cla_convert.evaluation.perplexity import token_perplexity
 from cla_convert.evaluation.texts import Texts, measure_texts
+from cla_convert.files import write_json
 from cla_convert.models.export import load_model
 from cla_convert.recipe import Evaluate
+from cla_convert.report.last_lines import last_lines
 from cla_convert.report.report import build_report
 from cla_convert.report.sections.domains import domain_advice
+from cla_convert.run_folder import RunFolder
 from tests.conftest import byte_tokenizer, save_tiny_llama
 from tests.unit.run_files import write_domains
 
@@ -123,6 +126,37 @@ def test_the_report_shows_the_worst_first_and_what_to_do(run_dir: Path):
     text = (run_dir / "report.md").read_text()
     assert text.index("| code | no |") < text.index("| law | no |") < text.index("| news | yes |")
     assert far in text and "512 tokens a domain" in text
+
+
+def test_text_files_stand_among_the_domains(run_dir: Path):
+    """Also one of a domain's name; and a run that was measured before there was a KL of them is reported as ever."""
+    write_domains(run_dir)
+    for point, perplexity in (("before", 10.0), ("converted", 30.0), ("after", 12.0)):
+        for name in ("law", "mine"):
+            measured = {"perplexity": perplexity, "tokens": 9000}
+            write_json(run_dir / "eval" / point / "perplexity" / f"{name}.json", measured)
+    before = build_report(run_dir)
+    assert list(before["domains"]) == ["code", "law", "news"] and before["text_agreement"] == {}
+    for point, kl in (("converted", 2.0), ("after", 0.7)):
+        for name in ("law", "mine"):
+            ci95 = {"kl": [kl - 0.1, kl + 0.1], "top1": [0.7, 0.9]}
+            found = {"kl": kl + (name == "law") * 0.1, "top1": 0.8, "tokens": 8192, "ci95": ci95, "windows": []}
+            write_json(run_dir / "eval" / point / "agreement" / f"{name}.json", found)
+    known = json.loads((run_dir / "eval" / "domains.json").read_text())
+    mine = {"touched": True, "contained": 0.0, "similarity": 0.6, "held_out_similarity": 0.5}
+    write_json(run_dir / "eval" / "domains.json", known | {"texts": {"mine": mine}})
+    report = build_report(run_dir)
+    assert list(report["domains"]) == ["law (own text)", "mine", "code", "law", "news"]
+    row = report["domains"]["mine"]
+    assert row["perplexity"] == {"before": 10.0, "converted": 30.0, "after": 12.0} and row["own"] and row["touched"]
+    assert row["kl"] == {"converted": 2.0, "after": 0.7} and row["recovered"] == pytest.approx(0.65)
+    assert {name: row for name, row in report["domains"].items() if not row["own"]} == before["domains"]
+    assert report["text_agreement"]["mine"]["after"] == {"kl": 0.7, "top1": 0.8, "tokens": 8192, "ci95": ci95}
+    assert report["judged"] == before["judged"]  # held-out text is what the margin of KL is for
+    text = (run_dir / "report.md").read_text()
+    assert "| mine | yes | 10" in text and "on their beginning: law (own text), 8" in text
+    assert "mine (+20.0%). Give it more weight" in " ".join(report["domain_advice"])
+    assert "mine 0.7" in " ".join(last_lines(report, RunFolder(run_dir)))
 
 
 def test_advice_follows_what_was_trained_on():

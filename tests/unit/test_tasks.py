@@ -20,7 +20,7 @@ from cla_convert.evaluation.prepare import prepare
 from cla_convert.evaluation.quiet import quiet
 from cla_convert.evaluation.stock_tasks import manager_for
 from cla_convert.evaluation.tasks import pack
-from cla_convert.recipe import Evaluate
+from cla_convert.recipe import Evaluate, TextFile
 
 STOCK = {
     "hellaswag": "hellaswag/hellaswag.yaml",
@@ -252,9 +252,11 @@ def test_turning_the_pack_off_means_the_hub():
         prepare(Evaluate(tasks=["arc_easy"], offline_pack=False), seed=0)
 
 
-def test_no_tasks_is_refused():
-    with pytest.raises(UsageError, match="No tasks"):
+def test_neither_tasks_nor_texts_is_refused():
+    with pytest.raises(UsageError, match="No tasks to evaluate, and no texts") as caught:
         prepare(Evaluate(tasks=[]), seed=0)
+    assert "eval.tasks" in caught.value.why and "eval.perplexity" in caught.value.why
+    assert prepare(Evaluate(tasks=[], perplexity=[TextFile(name="mine", path="mine.txt")]), seed=0) == []
 
 
 def test_quiet_restores_loggers(capsys: pytest.CaptureFixture[str]):

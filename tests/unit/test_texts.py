@@ -1,25 +1,30 @@
 """Perplexity of text files, agreement with the source model, and measuring nothing twice."""
 
+import hashlib
 import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from cla_convert.errors import InputError
+from cla_convert.evaluation import text_files
 from cla_convert.evaluation import texts as module
 from cla_convert.evaluation.agreement import agreement
+from cla_convert.evaluation.text_files import content_of
 from cla_convert.evaluation.texts import Texts, check_texts, measure_texts, text_perplexity
 from cla_convert.files import write_json
+from cla_convert.models import long_text
 from cla_convert.models.export import load_model, load_tokenizer
 from cla_convert.recipe import TextFile
 from cla_convert.recipe_file import load_recipe
 from cla_convert.report.report import build_report
 from cla_convert.run_folder import RunFolder
 from cla_convert.stages.evaluate import texts_of
-from tests.conftest import save_tiny_llama
+from tests.conftest import Counting, save_tiny_llama
 from tests.tiny import save_tiny
 
 COMMON = {"batch_size": 2, "device": "cpu", "dtype": "float32"}
@@ -69,6 +74,45 @@ def test_what_cannot_be_read_is_refused_before_work(tmp_path: Path, models: list
     check_texts([story])
     with pytest.raises(InputError, match="600 tokens does not fit"):
         text_perplexity(load_model(models[0]), models[0], story.model_copy(update={"window": 600}), batch_size=1)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("characters", [None, 3001])
+def test_of_a_long_text_a_part_at_a_time_is_in_memory_and_the_numbers_stay(
+    models: list[Path], tmp_path: Path, batch: int, characters: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tokenizer keeps more than a hundred bytes of every character: 2 GB of text are more than any memory."""
+    path = tmp_path / "long.txt"
+    path.write_bytes("".join(f"Zoë's wörd {number}\r\n of a \u732b bo\rok\n" for number in range(200)).encode())
+    text = TextFile(name="long", path=str(path), window=48, characters=characters)
+    tokenizer: Any = Counting()
+
+    def measured() -> dict:
+        return text_perplexity(load_model(models[0]), models[0], text, batch)
+
+    whole, at_once = measured(), torch.cat(list(text_files.windows(text, tokenizer, 10**9))[:-1])
+    identity = content_of(text).identity
+    read = path.read_bytes().decode()[:characters]
+    assert identity == [hashlib.sha256(read.encode()).hexdigest()] == [whole["sha256"]]
+    assert (whole["characters"], whole["bytes"]) == (len(read), len(read.encode()))
+    assert at_once[:, 1:].flatten().tolist() == tokenizer(read).input_ids[: at_once[:, 1:].numel()]
+    for name, value in (("PIECE", 64), ("_WORD", 30), ("AT_ONCE", 2)):
+        monkeypatch.setattr(long_text, name, value)
+    monkeypatch.setattr(text_files, "WHOLE", 200)
+    monkeypatch.setattr(module, "_BATCHES", 2)
+    assert measured() == whole
+    tokenizer.given.clear()
+    parts = list(text_files.windows(text, tokenizer, 4))
+    assert torch.equal(torch.cat(parts[:-1]), at_once) and max(map(len, parts)) == 4 and max(tokenizer.given) <= 128
+    assert content_of(text).identity == [*identity, "in pieces"]  # which other tokenizers may cut otherwise
+
+    tokenizer.given.clear()
+    some = text_files.beginning(text, tokenizer, 100, first=[0])
+    assert some is not None and sum(tokenizer.given) <= 256
+    assert [row[1:] for row in some.tolist()] == [tokenizer(read).input_ids[i : i + 48][1:] for i in (0, 48)]
+    assert some[:, 0].tolist() == [0, 0]
+    few = text_files.beginning(text, tokenizer, 20)
+    assert few is not None and few.shape == (1, 20)
 
 
 def rows() -> torch.Tensor:
@@ -130,6 +174,39 @@ def test_what_is_not_asked_for_any_more_is_not_judged_either(models: list[Path],
     assert [file.stem for file in tmp_path.rglob("*.json")] == ["held_out"]
 
 
+def test_a_text_file_is_compared_with_the_source_as_a_domain_is(models: list[Path], story: TextFile, tmp_path: Path):
+    """The same tokens give the same numbers, whichever list of texts they are of; perplexity is not measured again."""
+    tokenizer = load_tokenizer(models[0])
+    part = text_files.beginning(story, tokenizer, 48, first=[0])
+    assert part is not None and part.shape == (3, 16)
+    ids = torch.tensor(tokenizer(Path(story.path).read_bytes().decode(), add_special_tokens=False).input_ids)
+    assert torch.equal(part, text_files.packed(ids, 16, [0])[:3])
+
+    def found(model: Path, compared: bool = True) -> dict:
+        texts = Texts([story], compared={"story": part} if compared else {}, domains={"law": part}, source=models[0])
+        return measure_texts(texts, model, tmp_path / model.name, COMMON, str(model), device="cpu")
+
+    assert "agreement/story" not in found(models[0])  # the source is itself
+    old = found(models[1], compared=False)
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / models[1].name).rglob("*.json")}
+    new = found(models[1])
+    assert {path for path in times if path.stat().st_mtime_ns != times[path]} == set()  # of an older run, all stays
+    assert new == old | {"agreement/story": new["agreement/story"]}
+    assert new["agreement/story"] == new["domains"]["domains"]["law"] and new["agreement/story"]["kl"] > 0.1
+    assert "agreement/story" not in found(models[1], compared=False)
+    assert not (tmp_path / models[1].name / "agreement" / "story.json").exists()
+
+    same = shutil.copytree(models[0], tmp_path / "identity")  # a conversion that shares nothing
+    assert found(same)["agreement/story"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert found(same)["agreement/story"]["top1"] == 1.0
+
+
+def test_of_a_text_of_a_single_token_nothing_is_compared(models: list[Path], tmp_path: Path):
+    (tmp_path / "x.txt").write_text("x")
+    text = TextFile(name="x", path=str(tmp_path / "x.txt"))
+    assert text_files.beginning(text, load_tokenizer(models[0]), 100) is None
+
+
 def test_another_source_is_another_comparison(tmp_path: Path):
     source, other = (save_tiny_llama(tmp_path / str(seed), seed=seed) for seed in (0, 1))
     texts = Texts(agreement_rows=rows()[:2], domains={"law": rows()[:1]}, source=source)
@@ -159,7 +236,10 @@ def test_text_that_changed_since_training_is_told(
         for i in range(40):
             (corpus / f"{i}.txt").write_text(f"{word} {i} " * 40)
 
+    mine = "".join(f"first {i} " * 3 for i in range(40))
+    (tmp_path / "mine.txt").write_text(mine)
     sets = ["train.tokens=2k", "train.sequence_length=64", "convert.init=mean", "eval.prompts=[]", "device=cpu"]
+    sets += [f"eval.perplexity=[{{name: mine, path: {tmp_path}/mine.txt, window: 64}}]", "eval.agreement_tokens=900"]
     recipe = load_recipe(None, [f"source.model={tiny_llama}", f"data.sources=[{{path: {corpus}}}]", *sets]).recipe
     folder = RunFolder(run_dir)
     write("first")
@@ -167,6 +247,13 @@ def test_text_that_changed_since_training_is_told(
     folder.training.result.path.unlink()
     first = texts_of(recipe, folder)
     known = folder.evaluation.domains.read()
+    assert first.compared["mine"].shape == (min(900, len(mine)) // 64, 64)
+    assert known is not None and 0 < known.texts["mine"]["contained"] < 1
+    assert texts_of(recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"perplexity": []})}), folder)
+    none = folder.evaluation.domains.read()
+    assert none is not None and none.domains == known.domains and none.texts == {}
+    texts_of(recipe, folder)
+    assert folder.evaluation.domains.read() == known
     more = {"objective": "distill", "first_loss": 2.0, "validation": [], "processes": 1, "data_digest": first.text}
     write_json(folder.training.result.path, train | more)
     assert texts_of(recipe, folder).text == first.text and "than was trained on" not in capsys.readouterr().err

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from ..text_files import packed
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -53,6 +55,4 @@ def _rows(name: str, tokenizer: "PreTrainedTokenizerBase", length: int, first: S
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     encoded = tokenizer(documents(name), add_special_tokens=False, verbose=False).input_ids
     ids = torch.tensor([token for text in encoded for token in [*text, *end]])
-    rows = ids[: len(ids) // length * length].view(-1, length).clone()
-    rows[:, : len(first)] = torch.tensor(first[:length], dtype=ids.dtype)
-    return rows
+    return packed(ids, length, first)

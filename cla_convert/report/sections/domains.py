@@ -22,20 +22,39 @@ def domain_table(run: RunFiles) -> dict[str, Json]:
     """{name: {perplexity, kl, recovered, relative, touched, ...}}, the one with the largest KL first.
 
     recovered is the share of the KL that training took away again: 1 - after / converted; negative where it added some.
+    Text files that the KL was measured on stand among the domains (own: true); their perplexity is of the whole file.
     """
     scores = {point: run.domains[point]["domains"] for point in _POINTS if "domains" in run.domains.get(point, {})}
-    names = dict.fromkeys(name for table in scores.values() for name in table)
-    rows = {name: _row(name, scores, run.touched.get(name, {})) for name in names}
+    rows = {name: _row(name, scores, run.touched.get(name, {}), own=False) for name in _names(scores)}
+    texts = {point: run.texts.get(point, {}) for point in _POINTS}
+    compared = {point: run.text_agreement.get(point, {}) for point in _POINTS}
+    for name in _names(compared):
+        both = {point: {name: _whole(texts[point].get(name)) | _kl(compared[point].get(name))} for point in _POINTS}
+        label = f"{name} (own text)" if name in rows else name
+        rows[label] = _row(name, both, run.touched_texts.get(name, {}), own=True)
     return dict(sorted(rows.items(), key=lambda item: -_badness(item[1])))
 
 
-def _row(name: str, scores: dict[str, Json], touched: Json) -> Json:
+def _names(scores: dict[str, Json]) -> list[str]:
+    return list(dict.fromkeys(name for table in scores.values() for name in table))
+
+
+def _whole(measured: Json | None) -> Json:
+    return {"perplexity": (measured or {}).get("perplexity")}
+
+
+def _kl(compared: Json | None) -> Json:
+    return {"kl": compared.get("kl"), "tokens": compared.get("tokens")} if compared else {}
+
+
+def _row(name: str, scores: dict[str, Json], touched: Json, *, own: bool) -> Json:
     found: dict[str, Json] = {point: table.get(name, {}) for point, table in scores.items()}
     perplexity = {point: found.get(point, {}).get("perplexity") for point in _POINTS}
     kl = {point: found.get(point, {}).get("kl") for point in _POINTS[1:]}
     last = perplexity["after"] or perplexity["converted"]
     recovered = 1 - kl["after"] / kl["converted"] if kl["after"] is not None and kl["converted"] else None
     return {
+        "own": own,
         "perplexity": perplexity,
         "kl": kl,
         "recovered": recovered,
@@ -117,11 +136,15 @@ def show(report: Json) -> Sequence[Block]:
 
 def _note(domains: dict[str, Json]) -> str:
     """What the columns mean."""
-    tokens = sorted({row["tokens"] for row in domains.values() if row["tokens"]})
+    own = {name: row for name, row in domains.items() if row["own"]}
+    tokens = sorted({row["tokens"] for row in domains.values() if row["tokens"] and not row["own"]})
     amount = " to ".join(count(n) for n in dict.fromkeys((tokens[0], tokens[-1]))) if tokens else "some"
+    shipped = f"{amount} tokens a domain, shipped with cla-convert. " if len(own) < len(domains) else ""
+    read = ", ".join(f"{name}, {count(row['tokens'] or 0)} tokens" for name, row in own.items())
+    files = f"Text files, of which the KL is on their beginning: {read}. " if own else ""
     few = " So few tokens give an indication, not a measurement." if tokens and tokens[0] < 4096 else ""
     return (
-        f"{amount} tokens a domain, shipped with cla-convert. KL from the source model, nats per token. Recovered: the "
+        f"{shipped}{files}KL from the source model, nats per token. Recovered: the "
         "share of the KL after conversion that training took away. Trained on such text: its rows are as near to the "
         f"training text as that text's own held-out rows.{few}"
     )

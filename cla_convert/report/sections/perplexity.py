@@ -11,7 +11,8 @@ from ..text import note
 
 
 def collect(material: Material, report: Json) -> Json:
-    """perplexity {name: {before, converted, after, control, unit, relative, ...}}: held-out text, text files, tasks.
+    """perplexity {name: {before, converted, after, control, unit, relative, ...}}: held-out text, text files, tasks;
+    agreement with the source by point, on held-out text, and text_agreement by text file and point.
 
     With a control, `cla_cost` holds delta, ci95 and p_value of after against the control, paired by window or document.
     """
@@ -33,8 +34,24 @@ def collect(material: Material, report: Json) -> Json:
         row["last"], row["delta"] = last, difference(row["before"], last)
         row["relative"] = None if row["delta"] is None else last / row["before"] - 1
         row["cla_cost_relative"] = row["after"] / row["control"] - 1 if row["after"] and row["control"] else None
-    agreement = {p: {k: v for k, v in row.items() if k != "windows"} for p, row in run.agreement.items()}
-    return {"perplexity": table, "agreement": agreement}
+    return {
+        "perplexity": table,
+        "agreement": {point: _without_windows(row) for point, row in run.agreement.items()},
+        "text_agreement": _by_text(run.text_agreement),
+    }
+
+
+def _by_text(agreement: dict[str, dict[str, Json]]) -> dict[str, dict[str, Json]]:
+    """{name: {point: kl, top1, tokens, ci95, ...}} of text files."""
+    names = dict.fromkeys(name for texts in agreement.values() for name in texts)
+    return {
+        name: {point: _without_windows(texts[name]) for point, texts in agreement.items() if name in texts}
+        for name in names
+    }
+
+
+def _without_windows(row: Json) -> Json:
+    return {name: value for name, value in row.items() if name not in ("windows", "identity")}
 
 
 def _text(files: dict[str, Json]) -> Json:
@@ -51,8 +68,9 @@ def show(report: Json) -> Sequence[Block]:
             _texts(report),
             Paragraph(_note(report["perplexity"]), "note"),
         ]  # fmt: skip
-    if report["agreement"]:
-        blocks += [Heading("Agreement with the source model"), _agreement(report["agreement"])]
+    texts = {"held_out": report["agreement"]} | report["text_agreement"]
+    if any(texts.values()):
+        blocks += [Heading("Agreement with the source model"), _agreement(texts)]
     return blocks
 
 
@@ -95,17 +113,18 @@ def _cost(row: Json) -> str:
     return "" if found.get("delta") is None else f"{signed(found['delta'])} {interval(found['ci95'])}".strip()
 
 
-def _agreement(agreement: Json) -> Table:
+def _agreement(agreement: dict[str, dict[str, Json]]) -> Table:
     columns = [
-        Column("model", text=True), Column("KL to the source, nats per token [95% CI]", long=True),
+        Column("text", text=True), Column("model", text=True),
+        Column("KL to the source, nats per token [95% CI]", long=True),
         Column("same most likely token, % [95% CI]", long=True), Column("tokens", quiet=True),
     ]  # fmt: skip
     rows = []
-    for point, row in agreement.items():
+    for name, point, row in ((name, point, row) for name, points in agreement.items() for point, row in points.items()):
         ci95 = row.get("ci95") or {}
         kl = [f"{number(row['kl'], 3)} ", note(bracket(ci95.get("kl")))]
         same = [f"{percent(row['top1'])} ", note(percent_interval(ci95.get("top1")))]
-        rows.append(Row([point, kl, same, integer(row["tokens"])]))
+        rows.append(Row([titled(name), point, kl, same, integer(row["tokens"])]))
     return Table(columns, rows)
 
 

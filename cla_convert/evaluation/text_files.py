@@ -1,0 +1,121 @@
+"""Text files of the user's: what is in them, and their tokens as rows. None is ever in memory as a whole."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import InputError
+from ..models.long_text import ids_of, piecewise_ids
+from ..recipe import TextFile
+from ..refusals import refusal, unread
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+WHOLE = 2**22
+"""Characters of a text that is tokenised as a whole, which takes half a gigabyte. A longer one is tokenised in pieces,
+where tokenizers that do not cut text at spaces can see other tokens at a cut: once in 65,536 characters."""
+
+
+@dataclass(frozen=True)
+class Content:
+    """What is read of a text file."""
+
+    sha256: str
+    """Of its characters in UTF-8."""
+    characters: int
+    bytes: int
+
+    @property
+    def identity(self) -> list[Any]:
+        """What its tokens depend on beside the tokenizer."""
+        return [self.sha256, *(["in pieces"] if self.characters > WHOLE else [])]
+
+
+def content_of(text: TextFile) -> Content:
+    """Read a text file through. Raises InputError if it cannot be read or is empty."""
+    digest, characters, size, blank = hashlib.sha256(), 0, 0, True
+    for block in _blocks(text):
+        encoded = block.encode()
+        digest.update(encoded)
+        characters, size, blank = characters + len(block), size + len(encoded), blank and not block.strip()
+    if blank:
+        raise InputError(f"eval.perplexity {text.name}: {Path(text.path).expanduser()} is empty")
+    return Content(digest.hexdigest(), characters, size)
+
+
+def windows(text: TextFile, tokenizer: "PreTrainedTokenizerBase", at_once: int) -> Iterator[torch.Tensor]:
+    """All of a text as rows [n, 1 + window] of token ids, at most `at_once` at a time, and last a shorter one.
+
+    Each begins with the tokenizer's BOS (EOS where it has none), as in lm-eval, so that every token is predicted once.
+    """
+    prefix: Any = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    for part in _parts(_ids(text, tokenizer), text.window, at_once):
+        yield torch.cat((torch.full((len(part), 1), prefix), part), dim=1)
+
+
+def beginning(
+    text: TextFile, tokenizer: "PreTrainedTokenizerBase", tokens: int, first: Sequence[int] = ()
+) -> torch.Tensor | None:
+    """So many tokens of a text, from its start, as whole rows [n, window], or one shorter row; None: there are not two.
+
+    `first` as for `packed`.
+    """
+    length = min(text.window, tokens)
+    wanted, ids = tokens // length * length, torch.empty(0, dtype=torch.long)
+    for some in _ids(text, tokenizer):
+        ids = torch.cat((ids, torch.tensor(some, dtype=torch.long)))[:wanted]
+        if len(ids) == wanted:
+            break
+    return packed(ids, min(length, len(ids)), first) if len(ids) > 1 else None
+
+
+def packed(ids: torch.Tensor, length: int, first: Sequence[int]) -> torch.Tensor:
+    """Token ids [N] as rows [n, length] one after the other; what is left at the end is no row.
+
+    Every row begins with `first` in place of its own first tokens: what the tokenizer puts in front of a text.
+    """
+    rows = ids[: len(ids) // length * length].view(-1, length).clone()
+    rows[:, : len(first)] = torch.tensor(first[:length], dtype=ids.dtype)
+    return rows
+
+
+def _parts(ids: Iterable[list[int]], window: int, at_once: int) -> Iterator[torch.Tensor]:
+    """Full windows [n, window], at most `at_once` of them, and what is left [1, rest]."""
+    rest, size = torch.empty(0, dtype=torch.long), window * at_once
+    for some in ids:
+        rest = torch.cat((rest, torch.tensor(some, dtype=torch.long)))
+        whole = len(rest) // size * size
+        yield from rest[:whole].view(-1, window).split(at_once) if whole else ()
+        rest = rest[whole:]
+    whole = len(rest) // window * window
+    yield from (part for part in (rest[:whole].view(-1, window), rest[whole:].view(1, -1)) if part.numel())
+
+
+def _ids(text: TextFile, tokenizer: "PreTrainedTokenizerBase") -> Iterator[list[int]]:
+    """Token ids, all at once of a text of `WHOLE` characters at most."""
+    blocks = _blocks(text)
+    begin, more = next(blocks, ""), next(blocks, "")
+    if not more:
+        yield from ids_of(tokenizer, [begin])
+        return
+    for some in piecewise_ids(tokenizer, chain((begin, more), blocks)):
+        yield from some
+
+
+def _blocks(text: TextFile) -> Iterator[str]:
+    """What is to be read of a file, `WHOLE` characters at a time. Raises InputError."""
+    path, left = Path(text.path).expanduser(), text.characters
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            while block := file.read(WHOLE if left is None else min(WHOLE, left)):
+                yield block
+                left = None if left is None else left - len(block)
+    except (OSError, UnicodeDecodeError) as error:
+        why = refusal(error).why if isinstance(error, OSError) else ""
+        raise unread(error, InputError(f"eval.perplexity {text.name}: {path} cannot be read", why)) from error
