@@ -4,12 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from cla_convert.conversion.convert import convert
 from cla_convert.conversion.inspect import inspect_model
 from cla_convert.conversion.plan import make_plan
 from cla_convert.errors import InputError, UsageError
 from cla_convert.models.checkpoint import INDEX, Checkpoint
+from cla_convert.models.clean_check import reads_what_it_writes
 from cla_convert.models.export import load_tokenizer
 from cla_convert.models.source import resolve_source
 from cla_convert.models.verify import verify_model
@@ -17,7 +20,7 @@ from cla_convert.recipe import Recipe
 from cla_convert.run_folder import RunFolder
 from cla_convert.same_recipe import check_same_recipe
 
-from ..conftest import save_tiny_llama
+from ..conftest import byte_tokenizer, save_tiny_llama
 from ..tiny import save_tiny
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 123456\n"
@@ -93,3 +96,28 @@ def test_verify_says_that_there_is_no_tokenizer(model, tmp_path):
     with pytest.raises(InputError, match="has no tokenizer") as caught:
         verify_model(tmp_path / "out")
     assert "tokenizer.json" in caught.value.fix
+
+
+def test_a_tokenizer_without_capitals_or_most_signs_is_no_fault(model, tmp_path):
+    """As those of old word lists; one that does not read what it writes is one."""
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=without_capitals(), unk_token="[UNK]", bos_token="[UNK]", eos_token="[UNK]"
+    )
+    words.save_pretrained(model)
+    source = Checkpoint.open(model)
+    convert(make_plan(source, sharing="cla2", init="mean"), source, tmp_path / "out")
+    assert verify_model(tmp_path / "out")["ok"]
+
+
+def without_capitals() -> Tokenizer:
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "the": 1, "key": 2, "value": 3}, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    return tokenizer
+
+
+def test_a_tokenizer_reads_what_it_writes():
+    tokenizer = byte_tokenizer()
+    ids = tokenizer("Élan, 2024", return_tensors="pt").input_ids[0]
+    assert reads_what_it_writes(tokenizer, ids)
+    tokenizer.backend_tokenizer.decoder = decoders.Replace("n", "nn")  # signs of bytes stay, and something grows
+    assert not reads_what_it_writes(tokenizer, ids)
