@@ -103,9 +103,14 @@ def _add_plots(page: Page, number: int, rows: list[Json], runs: Mapping[str, Run
     learned = [row for row in rows if any(row["curves"].values())]
     if len(learned) > 1:
         page.picture(f"tokens-{number}", "perplexity and KL over training tokens", draw_learning(_short(learned)))
-    domains = {name: found for name, run in runs.items() if run.train and (found := domain_table(run))}
+    domains = {name: found for name, run in runs.items() if run.train and (found := _shipped(domain_table(run)))}
     if domains:
         page.picture(f"domains-{number}", "KL by domain, before and after training", draw_domains(domains))
+
+
+def _shipped(domains: Mapping[str, Json]) -> dict[str, Json]:
+    """Without text files, which not every run has."""
+    return {name: row for name, row in domains.items() if not row["own"]}
 
 
 def _tokens_saved(rows: Sequence[Json]) -> list[str]:

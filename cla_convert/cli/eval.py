@@ -3,7 +3,7 @@
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,6 +22,7 @@ from .app import (
     app,
     check_revision,
     load,
+    settings_of,
 )
 from .words import names_of, texts_in, whole
 
@@ -64,17 +65,20 @@ def evaluate(
     from ..evaluation.asked import check_asked
     from ..models.source import local_path, resolve_source
 
-    options = {
+    options: dict[str, Any] = {
         "eval.tasks": None if tasks is None else names_of(tasks),
-        "eval.perplexity": texts_in(perplexity) if perplexity else None,
         "eval.limit": limit,
         "eval.task_data": task_data,
         "eval.include_path": include_path,
+        "eval.backend": backend,
     }
-    resolved = load(recipe, sets, options | {"eval.backend": backend})
-    if perplexity and "eval.tasks" not in resolved.origins:  # nobody who names a text alone waits for tasks
-        resolved = load(recipe, sets, options | {"eval.backend": backend, "eval.tasks": []})
-    settings = resolved.recipe
+    if perplexity:
+        without = load(recipe, sets, options)
+        if "eval.tasks" not in without.origins:  # nobody who names a text alone waits for tasks
+            options["eval.tasks"] = []
+        named = without.recipe.eval.tasks if "eval.tasks" in without.origins else []
+        options["eval.perplexity"] = texts_in(perplexity, ["held_out", *named])
+    settings = settings_of(recipe, sets, options)
     if out:
         check_place(out)
     check_asked(settings.eval)

@@ -1,8 +1,9 @@
 """The words of a command line as values, and what is wrong with them in words of our own."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, cast
 
@@ -85,9 +86,17 @@ def names_of(text: str) -> list[str]:
     return [name for word in text.split(",") if (name := word.strip())]
 
 
-def texts_in(paths: list[str]) -> list[dict[str, str]]:
-    """Text files as settings (`eval.perplexity`), each named as its file is, without the ending."""
-    return [{"name": _NOT_A_NAME.sub("-", Path(path).stem).strip("-._") or "text", "path": path} for path in paths]
+def texts_in(paths: list[str], taken: Collection[str]) -> list[dict[str, str]]:
+    """Text files as settings (`eval.perplexity`), each named as its file is, without the ending.
+
+    A name that another text has, or `taken`, gets a number: `law-2`.
+    """
+    found: dict[str, str] = {}
+    for path in paths:
+        stem = _NOT_A_NAME.sub("-", Path(path).stem).strip("-._") or "text"
+        names = chain([stem], (f"{stem}-{number}" for number in count(2)))
+        found[next(name for name in names if name not in found and name not in taken)] = path
+    return [{"name": name, "path": path} for name, path in found.items()]
 
 
 _NOT_A_NAME = re.compile(r"^[^A-Za-z0-9]+|[^\w.-]+")

@@ -68,7 +68,7 @@ def convert(
         patches = init.patches(checkpoint, plan.kv_source_layers, plan.kv_heads, calibration, staging)
         steps = init.steps(plan.kv_source_layers, calibration, every=fewer)
         bar = progress(steps, "matching", unit="step", counts="matching") if steps else _tensors(plan)
-        with naming_not_finite(checkpoint), bar:
+        with naming_not_finite(checkpoint, plan.unused), bar:
             fits = _write(plan, checkpoint, patches, staging, max_shard_size)
         made = manifest(plan, checkpoint, calibration, named or {}) | _head_groups(plan, fits)
         write_json(staging / MANIFEST, made | {"tokenizer": tokenizer})

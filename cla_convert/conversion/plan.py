@@ -51,8 +51,10 @@ class Plan:
     """Estimate of the peak: the program, what is pooled or fitted at a time, the activations of calibrated pooling."""
     activation_bytes: int
     """Of these, the activations, in float32: half as many on a GPU with room for them, on disk where memory lacks."""
+    unused: set[str]
+    """Names of what of the checkpoint no model reads."""
     left_out: list[str]
-    """What of the checkpoint is in no output, in sentences."""
+    """The same in sentences."""
     warnings: list[str]
     """Those, and what else should be known before."""
     choice: Choice | None = None
@@ -205,6 +207,7 @@ def make_plan(
         + 10**6,
         memory_bytes=_PROGRAM + working + streams,
         activation_bytes=streams,
+        unused=unused,
         left_out=(left_out := _left_out(shape.model_type, unused - ahead, ahead)),
         warnings=[*left_out, *_warnings(checkpoint, shape, each, sources)],
         choice=choice,

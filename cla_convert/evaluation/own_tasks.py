@@ -104,10 +104,8 @@ class OwnTasks:
         if self.folder is None or not own & self.names:
             return None
         named = {file for part in own for file in self.files.get(part, [])}
-        found = hashlib.sha256()
-        for path in sorted(named | set(_below(self.folder, "py"))):
-            found.update(hashlib.sha256(path.read_bytes()).digest())
-        return found.hexdigest()
+        files = named | set(_below(self.folder, "py"))
+        return hashlib.sha256(b"".join(sorted(hashlib.sha256(p.read_bytes()).digest() for p in files))).hexdigest()
 
     def failed(self, name: str, error: Exception) -> InputError:
         """The refusal of a task of this folder that lm-eval cannot build or score."""

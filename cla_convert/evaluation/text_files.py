@@ -67,12 +67,27 @@ def beginning(
     `first` as for `packed`.
     """
     length = min(text.window, tokens)
-    wanted, ids = tokens // length * length, torch.empty(0, dtype=torch.long)
-    for some in _ids(text, tokenizer):
-        ids = torch.cat((ids, torch.tensor(some, dtype=torch.long)))[:wanted]
-        if len(ids) == wanted:
-            break
+    ids = torch.tensor(_first_ids(text, tokenizer, tokens // length * length), dtype=torch.long)
     return packed(ids, min(length, len(ids)), first) if len(ids) > 1 else None
+
+
+def _first_ids(text: TextFile, tokenizer: "PreTrainedTokenizerBase", wanted: int) -> list[int]:
+    """The first so many ids of a text, or all if it has no more, from not much more of it than they take.
+
+    Where a text is cut its last tokens are others than of the whole, so some more are asked for.
+    """
+    characters = _LETTERS * (wanted + _SPARE)
+    while True:
+        most = characters if text.characters is None else min(characters, text.characters)
+        part = text.model_copy(update={"characters": most})
+        ids = [one for some in _ids(part, tokenizer) for one in some]
+        if len(ids) >= wanted + _SPARE or sum(map(len, _blocks(part))) < characters:
+            return ids[:wanted]
+        characters *= 4
+
+
+_LETTERS, _SPARE = 8, 64
+"""Characters for a token, to begin with; tokens at a cut that do not count."""
 
 
 def packed(ids: torch.Tensor, length: int, first: Sequence[int]) -> torch.Tensor:

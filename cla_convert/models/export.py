@@ -292,8 +292,8 @@ def export_model(
         kept = [part.name for name, parts in files.parts.items() if name in unchanged for part in parts]
         for part in [*kept, *sorted(files.unused)]:
             info = source.tensors[part]
-            writer.copy(source.stored_name(part), template / info.file, info.start)
-        writer.copy_others(source)
+            writer.copy(source.stored_name(part), template / info.file, info.start, look=False)  # `convert` has
+        writer.copy_others(source, look=False)
         for name in (name for name in files.parts if name not in unchanged):
             for part, tensor in files.split(name, tensors[name].detach()).items():
                 dtype = getattr(torch, FLOATING[source.tensors[part].dtype])

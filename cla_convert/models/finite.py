@@ -5,13 +5,14 @@ these are the largest of all whole numbers of that width.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from io import FileIO
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..console import progress
 from ..errors import InputError, NotFiniteError
 from .headers import FLOATING, TensorInfo
 
@@ -59,15 +60,16 @@ def infinite(name: str, dtype: str) -> NotFiniteError:
 
 
 @contextmanager
-def naming_not_finite(checkpoint: "Checkpoint") -> Iterator[None]:
-    """What stumbles over NaN is seldom where it is from: then, and only then, all of a source is read.
+def naming_not_finite(checkpoint: "Checkpoint", unused: Collection[str]) -> Iterator[None]:
+    """What stumbles over NaN is seldom where it is from: then, and only then, all of a source is read but `unused`.
 
     Raises InputError if its weights are not finite; else what was raised.
     """
     try:
         yield
     except (NotFiniteError, ValueError, RuntimeError) as error:  # of SciPy and of torch: matrices that have no roots
-        if not (names := _not_finite(checkpoint)):
+        other = isinstance(error, RuntimeError) and type(error).__name__ != "_LinAlgError"  # such as too little memory
+        if other or not (names := _not_finite(checkpoint, unused)):
             raise
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise InputError(
@@ -77,14 +79,17 @@ def naming_not_finite(checkpoint: "Checkpoint") -> Iterator[None]:
         ) from error
 
 
-def _not_finite(checkpoint: "Checkpoint") -> list[str]:
+def _not_finite(checkpoint: "Checkpoint", unused: Collection[str]) -> list[str]:
     """Names, as they are stored, of all tensors of a checkpoint that hold NaN or infinity; reads every file."""
+    looked_at = {n: info for n, info in (checkpoint.whole or checkpoint.tensors).items() if n not in unused}
     found = []
-    for name, info in checkpoint.as_stored(checkpoint.whole or checkpoint.tensors).items():
-        with (checkpoint.folder / info.file).open("rb", buffering=0) as file:
-            file.seek(info.start)
-            if not finite_rest(file, info.dtype, info.nbytes):
-                found.append(name)
+    with progress(len(looked_at), "looking for NaN", unit="tensor", leave=False) as bar:
+        for name, info in checkpoint.as_stored(looked_at).items():
+            with (checkpoint.folder / info.file).open("rb", buffering=0) as file:
+                file.seek(info.start)
+                if not finite_rest(file, info.dtype, info.nbytes):
+                    found.append(name)
+            bar.update()
     return sorted(found)
 
 

@@ -17,6 +17,7 @@ from .checkpoint import Checkpoint
 from .export import IMPLEMENTATIONS, cla_classes, stays_float32
 from .families import Family
 from .headers import FLOATING, TensorInfo
+from .packed import refuse_scales
 from .whole import Around, cannot_be_built
 
 _OTHER_CONFIG = "Check that config.json belongs to the weights."
@@ -111,6 +112,7 @@ def _unused(cls: Any, settings: Any, tensors: Mapping[str, TensorInfo]) -> set[s
     _refuse_misshapen([(str(name), tuple(has), tuple(needs)) for name, has, needs in found["mismatched_keys"]])
     unused = set(found["unexpected_keys"])
     if unknown := unused - tensors.keys():
+        refuse_scales(unused, tensors)
         raise InputError(
             f"The checkpoint stores {_some(unknown)} under another name",
             why=f"transformers renames them, and finds no place for them in a {cls.__name__}.",

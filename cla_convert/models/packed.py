@@ -42,10 +42,11 @@ def refuse_scales(unused: Collection[str], stored: Collection[str]) -> None:
     Scales of activations and of the cache (`input_scale`, `k_scale`) are none of these: weights are right without.
 
     Args:
-        unused: names of what no model reads.
+        unused: names of what no model reads; those that transformers has renamed tell only that there are some.
         stored: names of all that is stored.
     """
-    scales = {name: weight for name in unused if (weight := _scaled(name)) in stored}
+    renamed = any(name not in stored and _scaled(name) for name in unused)
+    scales = {name: weight for name in (stored if renamed else unused) if (weight := _scaled(name)) in stored}
     if scales:
         name = min(scales)
         more = f", and {len(scales) - 1} others are alike" if len(scales) > 1 else ""

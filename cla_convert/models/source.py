@@ -74,6 +74,11 @@ def open_headers(
 _NAME = "Name a hub id, a local folder or a .gguf file: source.model in the recipe, or --set source.model=NAME."
 
 
+def is_place(model: str) -> bool:
+    """Whether `model` can only be a path: it is written as one, or is no possible id of the hub."""
+    return model.startswith((".", "/", "~")) or model.endswith(".gguf") or not _HUB_ID.fullmatch(model)
+
+
 def local_path(model: str) -> Path | None:
     """The folder or .gguf file that `model` names; None for a hub id. Raises InputError."""
     if not model:
@@ -86,7 +91,7 @@ def local_path(model: str) -> Path | None:
         raise InputError(f"{path} is not a model", fix=fix)
     if path.exists():
         return path
-    if model.startswith((".", "/", "~")) or model.endswith(".gguf") or not _HUB_ID.fullmatch(model):
+    if is_place(model):
         meant = _PAGE.match(model) or _WITH_SLASH.fullmatch(model)
         hint = f" Did you mean {meant[1]!r}?" if meant else did_you_mean_path(path)
         raise InputError(f"There is no model at {model!r}.{hint}", fix="Check the path, or give a hub id (owner/name).")

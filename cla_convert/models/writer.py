@@ -9,7 +9,7 @@ from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError
+from ..errors import InputError, NotFiniteError
 from ..files import check_place, write_json
 from ..staging import claimed, staged
 from .checkpoint import INDEX, Checkpoint, bytes_of
@@ -62,18 +62,25 @@ class ShardWriter:
         with self._at(name) as file:
             _write_all(file, bytes_of(tensor.cpu().contiguous()))
 
-    def copy(self, name: str, source: Path, start: int) -> None:
-        """Write a tensor that lies in the file `source` from byte `start` on, as it is. Raises InputError likewise."""
+    def copy(self, name: str, source: Path, start: int, *, look: bool = True) -> None:
+        """Write a tensor that lies in the file `source` from byte `start` on, as it is.
+
+        Raises InputError likewise; of a tensor that nobody is to look at, only if the disk is full.
+        """
         info = self._tensors[name]
         with source.open("rb", buffering=0) as reader, self._at(name) as file:
             reader.seek(start)
-            if not _copy_finite(reader, file, info.dtype, info.nbytes):
-                raise infinite(name, TORCH_NAMES[info.dtype])
+            if not _copy_finite(reader, file, info.dtype if look else "", info.nbytes):
+                raise NotFiniteError(
+                    f"{name} holds NaN or infinity",
+                    why=f"It does in {source}, from where it is copied as it is.",
+                    fix="Download the model again, or mend it.",
+                )
 
-    def copy_others(self, source: Checkpoint) -> None:
+    def copy_others(self, source: Checkpoint, *, look: bool = True) -> None:
         """Write what stands around the language model of a checkpoint, as it is. Raises InputError likewise."""
         for name, info in source.others.items():
-            self.copy(name, source.folder / info.file, info.start)
+            self.copy(name, source.folder / info.file, info.start, look=look)
 
     def finish(self) -> None:
         """Check that nothing is missing."""

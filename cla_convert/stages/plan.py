@@ -114,11 +114,11 @@ def _choice(recipe: Recipe, folder: RunFolder, checkpoint: "Checkpoint") -> "Cho
     from ..conversion.supported import check_convertible
     from ..models.finite import naming_not_finite
 
-    family, shape, *_ = check_convertible(checkpoint)
+    family, shape, unused, _ = check_convertible(checkpoint)
     heads = check_kv_heads(recipe.convert.kv_heads, family, shape)
     looks_at = calibration(recipe, folder)
     assert looks_at is not None, "the recipe's schema wants `init: calibrated` here"
-    with naming_not_finite(checkpoint):
+    with naming_not_finite(checkpoint, unused):
         return choose(checkpoint, shape, heads, recipe.convert.kv_budget, looks_at, cache_of("damage"))
 
 

@@ -86,6 +86,10 @@ def test_a_source_that_was_moved_may_be_linked(model, tmp_path):
     with pytest.raises(UsageError) as caught:
         check_same_recipe(run, Recipe.model_validate({"source": {"model": str(model)}}), False)
     assert "link" not in caught.value.fix
+    run.save_recipe(Recipe.model_validate({"source": {"model": "HuggingFaceTB/SmolLM2-135M"}}))
+    with pytest.raises(UsageError) as caught:
+        check_same_recipe(run, Recipe.model_validate({"source": {"model": str(model)}}), False)
+    assert "link" not in caught.value.fix  # a hub id is no place
 
 
 def test_verify_says_that_there_is_no_tokenizer(model, tmp_path):

@@ -16,6 +16,7 @@ import pytest
 
 from cla_convert import console
 from cla_convert.cli import app, main
+from cla_convert.cli.words import texts_in
 from cla_convert.environment import command_line
 from cla_convert.errors import ClaError
 from cla_convert.refusals import is_refusal, refusal
@@ -154,7 +155,8 @@ THEIRS = re.compile(r"Input should|value_error|Invalid value|unable to parse|val
         ("eval source --backend tgi", 2, "--backend: must be 'hf' or 'vllm' (got 'tgi')"),
         ("eval source --tasks ,", 2, "No tasks to evaluate, and no texts"),
         ("eval source --perplexity nothere.txt", 3, "eval.perplexity nothere: nothere.txt cannot be read"),
-        ("eval source --perplexity a/b.txt --perplexity b.txt", 2, "every text needs a name of its own"),
+        ("eval source --perplexity a/b.txt --perplexity b.txt", 3, "eval.perplexity b: a/b.txt cannot be read"),
+        ("eval source --perplexity wikitext.txt", 3, "eval.perplexity wikitext: wikitext.txt cannot be read"),
         ("eval ./nothere", 3, "There is no model at './nothere'"),
         ("uptrain converted tr --tokens many", 2, "--tokens: 'many' is not a number of tokens"),
         ("run demo --out run --set train.learning_rate=abc", 2, "learning_rate: must be a number, or 'auto' (got"),
@@ -404,3 +406,9 @@ def test_a_gate_without_results_says_which_command_makes_them(models: Path, tmp_
         app(["report", str(run), "--gate"], standalone_mode=False)
     assert caught.value.exit_code == 4 and "not been evaluated" in str(caught.value)
     assert "Uptrain longer" not in str(caught.value) and "cla-convert run" in caught.value.fix
+
+
+def test_texts_are_named_as_their_files_are():
+    paths = ["law.txt", "a/law.txt", "held_out.txt", "./piqa.txt", "b/law.md", "Zwei Wörter.txt", "..."]
+    names = [text["name"] for text in texts_in(paths, ["held_out", "piqa"])]
+    assert names == ["law", "law-2", "held_out-2", "piqa-2", "law-3", "Zwei-Wörter", "text"]

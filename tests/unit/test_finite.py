@@ -12,6 +12,8 @@ from cla_convert.conversion.text import CalibrationText
 from cla_convert.errors import InputError, NotFiniteError
 from cla_convert.models import finite, writer
 from cla_convert.models.checkpoint import Checkpoint
+from cla_convert.models.export import export_model
+from cla_convert.models.finite import naming_not_finite
 from cla_convert.models.headers import FLOATING, TORCH_NAMES
 from cla_convert.models.writer import ShardWriter
 
@@ -49,7 +51,7 @@ def test_every_float_wherever_it_stands(code, in_the_kernel, tmp_path, monkeypat
     for number, (place, value) in enumerate([(0, "nan"), (5000, "inf"), (LARGEST - 1, "-inf"), (9000, "-nan")]):
         spoiled = tensor.clone()
         spoiled[place] = float(value)
-        with pytest.raises(NotFiniteError, match=f"t is not finite in {FLOATING[code]}"):
+        with pytest.raises(NotFiniteError, match="t holds NaN or infinity"):
             copied(tmp_path / str(number), spoiled)
 
 
@@ -99,3 +101,33 @@ def test_the_tensor_that_holds_it_is_named_whatever_stumbles_over_it(name, init,
         convert(make_plan(source, sharing="cla2", init=init), source, tmp_path / "out", calibration=text)
     assert name in caught.value.why and "more" not in caught.value.why
     assert not (tmp_path / "out").exists()
+
+
+def test_training_is_not_lost_for_what_was_not_looked_at_before(tmp_path):
+    """Outputs of earlier versions can hold a NaN where training never comes: it stays, and nothing is refused."""
+    source = Checkpoint.open(save_tiny("llama", tmp_path / "m"))
+    convert(make_plan(source, sharing="cla2", init="mean"), source, tmp_path / "out")
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
+    trained = {name: tensor + 1 for name, tensor in weights.items() if name != "model.norm.weight"}
+    export_model(trained, template=tmp_path / "out", out=tmp_path / "new", unchanged=["model.norm.weight"])
+    found = load_file(tmp_path / "new" / "model.safetensors")
+    assert found["model.norm.weight"].isnan().tolist() == weights["model.norm.weight"].isnan().tolist()
+    assert all(torch.equal(found[name], tensor) for name, tensor in trained.items())
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("no kernel")])
+def test_other_failures_are_told_as_they_are(error, tmp_path):
+    """All of a large model would be read, and what no model uses could be blamed."""
+    folder = save_tiny("llama", tmp_path / "m")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][0] = float("inf")
+    weights["model.layers.0.left_over"] = torch.tensor([float("nan")])
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(type(error), match=str(error)), naming_not_finite(Checkpoint.open(folder), ()):
+        raise error
+    named = pytest.raises(InputError, match="The weights in .* are not finite")
+    with named as caught, naming_not_finite(Checkpoint.open(folder), ["model.layers.0.left_over"]):
+        raise NotFiniteError("activations")
+    assert "model.norm.weight." in caught.value.why and "left_over" not in caught.value.why

@@ -112,6 +112,21 @@ def test_scales_beside_ordinary_weights_are_no_leftovers(form, case, tmp_path):
             load(folder)
 
 
+@pytest.mark.parametrize("case", ["mixtral", "phimoe"])
+def test_scales_of_experts_which_have_other_names_when_loaded(case, tmp_path):
+    """transformers stacks what is stored as w1, w2, w3 of each expert, and tells of what is left under new names."""
+    folder = save_tiny(case, tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    scaled = {name: weight for name, weight in weights.items() if name.endswith(".w2.weight")}
+    scales = {f"{name}_scale": torch.tensor(3.0) for name in scaled}
+    save_file(weights | {name: weight / 3 for name, weight in scaled.items()} | scales,
+              folder / "model.safetensors", metadata={"format": "pt"})  # fmt: skip
+    assert "experts.0.w2.weight is to be multiplied" in refusal(folder).what
+    for load in (load_model, lambda folder: Unfilled(folder, dtype=torch.float32, device="cpu")):
+        with pytest.raises(InputError, match="The model's weights are quantised: .*w2"):
+            load(folder)
+
+
 @pytest.mark.parametrize("case", ["llama", "phi3"])
 def test_scales_of_activations_and_of_the_cache_are_left_out(case, tmp_path):
     folder = stored(case, tmp_path / "m", BESIDE)

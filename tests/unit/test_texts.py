@@ -9,6 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
 
 from cla_convert.errors import InputError
 from cla_convert.evaluation import text_files
@@ -108,11 +112,23 @@ def test_of_a_long_text_a_part_at_a_time_is_in_memory_and_the_numbers_stay(
 
     tokenizer.given.clear()
     some = text_files.beginning(text, tokenizer, 100, first=[0])
-    assert some is not None and sum(tokenizer.given) <= 256
+    assert some is not None and sum(tokenizer.given) <= 8 * (100 + 64) < len(read)
     assert [row[1:] for row in some.tolist()] == [tokenizer(read).input_ids[i : i + 48][1:] for i in (0, 48)]
     assert some[:, 0].tolist() == [0, 0]
     few = text_files.beginning(text, tokenizer, 20)
     assert few is not None and few.shape == (1, 20)
+
+
+def test_letters_of_a_token_are_found_out(tmp_path: Path) -> None:
+    """A tokenizer with long words gives few tokens for the first characters: more are read until there are enough."""
+    words = Tokenizer(WordLevel({"[UNK]": 0, "a" * 50: 1, "b" * 90: 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", eos_token="[UNK]")
+    (tmp_path / "t.txt").write_text(f"{'a' * 50} {'b' * 90} " * 400)
+    text = TextFile(name="t", path=str(tmp_path / "t.txt"), window=32)
+    for tokens, found in ((256, 256), (700, 672), (2000, 800)):
+        rows = text_files.beginning(text, tokenizer, tokens)
+        assert rows is not None and rows.flatten().tolist() == [1, 2] * (found // 2)
 
 
 def rows() -> torch.Tensor:
