@@ -56,7 +56,7 @@ def evaluate(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Score a model with lm-eval, or by its perplexity on texts of one's own.
+    """Score a model with lm-eval, or on texts of one's own.
 
     Without --tasks: the offline pack that ships with the package. With a network: any stock task by name. Also:
     passkey and needle (retrieval in long contexts), and perplexity of text files.
