@@ -3,7 +3,7 @@
 import gc
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from cla_convert.console import hush
 
 torch.set_num_threads(1)  # models this small only wait for each other's threads
 
@@ -28,6 +30,13 @@ def pytest_collection_finish() -> None:
 def _same_numbers() -> None:
     """Nothing passes, or fails, by the numbers it drew."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _nobody_stays_hushed() -> Iterator[None]:
+    """`-q` of a command that a test runs in this process is that test's alone."""
+    yield
+    hush(False)
 
 
 def wait_for(reached: Callable[[], object]) -> None:
