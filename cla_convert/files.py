@@ -111,12 +111,15 @@ def load_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`.
 
     Raises:
-        InputError: it is missing, cannot be read, or holds no JSON object; so a damaged file is never taken for none.
+        InputError: it is missing, cannot be read, is in an encoding that transformers does not read, or holds no JSON
+            object; so a damaged file is never taken for none.
     """
     try:
         if (size := path.stat().st_size) > LARGEST_JSON:
             raise ValueError(f"it has {size} bytes, more than {LARGEST_JSON}")
-        value = json.loads(path.read_bytes())
+        data = path.read_bytes()
+        _refuse_mark(path, data)
+        value = json.loads(data)
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist") from error
     except OSError as error:
@@ -143,11 +146,8 @@ def refuse_pointer(path: Path) -> None:
         )
 
 
-def refuse_mark(path: Path) -> None:
-    """Raise InputError if a JSON file that transformers reads, too, is in an encoding that only we understand."""
-    with path.open("rb") as file:
-        start = file.read(4)
-    if start.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")) or b"\0" in start:
+def _refuse_mark(path: Path, data: bytes) -> None:
+    if data.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:4]:
         raise InputError(
             f"{path} is not plain UTF-8",
             why="It begins with a byte order mark (of Windows' editors) or is UTF-16; transformers reads neither.",

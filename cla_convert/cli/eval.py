@@ -73,11 +73,9 @@ def evaluate(
         "eval.backend": backend,
     }
     if perplexity:
-        without = load(recipe, sets, options)
-        if "eval.tasks" not in without.origins:  # nobody who names a text alone waits for tasks
-            options["eval.tasks"] = []
-        named = without.recipe.eval.tasks if "eval.tasks" in without.origins else []
-        options["eval.perplexity"] = texts_in(perplexity, ["held_out", *named])
+        given = load(recipe, sets, options)  # nobody who names a text alone waits for tasks
+        named = given.recipe.eval.tasks if "eval.tasks" in given.origins else []
+        options |= {"eval.tasks": named, "eval.perplexity": texts_in(perplexity, ["held_out", *named])}
     settings = settings_of(recipe, sets, options)
     if out:
         check_place(out)

@@ -115,15 +115,16 @@ def measure_texts(
             lambda: {**_scored(row_windows(load(model_dir), rows, batch_size=size)), "text": texts.text},
         )  # fmt: skip
     source = texts.source
+    other = None if source == model_dir else source
     compared = {f"agreement/{name}": part for name, part in texts.compared.items()}
     if texts.agreement_rows is not None:
         compared["agreement"] = texts.agreement_rows
-    other = None if source is None or source == model_dir else source
-    for name, part in compared.items() if other else ():
-        once(
-            name, [digest_of(part), other and fingerprint(other)], len(part),
-            lambda part=part: agreement(load(model_dir), load(other), part, batch_size=size),
-        )  # fmt: skip
+    if other:
+        for name, part in compared.items():
+            once(
+                name, [digest_of(part), fingerprint(other)], len(part),
+                lambda part=part: agreement(load(model_dir), load(other), part, batch_size=size),
+            )  # fmt: skip
     if texts.domains:
         key = [{name: digest_of(rows) for name, rows in texts.domains.items()}, source and fingerprint(source)]
         count = sum(map(len, texts.domains.values()))

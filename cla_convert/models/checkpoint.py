@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from ..files import load_json, refuse_mark, stays_in
+from ..files import load_json, stays_in
 from .families import FAMILIES, Family, as_transformers_reads, without_strays
 from .headers import ELEMENT_SIZE, FLOATING, TORCH_NAMES, TensorInfo, read_header
 from .shape import positions_of, shape_of
@@ -59,7 +59,6 @@ class Checkpoint:
         """
         refuse_adapter(folder)
         config = as_transformers_reads(load_json(folder / "config.json"))
-        refuse_mark(folder / "config.json")
         tensors: dict[str, TensorInfo] = {}
         for file, promised in _weight_files(folder).items():
             header = read_header(folder / file)
@@ -195,13 +194,8 @@ def _split_fused(tensors: dict[str, TensorInfo], family: Family, config: dict[st
     rows = shape_of(config).projection_rows
     split: dict[str, TensorInfo] = {}
     for name, info in tensors.items():
-        place = family.place(name)
-        if (
-            place is None
-            or place.module != family.fused
-            or place.part not in ("weight", "bias")
-            or (info.dtype not in FLOATING)
-        ):
+        place, ordinary = family.place(name), info.dtype in FLOATING
+        if not (place and place.module == family.fused and place.part in ("weight", "bias") and ordinary):
             split[name] = info
             continue
         if info.shape[:1] != (sum(rows.values()),):
@@ -223,7 +217,6 @@ def _weight_files(folder: Path) -> dict[str, set[str]]:
     if (folder / INDEX).exists():
         files: dict[str, set[str]] = {}
         weight_map = load_json(folder / INDEX).get("weight_map")
-        refuse_mark(folder / INDEX)
         if not isinstance(weight_map, dict) or not weight_map:
             raise InputError(f"{folder / INDEX} has no weight_map", fix="Download the model again.")
         for name, file in weight_map.items():

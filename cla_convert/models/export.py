@@ -71,7 +71,7 @@ def load_model(
         )  # fmt: skip
         model, info = loaded
     refuse_missing(folder, info["missing_keys"])
-    if model.config.to_dict().get("quantization_config") is None:
+    if info["unexpected_keys"] and model.config.to_dict().get("quantization_config") is None:
         refuse_scales(info["unexpected_keys"], Checkpoint.open(folder, as_stored=True).tensors)
     return (model if parts else model.to(device)).eval()
 
@@ -290,9 +290,10 @@ def export_model(
     with publishing(out, overwrite=overwrite) as staging:
         writer = ShardWriter(staging, source.as_stored(source.tensors), SHARD_SIZE)
         kept = [part.name for name, parts in files.parts.items() if name in unchanged for part in parts]
+        # What is as it was is not looked at: `convert` has, and a training is not to be lost for it.
         for part in [*kept, *sorted(files.unused)]:
             info = source.tensors[part]
-            writer.copy(source.stored_name(part), template / info.file, info.start, look=False)  # `convert` has
+            writer.copy(source.stored_name(part), template / info.file, info.start, look=False)
         writer.copy_others(source, look=False)
         for name in (name for name in files.parts if name not in unchanged):
             for part, tensor in files.split(name, tensors[name].detach()).items():

@@ -50,15 +50,6 @@ def finite_rest(file: FileIO, dtype: str, count: int, seen: Callable[[memoryview
     return True
 
 
-def infinite(name: str, dtype: str) -> NotFiniteError:
-    """The error for a tensor that cannot be written."""
-    return NotFiniteError(
-        f"{name} is not finite in {dtype}",
-        why="It was not before, or its values are larger than this dtype can hold.",
-        fix="Ask for another dtype (--dtype bfloat16 or float32; source.dtype), or check the source's weights.",
-    )
-
-
 @contextmanager
 def naming_not_finite(checkpoint: "Checkpoint", unused: Collection[str]) -> Iterator[None]:
     """What stumbles over NaN is seldom where it is from: then, and only then, all of a source is read but `unused`.

@@ -20,19 +20,18 @@ def refuse_packed(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) 
     settings = config.get("quantization_config")
     if settings is None and not packed:
         return
-    method = settings.get("quant_method") if isinstance(settings, dict) else None
-    said = (
-        f"config.json has a quantization_config{f' ({str(method)[:100]})' if method else ''}"
-        if settings is not None
-        else ""
-    )
-    held = f"{min(packed)[:200]} holds {tensors[min(packed)].dtype}" if packed else ""
+    signs, fix = [], _FIX
+    if settings is not None:
+        method = settings.get("quant_method") if isinstance(settings, dict) else None
+        signs.append("config.json has a quantization_config" + (f" ({str(method)[:100]})" if method else ""))
+    if packed:
+        signs.append(f"{min(packed)[:200]} holds {tensors[min(packed)].dtype}")
+    else:
+        fix += " If the weights are ordinary ones again, take quantization_config out of config.json."
     raise InputError(
         "The model's weights are quantised",
-        why=f"{' and '.join(filter(None, (said, held)))}: packed numbers cannot be pooled or fitted.",
-        fix=_FIX
-        if packed
-        else f"{_FIX} If the weights are ordinary ones again, take quantization_config out of config.json.",
+        why=f"{' and '.join(signs)}: packed numbers cannot be pooled or fitted.",
+        fix=fix,
     )
 
 
@@ -60,4 +59,7 @@ def refuse_scales(unused: Collection[str], stored: Collection[str]) -> None:
 def _scaled(name: str) -> str:
     """The weight that a tensor of this name would be a scale of."""
     module, _, own = name.rpartition(".")
-    return f"{module}.weight" if own in _OF_MODULE else _OF_TENSOR.sub("", name) if _OF_TENSOR.search(name) else ""
+    if own in _OF_MODULE:
+        return f"{module}.weight"
+    weight = _OF_TENSOR.sub("", name)
+    return weight if weight != name else ""

@@ -13,7 +13,7 @@ from ..errors import InputError, NotFiniteError
 from ..files import check_place, write_json
 from ..staging import claimed, staged
 from .checkpoint import INDEX, Checkpoint, bytes_of
-from .finite import finite_rest, infinite
+from .finite import finite_rest
 from .headers import ELEMENT_SIZE, TORCH_NAMES, TensorInfo
 
 if TYPE_CHECKING:
@@ -154,7 +154,11 @@ def _refuse_infinite(name: str, tensor: "Tensor") -> None:
     if not tensor.is_floating_point() or not tensor.numel():
         return
     if not all(end.isfinite() for end in tensor.aminmax()):  # NaN wins; needs no memory
-        raise infinite(name, str(tensor.dtype).removeprefix("torch."))
+        raise NotFiniteError(
+            f"{name} is not finite in {str(tensor.dtype).removeprefix('torch.')}",
+            why="It was not before, or its values are larger than this dtype can hold.",
+            fix="Ask for another dtype (--dtype bfloat16 or float32; source.dtype), or check the source's weights.",
+        )
 
 
 def infos_of(state: "Mapping[str, Tensor]") -> dict[str, TensorInfo]:
