@@ -156,6 +156,7 @@ THEIRS = re.compile(r"Input should|value_error|Invalid value|unable to parse|val
         ("eval source --tasks ,", 2, "No tasks to evaluate, and no texts"),
         ("eval source --perplexity nothere.txt", 3, "eval.perplexity nothere: nothere.txt cannot be read"),
         ("eval source --perplexity a/b.txt --perplexity b.txt", 3, "eval.perplexity b: a/b.txt cannot be read"),
+        ("eval source --tasks piqa --perplexity piqa.txt", 3, "eval.perplexity piqa-2: piqa.txt cannot be read"),
         ("eval source --perplexity wikitext.txt", 3, "eval.perplexity wikitext: wikitext.txt cannot be read"),
         ("eval ./nothere", 3, "There is no model at './nothere'"),
         ("uptrain converted tr --tokens many", 2, "--tokens: 'many' is not a number of tokens"),

@@ -126,8 +126,9 @@ def test_letters_of_a_token_are_found_out(tmp_path: Path) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", eos_token="[UNK]")
     (tmp_path / "t.txt").write_text(f"{'a' * 50} {'b' * 90} " * 400)
     text = TextFile(name="t", path=str(tmp_path / "t.txt"), window=32)
-    for tokens, found in ((256, 256), (700, 672), (2000, 800)):
-        rows = text_files.beginning(text, tokenizer, tokens)
+    for window, tokens, found in ((32, 256, 256), (32, 700, 672), (32, 2000, 800), (27, 54, 54)):
+        # of 54 tokens the last would be read in part: 4 * 8 * (54 + 64) characters end within it
+        rows = text_files.beginning(text.model_copy(update={"window": window}), tokenizer, tokens)
         assert rows is not None and rows.flatten().tolist() == [1, 2] * (found // 2)
 
 
@@ -268,6 +269,13 @@ def test_text_that_changed_since_training_is_told(
     assert texts_of(recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"perplexity": []})}), folder)
     none = folder.evaluation.domains.read()
     assert none is not None and none.domains == known.domains and none.texts == {}
+    texts_of(recipe, folder)
+    assert folder.evaluation.domains.read() == known
+    (tmp_path / "mine.txt").write_text("of something else " * 60)
+    texts_of(recipe, folder)
+    other = folder.evaluation.domains.read()
+    assert other is not None and other.texts["mine"]["contained"] == 0 and other.domains == known.domains
+    (tmp_path / "mine.txt").write_text(mine)
     texts_of(recipe, folder)
     assert folder.evaluation.domains.read() == known
     more = {"objective": "distill", "first_loss": 2.0, "validation": [], "processes": 1, "data_digest": first.text}

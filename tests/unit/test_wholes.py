@@ -13,7 +13,7 @@ from cla_convert.conversion.convert import convert
 from cla_convert.conversion.inspect import inspect_model, render
 from cla_convert.conversion.plan import make_plan
 from cla_convert.models.checkpoint import Checkpoint
-from cla_convert.models.export import load_model
+from cla_convert.models.export import export_model, load_model
 from cla_convert.models.whole_rows import WHOLES
 from cla_convert.report.model_card import write_first_card
 from tests.conftest import byte_tokenizer
@@ -54,6 +54,20 @@ def assert_alike(language, whole):
     scale = getattr(language.config, "logit_scale", None) or 1  # transformers' Aya Vision leaves it out
     found, wanted = language(TEXT).logits / scale, whole(TEXT).logits
     assert torch.allclose(found, wanted, atol=1e-5 * wanted.abs().max())
+
+
+def test_what_sees_images_is_not_looked_at_when_a_training_is_published(tmp_path):
+    """Outputs of earlier versions can hold a NaN there, where no training comes."""
+    save_whole("gemma3", tmp_path / "source")
+    name = min(converted(tmp_path / "source", tmp_path / "out", "cla2").others)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    stored[name].view(-1)[0] = float("nan")
+    save_file(stored, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
+    model = load_model(tmp_path / "out", dtype=torch.float32)
+    export_model(model, template=tmp_path / "out", out=tmp_path / "trained")
+    found = load_file(tmp_path / "trained" / "model.safetensors")
+    assert torch.equal(found.pop(name).isnan(), stored.pop(name).isnan())
+    assert all(torch.equal(found[name], tensor) for name, tensor in stored.items()) and found.keys() == stored.keys()
 
 
 def test_every_row_has_a_case():
