@@ -162,9 +162,14 @@ def test_settings_are_those_of_the_arm_last(listed: list[str], tmp_path: Path):
             read()
 
 
-def test_a_page_says_by_how_many_tokens_a_run_is_ahead(tmp_path: Path, listed: list[str]):
+def test_a_page_says_by_how_many_tokens_a_run_is_ahead(
+    tmp_path: Path, listed: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    import page as module
     from page import write_page
 
+    drawn, draw = list[set[str]](), module.draw_domains
+    monkeypatch.setattr(module, "draw_domains", lambda runs: drawn.extend(map(set, runs.values())) or draw(runs))
     place = Place(tmp_path / "out")
     found = read_comparison(
         tmp_path / "arms.yaml", tmp_path / "size.yaml", models={}, assignments=[], only=["pairs*", "broken*"]
@@ -178,7 +183,10 @@ def test_a_page_says_by_how_many_tokens_a_run_is_ahead(tmp_path: Path, listed: l
         environment["versions"] |= {"cla-convert": "1", "transformers": "5"}
         (folder / "environment.json").write_text(json.dumps(environment | {"started": "2026-01-02T03:04"}))
         (folder / "eval" / "before" / "held_out.json").write_text('{"perplexity": 30.0, "identity": "a"}')
+        (folder / "eval" / "after" / "agreement").mkdir()
+        (folder / "eval" / "after" / "agreement" / "mine.json").write_text('{"kl": 9.0, "top1": 0.1, "tokens": 9}')
     states = {name: "done" if "broken" not in name else "not run yet" for name in found.arms}
     page = write_page(found, place, states).read_text()
     assert "pairs-trained has the held-out perplexity at which pairs ends after 2.05k tokens" in page, page
     assert "pairs has the held-out perplexity at which pairs-trained" not in page
+    assert drawn and all(names == {"law", "code", "news"} for names in drawn)  # not every run has texts of one's own

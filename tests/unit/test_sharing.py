@@ -1,11 +1,15 @@
 """Sharing patterns against their definitions, and refusals by name of layer."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cla_convert.conversion.plan import make_plan
 from cla_convert.conversion.sharing import groups_of, picture, sharing_map, validate_map
 from cla_convert.errors import UsageError
+from cla_convert.models.checkpoint import Checkpoint
 
 
 def owners(name: str, layers: int) -> list[int]:
@@ -85,3 +89,14 @@ def test_groups_larger_than_the_model_are_refused():
     for name in ("cla99", "cla9", "cla7-keep-ends"):
         with pytest.raises(UsageError, match="more than there is to share"):
             sharing_map(name, ["full"] * 8)
+
+
+def test_a_plan_says_what_of_its_memory_the_text_takes(tiny_llama: Path):
+    """Two streams a layer of the widest group, and five, of 32 channels in float32."""
+    source = Checkpoint.open(tiny_llama)
+    without = make_plan(source, sharing="cla2", init="calibrated")
+    plan = make_plan(source, sharing="cla2", init="calibrated", calibration_tokens=2**20)
+    assert plan.activation_bytes == plan.memory_bytes - without.memory_bytes == (2 * 2 + 5) * 2**20 * 32 * 4
+    assert "of it 1.1 GiB for activations of the text: 576.0 MiB in the GPU" in plan.render()
+    blind = make_plan(source, sharing="cla2", init="mean", calibration_tokens=2**20)
+    assert blind.activation_bytes == without.activation_bytes == 0 and "activations" not in blind.render()
