@@ -189,9 +189,28 @@ def rehearse(task: Any) -> None:
         filters.apply(asked)
     for name in asked[0].filtered_resps:
         metrics = task.process_results(first.doc, [one.filtered_resps[name] for one in asked])
-        for metric in metrics:
-            if not callable(task.aggregation().get(metric, len)):
-                raise ValueError(f"there is no such aggregation for the metric {metric}")
+        for metric, value in metrics.items():
+            _rehearse_aggregation(task, metric, value)
+
+
+def _rehearse_aggregation(task: Any, metric: str, value: Any) -> None:
+    """Of two such documents, as lm-eval does it once all of them are answered: by the mean where nothing is said."""
+    from lm_eval.api.metrics import mean
+
+    aggregate = task.aggregation().get(metric, mean)
+    if not callable(aggregate):
+        raise ValueError(f"there is no such aggregation for the metric {metric}")
+    try:
+        aggregate([value, value])
+    except (ArithmeticError, ValueError):
+        pass  # two equal documents may be too few for it: a correlation, say
+    except TypeError as error:
+        if metric in task.aggregation():
+            raise
+        raise ValueError(
+            f"process_results gives the metric {metric}, which has no aggregation in metric_list, and values like "
+            f"{value!r} have no mean"
+        ) from error
 
 
 def _response(task: Any, request: Any) -> Any:

@@ -44,6 +44,8 @@ from cla_convert.evaluation.tasks.pack import Rows
 
 def rows(**_): return {{"test": Rows({ROWS!r})}}
 def score(doc, results): return {{"exact": float(results[0] == doc["right"])}}
+def total(items): return len(sum(items))
+def too_few(items): return 1 / (len(items) - 2)
 """
 GROUP = "group: arithmetic\ntask: [sums, piqa]\naggregate_metric_list: [{metric: acc, weight_by_size: false}]\n"
 
@@ -213,6 +215,16 @@ def test_a_group_may_have_stock_tasks(folder: Path, monkeypatch: pytest.MonkeyPa
         ),
         ("sums.yaml", SUMS + "unsafe_code: true\n", "runs code that the model writes"),
         ("helpers.py", HELPERS.replace('doc["right"]', 'doc["nothing"]'), "written.yaml cannot be used\nKeyError"),
+        (
+            "helpers.py",
+            HELPERS.replace('{"exact":', '{"each": [True, False], "exact":'),
+            "written.yaml cannot be used\nValueError: process_results gives the metric each, which has no aggregation",
+        ),
+        (
+            "written.yaml",
+            WRITTEN.replace("aggregation: mean", "aggregation: !function helpers.total"),
+            "written.yaml cannot be used\nTypeError",
+        ),
         ("helpers.py", "def rows(:", "sums.yaml cannot be used\nSyntaxError"),
     ],
 )
@@ -220,6 +232,13 @@ def test_mistakes_are_said_before_any_work(folder: Path, file: str, text: str, t
     (folder / file).write_text(text)
     with pytest.raises(ClaError, match=told):
         harness.check_tasks(spec(folder, "sums", "written"))
+
+
+def test_an_aggregation_that_wants_more_documents_is_no_mistake(folder: Path):
+    (folder / "written.yaml").write_text(
+        WRITTEN.replace("aggregation: mean", "aggregation: !function helpers.too_few")
+    )
+    harness.check_tasks(spec(folder, "written"))
 
 
 def test_a_folder_of_which_nothing_is_named_is_said(folder: Path, capsys: pytest.CaptureFixture[str]):
