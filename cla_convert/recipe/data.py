@@ -91,6 +91,9 @@ class TextSource(Section):
     """Split of the dataset."""
     text_field: str = "text"
     """Column that holds the text, for jsonl, parquet and hub datasets."""
+    messages_field: str | None = None
+    """Column of conversations, read instead of text: lists of turns, {role, content} or {from, value}, which the
+    model's own chat template puts together."""
     document_field: str | None = None
     """Column that names the work a row is a part of: rows of one work stay on one side of the held-out split."""
     weight: float = Field(default=1.0, gt=0)
@@ -103,16 +106,23 @@ class TextSource(Section):
             found = f"not {' and '.join(given)}" if given else "none is given"
             raise ValueError(f"give exactly one of `path`, `dataset` and `generate`; {found}")
         fields = type(self).model_fields
-        useless = [name for name in _FOREIGN[given[0]] if getattr(self, name) != fields[name].default]
+        foreign = [*_FOREIGN[given[0]], *(["text_field"] if self.messages_field else [])]
+        useless = [name for name in foreign if getattr(self, name) != fields[name].default]
         if useless:
-            raise ValueError(f"{', '.join(useless)}: not for a source with `{given[0]}`")
+            kind = given[0] if useless != ["text_field"] or not self.messages_field else "messages_field"
+            raise ValueError(f"{', '.join(useless)}: not for a source with `{kind}`")
         return self
+
+    @property
+    def columns(self) -> list[str]:
+        """What is read of a row: its content first."""
+        return [name for name in (self.messages_field or self.text_field, self.document_field) if name]
 
 
 _FOREIGN = {
     "path": ("config", "revision", "split"),
     "dataset": (),
-    "generate": ("config", "revision", "split", "text_field", "document_field"),
+    "generate": ("config", "revision", "split", "text_field", "messages_field", "document_field"),
 }
 """Kind of source -> settings that mean nothing there: refused, so that nobody believes that they had an effect."""
 

@@ -24,7 +24,7 @@ from ..models.checkpoint import Checkpoint
 from ..models.shape import shape_of
 from ..models.writer import disk_full_is_an_input_error
 from ..recipe import Data, Recipe, Train
-from .mixture import Mixture
+from .mixture import Mixture, share_of_chats
 from .sampling import SourceModel, check_sampling, samples_folder
 from .sequences import Sequences
 from .sources import documents, is_local, local_files, pinned, sample_source
@@ -36,6 +36,10 @@ _WIDER, _VARIED = 16, 1_000_000
 """A little calibration text is taken from so many times as much, up to a million tokens: a few rows each of many
 documents say more than all of a few. Sampled text is too dear for that."""
 _FILES = ("train.bin", "starts.bin", "held_out.bin")
+UNTAUGHT = (
+    "the model has a chat template, and none of the text is conversations: it will follow instructions worse. If that "
+    "matters, make half of the text conversations (docs/uptraining.md, Instruct models)"
+)
 _FORMAT = 11  # raise it when the same settings would give other tokens
 
 
@@ -99,13 +103,22 @@ def say_passes(store: TokenStore, budget: int) -> None:
 
 
 def check_data(recipe: Recipe, tokenizer: Any, source: Path, device: str) -> None:
-    """Open every source of text: is it there, can it be read, can the model be sampled from? Raises InputError."""
+    """Open every source of text: is it there, can it be read, can the model be sampled from? Raises InputError.
+
+    Says so where an instruct model is to be trained without conversations.
+    """
     model = _source_model(source, device)
+    if (
+        recipe.train.tokens
+        and getattr(tokenizer, "chat_template", None)
+        and not any(map(share_of_chats, recipe.data.sources))
+    ):
+        say(UNTAUGHT)
     for text in recipe.data.sources:
         if text.generate:
             check_sampling(model, tokenizer, text.generate)
         else:
-            next(documents(pinned(text), recipe.seed), None)
+            next(documents(pinned(text), recipe.seed, tokenizer), None)
 
 
 def store_for(recipe: Recipe, tokenizer: Any, source: Path, device: str, *, calibrates: bool = True) -> TokenStore:
@@ -186,6 +199,7 @@ def _cache_key(mixture: Mixture) -> str:
         [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files],
         samples,
         [mixture.share, mixture.tokens, mixture.held_out_tokens, mixture.seed],
+        [mixture.tokenizer.chat_template for source in mixture.sources if source.messages_field],
         [vocabulary, leading(mixture.tokenizer), mixture.tokenizer.bos_token_id, mixture.tokenizer.eos_token_id],
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]

@@ -71,7 +71,15 @@ class Mixture:
         _join(held_out, [side.tokens for side in held_out], folder / "held_out.bin")
         for side in [*(part.train for part in parts), *held_out]:
             Path(side.file.name).unlink()
-        return _info(parts, targets, [self._about(source) for source in self.sources])
+        info = _info(parts, targets, [self._about(source) for source in self.sources])
+        return info | {"conversations": self._conversations(targets)}
+
+    def _conversations(self, targets: Sequence[int]) -> float | None:
+        """The share of the training tokens that are conversations; None where the model has no chat template."""
+        if not getattr(self.tokenizer, "chat_template", None):
+            return None
+        chats = sum(share_of_chats(source) * target for source, target in zip(self.sources, targets, strict=True))
+        return chats / max(1, sum(targets))
 
     def _read(
         self, source: TextSource, tokens: int, held_out_tokens: int, path: Path, bar: Any, before: Sequence[Part]
@@ -135,7 +143,7 @@ class Mixture:
 
     def _open(self, source: TextSource, wanted: Callable[[], int]) -> Iterator[list[Document]]:
         if source.generate is None:
-            return in_batches(documents(source, self.seed))
+            return in_batches(documents(source, self.seed, self.tokenizer))
         assert self.model is not None, "a source with `generate` needs the source model"
         return sampled(self.model, self.tokenizer, source.generate, self.seed, wanted)
 
@@ -153,6 +161,13 @@ def _passed_over(source: TextSource) -> dict[str, int]:
         said = ", ".join(f"{count} {ending or 'without an ending'}" for ending, count in unread.items())
         warn(f"{name_of(source)}: files that are not read: {said}. Supported: {', '.join(SUFFIXES)}")
     return unread
+
+
+def share_of_chats(source: TextSource) -> float:
+    """How much of a source is conversations in the model's chat template: all, nothing, or some kinds of start."""
+    if source.generate:
+        return source.generate.starts.count("chat") / len(source.generate.starts)
+    return float(source.messages_field is not None)
 
 
 def shares(total: int, weights: list[float]) -> list[int]:

@@ -18,6 +18,7 @@ from ..files import write_bytes
 from ..recipe import TextSource
 from ..refusals import unread
 from ..surrogates import replaced
+from .conversations import Conversations
 
 SAMPLE = Path(__file__).parent.parent / "data" / "sample.parquet"
 SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".parquet")
@@ -73,16 +74,20 @@ def is_local(source: TextSource) -> bool:
     return source.dataset is not None and Path(source.dataset).is_dir()
 
 
-def documents(source: TextSource, seed: int) -> Iterator[Document]:
-    """Every non-empty document of files or a dataset, once. Raises InputError where the source cannot be read."""
+def documents(source: TextSource, seed: int, tokenizer: Any = None) -> Iterator[Document]:
+    """Every non-empty document of files or a dataset, once; conversations by the chat template of the tokenizer.
+
+    Raises InputError where the source cannot be read.
+    """
+    chats = Conversations(tokenizer, name_of(source)) if source.messages_field else None
     if source.dataset is not None:
-        yield from _dataset(source)
+        yield from _dataset(source, chats)
         return
     files = local_files(source)
     # A budget smaller than the folder should not mean "only what sorts first".
     random.Random(seed).shuffle(files)
     for file in files:
-        yield from _file(file, source)
+        yield from _file(file, source, chats)
 
 
 def in_batches(stream: Iterator[Document]) -> Iterator[list[Document]]:
@@ -149,16 +154,22 @@ def _why_nothing(path: Path) -> str:
     return f"There is no such file or folder.{did_you_mean(path.name, siblings)}"
 
 
-def _file(path: Path, source: TextSource) -> Iterator[Document]:
+def _file(path: Path, source: TextSource, chats: Conversations | None) -> Iterator[Document]:
     try:
         if path.name.lower().endswith((".txt", ".md")):
+            if chats:
+                raise InputError(
+                    f"{str(path)!r} has no column {source.messages_field!r}",
+                    "Conversations are rows of .jsonl or .parquet files, or of a dataset.",
+                    "Leave `messages_field` out, or name other files.",
+                )
             text = path.read_text(encoding="utf-8-sig")
             if not text.isspace() and text:
                 yield Document(text, text)
             return
         rows = _parquet(path, source) if path.suffix.lower() == ".parquet" else _jsonl(path)
         for number, row in enumerate(rows, 1):
-            yield from _document(row, source, f"row {number} of {str(path)!r}")
+            yield from _document(row, source, f"row {number} of {str(path)!r}", chats)
     except (UnicodeDecodeError, OSError, EOFError) as error:
         damaged = InputError(f"Cannot read {str(path)!r}", str(error), "Mend the file, or leave it out.")
         raise unread(error, damaged) from error
@@ -187,15 +198,14 @@ def _parquet(path: Path, source: TextSource) -> Iterator[dict[str, Any]]:
 
     try:
         with pq.ParquetFile(path) as file:
-            wanted = [name for name in (source.text_field, source.document_field) if name]
-            _require(wanted, file.schema_arrow.names, str(path))
-            for batch in file.iter_batches(batch_size=256, columns=wanted):
+            _require(source.columns, file.schema_arrow.names, str(path))
+            for batch in file.iter_batches(batch_size=256, columns=source.columns):
                 yield from batch.to_pylist()
     except pa.ArrowException as error:
         raise InputError(f"{str(path)!r} is not a parquet file that can be read", str(error)) from error
 
 
-def _dataset(source: TextSource) -> Iterator[Document]:
+def _dataset(source: TextSource, chats: Conversations | None) -> Iterator[Document]:
     import datasets
 
     revision = None if is_local(source) else source.revision
@@ -204,7 +214,7 @@ def _dataset(source: TextSource) -> Iterator[Document]:
             str(source.dataset), source.config, split=source.split, revision=revision, streaming=True
         )
         for number, row in enumerate(rows, 1):
-            yield from _document(row, source, f"row {number} of the dataset {source.dataset!r}")
+            yield from _document(row, source, f"row {number} of the dataset {source.dataset!r}", chats)
     except ClaError:
         raise
     except Exception as error:  # the library raises whatever its many back ends raise
@@ -220,22 +230,26 @@ def _unreadable(source: TextSource, error: Exception) -> InputError:
     )
 
 
-def _document(row: Any, source: TextSource, where: str) -> Iterator[Document]:
-    """The document in a row, or nothing where the text is empty."""
+def _document(row: Any, source: TextSource, where: str, chats: Conversations | None) -> Iterator[Document]:
+    """The document in a row, or nothing where the text is empty, or no conversation for the template."""
     if not isinstance(row, dict):
         raise InputError(f"{where} is not an object with columns", f"It is a {type(row).__name__}.")
-    _require([name for name in (source.text_field, source.document_field) if name], list(row), where)
+    _require(source.columns, list(row), where)
+    work = row[source.document_field] if source.document_field else None  # a row of no work is one by itself
+    if chats:
+        if text := chats.text(row[str(source.messages_field)], where):
+            yield Document(chats.ids(text), text if work is None else str(work))
+        return
     text = row[source.text_field]
     if text is not None and not isinstance(text, str):
         raise InputError(
             f"{source.text_field!r} in {where} is not text",
             f"It holds a {type(text).__name__}.",
-            "Name the column of text with `text_field`.",
+            "Name the column of text with `text_field`, one of conversations with `messages_field`.",
         )
     if text and not text.isspace():
         text = replaced(text, f"text of {name_of(source)}")
-        work = row[source.document_field] if source.document_field else None
-        yield Document(text, text if work is None else str(work))  # a row of no work is one by itself
+        yield Document(text, text if work is None else str(work))
 
 
 def _require(wanted: list[str], present: list[str], where: str) -> None:
@@ -244,5 +258,5 @@ def _require(wanted: list[str], present: list[str], where: str) -> None:
             raise InputError(
                 f"There is no column {name!r} in {where}",
                 f"It has {', '.join(map(repr, present)) or 'none'}.{did_you_mean(name, present)}",
-                "Name the column of text with `text_field`.",
+                "Name the column of text with `text_field`, one of conversations with `messages_field`.",
             )

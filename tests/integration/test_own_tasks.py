@@ -235,9 +235,7 @@ def test_mistakes_are_said_before_any_work(folder: Path, file: str, text: str, t
 
 
 def test_an_aggregation_that_wants_more_documents_is_no_mistake(folder: Path):
-    (folder / "written.yaml").write_text(
-        WRITTEN.replace("aggregation: mean", "aggregation: !function helpers.too_few")
-    )
+    (folder / "written.yaml").write_text(WRITTEN.replace("aggregation: mean", "aggregation: !function helpers.too_few"))
     harness.check_tasks(spec(folder, "written"))
 
 

@@ -112,6 +112,11 @@ def _training_caveats(run: RunFiles) -> list[str]:
         if unread := source.get("passed_over"):
             kinds = ", ".join(f"{n} {ending or 'without an ending'}" for ending, n in unread.items())
             found.append(f"Of the text in {source['name']} these files were not read: {kinds}.")
+    if (run.train.get("data") or {}).get("conversations") == 0:
+        found.append(
+            "The model has a chat template, and none of the training text is conversations: it may follow instructions "
+            "far worse than before, which no table here shows (docs/uptraining.md, Instruct models)."
+        )
     tokens = run.train.get("tokens")
     if tokens and tokens < 10_000_000:
         found.append(f"{count(tokens)} training tokens show that the path works; recovery takes far more.")

@@ -1,0 +1,131 @@
+"""Conversations of data sets are put into the model's own chat template."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pydantic import ValidationError
+
+from cla_convert.errors import InputError
+from cla_convert.recipe import Data, Generate, TextSource
+from cla_convert.training.conversations import Conversations
+from cla_convert.training.data import TokenStore, prepare_data
+from cla_convert.training.mixture import share_of_chats
+from tests.conftest import byte_tokenizer
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+    "[{{ m.role }}]{{ m.content }}<|eos|>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+ASKED = [[("user", f"what is {i}?"), ("assistant", f"it is {i}")] for i in range(40)]
+WRITTEN = {f"[user]what is {i}?<|eos|>[assistant]it is {i}<|eos|>" for i in range(40)}
+
+
+def chatting() -> Any:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def turns(asked: list[tuple[str, str]], role: str = "role", content: str = "content") -> list[dict[str, str]]:
+    return [{role: who, content: words} for who, words in asked]
+
+
+def prepared(tmp_path: Path, source: TextSource, tokenizer: Any = None) -> TokenStore:
+    return prepare_data(
+        Data(sources=[source], held_out=0.2), tokenizer or chatting(), tokens=1_000_000, held_out_tokens=1_000_000,
+        cache_dir=tmp_path / "cache", seed=0,
+    )  # fmt: skip
+
+
+def written(store: TokenStore) -> set[str]:
+    text = "".join(byte_tokenizer().decode(side.tolist()) for side in (store.train, store.held_out))
+    return {f"[user]{one}" for one in text.split("[user]") if one}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "ShareGPT", "parts", "datasets"])
+def test_every_conversation_is_what_the_template_writes(tmp_path: Path, kind: str) -> None:
+    rows: list[Any] = [turns(asked) for asked in ASKED]
+    if kind == "ShareGPT":
+        names = {"user": "human", "assistant": "gpt"}
+        rows = [turns([(names[who], words) for who, words in asked], "from", "value") for asked in ASKED]
+    if kind == "parts":
+        rows = [
+            [{"role": who, "content": [{"type": "text", "text": words}]} for who, words in asked] for asked in ASKED
+        ]
+    (tmp_path / "chats").mkdir()
+    if kind in ("parquet", "datasets"):
+        pq.write_table(pa.table({"chat": rows}), tmp_path / "chats" / "train.parquet")
+    else:
+        (tmp_path / "chats" / "a.jsonl").write_text("\n".join(json.dumps({"chat": row}) for row in rows))
+    where = {"dataset" if kind == "datasets" else "path": str(tmp_path / "chats")}
+    store = prepared(tmp_path, TextSource(**where, messages_field="chat"))
+    assert written(store) == WRITTEN
+    assert store.info["conversations"] == 1 and store.held_out.size
+    assert len(store.starts) == store.info["train"]["documents"]
+    assert store.train[0] == byte_tokenizer()("[").input_ids[0]  # nothing in front that the template has not put there
+
+
+def test_turns_that_the_template_does_not_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [turns([("system", "be brief"), *ASKED[0]]), [], [{"role": "user", "content": None}], turns(ASKED[1])]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"messages": row}) for row in rows))
+    store = prepared(tmp_path, TextSource(path=str(tmp_path / "a.jsonl"), messages_field="messages"))
+    assert written(store) == {f"[user]what is {i}?<|eos|>[assistant]it is {i}<|eos|>" for i in (0, 1)}
+    told = capsys.readouterr().err
+    assert told.count("are left out") == 1 and "row 2 of" in told
+
+
+@pytest.mark.parametrize("row", ["hello", [["user", "hello"]], [{"who": "user", "content": "hello"}], None])
+def test_what_is_no_conversation_is_refused(tmp_path: Path, row: Any) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": row}))
+    with pytest.raises(InputError, match="row 1 of .* holds no conversation"):
+        prepared(tmp_path, TextSource(path=str(tmp_path), messages_field="messages"))
+
+
+def test_files_without_columns_and_columns_without_conversations_name_the_way(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("hello")
+    with pytest.raises(InputError, match="has no column 'messages'"):
+        prepared(tmp_path, TextSource(path=str(tmp_path / "a.txt"), messages_field="messages"))
+    (tmp_path / "b.jsonl").write_text(json.dumps({"messages": turns(ASKED[0])}))
+    with pytest.raises(InputError, match="There is no column 'text'") as error:
+        prepared(tmp_path, TextSource(path=str(tmp_path / "b.jsonl")))
+    assert "`messages_field`" in str(error.value.fix)
+    with pytest.raises(InputError, match="no chat template"):
+        prepared(tmp_path, TextSource(path=str(tmp_path / "b.jsonl"), messages_field="messages"), byte_tokenizer())
+
+
+def test_the_tokens_follow_the_template(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"messages": turns(asked)}) for asked in ASKED))
+    source = TextSource(path=str(tmp_path / "a.jsonl"), messages_field="messages")
+    other = chatting()
+    other.chat_template = TEMPLATE.replace("[{{ m.role }}]", "<{{ m.role }}>")
+    assert prepared(tmp_path, source).digest != prepared(tmp_path, source, other).digest
+
+
+def test_ids_are_the_templates_alone() -> None:
+    chats = Conversations(chatting(), "a")
+    text = chats.text(turns(ASKED[0]), "row 1")
+    assert chats.ids(text).dtype == np.int64
+    assert byte_tokenizer().decode(chats.ids(text).tolist()) == text
+
+
+def test_how_much_of_a_source_is_conversations(tmp_path: Path) -> None:
+    assert share_of_chats(TextSource(path="a", messages_field="messages")) == 1
+    assert share_of_chats(TextSource(path="a")) == 0
+    assert share_of_chats(TextSource(generate=Generate(start="chat"))) == 1
+    assert share_of_chats(TextSource(generate=Generate(start=["chat", "separator"]))) == 0.5
+    assert share_of_chats(TextSource(generate=Generate())) == 0
+    (tmp_path / "a.txt").write_text("hello")
+    assert prepared(tmp_path, TextSource(path=str(tmp_path / "a.txt"))).info["conversations"] == 0
+    plain = prepared(tmp_path / "other", TextSource(path=str(tmp_path / "a.txt")), byte_tokenizer())
+    assert plain.info["conversations"] is None
+
+
+@pytest.mark.parametrize("given", [{"path": "a", "text_field": "body"}, {"generate": 2000}])
+def test_settings_that_would_have_no_effect_are_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="not for a source with"):
+        TextSource(**given, messages_field="messages")
