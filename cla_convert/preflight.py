@@ -1,12 +1,14 @@
 """What a tokenizer and lengths ask of a model, checked before work: errors that would otherwise come after hours."""
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .console import say, warn
 from .effort import affordable_length
 from .errors import InputError
+from .models.probe import chat_of
 from .models.shape import AttentionShape, positions_of, shape_of, size_of
 from .recipe import Recipe, TextFile
 
@@ -15,25 +17,27 @@ if TYPE_CHECKING:
 
 
 def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", config: Mapping[str, Any]) -> None:
-    """Raise InputError if text can become token ids that the model's embedding does not have.
+    """Raise InputError if text, or a conversation, can become token ids that the model's embedding does not have.
 
-    Special tokens that stand in no ordinary text (such as those of images) only cause a warning.
+    Special tokens that stand in neither (such as those of images) only cause a warning.
     """
     rows = size_of(config, "vocab_size")
     beyond = {token: number for token, number in tokenizer.get_vocab().items() if rows and number >= rows}
     if not beyond:
         return
     own = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, *tokenizer("a").input_ids]
+    own += chat if isinstance(chat := chat_of(tokenizer), list) else []
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     wrong = {token: number for token, number in beyond.items() if number in own or number not in special}
-    name, number = next(iter((wrong or beyond).items()))
+    some = sorted((number, token) for token, number in (wrong or beyond).items())[:3]
+    named = ", ".join(f"{token!r} ({number})" for number, token in some)
     if wrong:
         raise InputError(
             "The tokenizer is not the model's",
-            why=f"{len(wrong)} of its tokens have ids beyond the embedding of {rows}, such as {name!r}: {number}.",
+            why=f"Its embedding has {rows} rows; tokens beyond: {len(wrong)}, such as {named}.",
             fix="Use the tokenizer that belongs to the model, or enlarge its embedding (resize_token_embeddings).",
         )
-    warn(f"{len(beyond)} special tokens have ids beyond the embedding of {rows}, such as {name!r}: not for use in text")
+    _warn_once(f"special tokens that no text may hold: {named}. The model's embedding has {rows} rows, and not theirs")
 
 
 def check_prefix(tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -115,3 +119,8 @@ def check_evaluation(folder: Path, texts: list[TextFile]) -> None:
     check_tokenizer(tokenizer, config)
     check_prefix(tokenizer)
     check_windows(texts, config)
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warn(message)

@@ -8,10 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 
-from cla_convert import pipeline, surrogates
+from cla_convert import pipeline, preflight, surrogates
+from cla_convert.chat import Manner, Speaker
+from cla_convert.conversion.convert import convert
+from cla_convert.conversion.plan import make_plan
+from cla_convert.conversion.text import CalibrationText
 from cla_convert.errors import InputError
+from cla_convert.evaluation.agreement import agreement
 from cla_convert.evaluation.cache import kv_cache_of
 from cla_convert.evaluation.local_rows import local_splits
+from cla_convert.evaluation.perplexity import token_perplexity
+from cla_convert.models.checkpoint import Checkpoint
 from cla_convert.models.export import load_model
 from cla_convert.models.shape import positions_of
 from cla_convert.preflight import check_evaluation, check_lengths, check_prefix, check_tokenizer
@@ -19,7 +26,7 @@ from cla_convert.recipe import Recipe, TextFile
 from cla_convert.recipe_file import load_recipe
 from cla_convert.run_folder import RunFolder
 from cla_convert.stages.check import check
-from cla_convert.stages.plan import plan_of
+from cla_convert.stages.plan import plan_of, preview
 from cla_convert.stages.text import calibration
 from cla_convert.stages.uptrain import uptrain
 from cla_convert.training.sources import documents
@@ -31,7 +38,7 @@ CONFIG = {"vocab_size": 258, "max_position_embeddings": 512}
 
 def test_ids_beyond_the_embedding():
     check_tokenizer(byte_tokenizer(), CONFIG)
-    with pytest.raises(InputError, match="2 of its tokens have ids beyond the embedding of 256"):
+    with pytest.raises(InputError, match=r"has 256 rows; tokens beyond: 2, such as '.+' \(256\), '.+' \(257\)"):
         check_tokenizer(byte_tokenizer(), {"vocab_size": 256})
     for added in ({"eos_token": "<|im_end|>"}, {"bos_token": "<s>"}):
         tokenizer = byte_tokenizer()
@@ -40,15 +47,41 @@ def test_ids_beyond_the_embedding():
             check_tokenizer(tokenizer, CONFIG)
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["word"])
-    with pytest.raises(InputError, match="'word': 258"):
+    with pytest.raises(InputError, match=r"'word' \(258\)"):
         check_tokenizer(tokenizer, CONFIG)
+    check_tokenizer(tokenizer, {"vocab_size": 512})  # many embeddings have rows to spare
 
 
 def test_a_special_token_that_no_text_holds_is_only_warned_about(capsys):
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    check_tokenizer(tokenizer, {"text_config": CONFIG})
-    assert "'<image>'" in capsys.readouterr().err
+    preflight._warn_once.cache_clear()
+    for _ in range(2):
+        check_tokenizer(tokenizer, {"text_config": CONFIG})
+    assert capsys.readouterr().err.count("'<image>' (258)") == 1
+    tokenizer.chat_template = "{% for message in messages %}<image>{{ message.content }}{% endfor %}"
+    with pytest.raises(InputError, match="not the model's"):
+        check_tokenizer(tokenizer, CONFIG)
+
+
+def test_text_that_does_hold_it_is_refused_wherever_it_is_read(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    source = save_tiny("llama", tmp_path / "m")
+    tokenizer.save_pretrained(source)
+    ids = tokenizer("An <image> of a cat", return_tensors="pt").input_ids
+    model, checkpoint = load_model(source), Checkpoint.open(source)
+    plan = make_plan(checkpoint, sharing="cla2", init="calibrated")
+    speaker = Speaker.load("m", source, device="cpu", dtype="float32", manner=Manner(max_new_tokens=1))
+    speaker.answer("A cat")
+    for read in (
+        lambda: token_perplexity(model, ids),
+        lambda: agreement(model, model, ids),
+        lambda: convert(plan, checkpoint, tmp_path / "out", calibration=CalibrationText(ids, "", "cpu", 0, 1)),
+        lambda: speaker.answer("An <image> of a cat"),
+    ):
+        with pytest.raises(InputError, match="It gives token 258; the model knows 258"):
+            read()
 
 
 def test_something_to_begin_with():
@@ -100,15 +133,29 @@ def test_calibration_is_cut_to_the_positions(tmp_path, capsys):
     assert "sequences of 64 tokens" in capsys.readouterr().err
 
 
-def test_a_plan_that_calibrates_looks_at_the_tokenizer(tmp_path):
+@pytest.mark.parametrize("init", ["calibrated", "mean"])
+def test_every_verb_that_reads_text_or_writes_a_model_looks_at_the_tokenizer(tmp_path, init):
     source = save_tiny("llama", tmp_path / "m")
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
     tokenizer.save_pretrained(source)
-    with pytest.raises(InputError, match="not the model's"):
-        plan_of(load_recipe(None, [f"source.model={source}", "device=cpu"]).recipe, RunFolder(tmp_path / "run"))
-    with pytest.raises(InputError, match="not the model's"):
-        check_evaluation(source, [])
+    recipe = load_recipe(None, [f"source.model={source}", f"convert.init={init}", "device=cpu"]).recipe
+    for look in (
+        lambda: plan_of(recipe, RunFolder(tmp_path / "run")),
+        lambda: preview(recipe, RunFolder(tmp_path / "run")),
+        lambda: check_evaluation(source, []),
+        lambda: Speaker.load("m", source, device="cpu", dtype="float32", manner=Manner()),
+    ):
+        with pytest.raises(InputError, match="not the model's"):
+            look()
+
+
+def test_a_model_without_a_tokenizer_needs_none_where_no_text_is_read(tmp_path):
+    source = save_tiny("llama", tmp_path / "m")
+    for file in source.glob("tokenizer*"):
+        file.unlink()
+    recipe = load_recipe(None, [f"source.model={source}", "convert.init=mean", "device=cpu"]).recipe
+    assert plan_of(recipe, RunFolder(tmp_path / "run")).init == "mean"
 
 
 def test_evaluation_of_a_window(tmp_path):
