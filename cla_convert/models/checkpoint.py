@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 INDEX = "model.safetensors.index.json"
 _SMALL = (
     "config.json", INDEX, "generation_config.json", "tokenizer_config.json", "tokenizer.json",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "chat_template.json", "preprocessor_config.json", "processor_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "chat_template.json",
+    "preprocessor_config.json", "processor_config.json",
 )  # fmt: skip
 """What transformers reads of a model folder as JSON objects."""
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".py"}
