@@ -13,6 +13,8 @@ from .models.shape import AttentionShape, positions_of, shape_of, size_of
 from .recipe import Recipe, TextFile
 
 if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 
@@ -50,16 +52,28 @@ def check_prefix(tokenizer: "PreTrainedTokenizerBase") -> None:
         )
 
 
-def check_windows(texts: list[TextFile], config: Mapping[str, Any]) -> None:
-    """Raise InputError if a text is to be read in windows longer than the model's context."""
-    longest = positions_of(config)
+def fitted(texts: list[TextFile], config: Mapping[str, Any]) -> list[TextFile]:
+    """The texts with windows no longer than the model's context; a note says so of each that had a longer one."""
+    longest, found = positions_of(config), list[TextFile]()
     for text in texts:
         if longest and text.window > longest:
-            raise InputError(
-                f"eval.perplexity {text.name}: a window of {text.window} tokens does not fit",
-                why=f"The model was built for {longest}.",
-                fix=f"Set its window to {longest} or less.",
-            )
+            say(f"eval.perplexity {text.name}: windows of {longest} tokens, {_AS_BUILT} {text.window}")
+            text = text.model_copy(update={"window": longest})
+        found.append(text)
+    return found
+
+
+def fitted_rows(rows: "np.ndarray", config: Mapping[str, Any]) -> "Tensor":
+    """The same of rows of held-out token ids [n, T]: of each its beginning."""
+    import torch
+
+    longest = positions_of(config)
+    if longest and rows.shape[1] > longest:
+        say(f"held-out text: windows of {longest} tokens, {_AS_BUILT} {rows.shape[1]}")
+    return torch.from_numpy(rows)[:, :longest]
+
+
+_AS_BUILT = "which is what the model was built for, and not of"
 
 
 def check_lengths(recipe: Recipe, config: Mapping[str, Any]) -> None:
@@ -106,19 +120,18 @@ def calibration_length(recipe: Recipe, config: Mapping[str, Any], device: str) -
         return min(affordable_length(device), longest or affordable_length(device))
     if longest is None or wanted <= longest:
         return wanted
-    say(f"calibrating on sequences of {longest} tokens, which is what the model was built for, and not of {wanted}")
+    say(f"calibrating on sequences of {longest} tokens, {_AS_BUILT} {wanted}")
     return longest
 
 
-def check_evaluation(folder: Path, texts: list[TextFile]) -> None:
-    """Check tokenizer and windows of the model in `folder`. Raises InputError."""
+def check_evaluation(folder: Path) -> None:
+    """Check the tokenizer of the model in `folder`. Raises InputError."""
     from .models.checkpoint import Checkpoint
     from .models.export import load_tokenizer
 
-    config, tokenizer = Checkpoint.open(folder).config, load_tokenizer(folder)
-    check_tokenizer(tokenizer, config)
+    tokenizer = load_tokenizer(folder)
+    check_tokenizer(tokenizer, Checkpoint.open(folder).config)
     check_prefix(tokenizer)
-    check_windows(texts, config)
 
 
 @cache

@@ -91,7 +91,8 @@ def evaluate(
     from ..evaluation.points import Bench, evaluate_points, shared_work
     from ..evaluation.results import render
     from ..evaluation.texts import Texts, check_texts
-    from ..preflight import check_evaluation
+    from ..models.checkpoint import Checkpoint
+    from ..preflight import check_evaluation, fitted
     from ..run_folder import alone_around
 
     check_backend(settings.eval, device)
@@ -101,12 +102,12 @@ def evaluate(
     folder = resolve_source(model, revision=revision, allow_pickle=allow_pickle)
     if settings.eval.chat_template:  # the model's, which the requests are made with
         check_tasks(settings.eval, folder, settings.seed)
-    check_evaluation(folder, settings.eval.perplexity)
+    check_evaluation(folder)
     with (
         tempfile.TemporaryDirectory() as scratch,
         alone_around(out) if out and rank() == 0 else nullcontext(),
     ):
-        texts = Texts(settings.eval.perplexity)
+        texts = Texts(fitted(settings.eval.perplexity, Checkpoint.open(folder).config))
         bench = Bench(out or Path(scratch), device, settings.seed, texts, accelerator=shared_work(device))
         result = evaluate_points({"": folder}, settings.eval, bench)[""]
     if result:  # one process speaks for all

@@ -10,6 +10,7 @@ import pytest
 
 from cla_convert import pipeline, preflight, surrogates
 from cla_convert.chat import Manner, Speaker
+from cla_convert.cli import app
 from cla_convert.conversion.convert import convert
 from cla_convert.conversion.plan import make_plan
 from cla_convert.conversion.text import CalibrationText
@@ -21,11 +22,12 @@ from cla_convert.evaluation.perplexity import token_perplexity
 from cla_convert.models.checkpoint import Checkpoint
 from cla_convert.models.export import load_model
 from cla_convert.models.shape import positions_of
-from cla_convert.preflight import check_evaluation, check_lengths, check_prefix, check_tokenizer
+from cla_convert.preflight import check_evaluation, check_lengths, check_prefix, check_tokenizer, fitted
 from cla_convert.recipe import Recipe, TextFile
 from cla_convert.recipe_file import load_recipe
 from cla_convert.run_folder import RunFolder
 from cla_convert.stages.check import check
+from cla_convert.stages.evaluate import texts_of
 from cla_convert.stages.plan import plan_of, preview
 from cla_convert.stages.text import calibration
 from cla_convert.stages.uptrain import uptrain
@@ -104,13 +106,10 @@ def test_positions_by_every_name():
     [
         (["train.tokens=100k", "train.loss=cross_entropy", "train.sequence_length=1024"], "train.sequence_length"),
         (["data.sources=[{generate: {tokens: 100, length: 600}}]"], r"data.sources\[0\].generate.length"),
-        (["eval.perplexity=[{name: w, path: TEXT, window: 600}]"], "a window of 600"),
     ],
 )
 def test_lengths_beyond_the_positions_are_refused_before_work(overrides, name, tmp_path):
-    (tmp_path / "text.txt").write_text("Some text. " * 50)
     source = save_tiny("llama", tmp_path / "m")
-    overrides = [o.replace("TEXT", str(tmp_path / "text.txt")) for o in overrides]
     common = [f"source.model={source}", "convert.init=mean", "eval.tasks=[arc_easy]", "eval.limit=1", "device=cpu"]
     recipe = load_recipe(None, [*common, *overrides]).recipe
     with pytest.raises(InputError, match=name):
@@ -143,7 +142,7 @@ def test_every_verb_that_reads_text_or_writes_a_model_looks_at_the_tokenizer(tmp
     for look in (
         lambda: plan_of(recipe, RunFolder(tmp_path / "run")),
         lambda: preview(recipe, RunFolder(tmp_path / "run")),
-        lambda: check_evaluation(source, []),
+        lambda: check_evaluation(source),
         lambda: Speaker.load("m", source, device="cpu", dtype="float32", manner=Manner()),
     ):
         with pytest.raises(InputError, match="not the model's"):
@@ -158,11 +157,38 @@ def test_a_model_without_a_tokenizer_needs_none_where_no_text_is_read(tmp_path):
     assert plan_of(recipe, RunFolder(tmp_path / "run")).init == "mean"
 
 
-def test_evaluation_of_a_window(tmp_path):
-    source = save_tiny("llama", tmp_path / "m")
-    check_evaluation(source, [TextFile(name="a", path="a.txt", window=512)])
-    with pytest.raises(InputError, match="a window of 513"):
-        check_evaluation(source, [TextFile(name="a", path="a.txt", window=513)])
+def test_windows_are_no_longer_than_the_context_and_recorded_so(tmp_path, capsys):
+    source = save_tiny("llama", tmp_path / "m", max_position_embeddings=64)
+    (tmp_path / "text.txt").write_text("Some text of so many words. " * 50)
+    config = Checkpoint.open(source).config
+    short, long = (TextFile(name=name, path=str(tmp_path / "text.txt"), window=n) for name, n in (("a", 64), ("b", 65)))
+    assert fitted([short, long], config) == [short, long.model_copy(update={"window": 64})]
+    assert "perplexity b: windows of 64 tokens, which is what the model was built for, and not of 65" in (
+        capsys.readouterr().err
+    )
+    assert fitted([long], {}) == [long]
+    line = ["eval", str(source), "--perplexity", str(tmp_path / "text.txt"), "--set", "device=cpu"]
+    app([*line, "--out", str(tmp_path / "out"), "--json"], standalone_mode=False)
+    said = capsys.readouterr()
+    assert said.err.count("windows of 64 tokens, which is what the model was built for, and not of 1024") == 1
+    assert json.loads(said.out)["texts"]["perplexity/text"]["window"] == 64
+    assert json.loads((tmp_path / "out" / "perplexity" / "text.json").read_text())["window"] == 64
+
+
+def test_a_run_measures_texts_and_held_out_text_within_the_context(tmp_path, capsys):
+    source = save_tiny("llama", tmp_path / "m", max_position_embeddings=64)
+    (tmp_path / "text.txt").write_text("Some text of so many words. " * 200)
+    text = f"path: {tmp_path / 'text.txt'}"
+    settings = [f"data.sources=[{{{text}}}]", f"eval.perplexity=[{{name: own, {text}}}]", "convert.init=mean"]
+    settings += ["train.sequence_length=128", "eval.domain_tokens=0", "eval.prompts=[]", "device=cpu"]
+    recipe = load_recipe(None, settings, {"source.model": str(source)}).recipe
+    folder = RunFolder(tmp_path / "run")
+    folder.save_recipe(recipe)
+    texts = texts_of(recipe, folder)
+    assert texts.held_out.shape[1] == texts.compared["own"].shape[1] == texts.files[0].window == 64
+    said = capsys.readouterr().err
+    assert "held-out text: windows of 64 tokens, which is what the model was built for, and not of 128" in said
+    assert "perplexity own: windows of 64 tokens" in said
 
 
 def test_the_cache_is_measured_within_the_positions(tmp_path):
