@@ -182,7 +182,7 @@ def test_the_limit_of_a_tag_is_that_of_its_tasks(capsys: pytest.CaptureFixture[s
     assert "eval.limits" not in capsys.readouterr().err
     check_tasks(spec.model_copy(update={"limits": {"inner": 2, "green": 1}}))  # a group has one limit
     assert "not evaluated by themselves: green, inner" in capsys.readouterr().err
-    check_tasks(spec.model_copy(update={"tasks": [], "limits": {"wikitext": 3}}))  # a recipe's, of texts alone
+    check_tasks(spec.model_copy(update={"tasks": [], "perplexity": [TextFile(name="own", path="own.txt")]}))
     assert "eval.limits" not in capsys.readouterr().err
 
 
