@@ -13,6 +13,7 @@ from ..console import command, human_bytes, say
 from ..errors import InputError
 from ..files import did_you_mean_path, load_json, models_in, refuse_pointer
 from .checkpoint import refuse_adapter, refuse_damaged
+from .export import refuse_pieces
 from .kinds import SLIDING
 from .self_test import ROUNDING, check_interface
 from .shape import owners_of, shape_of
@@ -54,6 +55,7 @@ def _check_tokenizer(folder: Path) -> None:
             fix="Put the tokenizer of the source model (tokenizer.json, tokenizer_config.json) into the folder.",
         )
     refuse_pointer(folder / "tokenizer.json")
+    refuse_pieces(folder)
 
 
 def check_shares(folder: Path) -> dict[str, Any]:
