@@ -43,7 +43,8 @@ def output_head(model: "PreTrainedModel") -> nn.Linear:
 
 def check_ids(model: "PreTrainedModel", ids: Tensor, which: str = "model") -> None:
     """Raise InputError if token ids lie beyond the model's embedding; `which` model is said."""
-    rows, highest = model.get_input_embeddings().weight.shape[0], int(ids.max())
+    embedding: Any = model.get_input_embeddings()
+    rows, highest = embedding.weight.shape[0], int(ids.max())
     if highest >= rows:
         raise InputError(
             f"The tokenizer is not the {which}'s",
