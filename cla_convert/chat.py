@@ -16,6 +16,7 @@ from .errors import InputError, UsageError, first_line
 from .files import load_json
 from .models.export import load_tokenizer
 from .models.shape import positions_of
+from .preflight import check_tokenizer
 from .surrogates import replaced
 
 RESET = "/reset"
@@ -48,11 +49,12 @@ class Speaker:
 
         Raises:
             UsageError: there is a system prompt, and the chat template has no place for one.
-            InputError: the model cannot be loaded.
+            InputError: the model cannot be loaded, or its tokenizer is not its own.
         """
         from .models.placement import load_where_it_fits
 
         tokenizer = load_tokenizer(folder)
+        check_tokenizer(tokenizer, load_json(folder / "config.json"))
         _check_system(name, tokenizer, manner.system)
         if not manner.system:  # one that takes it works
             _drop_broken_template(name, tokenizer)
@@ -64,10 +66,13 @@ class Speaker:
         return bool(self.tokenizer.chat_template)
 
     def answer(self, text: str) -> str:
-        """Answer, printing word by word, and return what was printed."""
+        """Answer, printing word by word, and return what was printed. Raises InputError for unknown tokens."""
         import torch
 
+        from .models.scoring import check_ids
+
         prompt = self._prompt(text)
+        check_ids(self.model, prompt["input_ids"])
         sampling = {"do_sample": True, "temperature": self.manner.temperature} if self.manner.temperature else {}
         streamer = _stream(self.tokenizer)
         with torch.inference_mode():

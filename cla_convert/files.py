@@ -107,8 +107,8 @@ def read_kept(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def load_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`.
+def load_json(path: Path, fix: str = "Restore or remove it.") -> dict[str, Any]:
+    """The JSON object in `path`; `fix` is said where it is damaged.
 
     Raises:
         InputError: it is missing, cannot be read, is in an encoding that transformers does not read, or holds no JSON
@@ -123,15 +123,16 @@ def load_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist") from error
     except OSError as error:
-        damaged = InputError(f"{path} cannot be read", refusal(error).why, "Restore or remove it.")
+        damaged = InputError(f"{path} cannot be read", refusal(error).why, fix)
         raise unread(error, damaged) from error
     except json.JSONDecodeError as error:
         why = f"From line {error.lineno}, column {error.colno} on it is not valid JSON."
-        raise InputError(f"{path} cannot be read", why, "Restore or remove it.") from error
+        raise InputError(f"{path} cannot be read", why, fix) from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read", why=f"{error}.", fix="Restore or remove it.") from error
+        raise InputError(f"{path} cannot be read", why=f"{error}.", fix=fix) from error
     if not isinstance(value, dict):
-        raise InputError(f"{path} does not hold a JSON object", fix="Restore or remove it.")
+        kind = "null" if value is None else f"a {type(value).__name__}"
+        raise InputError(f"{path} cannot be read", f"It holds {kind}, and no JSON object.", fix)
     return value
 
 

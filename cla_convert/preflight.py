@@ -1,39 +1,45 @@
 """What a tokenizer and lengths ask of a model, checked before work: errors that would otherwise come after hours."""
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .console import say, warn
 from .effort import affordable_length
 from .errors import InputError
+from .models.probe import chat_of
 from .models.shape import AttentionShape, positions_of, shape_of, size_of
 from .recipe import Recipe, TextFile
 
 if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 
 def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", config: Mapping[str, Any]) -> None:
-    """Raise InputError if text can become token ids that the model's embedding does not have.
+    """Raise InputError if text, or a conversation, can become token ids that the model's embedding does not have.
 
-    Special tokens that stand in no ordinary text (such as those of images) only cause a warning.
+    Special tokens that stand in neither (such as those of images) only cause a warning.
     """
     rows = size_of(config, "vocab_size")
     beyond = {token: number for token, number in tokenizer.get_vocab().items() if rows and number >= rows}
     if not beyond:
         return
     own = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, *tokenizer("a").input_ids]
+    own += chat if isinstance(chat := chat_of(tokenizer), list) else []
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     wrong = {token: number for token, number in beyond.items() if number in own or number not in special}
-    name, number = next(iter((wrong or beyond).items()))
+    some = sorted((number, token) for token, number in (wrong or beyond).items())[:3]
+    named = ", ".join(f"{token!r} ({number})" for number, token in some)
     if wrong:
         raise InputError(
             "The tokenizer is not the model's",
-            why=f"{len(wrong)} of its tokens have ids beyond the embedding of {rows}, such as {name!r}: {number}.",
+            why=f"Its embedding has {rows} rows; tokens beyond: {len(wrong)}, such as {named}.",
             fix="Use the tokenizer that belongs to the model, or enlarge its embedding (resize_token_embeddings).",
         )
-    warn(f"{len(beyond)} special tokens have ids beyond the embedding of {rows}, such as {name!r}: not for use in text")
+    _warn_once(f"special tokens that no text may hold: {named}. The model's embedding has {rows} rows, and not theirs")
 
 
 def check_prefix(tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -46,16 +52,28 @@ def check_prefix(tokenizer: "PreTrainedTokenizerBase") -> None:
         )
 
 
-def check_windows(texts: list[TextFile], config: Mapping[str, Any]) -> None:
-    """Raise InputError if a text is to be read in windows longer than the model's context."""
-    longest = positions_of(config)
+def fitted(texts: list[TextFile], config: Mapping[str, Any]) -> list[TextFile]:
+    """The texts with windows no longer than the model's context; a note says so of each that had a longer one."""
+    longest, found = positions_of(config), list[TextFile]()
     for text in texts:
         if longest and text.window > longest:
-            raise InputError(
-                f"eval.perplexity {text.name}: a window of {text.window} tokens does not fit",
-                why=f"The model was built for {longest}.",
-                fix=f"Set its window to {longest} or less.",
-            )
+            say(f"eval.perplexity {text.name}: windows of {longest} tokens, {_AS_BUILT} {text.window}")
+            text = text.model_copy(update={"window": longest})
+        found.append(text)
+    return found
+
+
+def fitted_rows(rows: "np.ndarray", config: Mapping[str, Any]) -> "Tensor":
+    """The same of rows of held-out token ids [n, T]: of each its beginning."""
+    import torch
+
+    longest = positions_of(config)
+    if longest and rows.shape[1] > longest:
+        say(f"held-out text: windows of {longest} tokens, {_AS_BUILT} {rows.shape[1]}")
+    return torch.from_numpy(rows)[:, :longest]
+
+
+_AS_BUILT = "which is what the model was built for, and not of"
 
 
 def check_lengths(recipe: Recipe, config: Mapping[str, Any]) -> None:
@@ -102,16 +120,20 @@ def calibration_length(recipe: Recipe, config: Mapping[str, Any], device: str) -
         return min(affordable_length(device), longest or affordable_length(device))
     if longest is None or wanted <= longest:
         return wanted
-    say(f"calibrating on sequences of {longest} tokens, which is what the model was built for, and not of {wanted}")
+    say(f"calibrating on sequences of {longest} tokens, {_AS_BUILT} {wanted}")
     return longest
 
 
-def check_evaluation(folder: Path, texts: list[TextFile]) -> None:
-    """Check tokenizer and windows of the model in `folder`. Raises InputError."""
+def check_evaluation(folder: Path) -> None:
+    """Check the tokenizer of the model in `folder`. Raises InputError."""
     from .models.checkpoint import Checkpoint
     from .models.export import load_tokenizer
 
-    config, tokenizer = Checkpoint.open(folder).config, load_tokenizer(folder)
-    check_tokenizer(tokenizer, config)
+    tokenizer = load_tokenizer(folder)
+    check_tokenizer(tokenizer, Checkpoint.open(folder).config)
     check_prefix(tokenizer)
-    check_windows(texts, config)
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warn(message)

@@ -14,7 +14,7 @@ hold: results.py.
 
 import shutil
 from collections.abc import Collection
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -320,6 +320,12 @@ class RunFolder:
                 text_only=recipe.source.text_only,
             )
         return self._found[model, revision]
+
+
+def alone_around(out: Path) -> AbstractContextManager[None]:
+    """Lock the run that `out` lies in or is, if any. Raises InputError if another process is at work in it."""
+    run = next((place for place in (out, *out.resolve().parents) if RunFolder(place).begun), None)
+    return alone_in(run) if run else nullcontext()
 
 
 def _remove(*paths: Path) -> None:

@@ -1,6 +1,7 @@
 """convert: a model that shares keys and values between layers."""
 
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -94,12 +95,15 @@ def convert(
         local_path(model)
         check_output(out, overwrite=overwrite)
     say(f"reading {model} ...")
-    from ..run_folder import RunFolder
+    from ..run_folder import RunFolder, alone_around
     from ..stages.convert import convert as execute
     from ..stages.plan import plan_of, preview
 
     hub = destination(push_to_hub, private)
-    with tempfile.TemporaryDirectory() as scratch:  # a single model keeps no records
+    with (
+        tempfile.TemporaryDirectory() as scratch,  # a single model keeps no records
+        nullcontext() if dry_run else alone_around(out),
+    ):
         folder = RunFolder(Path(scratch), converted=out)
         if dry_run:
             plan = preview(settings, folder)

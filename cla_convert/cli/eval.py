@@ -2,6 +2,7 @@
 
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,7 +62,7 @@ def evaluate(
     Without --tasks: the offline pack that ships with the package. With a network: any stock task by name. Also:
     passkey and needle (retrieval in long contexts), and perplexity of text files.
     """
-    from ..environment import import_slowly, pick_device
+    from ..environment import import_slowly, pick_device, rank
     from ..evaluation.asked import check_asked
     from ..models.source import local_path, resolve_source
 
@@ -90,7 +91,9 @@ def evaluate(
     from ..evaluation.points import Bench, evaluate_points, shared_work
     from ..evaluation.results import render
     from ..evaluation.texts import Texts, check_texts
-    from ..preflight import check_evaluation
+    from ..models.checkpoint import Checkpoint
+    from ..preflight import check_evaluation, fitted
+    from ..run_folder import alone_around
 
     check_backend(settings.eval, device)
     if not settings.eval.chat_template:  # before a model is fetched
@@ -99,9 +102,12 @@ def evaluate(
     folder = resolve_source(model, revision=revision, allow_pickle=allow_pickle)
     if settings.eval.chat_template:  # the model's, which the requests are made with
         check_tasks(settings.eval, folder, settings.seed)
-    check_evaluation(folder, settings.eval.perplexity)
-    with tempfile.TemporaryDirectory() as scratch:
-        texts = Texts(settings.eval.perplexity)
+    check_evaluation(folder)
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        alone_around(out) if out and rank() == 0 else nullcontext(),
+    ):
+        texts = Texts(fitted(settings.eval.perplexity, Checkpoint.open(folder).config))
         bench = Bench(out or Path(scratch), device, settings.seed, texts, accelerator=shared_work(device))
         result = evaluate_points({"": folder}, settings.eval, bench)[""]
     if result:  # one process speaks for all

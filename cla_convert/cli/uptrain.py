@@ -46,7 +46,7 @@ def uptrain(
     Interrupted? The same command line resumes. Several GPUs? --set train.processes=N, or torchrun.
     """
     from ..models.verify import check_shares
-    from ..run_folder import RunFolder
+    from ..run_folder import RunFolder, alone_around
     from ..stages.uptrain import uptrain as execute
     from ..training.schedule import budget_of, check_steps
 
@@ -76,7 +76,11 @@ def uptrain(
     hub = destination(push_to_hub, private) if leads else None
     if not launched():  # who launched this has said it
         say(resolved.table())
-    with folder.alone() if leads else nullcontext():  # under torchrun every process is here
+    of_a_run = leads and not launched() and not folder.begun  # else who launched this, or the folder, holds the run
+    with (
+        alone_around(out) if of_a_run else nullcontext(),
+        folder.alone() if leads else nullcontext(),  # under torchrun every process is here
+    ):
         result = execute(settings, folder, fresh=not resume, allow_changes=allow_changes or ()).to_json()
     if leads and not launched():
         pickled = ["--allow-pickle"] if settings.source.allow_pickle else []

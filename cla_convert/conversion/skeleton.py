@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..models.classes import cla_classes
 from ..models.export import IMPLEMENTATIONS, fill_computed
 from ..models.families import family_of
+from ..models.scoring import check_ids
 
 _ROWS = 8192
 """Of the embedding, read at a time."""
@@ -62,7 +63,8 @@ class Skeleton:
     def __init__(self, source: Source, config: dict[str, Any], tokens: Tensor, device: torch.device) -> None:
         """Build the empty model and learn how its layers are called on rows of `tokens` [rows, T].
 
-        Only the embeddings of tokens that occur are kept. Raises InputError for a family that is not supported.
+        Only the embeddings of tokens that occur are kept. Raises InputError for a family that is not supported, or
+        tokens that the model does not know.
         """
         self.source, self.device, self.family = source, device, family_of(config)
         classes = cla_classes(self.family)
@@ -75,6 +77,7 @@ class Skeleton:
         self.layer_class = type(self._stack[0])
         for index, layer in enumerate(self._stack):
             self._stack[index] = _StandIn(layer)
+        check_ids(self._model, tokens)
         self._known = tokens.unique()
         fill_computed(self._model, device)
         self._load_weights()

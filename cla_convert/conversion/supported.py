@@ -79,8 +79,6 @@ def _check_generation(folder: Path) -> None:
     try:
         with quietly():
             GenerationConfig.from_pretrained(folder)
-    except OSError:  # no JSON: it does without
-        return
     except Exception as error:  # each of its settings has checks of its own
         raise InputError(
             f"transformers refuses generation_config.json in {folder}",

@@ -13,6 +13,7 @@ from ..bars import tick
 from ..files import plain
 from ..models.scoring import (
     Forward,
+    check_ids,
     evaluating,
     kl,
     log_probabilities,
@@ -45,6 +46,7 @@ def agreement(
         same, 0 to 1; tokens = n * T; ci95 of both, over rows; windows: [kl in nats, agreeing, tokens] of every row;
         perplexity of `model` on these rows, and nll, its logarithm.
     """
+    check_ids(model, rows)
     windows: list[list[float]] = []
     likelihoods: list[Window] = []
     with evaluating(model, source):

@@ -103,7 +103,8 @@ def check_tasks(spec: Evaluate, model_dir: Path | None = None, seed: int = 0) ->
             check_room(found, model_dir, spec.max_length)
     if spec.include_path and not any("files" in task.frozen for task in found):
         warn(f"eval.tasks names none of the tasks in {spec.include_path} (eval.include_path)")
-    if unused := sorted(spec.limits.keys() - set(spec.tasks) - {task.name for task in found}):
+    unused = sorted(spec.limits.keys() - set(spec.tasks) - {task.name for task in found})
+    if unused and spec.tasks:  # who wants texts alone need not clear a recipe's limits, too
         warn(f"eval.limits names tasks that are not evaluated by themselves: {', '.join(unused)}")
 
 

@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..bars import tick
-from ..models.scoring import Forward, evaluating, log_probabilities, nll, output_head, positions_at_a_time, split_model
+from ..models.scoring import (
+    Forward,
+    check_ids,
+    evaluating,
+    log_probabilities,
+    nll,
+    output_head,
+    positions_at_a_time,
+    split_model,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,9 +47,10 @@ def totals(windows: list[Window]) -> dict[str, float]:
 
 
 def row_windows(model: "PreTrainedModel", rows: torch.Tensor, *, batch_size: int = 1) -> list[Window]:
-    """Nats and tokens of every row; arguments as for `token_perplexity`."""
+    """Nats and tokens of every row; arguments as for `token_perplexity`. Raises InputError as `check_ids`."""
     if rows.ndim != 2 or rows.shape[1] < 2 or not len(rows):
         raise ValueError(f"rows must have the shape [n, T] with n >= 1 and T >= 2, not {tuple(rows.shape)}")
+    check_ids(model, rows)
     nats: list[float] = []
     with torch.no_grad(), evaluating(model):
         body, head = split_model(model, rows[:1])

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from ..files import load_json, stays_in
+from ..files import load_json, refuse_pointer, stays_in
+from ..refusals import unread
 from .families import FAMILIES, Family, as_transformers_reads, without_strays
 from .headers import ELEMENT_SIZE, FLOATING, TORCH_NAMES, TensorInfo, read_header
 from .shape import positions_of, shape_of
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
+_SMALL = (
+    "config.json", INDEX, "generation_config.json", "tokenizer_config.json", "tokenizer.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "chat_template.json",
+    "preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
+"""What transformers reads of a model folder as JSON objects."""
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".py"}
 _TEMPLATES = "additional_chat_templates"
 """Where transformers keeps the chat templates but for the first."""
@@ -166,6 +173,22 @@ def bytes_of(tensor: "Tensor") -> memoryview:
     import torch
 
     return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def refuse_damaged(folder: Path) -> None:
+    """Raise InputError, by name, for a small file of a model that is cut off, no JSON object or no text.
+
+    transformers says of some of them what a parser says, and does without others.
+    """
+    fix = "Download the model again, or put this file of its own in that place."
+    for path in (path for name in _SMALL if (path := folder / name).exists()):
+        refuse_pointer(path)
+        load_json(path, fix)
+    for path in [*folder.glob("*.jinja"), *folder.glob(f"{_TEMPLATES}/*.jinja")]:
+        try:
+            path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise unread(error, InputError(f"{path} cannot be read", fix=fix)) from error
 
 
 def refuse_adapter(folder: Path) -> None:

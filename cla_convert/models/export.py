@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -202,6 +203,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
 
     for name in ("tokenizer.json", "tokenizer.model"):
         refuse_pointer(folder / name)
+    refuse_pieces(folder)
     fix = "Put the model's tokenizer files (tokenizer.json, tokenizer_config.json) into the folder."
     kind = str((read_json(folder / "config.json") or {}).get("model_type"))
     register_type(kind)
@@ -209,6 +211,21 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     with loading(f"{folder} has no usable tokenizer", fix):
         config = {"config": PreTrainedConfig()} if of_whole else {}  # of a type that nobody knows, as theirs is
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **config)
+
+
+def refuse_pieces(folder: Path) -> None:
+    """Raise InputError if a tokenizer is SentencePiece's alone and its package is not here: transformers needs it."""
+    pieces = folder / "tokenizer.model"
+    if find_spec("sentencepiece") or not pieces.is_file() or (folder / "tokenizer.json").exists():
+        return
+    with pieces.open("rb") as file:
+        if file.read(1) != b"\n":  # how a list of pieces begins; else it is tiktoken's, under the same name
+            return
+    raise InputError(
+        f"{pieces} needs the package sentencepiece, which is not installed",
+        why="There is no tokenizer.json beside it, which transformers would read without.",
+        fix="pip install sentencepiece",
+    )
 
 
 def named_implementation(config: Mapping[str, Any]) -> str | None:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import InputError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -37,6 +39,18 @@ def output_head(model: "PreTrainedModel") -> nn.Linear:
     head = model.get_output_embeddings()
     assert isinstance(head, nn.Linear), "a causal language model has an output projection"
     return head
+
+
+def check_ids(model: "PreTrainedModel", ids: Tensor, which: str = "model") -> None:
+    """Raise InputError if token ids lie beyond the model's embedding; `which` model is said."""
+    embedding: Any = model.get_input_embeddings()
+    rows, highest = embedding.weight.shape[0], int(ids.max())
+    if highest >= rows:
+        raise InputError(
+            f"The tokenizer is not the {which}'s",
+            why=f"It gives token {highest}; the {which} knows {rows}.",
+            fix="Use the model's own tokenizer, or text without this token if it is a special one.",
+        )
 
 
 def split_model(model: "PreTrainedModel", sample: Tensor) -> tuple[Forward, Forward]:

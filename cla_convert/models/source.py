@@ -14,10 +14,10 @@ from pathlib import Path
 from ..console import say
 from ..environment import cache_of
 from ..errors import InputError
-from ..files import did_you_mean_path, load_json, models_in, read_json, refuse_pointer, write_json
+from ..files import did_you_mean_path, models_in, read_json, refuse_pointer, write_json
 from ..kept import kept
 from . import gguf_source, hub, mxfp4
-from .checkpoint import INDEX, Checkpoint, refuse_adapter
+from .checkpoint import INDEX, Checkpoint, refuse_adapter, refuse_damaged
 from .pickles import pickled_files, read_pickles
 from .whole import OF_IMAGES, unversioned
 from .writer import ShardWriter, check_disk, infos_of
@@ -115,6 +115,7 @@ def _package_file(model: str) -> Path:
 
 def _with_safetensors(folder: Path, allow_pickle: bool) -> Path:
     refuse_adapter(folder)
+    refuse_damaged(folder)
     if (folder / INDEX).exists() or (folder / "model.safetensors").exists():
         return folder
     ggufs, pickles = sorted(folder.glob("*.gguf")), pickled_files(folder)
@@ -123,8 +124,6 @@ def _with_safetensors(folder: Path, allow_pickle: bool) -> Path:
     if len(ggufs) == 1:
         return _from_gguf(ggufs[0])
     if not pickles:
-        if not ggufs and (folder / "config.json").exists():
-            load_json(folder / "config.json")  # where that is damaged, it is the truer reason
         raise InputError(
             f"{folder} has no weights that can be read",
             why=("" if (folder / "config.json").exists() else "It has no config.json. ")

@@ -12,7 +12,8 @@ from typing import Any
 from ..console import command, human_bytes, say
 from ..errors import InputError
 from ..files import did_you_mean_path, load_json, models_in, refuse_pointer
-from .checkpoint import refuse_adapter
+from .checkpoint import refuse_adapter, refuse_damaged
+from .export import refuse_pieces
 from .kinds import SLIDING
 from .self_test import ROUNDING, check_interface
 from .shape import owners_of, shape_of
@@ -54,6 +55,7 @@ def _check_tokenizer(folder: Path) -> None:
             fix="Put the tokenizer of the source model (tokenizer.json, tokenizer_config.json) into the folder.",
         )
     refuse_pointer(folder / "tokenizer.json")
+    refuse_pieces(folder)
 
 
 def check_shares(folder: Path) -> dict[str, Any]:
@@ -64,6 +66,7 @@ def check_shares(folder: Path) -> dict[str, Any]:
         raise InputError(what, fix=fix)
     if not (folder / "config.json").exists():
         raise InputError(f"{folder} is not a model folder", why="It has no config.json.", fix=models_in(folder) or fix)
+    refuse_damaged(folder)
     refuse_adapter(folder)  # transformers would check the two together, or fail over the one
     config = text_config(load_json(folder / "config.json"))
     if not config.get("kv_source_layers"):

@@ -15,7 +15,8 @@ class TextFile(Section):
     path: str
     """A UTF-8 text file."""
     window: int = Field(default=1024, ge=2)
-    """Tokens of a window. Windows do not overlap; every token is predicted once, from those before it in its window."""
+    """Tokens of a window, or what the model was built for if that is less. Windows do not overlap; every token is
+    predicted once, from those before it in its window."""
     characters: Count | None = None
     """Read only so many characters from its start. None: all."""
 

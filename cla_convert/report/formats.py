@@ -34,6 +34,12 @@ def changed(change: Json) -> str:
     return f"Resumed after step {change['step']} under other settings: {what}. The command alone does not repeat that."
 
 
+def resumed(change: Json) -> str:
+    """A resumption with other versions or processes: these weights are of both."""
+    what = ", ".join(f"{one['name']} {one['after']} (before: {one['before']})" for one in change["changed"])
+    return f"Resumed after step {change['step']} with {what}: equal but for rounding, at best."
+
+
 def number(value: float | None, digits: int = 4) -> str:
     """Significant digits, thousands separated: 1234.5 -> 1,234 (4 digits); of a lost model 1.14e+10."""
     if value is None:

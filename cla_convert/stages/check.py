@@ -34,7 +34,7 @@ def check(recipe: Recipe, folder: RunFolder) -> None:
     check_backend(recipe.eval, device)
     check_tasks(recipe.eval, source, recipe.seed)
     check_texts(recipe.eval.perplexity)
-    check_evaluation(source, recipe.eval.perplexity)
+    check_evaluation(source)
     check_lengths(recipe, config)
     check_packing(recipe, config)
     check_steps(recipe.train)

@@ -66,13 +66,12 @@ def measure_cache(recipe: Recipe, folder: RunFolder, point: str, model: Path) ->
 
 def texts_of(recipe: Recipe, folder: RunFolder) -> "Texts":
     """What is measured on plain text, the same at every point."""
-    import torch
-
     from ..evaluation.answers import unseen
     from ..evaluation.text_files import beginning
     from ..evaluation.texts import Texts
     from ..models.checkpoint import Checkpoint
     from ..models.export import load_tokenizer
+    from ..preflight import fitted, fitted_rows
     from ..training.data import held_out_rows
 
     store, settings, source = text(recipe, folder), recipe.eval, folder.source(recipe)
@@ -81,8 +80,8 @@ def texts_of(recipe: Recipe, folder: RunFolder) -> "Texts":
             "the recipe's text gives other tokens now than was trained on: data.sources have changed since, or another "
             "device takes another amount of it. What is held out now may be text that the model has seen"
         )
-    longest = Checkpoint.open(source).positions
-    rows = torch.from_numpy(held_out_rows(store, recipe.train))[:, :longest]
+    config = Checkpoint.open(source).config
+    rows, files = fitted_rows(held_out_rows(store, recipe.train), config), fitted(settings.perplexity, config)
     shared = settings.agreement_tokens
     if shared > rows.numel():
         warn(
@@ -92,12 +91,10 @@ def texts_of(recipe: Recipe, folder: RunFolder) -> "Texts":
     part = rows[: max(1, shared // rows.shape[1])] if shared else None
     tokenizer = load_tokenizer(source)
     prompts = unseen(settings.prompts, tokenizer, store.train) if settings.prompts else []
-    begun = {text.name: beginning(text, tokenizer, shared, store.first) for text in settings.perplexity if shared}
+    begun = {text.name: beginning(text, tokenizer, shared, store.first) for text in files if shared}
     compared = {name: some for name, some in begun.items() if some is not None}
     domains = _domains(recipe, folder, store, compared)
-    return Texts(
-        settings.perplexity, rows, part, compared, source, domains, prompts, settings.answer_tokens, store.digest
-    )
+    return Texts(files, rows, part, compared, source, domains, prompts, settings.answer_tokens, store.digest)
 
 
 def trained_on_other(folder: RunFolder, digest: str) -> bool:

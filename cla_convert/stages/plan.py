@@ -74,12 +74,12 @@ def _check(recipe: Recipe, checkpoint: "Checkpoint", *, tokenizer: bool = True) 
     from ..conversion.supported import check_convertible
     from ..models.export import load_tokenizer
     from ..models.self_test import check_interface
+    from ..models.tokenization import has_tokenizer
 
     check_interface(checkpoint.config.get("model_type", ""))
-    if recipe.convert.needs_text:
-        check_convertible(checkpoint)  # first of all: it has more to say than a tokenizer that is not there
-        if tokenizer:
-            check_tokenizer(load_tokenizer(checkpoint.folder), checkpoint.config)
+    check_convertible(checkpoint)  # first of all: it has more to say than a tokenizer that is not there
+    if tokenizer and (recipe.convert.needs_text or has_tokenizer(checkpoint.folder)):
+        check_tokenizer(load_tokenizer(checkpoint.folder), checkpoint.config)
 
 
 def _plan(recipe: Recipe, checkpoint: "Checkpoint", choice: "Choice | None") -> "Plan":

@@ -92,7 +92,7 @@ def uptrain(
         StopRequest() as stop,
     ):
         position = Loop(trainer, checkpoints, metrics, monitor, stop, resume_command).run(position)
-    result = result_of(trainer, position, read_rows(folder.metrics), checkpoints.changes)
+    result = result_of(trainer, position, read_rows(folder.metrics), checkpoints)
     publish(trainer, student_dir, folder.model, result, identity)
     return result
 

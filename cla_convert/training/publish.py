@@ -7,7 +7,7 @@ from ..console import say, warn
 from ..environment import peak_memory_bytes
 from ..models.export import export_model
 from ..results import TrainResult
-from .state import Position
+from .state import Position, TrainingStates
 from .trainer import Trainer
 
 
@@ -24,9 +24,9 @@ def publish(trainer: Trainer, student_dir: Path, out: Path, result: TrainResult,
 
 
 def result_of(
-    trainer: Trainer, position: Position, rows: list[dict[str, Any]], changes: list[dict[str, Any]]
+    trainer: Trainer, position: Position, rows: list[dict[str, Any]], checkpoints: TrainingStates
 ) -> TrainResult:
-    """What train.json says; `rows` are those of metrics.jsonl, `changes` what was changed in mid-run."""
+    """What train.json says; `rows` are those of metrics.jsonl; `checkpoints` know what changed in mid-run."""
     found = {
         "tokens": position.tokens,
         "steps": position.step,
@@ -48,7 +48,8 @@ def result_of(
         "precision": trainer.precision.name,
         "data_digest": trainer.data.digest,
         "data": trainer.data.info,
-        "changes": changes,
+        "changes": checkpoints.changes,
+        "resumed": checkpoints.resumed,
     }
     return TrainResult.model_validate(found)
 

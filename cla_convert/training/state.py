@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
@@ -31,6 +32,7 @@ from ..errors import TrainingError
 from ..recipe import PLACES, on_resume
 from ..recipe_file import is_named, told
 from ..staging import sync
+from ..version import __version__
 from .parallel import Team
 from .sharded import own_rows
 
@@ -73,6 +75,8 @@ class TrainingStates:
         self.identity: dict[str, Any] = json.loads(json.dumps(dict(identity)))
         self.changes: list[dict[str, Any]] = []
         """What was changed in mid-run, and at which step."""
+        self.resumed: list[dict[str, Any]] = []
+        """The same of what is no setting: versions, processes, threads."""
 
     def all(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
@@ -121,8 +125,10 @@ class TrainingStates:
             raise TrainingError(
                 f"The checkpoint {path} cannot be read", str(error), "Remove it to resume from the one before."
             ) from error
-        if state["environment"] != (now := environment(self.team)):
-            warn(f"resuming under {now}, saved under {state['environment']}: not bit-exact")
+        now, self.resumed = environment(self.team), list(state.get("resumed", []))
+        if other := differences(now | state["environment"], now):  # what older versions did not save is as it is now
+            warn(f"resuming with {_told(other)}: not bit-exact")
+            self.resumed.append({"step": state["position"]["step"], "changed": other})
         return Position(**state["position"])
 
     def _together(self, temporary: Path, work: Callable[[], T]) -> T:
@@ -176,6 +182,7 @@ class TrainingStates:
             "position": vars(position),
             "identity": self.identity,
             "changes": self.changes,
+            "resumed": self.resumed,
             "environment": environment(self.team),
             "parts": self.team.shards,
             "files": files,
@@ -256,7 +263,8 @@ def _told(changes: Sequence[Mapping[str, Any]]) -> str:
 def environment(team: Team) -> dict[str, Any]:
     """What, besides the identity, decides the last bits of a float: recorded, and warned about when it changes."""
     replicas = {"replicas": team.size // team.shards} if team.replicated else {}
-    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "processes": team.size, **replicas}
+    here = {"torch": torch.__version__, "transformers": transformers.__version__, "cla-convert": __version__}
+    return {**here, "threads": torch.get_num_threads(), "processes": team.size, **replicas}
 
 
 def _state_tensors(model: torch.nn.Module, optimizers: Optimizers) -> dict[str, dict[str, torch.Tensor]]:

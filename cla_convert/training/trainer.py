@@ -13,6 +13,7 @@ from ..errors import InputError
 from ..models.checkpoint import Checkpoint
 from ..models.export import load_tokenizer
 from ..models.fingerprint import fingerprint
+from ..models.scoring import check_ids
 from ..models.self_test import check_interface
 from ..models.shape import positions_of
 from ..models.tokenization import check_as_recorded
@@ -223,10 +224,7 @@ def _check_models(trainer: Trainer) -> None:
 
 def _check_rows(model: Any, data: TokenStore, which: str = "model") -> None:
     """Raise InputError if the text has tokens beyond a model's embedding."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    highest = max(int(side.max()) for side in (data.train, data.held_out) if side.size)
-    if highest >= rows:
-        raise InputError(f"The tokenizer is not the {which}'s", f"It gives token {highest}; the {which} knows {rows}.")
+    check_ids(model, torch.tensor([int(side.max()) for side in (data.train, data.held_out) if side.size]), which)
 
 
 def _check_fit(student: Any, data: TokenStore, settings: Train) -> None:

@@ -285,3 +285,22 @@ def test_run_resumes_under_changed_training_settings_only_before_it_is_trained(w
     run([*changed, "--allow-change", "train.clip"], log)
     again = [*line, "uptrain", "--set", "train.clip=0.7", "--allow-change", "train.clip"]
     assert "train.clip: 0.5 -> 0.7" in run(again, log, code=2)  # there is nothing left to train with it
+
+
+def test_other_versions_on_resume_are_said_and_recorded(work: Path, stopped: Path, uninterrupted: Path) -> None:
+    """Also where the first process was killed, and could record nothing of itself."""
+    log, step = stopped.with_name("log"), checkpoints(stopped)[-1]
+    (newest,) = (state(stopped) / "checkpoints").glob(f"step-*{step}")
+    saved = json.loads((newest / "state.json").read_text())
+    here = dict(saved["environment"])
+    del saved["environment"]["cla-convert"]  # of a version before this was saved: nothing to tell
+    saved["environment"] |= {"torch": "2.0.1", "transformers": "4.0"}
+    (newest / "state.json").write_text(json.dumps(saved))
+    printed = run(uptrain(work, stopped, steps=STEPS, **EVERY_STEP), log)
+    now = [
+        {"name": name, "before": old, "after": here[name]}
+        for name, old in (("torch", "2.0.1"), ("transformers", "4.0"))
+    ]
+    assert f"warning: resuming with torch: '2.0.1' -> {here['torch']!r}; transformers: '4.0' ->" in printed
+    assert json.loads((state(stopped) / "train.json").read_text())["resumed"] == [{"step": step, "changed": now}]
+    assert same_weights(stopped, uninterrupted)

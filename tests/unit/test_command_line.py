@@ -19,7 +19,9 @@ from cla_convert.cli import app, main
 from cla_convert.cli.words import texts_in
 from cla_convert.environment import command_line
 from cla_convert.errors import ClaError
+from cla_convert.recipe import Recipe
 from cla_convert.refusals import is_refusal, refusal
+from cla_convert.run_folder import RunFolder
 from cla_convert.staging import beside
 from tests.conftest import save_tiny_llama
 from tests.tiny import cla_model
@@ -407,6 +409,27 @@ def test_a_gate_without_results_says_which_command_makes_them(models: Path, tmp_
         app(["report", str(run), "--gate"], standalone_mode=False)
     assert caught.value.exit_code == 4 and "not been evaluated" in str(caught.value)
     assert "Uptrain longer" not in str(caught.value) and "cla-convert run" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["convert source {run}/converted --overwrite --init mean", "convert source {run}/new --init mean",
+     "uptrain converted {run}/other --tokens 26M --teacher source -q",
+     "eval source --tasks piqa --limit 1 --out {run}/eval/before",
+     "eval source --tasks piqa --limit 1 --out {run}"],
+)  # fmt: skip
+def test_nothing_is_written_into_a_run_that_another_process_is_at_work_in(
+    line: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.save_recipe(Recipe())
+    shutil.copytree(models / "converted", run.converted)
+    (run.converted / "cla_manifest.json").write_text("{}")
+    before = sorted(run.path.rglob("*"))
+    with run.alone():
+        code, said = refused(line.format(run=run.path), monkeypatch)
+    assert code == 3 and f"Another process is at work in {run.path}\n  fix: Wait for it" in said, said
+    assert sorted(run.path.rglob("*")) == before
 
 
 def test_texts_are_named_as_their_files_are():

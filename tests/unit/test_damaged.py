@@ -4,7 +4,9 @@
 """
 
 import json
+import re
 import shutil
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from cla_convert.models.checkpoint import Checkpoint
 from cla_convert.models.fingerprint import fingerprint
 from cla_convert.models.gguf_header import Header
 from cla_convert.models.gguf_source import _check_sizes
+from cla_convert.models.source import resolve_source
+from cla_convert.models.verify import check_shares
 from cla_convert.recipe import Recipe
 from cla_convert.recipe_file import load_recipe
 from cla_convert.record import recorded
@@ -123,6 +127,29 @@ def test_damaged_json_is_no_absent_json_except_in_a_cache(content: bytes, tmp_pa
     with pytest.raises(InputError, match=r"x\.json"):
         read_json(path)
     assert read_kept(path) is None
+
+
+SMALL = [
+    "config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "model.safetensors.index.json", "chat_template.json",
+]  # fmt: skip
+TEMPLATES = ["chat_template.jinja", "additional_chat_templates/tools.jinja"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [*product(SMALL, [b"", b'{"a": ', b'["a", 1]', b"null", b"\xff\xfe\x00{"]), *product(TEMPLATES, [b"{{ \xff }}"])],
+    ids=str,
+)
+def test_a_small_file_of_a_model_is_refused_by_name_by_every_verb(name: str, content: bytes, model: Path):
+    edit(model / "config.json", kv_source_layers=[0, 0, 2, 2, 4, 4])
+    (model / name).parent.mkdir(exist_ok=True)
+    (model / name).write_bytes(content)
+    inspect, fetch, verify = inspect_model, resolve_source, check_shares  # also of convert and chat; of uptrain
+    for read in (lambda: inspect(str(model)), lambda: fetch(str(model)), lambda: verify(model)):
+        with pytest.raises(InputError, match=re.escape(str(model / name))) as refused:
+            read()
+        assert refused.value.why and refused.value.fix
 
 
 def test_a_damaged_result_is_not_trained_again(tmp_path: Path):

@@ -191,20 +191,13 @@ def test_weights_under_another_name_are_refused(tmp_path):
     refused(change(save_tiny("llama", tmp_path), transformers_weights="other.safetensors"), "other.safetensors")
 
 
-@pytest.mark.parametrize("settings", [{"max_new_tokens": -1}, {"cache_implementation": "nonsense"}, [1]])
+@pytest.mark.parametrize("settings", [{"max_new_tokens": -1}, {"cache_implementation": "nonsense"}])
 def test_a_generation_config_that_transformers_refuses_is_refused(tmp_path: Path, settings: Any):
     folder = save_tiny("llama", tmp_path / "m")
     (folder / "generation_config.json").write_text(json.dumps(settings))
-    with pytest.raises(Exception, match=r"max_new_tokens|nonsense|not a mapping"):
+    with pytest.raises(Exception, match=r"max_new_tokens|nonsense"):
         AutoModelForCausalLM.from_pretrained(folder)
     refused(folder, "generation_config.json")
-
-
-def test_a_generation_config_that_transformers_does_without_is_none(tmp_path: Path):
-    folder = save_tiny("llama", tmp_path / "m")
-    (folder / "generation_config.json").write_text("{")
-    AutoModelForCausalLM.from_pretrained(folder)
-    assert inspect_model(str(folder))["supported"]
 
 
 def test_what_a_generation_config_ignores_is_no_news_of_inspect(tmp_path: Path):

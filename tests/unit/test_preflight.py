@@ -8,18 +8,27 @@ from types import SimpleNamespace
 
 import pytest
 
-from cla_convert import pipeline, surrogates
+from cla_convert import pipeline, preflight, surrogates
+from cla_convert.chat import Manner, Speaker
+from cla_convert.cli import app
+from cla_convert.conversion.convert import convert
+from cla_convert.conversion.plan import make_plan
+from cla_convert.conversion.text import CalibrationText
 from cla_convert.errors import InputError
+from cla_convert.evaluation.agreement import agreement
 from cla_convert.evaluation.cache import kv_cache_of
 from cla_convert.evaluation.local_rows import local_splits
+from cla_convert.evaluation.perplexity import token_perplexity
+from cla_convert.models.checkpoint import Checkpoint
 from cla_convert.models.export import load_model
 from cla_convert.models.shape import positions_of
-from cla_convert.preflight import check_evaluation, check_lengths, check_prefix, check_tokenizer
+from cla_convert.preflight import check_evaluation, check_lengths, check_prefix, check_tokenizer, fitted
 from cla_convert.recipe import Recipe, TextFile
 from cla_convert.recipe_file import load_recipe
 from cla_convert.run_folder import RunFolder
 from cla_convert.stages.check import check
-from cla_convert.stages.plan import plan_of
+from cla_convert.stages.evaluate import texts_of
+from cla_convert.stages.plan import plan_of, preview
 from cla_convert.stages.text import calibration
 from cla_convert.stages.uptrain import uptrain
 from cla_convert.training.sources import documents
@@ -31,7 +40,7 @@ CONFIG = {"vocab_size": 258, "max_position_embeddings": 512}
 
 def test_ids_beyond_the_embedding():
     check_tokenizer(byte_tokenizer(), CONFIG)
-    with pytest.raises(InputError, match="2 of its tokens have ids beyond the embedding of 256"):
+    with pytest.raises(InputError, match=r"has 256 rows; tokens beyond: 2, such as '.+' \(256\), '.+' \(257\)"):
         check_tokenizer(byte_tokenizer(), {"vocab_size": 256})
     for added in ({"eos_token": "<|im_end|>"}, {"bos_token": "<s>"}):
         tokenizer = byte_tokenizer()
@@ -40,15 +49,41 @@ def test_ids_beyond_the_embedding():
             check_tokenizer(tokenizer, CONFIG)
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["word"])
-    with pytest.raises(InputError, match="'word': 258"):
+    with pytest.raises(InputError, match=r"'word' \(258\)"):
         check_tokenizer(tokenizer, CONFIG)
+    check_tokenizer(tokenizer, {"vocab_size": 512})  # many embeddings have rows to spare
 
 
 def test_a_special_token_that_no_text_holds_is_only_warned_about(capsys):
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    check_tokenizer(tokenizer, {"text_config": CONFIG})
-    assert "'<image>'" in capsys.readouterr().err
+    preflight._warn_once.cache_clear()
+    for _ in range(2):
+        check_tokenizer(tokenizer, {"text_config": CONFIG})
+    assert capsys.readouterr().err.count("'<image>' (258)") == 1
+    tokenizer.chat_template = "{% for message in messages %}<image>{{ message.content }}{% endfor %}"
+    with pytest.raises(InputError, match="not the model's"):
+        check_tokenizer(tokenizer, CONFIG)
+
+
+def test_text_that_does_hold_it_is_refused_wherever_it_is_read(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    source = save_tiny("llama", tmp_path / "m")
+    tokenizer.save_pretrained(source)
+    ids = tokenizer("An <image> of a cat", return_tensors="pt").input_ids
+    model, checkpoint = load_model(source), Checkpoint.open(source)
+    plan = make_plan(checkpoint, sharing="cla2", init="calibrated")
+    speaker = Speaker.load("m", source, device="cpu", dtype="float32", manner=Manner(max_new_tokens=1))
+    speaker.answer("A cat")
+    for read in (
+        lambda: token_perplexity(model, ids),
+        lambda: agreement(model, model, ids),
+        lambda: convert(plan, checkpoint, tmp_path / "out", calibration=CalibrationText(ids, "", "cpu", 0, 1)),
+        lambda: speaker.answer("An <image> of a cat"),
+    ):
+        with pytest.raises(InputError, match="It gives token 258; the model knows 258"):
+            read()
 
 
 def test_something_to_begin_with():
@@ -71,13 +106,10 @@ def test_positions_by_every_name():
     [
         (["train.tokens=100k", "train.loss=cross_entropy", "train.sequence_length=1024"], "train.sequence_length"),
         (["data.sources=[{generate: {tokens: 100, length: 600}}]"], r"data.sources\[0\].generate.length"),
-        (["eval.perplexity=[{name: w, path: TEXT, window: 600}]"], "a window of 600"),
     ],
 )
 def test_lengths_beyond_the_positions_are_refused_before_work(overrides, name, tmp_path):
-    (tmp_path / "text.txt").write_text("Some text. " * 50)
     source = save_tiny("llama", tmp_path / "m")
-    overrides = [o.replace("TEXT", str(tmp_path / "text.txt")) for o in overrides]
     common = [f"source.model={source}", "convert.init=mean", "eval.tasks=[arc_easy]", "eval.limit=1", "device=cpu"]
     recipe = load_recipe(None, [*common, *overrides]).recipe
     with pytest.raises(InputError, match=name):
@@ -100,22 +132,63 @@ def test_calibration_is_cut_to_the_positions(tmp_path, capsys):
     assert "sequences of 64 tokens" in capsys.readouterr().err
 
 
-def test_a_plan_that_calibrates_looks_at_the_tokenizer(tmp_path):
+@pytest.mark.parametrize("init", ["calibrated", "mean"])
+def test_every_verb_that_reads_text_or_writes_a_model_looks_at_the_tokenizer(tmp_path, init):
     source = save_tiny("llama", tmp_path / "m")
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
     tokenizer.save_pretrained(source)
-    with pytest.raises(InputError, match="not the model's"):
-        plan_of(load_recipe(None, [f"source.model={source}", "device=cpu"]).recipe, RunFolder(tmp_path / "run"))
-    with pytest.raises(InputError, match="not the model's"):
-        check_evaluation(source, [])
+    recipe = load_recipe(None, [f"source.model={source}", f"convert.init={init}", "device=cpu"]).recipe
+    for look in (
+        lambda: plan_of(recipe, RunFolder(tmp_path / "run")),
+        lambda: preview(recipe, RunFolder(tmp_path / "run")),
+        lambda: check_evaluation(source),
+        lambda: Speaker.load("m", source, device="cpu", dtype="float32", manner=Manner()),
+    ):
+        with pytest.raises(InputError, match="not the model's"):
+            look()
 
 
-def test_evaluation_of_a_window(tmp_path):
+def test_a_model_without_a_tokenizer_needs_none_where_no_text_is_read(tmp_path):
     source = save_tiny("llama", tmp_path / "m")
-    check_evaluation(source, [TextFile(name="a", path="a.txt", window=512)])
-    with pytest.raises(InputError, match="a window of 513"):
-        check_evaluation(source, [TextFile(name="a", path="a.txt", window=513)])
+    for file in source.glob("tokenizer*"):
+        file.unlink()
+    recipe = load_recipe(None, [f"source.model={source}", "convert.init=mean", "device=cpu"]).recipe
+    assert plan_of(recipe, RunFolder(tmp_path / "run")).init == "mean"
+
+
+def test_windows_are_no_longer_than_the_context_and_recorded_so(tmp_path, capsys):
+    source = save_tiny("llama", tmp_path / "m", max_position_embeddings=64)
+    (tmp_path / "text.txt").write_text("Some text of so many words. " * 50)
+    config = Checkpoint.open(source).config
+    short, long = (TextFile(name=name, path=str(tmp_path / "text.txt"), window=n) for name, n in (("a", 64), ("b", 65)))
+    assert fitted([short, long], config) == [short, long.model_copy(update={"window": 64})]
+    assert "perplexity b: windows of 64 tokens, which is what the model was built for, and not of 65" in (
+        capsys.readouterr().err
+    )
+    assert fitted([long], {}) == [long]
+    line = ["eval", str(source), "--perplexity", str(tmp_path / "text.txt"), "--set", "device=cpu"]
+    app([*line, "--out", str(tmp_path / "out"), "--json"], standalone_mode=False)
+    said = capsys.readouterr()
+    assert said.err.count("windows of 64 tokens, which is what the model was built for, and not of 1024") == 1
+    assert json.loads(said.out)["texts"]["perplexity/text"]["window"] == 64
+    assert json.loads((tmp_path / "out" / "perplexity" / "text.json").read_text())["window"] == 64
+
+
+def test_a_run_measures_texts_and_held_out_text_within_the_context(tmp_path, capsys):
+    source = save_tiny("llama", tmp_path / "m", max_position_embeddings=64)
+    (tmp_path / "text.txt").write_text("Some text of so many words. " * 200)
+    text = f"path: {tmp_path / 'text.txt'}"
+    settings = [f"data.sources=[{{{text}}}]", f"eval.perplexity=[{{name: own, {text}}}]", "convert.init=mean"]
+    settings += ["train.sequence_length=128", "eval.domain_tokens=0", "eval.prompts=[]", "device=cpu"]
+    recipe = load_recipe(None, settings, {"source.model": str(source)}).recipe
+    folder = RunFolder(tmp_path / "run")
+    folder.save_recipe(recipe)
+    texts = texts_of(recipe, folder)
+    assert texts.held_out.shape[1] == texts.compared["own"].shape[1] == texts.files[0].window == 64
+    said = capsys.readouterr().err
+    assert "held-out text: windows of 64 tokens, which is what the model was built for, and not of 128" in said
+    assert "perplexity own: windows of 64 tokens" in said
 
 
 def test_the_cache_is_measured_within_the_positions(tmp_path):

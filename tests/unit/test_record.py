@@ -111,3 +111,14 @@ def test_the_report_tells_stages_of_other_circumstances_apart(tmp_path: Path) ->
         assert "not all made with the same torch, machine or device" in page
     once, _ = told(run, invocation(stages={"convert": 61.0, "eval": 2.0}))
     assert "not made in one go" not in once and "not all made with" not in once and "cpu X, cores 2" in once
+
+
+def test_the_report_tells_what_training_was_resumed_with(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    train = json.loads((run / "train.json").read_text())
+    changed = [{"name": "torch", "before": "2.13.0", "after": "2.14.0"}, {"name": "processes", "before": 2, "after": 1}]
+    write_json(run / "train.json", train | {"resumed": [{"step": 120, "changed": changed}]})
+    build_report(run)
+    for page in ("report.md", "report.html"):
+        said = (run / page).read_text()
+        assert "Resumed after step 120 with torch 2.14.0 (before: 2.13.0), processes 1 (before: 2)" in said

@@ -182,6 +182,8 @@ def test_the_limit_of_a_tag_is_that_of_its_tasks(capsys: pytest.CaptureFixture[s
     assert "eval.limits" not in capsys.readouterr().err
     check_tasks(spec.model_copy(update={"limits": {"inner": 2, "green": 1}}))  # a group has one limit
     assert "not evaluated by themselves: green, inner" in capsys.readouterr().err
+    check_tasks(spec.model_copy(update={"tasks": [], "perplexity": [TextFile(name="own", path="own.txt")]}))
+    assert "eval.limits" not in capsys.readouterr().err
 
 
 def test_few_shot_examples_depend_on_the_seed_only():

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from cla_convert.conversion.convert import convert
 from cla_convert.conversion.plan import make_plan
 from cla_convert.errors import InputError
+from cla_convert.models import export
 from cla_convert.models.checkpoint import Checkpoint
 from cla_convert.models.export import load_tokenizer, register
 from cla_convert.models.families import FAMILIES
@@ -135,6 +136,23 @@ def test_a_tokenizer_that_does_not_load_is_refused_before_work(tmp_path: Path):
     (source / "tokenizer.json").write_text("{")
     with pytest.raises(InputError, match="no usable tokenizer"):
         keep_tokenizer(source, copied(source, tmp_path / "out"))
+
+
+def test_a_tokenizer_of_sentencepiece_alone_names_the_package_it_needs(tmp_path: Path, monkeypatch: Any):
+    source, out = save_tiny("llama", tmp_path / "source"), tmp_path / "out"
+    checkpoint = Checkpoint.open(source)
+    convert(make_plan(checkpoint, sharing="cla2", init="mean"), checkpoint, out)
+    monkeypatch.setattr(export, "find_spec", lambda name: None)
+    for folder in (source, out):
+        (folder / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+        load_tokenizer(folder)  # it is not asked for beside a tokenizer.json
+        (folder / "tokenizer.json").unlink()
+    for read in (lambda: load_tokenizer(source), lambda: verify_models([out])):
+        with pytest.raises(InputError, match=r"tokenizer\.model needs the package sentencepiece") as refused:
+            read()
+        assert refused.value.fix == "pip install sentencepiece"
+    (source / "tokenizer.model").write_bytes(b"IQ== 0\n")  # of tiktoken
+    export.refuse_pieces(source)
 
 
 def test_a_class_that_says_the_truth_keeps_the_bytes_of_its_file(tmp_path: Path):

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from ..content import Block, Details, Facts, Listing, Paragraph
-from ..formats import changed, to_yaml
+from ..formats import changed, resumed, to_yaml
 from ..invocations import invocations_of, table, versions_of
 from ..run_folder import Json, RunFiles
 from ..section import Material, Section, register
@@ -55,7 +55,9 @@ def show(report: Json) -> Sequence[Block]:
         of_several = len({one.get("command") for one in invocations}) > 1
         told = "This run was not made in one go" + ("; the command above is the last one." if of_several else ".")
         blocks += [Paragraph(told), table(invocations)]
-    blocks += [Paragraph(changed(change)) for change in (report["train"] or {}).get("changes") or []]
+    train = report["train"] or {}
+    blocks += [Paragraph(changed(change)) for change in train.get("changes") or []]
+    blocks += [Paragraph(resumed(change)) for change in train.get("resumed") or []]
     blocks.append(Facts(facts))
     if hashes := {name: value for name, value in report["hashes"].items() if value}:
         blocks.append(
