@@ -10,9 +10,9 @@ def comparison_of(run: RunFiles, margins: Margins, seed: int) -> Json:
 
     Otherwise it is computed anew: an evaluation that was interrupted leaves new results beside the old comparison.
     """
-    folder, point, left = run.files.evaluation.path, run.last_point or "converted", run.comparison
-    stale = point in run.stale or _is_past(left, measured(folder, "before", point))
-    if left and (left.get("compared"), left.get("margins")) == (run.last_point, margins.as_dict()) and not stale:
+    folder, point, left = run.files.evaluation.path, run.last_point, run.comparison
+    stale = point not in run.results or point in run.stale or _is_past(left, measured(folder, "before", point))
+    if left and (left.get("compared"), left.get("margins")) == (point, margins.as_dict()) and not stale:
         return left
     return compare_points(folder, "before", point, margins=margins, seed=seed)
 

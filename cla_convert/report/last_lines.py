@@ -7,7 +7,7 @@ from ..run_folder import RunFolder
 from .formats import change, integer, number, plural, points, points_interval, smaller, stage, titled
 from .run_folder import Json
 from .sections.kv import how_long
-from .sections.verdict import HEADINGS
+from .sections.verdict import HEADINGS, INCOMPLETE
 
 _NAMES = 12
 """Columns of the names at the left."""
@@ -23,7 +23,8 @@ def last_lines(report: Json, folder: RunFolder, width: int = 80) -> list[str]:
         folder: the run folder.
         width: columns of the screen.
     """
-    rows = [("Verdict", HEADINGS[report["status"]] + (f", {stage(report['compared'])}" if report["compared"] else ""))]
+    verdict = HEADINGS[report["status"]] + (f", {stage(report['compared'])}" if report["compared"] else "")
+    rows = [("Verdict", f"{INCOMPLETE}. {verdict}" if report["incomplete"] else verdict)]
     rows += [("Accuracy", _accuracy(report)), ("Perplexity", _perplexity(report)), ("KL", _kl(report))]
     rows += [("KV cache", _kv(report))]
     trained = report["compared"] == "after" or report["train"]

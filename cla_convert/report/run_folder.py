@@ -10,6 +10,7 @@ from typing import Any
 
 from ..console import command
 from ..errors import ClaError, InputError
+from ..evaluation.missing import missing
 from ..evaluation.stale import stale_points
 from ..files import read_json, stays_in
 from ..recipe_file import read_yaml
@@ -65,10 +66,15 @@ class RunFiles:
         """Per-document results of a task, or None."""
         return read_json(self.files.evaluation.point(point).task(task))
 
+    @cached_property
+    def incomplete(self) -> dict[str, list[str]]:
+        """What an interrupted evaluation left out, by point."""
+        return missing(self.files)
+
     @property
-    def last_point(self) -> str | None:
-        """The point to compare with `before`: `after`, or `converted` when nothing was trained."""
-        return next((point for point in ("after", "converted") if point in self.results), None)
+    def last_point(self) -> str:
+        """The point to compare with `before`, measured or not: never another one in its place."""
+        return self.files.last_point
 
 
 def read_run_folder(path: Path) -> RunFiles:

@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -181,13 +182,48 @@ def test_lower_rates_are_lower_than_those_that_were_used(run_dir: Path, settings
     load_recipe(None, sets)  # as the command line reads them
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_was_not_measured_of_the_last_point_is_not_taken_from_another(run_dir: Path, tmp_path: Path, whole: bool):
+    """Stopped in the evaluation of the uptrained model, before it or in the midst."""
+    other = add_everything(write_run(tmp_path / "other"))
+    add_everything(run_dir)
+    if whole:
+        shutil.rmtree(run_dir / "eval" / "after")
+    else:
+        for name in ("held_out", "agreement", "domains", "answers", "perplexity/law"):
+            (run_dir / "eval" / "after" / f"{name}.json").unlink()
+    report, pages = build_report(run_dir, [other]), [run_dir / name for name in ("report.md", "report.html")]
+    assert set(report["incomplete"]) == {"after"} and "law" in report["incomplete"]["after"]
+    for row in (report["perplexity"]["held_out"], report["perplexity"]["law"]):
+        assert row["converted"] is not None
+        assert row["after"] is row["last"] is row["relative"] is row["delta"] is None
+    for row in report["domains"].values():
+        assert row["perplexity"]["converted"] is not None and row["relative"] is row["recovered"] is None
+    assert report["domain_advice"] == ["news: parts of this very text were trained on; its numbers are too good."]
+    assert report["gate"]["state"] == "failed"
+    assert not {"held_out", "law"} & {row["scope"] for row in report["judged"]}
+    if whole:
+        assert (report["status"], report["compared"], report["mean_accuracy"]) == ("not_measured", None, None)
+    else:
+        assert "after: not measured: held-out text, domains, answers, law, KL to the source" in str(report["gate"])
+    assert report["next"]["state"] == "finish" and shlex.split(report["next"]["command"])[-2:] == ["--out", str(run_dir)]
+    for said in (report["verdict"], "\n".join(last_lines(report, RunFolder(run_dir)))):
+        assert "EVALUATION INCOMPLETE" in said
+    for page in pages:
+        text = page.read_text()
+        assert text.index("EVALUATION INCOMPLETE") < text.index("Finish the evaluation (after: ")
+    mine, theirs = (next(row for row in report["runs"] if row["label"] == name) for name in ("run", "other"))
+    assert mine["kl"] is mine["domains"] is mine["held_out"] is None
+    assert mine["incomplete"] and not theirs["incomplete"]
+    assert "run evaluation incomplete" in pages[0].read_text()
+
+
 def test_more_rows_names_only_what_changes_something(run_dir: Path):
     """Held-out text is cut when the run begins; what is measured on it all has no more in this run."""
     set_eval(run_dir, perplexity_margin=0.5, margin=0.5, agreement_tokens=1024, kl_margin=0.1)
-    write_json(
-        run_dir / "eval" / "after" / "agreement.json",
-        {"kl": 0.1, "top1": 0.9, "ci95": {"kl": [0.05, 0.15]}, "tokens": 9},
-    )
+    for point in ("converted", "after"):
+        agreement = {"kl": 0.1, "top1": 0.9, "ci95": {"kl": [0.05, 0.15]}, "tokens": 9}
+        write_json(run_dir / "eval" / point / "agreement.json", agreement)
 
     def next_of(**train: int) -> tuple[str, list[str]]:
         recipe = yaml.safe_load((run_dir / "recipe.yaml").read_text())

@@ -30,7 +30,7 @@ def collect(material: Material, report: Json) -> Json:
             if metric in metrics:
                 table[task] = {**metrics[metric], "unit": unit}
     for row in table.values():
-        last = row["after"] if row["after"] is not None else row["converted"]
+        last = row[run.last_point]
         row["last"], row["delta"] = last, difference(row["before"], last)
         row["relative"] = None if row["delta"] is None else last / row["before"] - 1
         row["cla_cost_relative"] = row["after"] / row["control"] - 1 if row["after"] and row["control"] else None

@@ -45,7 +45,7 @@ def rows_of(material: Material) -> list[Json]:
     Rows of label, point, sharing, kv_heads, init, trained, tokens, kv_bytes_per_token, accuracy, ci95, kl, domains,
     wikitext, held_out, comparable, stale and curves. Accuracy is over the tasks of the first run, and None where a run
     was measured under another specification (comparable: false) or one of both not at all (comparable: null). stale:
-    the model was made anew since it was measured. ci95 is the source's accuracy plus the
+    the model was made anew since it was measured. incomplete: what of the point was not measured, in words. ci95 is the source's accuracy plus the
     interval of the paired difference from it, within 0 to 1. kl (nats) and domains (perplexity above the source's, a
     share) are means over the domains; None where these are not those of the first run. wikitext is the word
     perplexity above the source's. held_out is None where the run's held-out text is not that of the first run.
@@ -74,7 +74,7 @@ def _source(run: RunFiles) -> str | None:
     return run.results.get("before", {}).get("model_fingerprint") or converted
 
 
-def _row(material: Material, run: RunFiles, label: str, point: str | None, summary: Json | None) -> Json:
+def _row(material: Material, run: RunFiles, label: str, point: str, summary: Json | None) -> Json:
     computed = (run.convert.get("kv_bytes_per_token") or {}).get("before" if point == "before" else "after")
     comparable = _comparable(material, run, point)
     source, shares = point == "before", point not in ("before", "control")
@@ -88,22 +88,23 @@ def _row(material: Material, run: RunFiles, label: str, point: str | None, summa
         "init": run.convert.get("init") if shares else None,
         "trained": None if source else _objective(run),
         "tokens": None if source else run.train.get("tokens"),
-        "kv_bytes_per_token": run.kv_cache.get(point or "", {}).get("bytes_per_token") or computed,
-        "accuracy": mean_at(run, summary, point) if point and comparable else None,
+        "kv_bytes_per_token": run.kv_cache.get(point, {}).get("bytes_per_token") or computed,
+        "accuracy": mean_at(run, summary, point) if comparable else None,
         "ci95": _interval(material, run, summary) if shares and comparable else None,
         **(_domains(run, point) if same_domains and not source else {"kl": None, "domains": None}),
         "wikitext": _wikitext(run, point) if comparable and not source else None,
-        "held_out": run.held_out.get(point or "", {}).get("perplexity") if same_text else None,
+        "held_out": run.held_out.get(point, {}).get("perplexity") if same_text else None,
         "comparable": comparable,
         "stale": point in run.stale,
+        "incomplete": run.incomplete.get(point, []),
         "curves": _curves(run, same_text) if shares else {"validation": [], "kl": []},
     }
 
 
-def _comparable(material: Material, run: RunFiles, point: str | None) -> bool | None:
+def _comparable(material: Material, run: RunFiles, point: str) -> bool | None:
     """Whether a point and the source model of its run were measured as the source model of the first run was."""
     found = [
-        one.get(name or "", {}).get("specification_hash")
+        one.get(name, {}).get("specification_hash")
         for one, name in ((material.run.results, "before"), (run.results, "before"), (run.results, point))
     ]
     return None if None in found else len(set(found)) == 1
@@ -134,9 +135,9 @@ def _objective(run: RunFiles) -> str | None:
     return f"{loss} + {weight:g} cross-entropy" if loss == "distill" and weight else loss
 
 
-def _domains(run: RunFiles, point: str | None) -> Json:
+def _domains(run: RunFiles, point: str) -> Json:
     """Mean KL over the domains, and the geometric mean of perplexities over the source's, less one."""
-    before, last = (run.domains.get(name or "", {}).get("domains", {}) for name in ("before", point))
+    before, last = (run.domains.get(name, {}).get("domains", {}) for name in ("before", point))
     kls = [row.get("kl") for row in last.values()]
     pairs = [(row["perplexity"], before[name]["perplexity"]) for name, row in last.items() if name in before]
     logs = [math.log(new / old) if new and old else None for new, old in pairs]
@@ -150,10 +151,10 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
-def _wikitext(run: RunFiles, point: str | None) -> float | None:
+def _wikitext(run: RunFiles, point: str) -> float | None:
     """Word perplexity above the source's, a share of it."""
     values = [
-        run.results.get(name or "", {}).get("tasks", {}).get("wikitext", {}).get("word_perplexity")
+        run.results.get(name, {}).get("tasks", {}).get("wikitext", {}).get("word_perplexity")
         for name in ("before", point)
     ]
     return values[1] / values[0] - 1 if values[0] and values[1] else None
@@ -216,8 +217,10 @@ def table(runs: Sequence[Json]) -> Table:
 
 
 def _label(run: Json) -> Text:
-    """Of a model that is another one now, the numbers are not."""
-    return [f"{run['label']} ", note("as it was before it was made anew")] if run.get("stale") else run["label"]
+    """Of a model that is another one now, the numbers are not; of one whose evaluation was stopped, some are not."""
+    said = ["as it was before it was made anew"] if run.get("stale") else []
+    said += ["evaluation incomplete"] if run.get("incomplete") else []
+    return [f"{run['label']} ", note("; ".join(said))] if said else run["label"]
 
 
 def _sharing(run: Json) -> str:

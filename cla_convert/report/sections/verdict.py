@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from ...evaluation.gate import amount, reason_in_words
+from ...evaluation.missing import told
 from ...evaluation.verdict import NOT_COMPARED, NOT_JUDGED, NOT_MEASURED
 from ..content import Block, Bullets, Paragraph
 from ..formats import change, number, plural, stage, titled
@@ -18,20 +19,28 @@ HEADINGS = {
 }
 TONES = {"within_margin": "good", "margin_broken": "bad", "inconclusive": "unsure", "not_measured": "unsure"}
 _WORDS = {"within_margin": "within", "margin_broken": "worse", "inconclusive": "cannot tell"}
+INCOMPLETE = "EVALUATION INCOMPLETE"
 _OTHER_MODEL = "MEASURED ON ANOTHER MODEL than the one that is there now."
+_NOT_BOTH = "the source model and the last one of the run were not both measured."
 WORST_FIRST = ("margin_broken", "inconclusive", "within_margin")
 
 
 def collect(material: Material, report: Json) -> Json:
-    """verdict (a sentence or two to quote), status, judged, gate, margins; stale: points measured on other models."""
-    found = material.comparison
+    """verdict (a sentence or two to quote), status, judged, gate, margins; stale: points measured on other models.
+
+    incomplete {point: parts}: what was not measured of it though it was of other points.
+    """
+    run, found = material.run, material.comparison
     judged = [row | {"text": _measure(row, report)} for row in found["judged"]]
     gate = found["gate"]
-    stale = material.run.stale
+    stale = run.stale
     said = sentence(found["status"], judged, found["compared"])
+    if run.incomplete:
+        said = f"{INCOMPLETE}; not measured: {told(run.incomplete)}. {said}"
     return {
         "verdict": f"{_OTHER_MODEL} {said}" if found["compared"] in stale else said,
         "stale": stale,
+        "incomplete": run.incomplete,
         "status": found["status"],
         "compared": found["compared"],
         "judged": judged,
@@ -43,7 +52,7 @@ def collect(material: Material, report: Json) -> Json:
 def sentence(status: str, judged: list[Json], point: str | None) -> str:
     """`Worse than the margins allow, after uptraining. Worse: held-out perplexity ... Cannot tell: mean ...`"""
     if status == NOT_MEASURED:
-        return f"{HEADINGS[status]}: the source and the converted model were not both measured."
+        return f"{HEADINGS[status]}: {_NOT_BOTH}"
     parts = []
     for verdict in WORST_FIRST:
         if texts := [row["text"] for row in judged if row["verdict"] == verdict]:
@@ -90,12 +99,14 @@ def show(report: Json) -> Sequence[Block]:
     items: list[Text] = [[tag(_WORDS[row["verdict"]], TONES[row["verdict"]]), " ", row["text"]] for row in rows]
     heading = HEADINGS[report["status"]] + (f", {stage(report['compared'])}" if report["compared"] else "")
     blocks: list[Block] = [Paragraph(strong(heading))]
+    if report["incomplete"]:
+        blocks.insert(0, Paragraph([strong(INCOMPLETE), f"; not measured: {told(report['incomplete'])}."]))
     if report["compared"] in report["stale"]:
         blocks.append(Paragraph(f"{_OTHER_MODEL} Evaluate it again."))
     if items:
         blocks.append(Bullets(items, "judged"))
     else:
-        blocks.append(Paragraph("The source and the converted model were not both measured."))
+        blocks.append(Paragraph(f"{_NOT_BOTH[0].upper()}{_NOT_BOTH[1:]}"))
     return [*blocks, Paragraph(gate_line(report["gate"]))]
 
 
