@@ -83,6 +83,12 @@ def read_run_folder(path: Path) -> RunFiles:
     results = (run.plan.path, run.convert.path, run.training.result.path, run.training.metrics, run.bench)
     if not any(file.exists() for file in (*results, run.evaluation.path)):
         begun = run.recipe.exists()
+        if (whole := RunFolder(path.resolve().parent)).begun:
+            raise InputError(
+                f"{path} is a part of a run, not a run folder",
+                why=f"The report is of the whole run, {whole.path}.",
+                fix=f"`{command('report', whole.path)}` writes it.",
+            )
         raise InputError(
             f"{path} holds nothing to report yet" if begun else f"{path} is not a run folder",
             why=f"It has {'recipe.yaml, but ' if begun else ''}none of plan.json, convert.json, train.json and eval/.",

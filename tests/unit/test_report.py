@@ -24,7 +24,7 @@ from cla_convert.models.shape import long_cache
 from cla_convert.recipe_file import load_recipe
 from cla_convert.report import section
 from cla_convert.report.bench_tables import at_equal_memory, speed_table
-from cla_convert.report.formats import groups_text, number, p_value
+from cla_convert.report.formats import change_interval, groups_text, number, p_value
 from cla_convert.report.last_lines import last_lines
 from cla_convert.report.model_card import front_matter, write_model_card
 from cla_convert.report.report import build_report
@@ -182,6 +182,63 @@ def test_lower_rates_are_lower_than_those_that_were_used(run_dir: Path, settings
     load_recipe(None, sets)  # as the command line reads them
 
 
+@pytest.mark.parametrize(
+    ("change", "ci95", "said"),
+    [
+        (0.992, [0.199, 2.31], ("x1.99", "[x1.2, x3.31]")),
+        (2.51, [0.5, 9.0], ("x3.51", "[x1.5, x10]")),
+        (0.067, [-0.01, 0.2], ("+6.7%", "[-1.0%, +20.0%]")),
+        (0.067, None, ("+6.7%", "")),
+        (None, None, ("-", "")),
+    ],
+)  # fmt: skip
+def test_a_change_and_its_interval_are_in_one_unit(change: float | None, ci95: list[float] | None, said: tuple):
+    assert change_interval(change, ci95) == said
+
+
+def test_a_difference_has_one_interval_on_the_page_and_that_is_the_verdicts(run_dir: Path):
+    """Few windows whose changes differ: in units of perplexity the interval would hold 0, as a share it does not."""
+    for point, level in (("before", 2.8), ("after", 3.4)):
+        path = run_dir / "eval" / point / "held_out.json"
+        windows = [[64 * (level + (0.9 * i if point == "after" else 0.5 * i)), 64] for i in range(4)]
+        nats = sum(one for one, _ in windows) / 256
+        write_json(path, {"perplexity": math.exp(nats), "tokens": 256, "windows": windows})
+    report = build_report(run_dir)
+    row = next(row for row in report["judged"] if (row["scope"], row["measure"]) == ("held_out", "perplexity"))
+    said, ends = change_interval(row["delta"], row["ci95"])
+    assert said.startswith("x") and f"{said}, 95% CI {ends[1:-1].replace(', ', ' to ')}" in report["verdict"]
+    line = next(one for one in (run_dir / "report.md").read_text().splitlines() if one.startswith("| held-out | token"))
+    assert f"| {said} {ends} |" in line and line.count("[") == 1
+
+
+@pytest.mark.parametrize(("gate", "words"), [(False, " The recipe does not ask for it (eval.gate)."), (True, "")])
+def test_a_gate_that_nobody_asked_for_says_so(run_dir: Path, gate: bool, words: str):
+    set_eval(run_dir, gate=gate)
+    build_report(run_dir)
+    assert f"Quality gate: failed.{words}\n" in (run_dir / "report.md").read_text()
+
+
+def test_a_model_that_says_nothing_is_told_of(run_dir: Path):
+    for point, texts in (("before", ["Paris.", ""]), ("converted", ["", ""]), ("after", ["", ""])):
+        rows = [{"prompt": f"Question {i}", "text": text, "cut": False} for i, text in enumerate(texts)]
+        write_json(run_dir / "eval" / point / "answers.json", {"answers": rows})
+    report = build_report(run_dir)
+    told = "It says nothing in answer to 2 of 2 prompts (the source model: 1)."
+    lines = " ".join(" ".join(last_lines(report, RunFolder(run_dir))).split())
+    assert told in report["verdict"] and told in (run_dir / "report.html").read_text() and told in lines
+    write_json(run_dir / "eval" / "before" / "answers.json", {"answers": rows})
+    assert "says nothing" not in build_report(run_dir)["verdict"]  # as the source does
+
+
+def test_of_a_model_of_a_run_the_run_is_named(run_dir: Path):
+    model = run_dir / "uptrained"
+    model.mkdir()
+    shutil.copy(run_dir / "recipe.yaml", model)
+    with pytest.raises(InputError, match="a part of a run") as caught:
+        build_report(model)
+    assert f"`cla-convert report {run_dir}`" in str(caught.value.fix)
+
+
 @pytest.mark.parametrize("whole", [False, True])
 def test_what_was_not_measured_of_the_last_point_is_not_taken_from_another(run_dir: Path, tmp_path: Path, whole: bool):
     """Stopped in the evaluation of the uptrained model, before it or in the midst."""
@@ -206,7 +263,8 @@ def test_what_was_not_measured_of_the_last_point_is_not_taken_from_another(run_d
         assert (report["status"], report["compared"], report["mean_accuracy"]) == ("not_measured", None, None)
     else:
         assert "after: not measured: held-out text, domains, answers, law, KL to the source" in str(report["gate"])
-    assert report["next"]["state"] == "finish" and shlex.split(report["next"]["command"])[-2:] == ["--out", str(run_dir)]
+    assert report["next"]["state"] == "finish"
+    assert shlex.split(report["next"]["command"])[-2:] == ["--out", str(run_dir)]
     for said in (report["verdict"], "\n".join(last_lines(report, RunFolder(run_dir)))):
         assert "EVALUATION INCOMPLETE" in said
     for page in pages:

@@ -1,4 +1,4 @@
-"""Recovery by domain: how far from the source model each kind of text is left, worst first, and what to do about it."""
+"""Recovery by domain: how far from the source model each kind of text is left, and what to do about it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -117,7 +117,8 @@ def show(report: Json) -> Sequence[Block]:
         return []
     columns = [
         Column("domain", text=True), Column("trained on such text", text=True), Column("perplexity before"),
-        Column("converted"), Column("after"), Column("change"), Column("KL converted"), Column("KL after"),
+        Column("perplexity converted"), Column("perplexity after"), Column("change of perplexity"),
+        Column("KL converted"), Column("KL after"),
         Column("recovered, %"),
     ]  # fmt: skip
     rows = [
@@ -152,4 +153,4 @@ def _note(domains: dict[str, Json]) -> str:
     )
 
 
-register(Section("domains", place=40, title="Recovery by domain, worst first", collect=collect, show=show))
+register(Section("domains", place=40, title="Recovery by domain, largest KL first", collect=collect, show=show))

@@ -6,7 +6,7 @@ from functools import partial
 
 from ..comparisons import comparison_of, mean_at
 from ..content import Block, Column, Figure, Paragraph, Row, Table
-from ..formats import change, count, integer, number, percent, percent_interval
+from ..formats import MISSING, change, count, integer, number, percent, percent_interval
 from ..run_folder import Json, RunFiles
 from ..run_plots import QUALITIES, draw_learning, draw_pareto
 from ..section import Material, Picture, Section, register
@@ -15,18 +15,19 @@ from ..text import Text, note
 ALT = "quality against KV bytes per token"
 LEARNING = "held-out perplexity and KL over training tokens"
 MEANING = (
-    "KL from the source model in nats a token, and perplexity above the source's: means over the domains. wikitext: "
-    "word perplexity above the source's."
+    "KL: from the source model, nats a token; of the domains their mean. Domains (the mean), wikitext (per word) and "
+    "text files: perplexity above the source's."
 )
 SEVERAL = (
-    " The runs were made of different source models: each stands below its own, from which its differences are taken."
+    "The runs were made of different source models: each stands below its own, from which its differences are taken. "
+    "Accuracies and held-out perplexities tell the models apart, not only how well they were converted."
 )
 FIGURES = (
     Figure(
         "pareto",
         ALT,
         "Bars: the source's accuracy plus the 95% interval of the paired difference from it. The dotted line joins the "
-        "runs that no other one beats.",
+        "runs that no other one of the same source model beats.",
     ),
     Figure("learning", LEARNING, "Every point of KL is a mean over steps."),
 )
@@ -43,13 +44,14 @@ def rows_of(material: Material) -> list[Json]:
     """The source model, and below it the last point and the control of every run that was made of it; the next source.
 
     Rows of label, point, sharing, kv_heads, init, trained, tokens, kv_bytes_per_token, accuracy, ci95, kl, domains,
-    wikitext, held_out, comparable, stale and curves. Accuracy is over the tasks of the first run, and None where a run
-    was measured under another specification (comparable: false) or one of both not at all (comparable: null). stale:
-    the model was made anew since it was measured. incomplete: what of the point was not measured, in words. ci95 is the source's accuracy plus the
-    interval of the paired difference from it, within 0 to 1. kl (nats) and domains (perplexity above the source's, a
-    share) are means over the domains; None where these are not those of the first run. wikitext is the word
-    perplexity above the source's. held_out is None where the run's held-out text is not that of the first run.
-    curves {validation, kl}: pairs of tokens and value.
+    wikitext, held_out, held_out_kl, texts, comparable, stale, incomplete and curves. Accuracy is over the tasks of the
+    first run, and None where a run was measured under another specification (comparable: false) or one of both not at
+    all (comparable: null). stale: the model was made anew since it was measured. incomplete: what of the point was not
+    measured, in words. ci95 is the source's accuracy plus the interval of the paired difference from it, within 0 to 1.
+    kl (nats) and domains (perplexity above the source's, a share) are means over the domains; None where these are not
+    those of the first run. wikitext is the word perplexity above the source's; texts {name: the same} of text files
+    that are those of the first run. held_out and held_out_kl are None where the run's held-out text is not that of the
+    first run. curves {validation, kl}: pairs of tokens and value.
     """
     runs, summary = [material.run, *material.others], material.comparison["mean_accuracy"]
     labels = _labels(runs)
@@ -93,6 +95,8 @@ def _row(material: Material, run: RunFiles, label: str, point: str, summary: Jso
         "ci95": _interval(material, run, summary) if shares and comparable else None,
         **(_domains(run, point) if same_domains and not source else {"kl": None, "domains": None}),
         "wikitext": _wikitext(run, point) if comparable and not source else None,
+        "held_out_kl": run.agreement.get(point, {}).get("kl") if same_text and not source else None,
+        "texts": {} if source else _texts(material, run, point),
         "held_out": run.held_out.get(point, {}).get("perplexity") if same_text else None,
         "comparable": comparable,
         "stale": point in run.stale,
@@ -160,6 +164,17 @@ def _wikitext(run: RunFiles, point: str) -> float | None:
     return values[1] / values[0] - 1 if values[0] and values[1] else None
 
 
+def _texts(material: Material, run: RunFiles, point: str) -> dict[str, float]:
+    """Perplexity of text files above the source's, shares of it: of those that are the same ones in the first run."""
+    first, before, last = material.run.texts["before"], run.texts["before"], run.texts[point]
+    return {
+        name: last[name]["perplexity"] / before[name]["perplexity"] - 1
+        for name in first
+        if name in last and before.get(name, {}).get("sha256") == first[name].get("sha256")
+        and before[name]["perplexity"] and last[name]["perplexity"]
+    }  # fmt: skip
+
+
 def _curves(run: RunFiles, same_text: bool) -> Json:
     validation = [
         [row["tokens"], row["validation_perplexity"]]
@@ -191,29 +206,40 @@ def show(report: Json) -> Sequence[Block]:
         return []
     pictures = [figure for figure in FIGURES if figure.name in report["plots"]]
     several = sum(run["point"] == "before" for run in report["runs"]) > 1
-    return [*pictures, table(report["runs"]), Paragraph(f"{MEANING}{SEVERAL if several else ''}", "note")]
+    warning = [Paragraph(SEVERAL)] if several else []
+    return [*warning, *pictures, table(report["runs"]), Paragraph(MEANING, "note")]
 
 
 def table(runs: Sequence[Json]) -> Table:
     """A row a run."""
+    measures = [(title, told) for title, told in _measures(runs) if any(told(run) != MISSING for run in runs)]
     columns = [
-        Column("run", text=True), Column("sharing", text=True), Column("init", text=True),
-        Column("trained", text=True), Column("tokens"), Column("KV bytes per token"), Column("KL"),
-        Column("domains, perplexity"), Column("wikitext"), Column("held-out perplexity"),
-        Column("accuracy, % [95% CI]", long=True),
+        Column("run", text=True), Column("made by", text=True, long=True), Column("KV bytes per token"),
+        *(Column(title) for title, _ in measures), Column("accuracy, % [95% CI]", long=True),
     ]  # fmt: skip
     rows = [
         Row(
             [
-                _label(run), _sharing(run), str(run["init"] or ""), str(run["trained"] or ""),
-                count(run["tokens"]) if run["tokens"] else "", integer(run["kv_bytes_per_token"]),
-                number(run["kl"], 3), change(run["domains"]), change(run["wikitext"]), number(run["held_out"]),
-                _accuracy(run),
+                _label(run), _made_by(run), integer(run["kv_bytes_per_token"]),
+                *(told(run) for _, told in measures), _accuracy(run),
             ]
         )
         for run in runs
     ]  # fmt: skip
     return Table(columns, rows, "cards wide")
+
+
+def _measures(runs: Sequence[Json]) -> list[tuple[str, Callable[[Json], str]]]:
+    """The columns of quality but for the accuracy: those that no run has are left out."""
+    texts = dict.fromkeys(name for run in runs for name in run.get("texts") or {})
+    return [
+        ("KL, domains", lambda run: number(run["kl"], 3)),
+        ("KL, held-out", lambda run: number(run.get("held_out_kl"), 3)),
+        ("domains", lambda run: change(run["domains"])),
+        ("wikitext", lambda run: change(run["wikitext"])),
+        *((name, lambda run, name=name: change((run.get("texts") or {}).get(name))) for name in texts),
+        ("held-out perplexity", lambda run: number(run["held_out"])),
+    ]
 
 
 def _label(run: Json) -> Text:
@@ -223,9 +249,11 @@ def _label(run: Json) -> Text:
     return [f"{run['label']} ", note("; ".join(said))] if said else run["label"]
 
 
-def _sharing(run: Json) -> str:
-    heads = f", {run['kv_heads']} KV heads" if run["kv_heads"] else ""
-    return f"{run['sharing'] or ''}{heads}"
+def _made_by(run: Json) -> str:
+    """`cla2-keep-ends, calibrated, distill, 26M tokens`."""
+    heads = f"{run['kv_heads']} KV heads" if run["kv_heads"] else ""
+    tokens = f"{count(run['tokens'])} tokens" if run["tokens"] else ""
+    return ", ".join(str(one) for one in (run["sharing"], heads, run["init"], run["trained"], tokens) if one)
 
 
 def _accuracy(run: Json) -> Text:

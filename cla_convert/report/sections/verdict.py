@@ -6,10 +6,11 @@ from ...evaluation.gate import amount, reason_in_words
 from ...evaluation.missing import told
 from ...evaluation.verdict import NOT_COMPARED, NOT_JUDGED, NOT_MEASURED
 from ..content import Block, Bullets, Paragraph
-from ..formats import change, number, plural, stage, titled
+from ..formats import changes, number, plural, stage, titled
 from ..run_folder import Json
 from ..section import Material, Section, register
 from ..text import Text, strong, tag
+from .answers import silence
 
 HEADINGS = {
     "within_margin": "Within the margins",
@@ -32,11 +33,13 @@ def collect(material: Material, report: Json) -> Json:
     """
     run, found = material.run, material.comparison
     judged = [row | {"text": _measure(row, report)} for row in found["judged"]]
-    gate = found["gate"]
+    gate = found["gate"] | {"asked": (run.recipe.get("eval") or {}).get("gate", False)}
     stale = run.stale
     said = sentence(found["status"], judged, found["compared"])
     if run.incomplete:
         said = f"{INCOMPLETE}; not measured: {told(run.incomplete)}. {said}"
+    if quiet := silence(report["silent"], run.last_point):
+        said = f"{said} {quiet}"
     return {
         "verdict": f"{_OTHER_MODEL} {said}" if found["compared"] in stale else said,
         "stale": stale,
@@ -63,10 +66,8 @@ def sentence(status: str, judged: list[Json], point: str | None) -> str:
 def _measure(row: Json, report: Json) -> str:
     """`held-out perplexity 30.76 -> 44.22 (+43.7%, 95% CI +39.1% to +48.6%; margin 5%)`."""
     measure, scope = row["measure"], row["scope"]
-    delta, interval = _amount(measure, row["delta"]), "no interval"
-    if row["ci95"]:
-        low, high = (_amount(measure, value).split()[0] for value in row["ci95"])
-        interval = f"95% CI {low} to {high}"
+    delta, *ends = _amounts(measure, [row["delta"], *(row["ci95"] or [])])
+    interval = f"95% CI {ends[0].split()[0]} to {ends[1].split()[0]}" if ends else "no interval"
     margin = _margin(measure, row["margin"])
     if measure == "kl":
         return f"KL from the source on held-out text {delta} per token ({interval}; margin {margin})"
@@ -82,9 +83,11 @@ def _measure(row: Json, report: Json) -> str:
     return f"{scope} {row['metric']} changed by {delta} ({interval}; margin {margin})"
 
 
-def _amount(measure: str, value: float | None) -> str:
-    """As in the tables: a rise to more than twice as a factor."""
-    return change(value) if measure == "perplexity" and value is not None else amount(measure, value)
+def _amounts(measure: str, values: list[float | None]) -> list[str]:
+    """A change and the ends of its interval, as in the tables: a rise to more than twice as a factor."""
+    if measure == "perplexity" and values[0] is not None:
+        return changes(values)
+    return [amount(measure, value) for value in values]
 
 
 def _margin(measure: str, value: float) -> str:
@@ -107,6 +110,8 @@ def show(report: Json) -> Sequence[Block]:
         blocks.append(Bullets(items, "judged"))
     else:
         blocks.append(Paragraph(f"{_NOT_BOTH[0].upper()}{_NOT_BOTH[1:]}"))
+    if quiet := silence(report["silent"], report["compared_point"]):
+        blocks.append(Paragraph(quiet))
     return [*blocks, Paragraph(gate_line(report["gate"]))]
 
 
@@ -114,12 +119,13 @@ def gate_line(gate: Json) -> str:
     """What the quality gate found; what was judged stands above it."""
     open_ends = (NOT_COMPARED, NOT_JUDGED, NOT_MEASURED)
     absent = [reason["text"] for reason in gate["reasons"] if reason["code"] in open_ends]
-    return f"Quality gate: {gate['state']}{' (' + '; '.join(absent) + ')' if absent else ''}."
+    off = "" if gate["asked"] else " The recipe does not ask for it (eval.gate)."
+    return f"Quality gate: {gate['state']}{' (' + '; '.join(absent) + ')' if absent else ''}.{off}"
 
 
 register(
     Section(
-        "verdict", place=5, collect=collect, show=show, needs=("accuracy", "perplexity"),
+        "verdict", place=5, collect=collect, show=show, needs=("accuracy", "perplexity", "answers"),
         style=lambda report: f"verdict {TONES[report['status']]}",
     )
 )  # fmt: skip
