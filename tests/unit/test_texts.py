@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,16 @@ def write_table(path: Path, column: str) -> None:
         pq.write_table(pa.Table.from_pylist(rows), path)
     else:
         path.write_bytes(gzip.compress(lines) if path.suffix == ".gz" else lines)
+
+
+def test_progress_is_called_by_the_model_and_not_by_the_folder_of_the_results(
+    models: list[Path], tmp_path: Path, story: TextFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(module, "progress", lambda total, what, **options: said.append(what) or nullcontext())
+    for label in ("", "after"):
+        measure_texts(Texts([story]), models[0], tmp_path / f"tmp{label}", COMMON, "model", device="cpu", label=label)
+    assert said == [f"perplexity/{story.name}", f"after: perplexity/{story.name}"]
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "JSONL", "jsonl.gz", "parquet"])
