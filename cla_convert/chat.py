@@ -84,6 +84,8 @@ class Speaker:
             )  # fmt: skip
         if self.converses:
             self.turns.append({"role": "assistant", "content": streamer.text.strip()})
+        if not streamer.text.strip():
+            say(f"({self.name} says nothing: it ends its answer at once)")
         return streamer.text
 
     def _prompt(self, text: str) -> Any:

@@ -149,11 +149,6 @@ class EvaluationFolder:
         """The measurements of one point."""
         return PointFolder(self.path / name)
 
-    @property
-    def last_point(self) -> str | None:
-        """The point to compare with `before`: `after`, or `converted` where nothing was trained."""
-        return next((name for name in ("after", "converted") if self.point(name).results.path.exists()), None)
-
 
 class RunFolder:
     """A run: where everything lies, and which local folders its recipe's models are."""
@@ -211,6 +206,12 @@ class RunFolder:
     def evaluation(self) -> EvaluationFolder:
         """All measurements."""
         return EvaluationFolder(self.path / "eval")
+
+    @property
+    def last_point(self) -> str:
+        """The point to compare with `before`, measured or not: `after`, or `converted` where nothing was trained."""
+        trained = self.training.result.path.exists() or self.evaluation.point("after").results.path.exists()
+        return "after" if trained else "converted"
 
     @property
     def report(self) -> Path:

@@ -37,7 +37,8 @@ def evaluate(
     perplexity: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="FILE", help="Text file to measure the perplexity of, alone if no tasks are named; repeatable."
+            metavar="FILE",
+            help="Text, jsonl or parquet file to measure the perplexity of, alone if no tasks are named; repeatable.",
         ),
     ] = None,
     limit: Annotated[

@@ -3,7 +3,7 @@
 `compare_run` reads the result files of a run folder and needs neither torch nor a model. What it returns is written as
 eval/comparison.json:
 
-    compared        after, converted, or null where only one point was measured
+    compared        after, converted where nothing was trained, or null where that or the source was not measured
     measured        {file: identity} of what was compared: another one now means that this is of the past
     margins, seed   what the verdict was fixed to beforehand; margin: that of accuracy
     status, judged  the verdict and what it rests on, see verdict.py
@@ -28,6 +28,7 @@ from ..errors import InputError
 from ..files import read_json, write_json
 from ..run_folder import PointFolder, RunFolder
 from . import retrieval
+from .missing import missing
 from .paired import Comparison, compare, compare_likelihoods, macro_average
 from .stale import stale_points, told
 from .statistics import holm, p_inferior
@@ -49,9 +50,9 @@ def write_comparison(run_dir: Path, *, margins: Margins, seed: int) -> Json:
 
 
 def compare_run(run_dir: Path, *, margins: Margins, seed: int) -> Json:
-    """Compare `before` with the last measured point of a run folder."""
-    folder = RunFolder(run_dir).evaluation
-    return compare_points(folder.path, "before", folder.last_point or "converted", margins=margins, seed=seed)
+    """Compare `before` with the last point of a run folder."""
+    run = RunFolder(run_dir)
+    return compare_points(run.evaluation.path, "before", run.last_point, margins=margins, seed=seed)
 
 
 def compare_points(folder: Path, left: str, right: str, *, margins: Margins, seed: int) -> Json:
@@ -77,7 +78,11 @@ def compare_points(folder: Path, left: str, right: str, *, margins: Margins, see
     tasks = _table(comparisons, chosen, margin)
     texts, one_sided = _texts(folder, left, right, seed) if point else ({}, [])
     problems += one_sided
-    problems += [told(name) for name in stale_points(RunFolder(folder.parent)) if name in (left, right)]
+    run = RunFolder(folder.parent)
+    problems += [told(name) for name in stale_points(run) if name in (left, right)]
+    if point:
+        lacks = missing(run)
+        problems += [f"{name}: not measured: {', '.join(lacks[name])}." for name in (left, right) if name in lacks]
     agreement = _agreement(PointFolder(folder / right)) if point and left == "before" else None
     return {
         "compared": point,
@@ -168,10 +173,9 @@ def _texts(folder: Path, left: str, right: str, seed: int) -> tuple[dict[str, Js
     files |= {name: f"perplexity/{name}" for name in PointFolder(folder / left).text_files}
     table, problems = {}, []
     for name, file in files.items():
-        sides: list[Any] = [
-            (read_json(PointFolder(folder / side).measured(file)) or {}).get("windows") for side in (left, right)
-        ]
-        if not any(sides):
+        both = [read_json(PointFolder(folder / side).measured(file)) for side in (left, right)]
+        sides: list[Any] = [(one or {}).get("windows") for one in both]
+        if not any(sides) or None in both:  # what is missing is told by missing.py
             continue
         if not all(sides) or [tokens for _, tokens in sides[0]] != [tokens for _, tokens in sides[1]]:
             problems.append(f"{name}: its perplexity was not measured on the same windows at both points.")

@@ -77,7 +77,7 @@ def _measure(name: str, model: Path, spec: Evaluate, bench: Bench, first: bool) 
     here = spec.model_copy(update={"backend": "hf"})  # texts are read with transformers, whatever scores the tasks
     common = common_settings(here, choose_dtype("auto", device), device, seed)
     identity = result["model_fingerprint"]
-    measured = measure_texts(bench.texts, model, bench.out / name, common, identity, device=device)
+    measured = measure_texts(bench.texts, model, bench.out / name, common, identity, device=device, label=name)
     return result | {"texts": measured}
 
 

@@ -1,17 +1,18 @@
-"""Text files of the user's: what is in them, and their tokens as rows. None is ever in memory as a whole."""
+"""Text files and tables of the user's: what is in them, and their tokens as rows. None is ever in memory as a whole."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 
+from ..documents import TABLES, Document, documents_of
 from ..errors import InputError
 from ..models.long_text import ids_of, piecewise_ids
-from ..recipe import TextFile
+from ..recipe import TextFile, TextSource
 from ..refusals import refusal, unread
 
 if TYPE_CHECKING:
@@ -127,10 +128,38 @@ def _blocks(text: TextFile) -> Iterator[str]:
     """What is to be read of a file, `WHOLE` characters at a time. Raises InputError."""
     path, left = Path(text.path).expanduser(), text.characters
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with _opened(path, text) as file:
             while block := file.read(WHOLE if left is None else min(WHOLE, left)):
                 yield block
                 left = None if left is None else left - len(block)
     except (OSError, UnicodeDecodeError) as error:
         why = refusal(error).why if isinstance(error, OSError) else ""
         raise unread(error, InputError(f"eval.perplexity {text.name}: {path} cannot be read", why)) from error
+
+
+def _opened(path: Path, text: TextFile) -> "TextIO | _Rows":
+    """What to read a text from; of a table, the texts of its rows as one."""
+    if not path.name.lower().endswith(TABLES):
+        return path.open(encoding="utf-8", newline="")
+    return _Rows(documents_of(path, TextSource(path=str(path), text_field=text.text_field)))
+
+
+class _Rows:
+    """The texts of rows, with a blank line between two, to be read like a file."""
+
+    def __init__(self, rows: Iterator[Document]) -> None:
+        self._texts = (f"\n\n{row.content}" if number else str(row.content) for number, row in enumerate(rows))
+        self._rest = ""
+
+    def read(self, characters: int) -> str:
+        """The next characters; fewer at the end only. No more is in memory than these and a row."""
+        while len(self._rest) < characters and (more := next(self._texts, "")):
+            self._rest += more
+        found, self._rest = self._rest[:characters], self._rest[characters:]
+        return found
+
+    def __enter__(self) -> "_Rows":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._texts.close()

@@ -75,7 +75,7 @@ def check_texts(files: list[TextFile]) -> None:
 
 
 def measure_texts(
-    texts: Texts, model_dir: Path, point_dir: Path, common: Json, identity: str, *, device: str
+    texts: Texts, model_dir: Path, point_dir: Path, common: Json, identity: str, *, device: str, label: str = ""
 ) -> dict[str, Json]:
     """Measure what is missing in `point_dir`; return everything by file name without ending, without the windows.
 
@@ -88,6 +88,7 @@ def measure_texts(
         common: batch_size, kind of device, dtype and whatever else fixes the measurement.
         identity: the model's fingerprint.
         device: where to measure.
+        label: what the progress bar calls this model.
 
     Raises:
         BatchTooLarge: out of memory.
@@ -104,7 +105,7 @@ def measure_texts(
         digest = hashlib.sha256(json.dumps([identity, common, key], sort_keys=True).encode()).hexdigest()
         found[name] = read_json(path) or {}
         if found[name].get("identity") != digest:
-            what = f"{point_dir.name}: {name.replace('_', '-')}"
+            what = f"{label}: {name}".removeprefix(": ").replace("_", "-")
             with out_of_memory(), quiet(), progress(rows, what, unit="row", counts="rows"):
                 found[name] = {**measure(), "identity": digest}
             write_json(path, found[name], indent=None)
@@ -140,9 +141,10 @@ def measure_texts(
         )  # fmt: skip
     for text in texts.files:
         content = content_of(text)
+        exclude = {"text_field"}  # the content tells
         count = max(1, content.characters // (CHARACTERS_PER_TOKEN * text.window))
         once(
-            f"perplexity/{text.name}", [text.model_dump(), *content.identity], count,
+            f"perplexity/{text.name}", [text.model_dump(exclude=exclude), *content.identity], count,
             lambda text=text: text_perplexity(load(model_dir), model_dir, text, size),
         )  # fmt: skip
     PointFolder(point_dir).keep_texts(found)

@@ -13,7 +13,10 @@ class TextFile(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
     """What the report calls it."""
     path: str
-    """A UTF-8 text file."""
+    """A UTF-8 text file. Of jsonl (also .gz) and parquet, told by their endings as in data.sources, the texts of all
+    rows are one text, with a blank line between two."""
+    text_field: str = "text"
+    """Column that holds the text, for jsonl and parquet."""
     window: int = Field(default=1024, ge=2)
     """Tokens of a window, or what the model was built for if that is less. Windows do not overlap; every token is
     predicted once, from those before it in its window."""

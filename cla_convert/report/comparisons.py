@@ -10,9 +10,10 @@ def comparison_of(run: RunFiles, margins: Margins, seed: int) -> Json:
 
     Otherwise it is computed anew: an evaluation that was interrupted leaves new results beside the old comparison.
     """
-    folder, point, left = run.files.evaluation.path, run.last_point or "converted", run.comparison
-    stale = point in run.stale or _is_past(left, measured(folder, "before", point))
-    if left and (left.get("compared"), left.get("margins")) == (run.last_point, margins.as_dict()) and not stale:
+    folder, point, left = run.files.evaluation.path, run.last_point, run.comparison
+    lacking = point not in run.results or not run.incomplete.keys().isdisjoint(("before", point))
+    stale = lacking or point in run.stale or _is_past(left, measured(folder, "before", point))
+    if left and (left.get("compared"), left.get("margins")) == (point, margins.as_dict()) and not stale:
         return left
     return compare_points(folder, "before", point, margins=margins, seed=seed)
 
@@ -45,5 +46,6 @@ def difference(before: float | None, after: float | None) -> float | None:
 
 
 def cost(statistics: Json) -> Json:
-    """delta, ci95 and p_value of after against the control."""
-    return {key: statistics.get(key) for key in ("delta", "ci95", "p_value")}
+    """delta, ci95 and p_value of after against the control; relative_ci95 where the statistics have one."""
+    keys = ("delta", "ci95", "p_value", *(["relative_ci95"] if "relative_ci95" in statistics else []))
+    return {key: statistics.get(key) for key in keys}

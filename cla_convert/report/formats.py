@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -75,16 +76,24 @@ def points_interval(value: list[float] | None) -> str:
     return "" if value is None else f"[{100 * value[0]:+.1f}, {100 * value[1]:+.1f}]"
 
 
-def interval(value: list[float] | None) -> str:
-    """[1.5, 2.25] -> [+1.5, +2.25]."""
-    return "" if value is None else f"[{signed(value[0])}, {signed(value[1])}]"
-
-
 def change(value: float | None) -> str:
     """0.123 -> +12.3%; beyond a doubling as a factor: 15.9 -> x16.9."""
     if value is None:
         return MISSING
     return f"{100 * value:+.1f}%" if value < 1 else f"x{number(1 + value, 3)}"
+
+
+def changes(values: Sequence[float | None]) -> list[str]:
+    """Changes that stand beside each other, in one unit: as factors where one of them is more than a doubling."""
+    if not any(value is not None and value >= 1 for value in values):
+        return [change(value) for value in values]
+    return [MISSING if value is None else f"x{number(1 + value, 3)}" for value in values]
+
+
+def change_interval(value: float | None, ci95: Sequence[float] | None) -> tuple[str, str]:
+    """A change and its interval: 0.9, [0.2, 1.5] -> x1.9, [x1.2, x2.5]."""
+    said, *ends = changes([value, *(ci95 or [])])
+    return said, f"[{', '.join(ends)}]" if ends else ""
 
 
 def p_value(value: float | None) -> str:

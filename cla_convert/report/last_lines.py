@@ -6,8 +6,9 @@ import textwrap
 from ..run_folder import RunFolder
 from .formats import change, integer, number, plural, points, points_interval, smaller, stage, titled
 from .run_folder import Json
+from .sections.answers import silence
 from .sections.kv import how_long
-from .sections.verdict import HEADINGS
+from .sections.verdict import HEADINGS, INCOMPLETE
 
 _NAMES = 12
 """Columns of the names at the left."""
@@ -23,9 +24,10 @@ def last_lines(report: Json, folder: RunFolder, width: int = 80) -> list[str]:
         folder: the run folder.
         width: columns of the screen.
     """
-    rows = [("Verdict", HEADINGS[report["status"]] + (f", {stage(report['compared'])}" if report["compared"] else ""))]
+    verdict = HEADINGS[report["status"]] + (f", {stage(report['compared'])}" if report["compared"] else "")
+    rows = [("Verdict", f"{INCOMPLETE}. {verdict}" if report["incomplete"] else verdict)]
     rows += [("Accuracy", _accuracy(report)), ("Perplexity", _perplexity(report)), ("KL", _kl(report))]
-    rows += [("KV cache", _kv(report))]
+    rows += [("Answers", silence(report["silent"], report["compared_point"])), ("KV cache", _kv(report))]
     trained = report["compared"] == "after" or report["train"]
     model = folder.training.model if trained else folder.converted
     rows += [("Model", str(model) if model.exists() else ""), ("Report", str(folder.pages["html"]))]

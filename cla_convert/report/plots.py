@@ -70,6 +70,7 @@ def _source_level(axis: "Axes", source: float | None) -> None:
     if source:
         axis.axhline(source, color=MUTED, linestyle="--", linewidth=1.2, label="source model")
         axis.legend()
+    axis.margins(y=0.15)  # or the line would lie on the edge
     values = [float(y) for line in axis.lines for y in line.get_ydata()]  # type: ignore[union-attr]
     if max(values) > 5 * min(values):
         thousands(axis, log=True)

@@ -15,7 +15,7 @@ from .render import render_html, render_markdown
 from .run_folder import Json, RunFiles, explained, read_run_folder
 from .section import Material, Picture, in_collection_order, in_page_order
 
-WIDE, NARROW = 5.6, 3.5
+WIDE, NARROW = 8.4, 3.5
 """Inches of a picture on a desk and on a phone, where the same text is then as large."""
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..console import command
 from ..errors import ClaError, InputError
+from ..evaluation.missing import missing
 from ..evaluation.stale import stale_points
 from ..files import read_json, stays_in
 from ..recipe_file import read_yaml
@@ -65,10 +66,15 @@ class RunFiles:
         """Per-document results of a task, or None."""
         return read_json(self.files.evaluation.point(point).task(task))
 
+    @cached_property
+    def incomplete(self) -> dict[str, list[str]]:
+        """What an interrupted evaluation left out, by point."""
+        return missing(self.files)
+
     @property
-    def last_point(self) -> str | None:
-        """The point to compare with `before`: `after`, or `converted` when nothing was trained."""
-        return next((point for point in ("after", "converted") if point in self.results), None)
+    def last_point(self) -> str:
+        """The point to compare with `before`, measured or not: never another one in its place."""
+        return self.files.last_point
 
 
 def read_run_folder(path: Path) -> RunFiles:
@@ -77,6 +83,12 @@ def read_run_folder(path: Path) -> RunFiles:
     results = (run.plan.path, run.convert.path, run.training.result.path, run.training.metrics, run.bench)
     if not any(file.exists() for file in (*results, run.evaluation.path)):
         begun = run.recipe.exists()
+        if (whole := RunFolder(path.resolve().parent)).begun:
+            raise InputError(
+                f"{path} is a part of a run, not a run folder",
+                why=f"The report is of the whole run, {whole.path}.",
+                fix=f"`{command('report', whole.path)}` writes it.",
+            )
         raise InputError(
             f"{path} holds nothing to report yet" if begun else f"{path} is not a run folder",
             why=f"It has {'recipe.yaml, but ' if begun else ''}none of plan.json, convert.json, train.json and eval/.",

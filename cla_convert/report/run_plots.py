@@ -34,7 +34,9 @@ QUALITIES = (
 
 @in_style
 def draw_pareto(runs: list[Json], width: float = WIDTH) -> "Figure":
-    """Mean accuracy and KL against KV bytes per token, one point a run; a line joins those that no other run beats.
+    """Mean accuracy and KL against KV bytes per token, one point a run.
+
+    A line joins the runs of a source model that no other one of it beats.
 
     Args:
         runs: rows with kv_bytes_per_token, accuracy or kl (None ones are left out) and perhaps ci95, drawn as a bar.
@@ -50,10 +52,12 @@ def draw_pareto(runs: list[Json], width: float = WIDTH) -> "Figure":
 
 
 def _against_bytes(axis: "Axes", quality: Quality, runs: list[Json]) -> None:
-    front = pareto_front(runs, quality)
-    axis.plot(*_places(front, quality), color=MUTED, linestyle=":")
+    fronts = [pareto_front(made, quality) for made in by_source(runs)]
+    for front in fronts:
+        axis.plot(*_places(front, quality), color=MUTED, linestyle=":")
+    best = [run for front in fronts for run in front]
     for run in runs:
-        colour = SOURCE if run["point"] == "before" else CLA if run in front else WARM
+        colour = SOURCE if run["point"] == "before" else CLA if run in best else WARM
         if quality.key == "accuracy" and run.get("ci95"):
             x, ends = run["kv_bytes_per_token"], [quality.scale * end for end in run["ci95"]]
             axis.plot([x, x], ends, color=colour, linewidth=1.2, marker="_", markersize=7)
@@ -82,6 +86,16 @@ def _labels(runs: list[Json], quality: Quality) -> dict[tuple[float, float], lis
         (x,), (y,) = _places([run], quality)
         names.setdefault((x, y), []).append(run["label"])
     return names
+
+
+def by_source(runs: list[Json]) -> list[list[Json]]:
+    """The runs with the source model that each was made of, which stands first: other models' runs do not beat them."""
+    made: list[list[Json]] = []
+    for run in runs:
+        if run["point"] == "before" or not made:
+            made.append([])
+        made[-1].append(run)
+    return made
 
 
 def pareto_front(runs: list[Json], quality: Quality = QUALITIES[0]) -> list[Json]:

@@ -1,36 +1,24 @@
 """Documents from text files, tables and hub datasets, one at a time and in an order that the seed fixes."""
 
 import glob
-import gzip
-import json
 import random
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from ..console import say
+from ..conversations import Conversations
+from ..documents import TABLES, Document, document_in, documents_of
 from ..environment import cache_of
 from ..errors import ClaError, InputError, did_you_mean
 from ..files import write_bytes
 from ..recipe import TextSource
-from ..refusals import unread
-from ..surrogates import replaced
-from .conversations import Conversations
 
 SAMPLE = Path(__file__).parent.parent / "data" / "sample.parquet"
-SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".parquet")
+SUFFIXES = (".txt", ".md", *TABLES)
 BATCH_CHARACTERS = 65_536
 """Text tokenised at a time: enough to keep a fast tokenizer busy."""
-
-
-class Document(NamedTuple):
-    """A text, or the token ids of one [n], and the key that decides on which side of the held-out split it falls."""
-
-    content: str | np.ndarray
-    key: str
 
 
 def sample_source() -> TextSource:
@@ -87,7 +75,7 @@ def documents(source: TextSource, seed: int, tokenizer: Any = None) -> Iterator[
     # A budget smaller than the folder should not mean "only what sorts first".
     random.Random(seed).shuffle(files)
     for file in files:
-        yield from _file(file, source, chats)
+        yield from documents_of(file, source, chats)
 
 
 def in_batches(stream: Iterator[Document]) -> Iterator[list[Document]]:
@@ -154,57 +142,6 @@ def _why_nothing(path: Path) -> str:
     return f"There is no such file or folder.{did_you_mean(path.name, siblings)}"
 
 
-def _file(path: Path, source: TextSource, chats: Conversations | None) -> Iterator[Document]:
-    try:
-        if path.name.lower().endswith((".txt", ".md")):
-            if chats:
-                raise InputError(
-                    f"{str(path)!r} has no column {source.messages_field!r}",
-                    "Conversations are rows of .jsonl or .parquet files, or of a dataset.",
-                    "Leave `messages_field` out, or name other files.",
-                )
-            text = path.read_text(encoding="utf-8-sig")
-            if not text.isspace() and text:
-                yield Document(text, text)
-            return
-        rows = _parquet(path, source) if path.suffix.lower() == ".parquet" else _jsonl(path)
-        for number, row in enumerate(rows, 1):
-            yield from _document(row, source, f"row {number} of {str(path)!r}", chats)
-    except (UnicodeDecodeError, OSError, EOFError) as error:
-        damaged = InputError(f"Cannot read {str(path)!r}", str(error), "Mend the file, or leave it out.")
-        raise unread(error, damaged) from error
-
-
-def _jsonl(path: Path) -> Iterator[Any]:
-    with (
-        gzip.open(path, "rt", encoding="utf-8-sig")
-        if path.suffix.lower() == ".gz"
-        else path.open(encoding="utf-8-sig") as lines
-    ):
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(
-                    f"Line {number} of {str(path)!r} is not JSON", str(error), "One JSON object a line."
-                ) from error
-
-
-def _parquet(path: Path, source: TextSource) -> Iterator[dict[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            _require(source.columns, file.schema_arrow.names, str(path))
-            for batch in file.iter_batches(batch_size=256, columns=source.columns):
-                yield from batch.to_pylist()
-    except pa.ArrowException as error:
-        raise InputError(f"{str(path)!r} is not a parquet file that can be read", str(error)) from error
-
-
 def _dataset(source: TextSource, chats: Conversations | None) -> Iterator[Document]:
     import datasets
 
@@ -214,7 +151,7 @@ def _dataset(source: TextSource, chats: Conversations | None) -> Iterator[Docume
             str(source.dataset), source.config, split=source.split, revision=revision, streaming=True
         )
         for number, row in enumerate(rows, 1):
-            yield from _document(row, source, f"row {number} of the dataset {source.dataset!r}", chats)
+            yield from document_in(row, source, f"row {number} of the dataset {source.dataset!r}", chats)
     except ClaError:
         raise
     except Exception as error:  # the library raises whatever its many back ends raise
@@ -228,35 +165,3 @@ def _unreadable(source: TextSource, error: Exception) -> InputError:
         "Check its name, config, split and revision, the network and HF_HUB_OFFLINE; a private or gated dataset needs "
         "HF_TOKEN and its terms accepted. Or name local files with `path`.",
     )
-
-
-def _document(row: Any, source: TextSource, where: str, chats: Conversations | None) -> Iterator[Document]:
-    """The document in a row, or nothing where the text is empty, or no conversation for the template."""
-    if not isinstance(row, dict):
-        raise InputError(f"{where} is not an object with columns", f"It is a {type(row).__name__}.")
-    _require(source.columns, list(row), where)
-    work = row[source.document_field] if source.document_field else None  # a row of no work is one by itself
-    if chats:
-        if text := chats.text(row[str(source.messages_field)], where):
-            yield Document(chats.ids(text), text if work is None else str(work))
-        return
-    text = row[source.text_field]
-    if text is not None and not isinstance(text, str):
-        raise InputError(
-            f"{source.text_field!r} in {where} is not text",
-            f"It holds a {type(text).__name__}.",
-            "Name the column of text with `text_field`, one of conversations with `messages_field`.",
-        )
-    if text and not text.isspace():
-        text = replaced(text, f"text of {name_of(source)}")
-        yield Document(text, text if work is None else str(work))
-
-
-def _require(wanted: list[str], present: list[str], where: str) -> None:
-    for name in wanted:
-        if name not in present:
-            raise InputError(
-                f"There is no column {name!r} in {where}",
-                f"It has {', '.join(map(repr, present)) or 'none'}.{did_you_mean(name, present)}",
-                "Name the column of text with `text_field`, one of conversations with `messages_field`.",
-            )

@@ -242,16 +242,21 @@ def _rates(settings: Train) -> str:
     return f"learning rate {', '.join([*parts, f'{rest:g} the rest'] if parts else [f'{rest:g}'])}"
 
 
+def passes(sequences: int, prepared: int, length: int) -> str:
+    """How often training sees its text: not all that there is, but the part that was prepared for the budget."""
+    return f"{sequences / prepared:.2g} passes over the {human_count(prepared * length)} tokens prepared of the text"
+
+
 def _describe(trainer: Trainer) -> str:
     budget, count = trainer.budget, sum(p.numel() for p in trainer.parameters.values())
     where = trainer.device if trainer.team.size == 1 else f"{trainer.team.size} x {trainer.precision.device_type}"
-    passes = budget.sequences / trainer.sequences.count
     skipped = not trainer.compiled and trainer.settings.compile == "auto" and trainer.precision.device_type == "cuda"
     compute = trainer.precision.name + ("" if trainer.precision.compute is torch.float32 else " over float32 weights")
     return (
         f"uptraining: {budget.steps} steps of {budget.batch} x {budget.length} tokens, {human_count(budget.tokens)} in "
-        f"all, {passes:.2g} passes over the text, {trainer.micro_batch} sequences a pass; {human_count(count)} "
-        f"parameters trained; {trainer.settings.loss}; {_rates(trainer.settings)}; {compute} on {where}; "
+        f"all, {passes(budget.sequences, trainer.sequences.count, budget.length)}, "
+        f"{trainer.micro_batch} sequences a pass; {human_count(count)} parameters trained; "
+        f"{trainer.settings.loss}; {_rates(trainer.settings)}; {compute} on {where}; "
         + ("layers and loss are compiled in the first step" if trainer.compiled else "not compiled")
         + (" (auto: too short to pay it back)" if skipped else "")
     )

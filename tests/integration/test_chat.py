@@ -96,6 +96,13 @@ def test_without_a_template_text_is_continued(tmp_path: Path, capsys: pytest.Cap
     assert "no chat template" in captured.err and captured.out.endswith("\n") and not one.turns
 
 
+def test_a_model_that_says_nothing_is_said_to(pair: tuple[Path, Path], capsys: pytest.CaptureFixture):
+    silent, other = speaker(pair[0]), speaker(pair[1])
+    silent.model.generate = lambda **arguments: None
+    chat([silent, other], lines_of(io.StringIO("Hello\n")))
+    assert capsys.readouterr().err.count("says nothing") == 1 + (not other.turns[1]["content"])
+
+
 def test_verify_measures_the_cache_in_a_clean_process(pair: tuple[Path, Path]):
     source, converted = pair
     for beside in ([], ["--beside", source]):

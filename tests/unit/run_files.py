@@ -62,7 +62,8 @@ def add_everything(folder: Path) -> Path:
         _edit(where / "tasks" / "piqa.json", lambda task, grid=grid: task | {"grid": grid})
         _edit(where / "tasks" / "piqa.json", lambda task, point=point: _with_texts(task, RIGHT[point]))
     agreement = {"kl": 0.12, "top1": 0.81, "tokens": 4096, "ci95": {"kl": [0.1, 0.14], "top1": [0.8, 0.82]}}
-    write_json(folder / "eval" / "after" / "agreement.json", agreement)
+    for point in ("converted", "after", "control"):
+        write_json(folder / "eval" / point / "agreement.json", agreement)
     write_domains(folder)
     write_json(folder / "bench.json", bench_result())
     return folder
@@ -74,12 +75,13 @@ DOMAINS = {"law": (0.4, 0.1, False, 0.0), "code": (0.9, 0.6, False, 0.0), "news"
 
 def write_domains(folder: Path) -> None:
     """Three domains: perplexity 20 at the source, and e^KL times as much elsewhere."""
-    for point, index in (("before", None), ("converted", 0), ("after", 1)):
+    for point, index in (("before", None), ("converted", 0), ("after", 1), ("control", 1)):
         rows = {}
         for name, values in DOMAINS.items():
             kl = values[index] if index is not None else 0.0
             rows[name] = {"perplexity": 20 * math.exp(kl), "tokens": 512} | ({"kl": kl} if index is not None else {})
-        write_json(folder / "eval" / point / "domains.json", {"domains": rows, "identity": point})
+        if (folder / "eval" / point).exists():
+            write_json(folder / "eval" / point / "domains.json", {"domains": rows, "identity": point})
     touched = {
         name: {"touched": kind, "contained": share, "similarity": 0.4, "held_out_similarity": 0.5}
         for name, (_, _, kind, share) in DOMAINS.items()

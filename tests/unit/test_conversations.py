@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
+from cla_convert.conversations import Conversations
 from cla_convert.errors import InputError
 from cla_convert.recipe import Data, Generate, TextSource
-from cla_convert.training.conversations import Conversations
 from cla_convert.training.data import TokenStore, prepare_data
 from cla_convert.training.mixture import share_of_chats
 from tests.conftest import byte_tokenizer

@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ from cla_convert.models.shape import long_cache
 from cla_convert.recipe_file import load_recipe
 from cla_convert.report import section
 from cla_convert.report.bench_tables import at_equal_memory, speed_table
-from cla_convert.report.formats import groups_text, number, p_value
+from cla_convert.report.formats import change_interval, groups_text, number, p_value
 from cla_convert.report.last_lines import last_lines
 from cla_convert.report.model_card import front_matter, write_model_card
 from cla_convert.report.report import build_report
@@ -181,13 +182,106 @@ def test_lower_rates_are_lower_than_those_that_were_used(run_dir: Path, settings
     load_recipe(None, sets)  # as the command line reads them
 
 
+@pytest.mark.parametrize(
+    ("change", "ci95", "said"),
+    [
+        (0.992, [0.199, 2.31], ("x1.99", "[x1.2, x3.31]")),
+        (2.51, [0.5, 9.0], ("x3.51", "[x1.5, x10]")),
+        (0.067, [-0.01, 0.2], ("+6.7%", "[-1.0%, +20.0%]")),
+        (0.067, None, ("+6.7%", "")),
+        (None, None, ("-", "")),
+    ],
+)  # fmt: skip
+def test_a_change_and_its_interval_are_in_one_unit(change: float | None, ci95: list[float] | None, said: tuple):
+    assert change_interval(change, ci95) == said
+
+
+def test_a_difference_has_one_interval_on_the_page_and_that_is_the_verdicts(run_dir: Path):
+    """Few windows whose changes differ: in units of perplexity the interval would hold 0, as a share it does not."""
+    for point, level in (("before", 2.8), ("after", 3.4)):
+        path = run_dir / "eval" / point / "held_out.json"
+        windows = [[64 * (level + (0.9 * i if point == "after" else 0.5 * i)), 64] for i in range(4)]
+        nats = sum(one for one, _ in windows) / 256
+        write_json(path, {"perplexity": math.exp(nats), "tokens": 256, "windows": windows})
+    report = build_report(run_dir)
+    row = next(row for row in report["judged"] if (row["scope"], row["measure"]) == ("held_out", "perplexity"))
+    said, ends = change_interval(row["delta"], row["ci95"])
+    assert said.startswith("x") and f"{said}, 95% CI {ends[1:-1].replace(', ', ' to ')}" in report["verdict"]
+    line = next(one for one in (run_dir / "report.md").read_text().splitlines() if one.startswith("| held-out | token"))
+    assert f"| {said} {ends} |" in line and line.count("[") == 1
+
+
+@pytest.mark.parametrize(("gate", "words"), [(False, " The recipe does not ask for it (eval.gate)."), (True, "")])
+def test_a_gate_that_nobody_asked_for_says_so(run_dir: Path, gate: bool, words: str):
+    set_eval(run_dir, gate=gate)
+    build_report(run_dir)
+    assert f"Quality gate: failed.{words}\n" in (run_dir / "report.md").read_text()
+
+
+def test_a_model_that_says_nothing_is_told_of(run_dir: Path):
+    for point, texts in (("before", ["Paris.", ""]), ("converted", ["", ""]), ("after", ["", ""])):
+        rows = [{"prompt": f"Question {i}", "text": text, "cut": False} for i, text in enumerate(texts)]
+        write_json(run_dir / "eval" / point / "answers.json", {"answers": rows})
+    report = build_report(run_dir)
+    told = "It says nothing in answer to 2 of 2 prompts (the source model: 1)."
+    lines = " ".join(" ".join(last_lines(report, RunFolder(run_dir))).split())
+    assert told in report["verdict"] and told in (run_dir / "report.html").read_text() and told in lines
+    write_json(run_dir / "eval" / "before" / "answers.json", {"answers": rows})
+    assert "says nothing" not in build_report(run_dir)["verdict"]  # as the source does
+
+
+def test_of_a_model_of_a_run_the_run_is_named(run_dir: Path):
+    model = run_dir / "uptrained"
+    model.mkdir()
+    shutil.copy(run_dir / "recipe.yaml", model)
+    with pytest.raises(InputError, match="a part of a run") as caught:
+        build_report(model)
+    assert f"`cla-convert report {run_dir}`" in str(caught.value.fix)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_was_not_measured_of_the_last_point_is_not_taken_from_another(run_dir: Path, tmp_path: Path, whole: bool):
+    """Stopped in the evaluation of the uptrained model, before it or in the midst."""
+    other = add_everything(write_run(tmp_path / "other"))
+    add_everything(run_dir)
+    if whole:
+        shutil.rmtree(run_dir / "eval" / "after")
+    else:
+        for name in ("held_out", "agreement", "domains", "answers", "perplexity/law"):
+            (run_dir / "eval" / "after" / f"{name}.json").unlink()
+    report, pages = build_report(run_dir, [other]), [run_dir / name for name in ("report.md", "report.html")]
+    assert set(report["incomplete"]) == {"after"} and "law" in report["incomplete"]["after"]
+    for row in (report["perplexity"]["held_out"], report["perplexity"]["law"]):
+        assert row["converted"] is not None
+        assert row["after"] is row["last"] is row["relative"] is row["delta"] is None
+    for row in report["domains"].values():
+        assert row["perplexity"]["converted"] is not None and row["relative"] is row["recovered"] is None
+    assert report["domain_advice"] == ["news: parts of this very text were trained on; its numbers are too good."]
+    assert report["gate"]["state"] == "failed"
+    assert not {"held_out", "law"} & {row["scope"] for row in report["judged"]}
+    if whole:
+        assert (report["status"], report["compared"], report["mean_accuracy"]) == ("not_measured", None, None)
+    else:
+        assert "after: not measured: held-out text, domains, answers, law, KL to the source" in str(report["gate"])
+    assert report["next"]["state"] == "finish"
+    assert shlex.split(report["next"]["command"])[-2:] == ["--out", str(run_dir)]
+    for said in (report["verdict"], "\n".join(last_lines(report, RunFolder(run_dir)))):
+        assert "EVALUATION INCOMPLETE" in said
+    for page in pages:
+        text = page.read_text()
+        assert text.index("EVALUATION INCOMPLETE") < text.index("Finish the evaluation (after: ")
+    mine, theirs = (next(row for row in report["runs"] if row["label"] == name) for name in ("run", "other"))
+    assert mine["kl"] is mine["domains"] is mine["held_out"] is None
+    assert mine["incomplete"] and not theirs["incomplete"]
+    assert "run evaluation incomplete" in pages[0].read_text()
+
+
 def test_more_rows_names_only_what_changes_something(run_dir: Path):
     """Held-out text is cut when the run begins; what is measured on it all has no more in this run."""
     set_eval(run_dir, perplexity_margin=0.5, margin=0.5, agreement_tokens=1024, kl_margin=0.1)
-    write_json(
-        run_dir / "eval" / "after" / "agreement.json",
-        {"kl": 0.1, "top1": 0.9, "ci95": {"kl": [0.05, 0.15]}, "tokens": 9},
-    )
+    for point in ("converted", "after"):
+        agreement = {"kl": 0.1, "top1": 0.9, "ci95": {"kl": [0.05, 0.15]}, "tokens": 9}
+        write_json(run_dir / "eval" / point / "agreement.json", agreement)
 
     def next_of(**train: int) -> tuple[str, list[str]]:
         recipe = yaml.safe_load((run_dir / "recipe.yaml").read_text())

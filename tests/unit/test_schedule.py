@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from cla_convert.recipe import Train
 from cla_convert.training.schedule import Budget, crossed, learning_rate
+from cla_convert.training.trainer import passes
 
 SETTINGS = dict(peak=1.0, warmup=0.1, final=0.1)
 
@@ -57,3 +58,8 @@ def test_the_budget_is_met_in_whole_sequences_and_never_exceeded(
 def test_intervals() -> None:
     assert crossed(10, 9, 10) and crossed(10, 5, 25) and not crossed(10, 10, 19)
     assert not crossed(0, 0, 100)
+
+
+def test_passes_are_over_what_was_prepared() -> None:
+    """A tenth of the text is prepared for a small budget: 0.12 passes over that are not over the text."""
+    assert passes(sequences=32, prepared=256, length=256) == "0.12 passes over the 65.5k tokens prepared of the text"

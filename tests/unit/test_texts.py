@@ -1,12 +1,16 @@
 """Perplexity of text files, agreement with the source model, and measuring nothing twice."""
 
+import gzip
 import hashlib
 import json
 import math
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -78,6 +82,48 @@ def test_what_cannot_be_read_is_refused_before_work(tmp_path: Path, models: list
     check_texts([story])
     with pytest.raises(InputError, match="600 tokens does not fit"):
         text_perplexity(load_model(models[0]), models[0], story.model_copy(update={"window": 600}), batch_size=1)
+
+
+TEXTS = ["Zoë's first text,\r\nof two lines.", "A second one \u732b."]
+
+
+def write_table(path: Path, column: str) -> None:
+    rows = [{"id": 1, column: TEXTS[0]}, {"id": 2, column: " \n"}, {"id": 3, column: TEXTS[1]}]
+    lines = "".join(f"{json.dumps(row)}\n" for row in rows).encode()
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_bytes(gzip.compress(lines) if path.suffix == ".gz" else lines)
+
+
+def test_progress_is_called_by_the_model_and_not_by_the_folder_of_the_results(
+    models: list[Path], tmp_path: Path, story: TextFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(module, "progress", lambda total, what, **options: said.append(what) or nullcontext())
+    for label in ("", "after"):
+        measure_texts(Texts([story]), models[0], tmp_path / f"tmp{label}", COMMON, "model", device="cpu", label=label)
+    assert said == [f"perplexity/{story.name}", f"after: perplexity/{story.name}"]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "JSONL", "jsonl.gz", "parquet"])
+def test_of_a_table_the_texts_are_measured_and_not_its_markup(
+    models: list[Path], tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, table, other = (tmp_path / f"{name}" for name in ("t.txt", f"t.{ending}", f"o.{ending}"))
+    plain.write_bytes("\n\n".join(TEXTS).encode())
+    write_table(table, "text")
+    write_table(other, "content")
+    texts = [TextFile(name="t", path=str(path), window=16) for path in (plain, table, other)]
+    texts[2] = texts[2].model_copy(update={"text_field": "content"})
+    wanted, *found = [text_perplexity(load_model(models[0]), models[0], text, 2) for text in texts]
+    assert [one | {"path": str(plain)} for one in found] == [wanted, wanted]
+    check_texts(texts)
+    with pytest.raises(InputError, match="no column 'text'"):
+        check_texts([texts[0], TextFile(name="o", path=str(other))])
+    monkeypatch.setattr(text_files, "WHOLE", 7)
+    part = texts[1].model_copy(update={"characters": 40})
+    assert content_of(part).characters == 40 and content_of(texts[1]).sha256 == wanted["sha256"]
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -27,7 +27,7 @@ def collect(material: Material, report: Json) -> Json:
         mean = summary | {"at": {name: mean_at(run, summary, name) for name in POINTS}}
         mean |= {"cla_cost": cost(material.control["mean_accuracy"] or {})} if material.control else {}
     # Where the model that is compared was measured, also when nothing was compared.
-    return {"tasks": tasks, "mean_accuracy": mean, "compared_point": run.last_point or "converted"}
+    return {"tasks": tasks, "mean_accuracy": mean, "compared_point": run.last_point}
 
 
 def _metrics(run: RunFiles, task: str) -> list[str]:

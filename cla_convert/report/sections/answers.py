@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from ..content import Block, Paragraph, Svgs
+from ..formats import plural
 from ..run_folder import POINTS, Json
 from ..section import Material, Section, register
 from ..text import cell_in_markdown, in_html, in_markdown, strong
@@ -14,17 +15,29 @@ _NAMES = {"before": "source", "converted": "converted", "after": "uptrained", "c
 
 
 def collect(material: Material, report: Json) -> Json:
-    """answers: rows of {prompt, answers {point: {text, cut}}}; only prompts that every measured point was asked."""
+    """answers: rows of {prompt, answers {point: {text, cut}}}; only prompts that every measured point was asked.
+
+    silent {point: {silent, of}}: to how many of these prompts it said nothing.
+    """
     found = {point: material.run.answers[point]["answers"] for point in POINTS if point in material.run.answers}
     texts = {point: {row["prompt"]: row for row in rows} for point, rows in found.items()}
     prompts = [row["prompt"] for row in next(iter(found.values()), [])]
-    return {
-        "answers": [
-            {"prompt": prompt, "answers": {p: {k: one[prompt][k] for k in ("text", "cut")} for p, one in texts.items()}}
-            for prompt in prompts
-            if all(prompt in one for one in texts.values())
-        ]
-    }
+    rows = [
+        {"prompt": prompt, "answers": {p: {k: one[prompt][k] for k in ("text", "cut")} for p, one in texts.items()}}
+        for prompt in prompts
+        if all(prompt in one for one in texts.values())
+    ]
+    silent = {p: {"silent": sum(not row["answers"][p]["text"] for row in rows), "of": len(rows)} for p in texts}
+    return {"answers": rows, "silent": silent}
+
+
+def silence(silent: dict[str, Json], point: str) -> str:
+    """`It says nothing in answer to 4 of 4 prompts (the source model: 0).`, where it is silent oftener than that."""
+    source, model = silent.get("before"), silent.get(point)
+    if not source or not model or model["silent"] <= source["silent"]:
+        return ""
+    times = f"{model['silent']} of {plural(model['of'], 'prompt')}"
+    return f"It says nothing in answer to {times} (the source model: {source['silent']})."
 
 
 def show(report: Json) -> Sequence[Block]:

@@ -93,7 +93,7 @@ def _training_caveats(run: RunFiles) -> list[str]:
         return ["Nothing was uptrained: the last column is the model right after conversion."] if run.convert else []
     found = []
     # the same rows are not measured again of a model that stayed: only the last point tells what is held out now
-    trained, text = run.train.get("data_digest"), run.held_out.get(run.last_point or "", {}).get("text")
+    trained, text = run.train.get("data_digest"), run.held_out.get(run.last_point, {}).get("text")
     if trained and text and text != trained:
         found.append(
             "HELD-OUT TEXT IS NOT OF THE TEXT THAT WAS TRAINED ON: data.sources gave other tokens by then. The model "

@@ -1,4 +1,4 @@
-"""Recovery by domain: how far from the source model each kind of text is left, worst first, and what to do about it."""
+"""Recovery by domain: how far from the source model each kind of text is left, and what to do about it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,15 +24,16 @@ def domain_table(run: RunFiles) -> dict[str, Json]:
     recovered is the share of the KL that training took away again: 1 - after / converted; negative where it added some.
     Text files that the KL was measured on stand among the domains (own: true); their perplexity is of the whole file.
     """
+    last = run.last_point
     scores = {point: run.domains[point]["domains"] for point in _POINTS if "domains" in run.domains.get(point, {})}
-    rows = {name: _row(name, scores, run.touched.get(name, {}), own=False) for name in _names(scores)}
+    rows = {name: _row(name, scores, run.touched.get(name, {}), last, own=False) for name in _names(scores)}
     texts = {point: run.texts.get(point, {}) for point in _POINTS}
     compared = {point: run.text_agreement.get(point, {}) for point in _POINTS}
     for name in _names(compared):
         both = {point: {name: _whole(texts[point].get(name)) | _kl(compared[point].get(name))} for point in _POINTS}
         label = f"{name} (own text)" if name in rows else name
-        rows[label] = _row(name, both, run.touched_texts.get(name, {}), own=True)
-    return dict(sorted(rows.items(), key=lambda item: -_badness(item[1])))
+        rows[label] = _row(name, both, run.touched_texts.get(name, {}), last, own=True)
+    return dict(sorted(rows.items(), key=lambda item: -_badness(item[1], last)))
 
 
 def _names(scores: dict[str, Json]) -> list[str]:
@@ -47,11 +48,12 @@ def _kl(compared: Json | None) -> Json:
     return {"kl": compared.get("kl"), "tokens": compared.get("tokens")} if compared else {}
 
 
-def _row(name: str, scores: dict[str, Json], touched: Json, *, own: bool) -> Json:
+def _row(name: str, scores: dict[str, Json], touched: Json, point: str, *, own: bool) -> Json:
+    """A row of the table; its change is that of `point`, the last one, measured or not."""
     found: dict[str, Json] = {point: table.get(name, {}) for point, table in scores.items()}
     perplexity = {point: found.get(point, {}).get("perplexity") for point in _POINTS}
     kl = {point: found.get(point, {}).get("kl") for point in _POINTS[1:]}
-    last = perplexity["after"] or perplexity["converted"]
+    last = perplexity[point]
     recovered = 1 - kl["after"] / kl["converted"] if kl["after"] is not None and kl["converted"] else None
     return {
         "own": own,
@@ -67,8 +69,8 @@ def _row(name: str, scores: dict[str, Json], touched: Json, *, own: bool) -> Jso
     }
 
 
-def _badness(row: Json) -> float:
-    kl: Any = row["kl"]["after"] if row["kl"]["after"] is not None else row["kl"]["converted"]
+def _badness(row: Json, point: str) -> float:
+    kl: Any = row["kl"][point]
     return kl if kl is not None else row["relative"] or 0.0
 
 
@@ -115,7 +117,8 @@ def show(report: Json) -> Sequence[Block]:
         return []
     columns = [
         Column("domain", text=True), Column("trained on such text", text=True), Column("perplexity before"),
-        Column("converted"), Column("after"), Column("change"), Column("KL converted"), Column("KL after"),
+        Column("perplexity converted"), Column("perplexity after"), Column("change of perplexity"),
+        Column("KL converted"), Column("KL after"),
         Column("recovered, %"),
     ]  # fmt: skip
     rows = [
@@ -150,4 +153,4 @@ def _note(domains: dict[str, Json]) -> str:
     )
 
 
-register(Section("domains", place=40, title="Recovery by domain, worst first", collect=collect, show=show))
+register(Section("domains", place=40, title="Recovery by domain, largest KL first", collect=collect, show=show))

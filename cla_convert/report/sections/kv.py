@@ -20,7 +20,7 @@ def collect(material: Material, report: Json) -> Json:
     computed: Any = run.convert.get("kv_bytes_per_token") or {}
     heads: Any = run.convert.get("kv_heads") or {}
     before = run.kv_cache.get("before", {})
-    after = run.kv_cache.get("after") or run.kv_cache.get("converted") or {}
+    after = run.kv_cache.get(run.last_point) or {}
     kv = {
         "bytes_per_token_before": computed.get("before"),
         "bytes_per_token_after": computed.get("after"),

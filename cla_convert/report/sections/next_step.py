@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from ...evaluation.missing import told
 from ...evaluation.verdict import NOT_JUDGED
 from ..content import Block, Listing, Paragraph
 from ..formats import count, integer, number
@@ -34,6 +35,9 @@ def choose(report: Json, run: RunFiles) -> Json:
     """
     status, train = report["status"], report["train"]
     found = (train or {}).get("curve")
+    if report["incomplete"]:
+        text = f"Finish the evaluation ({told(report['incomplete'])}): the same command goes on where it stopped."
+        return _step(run, "finish", text)
     if status == "not_measured":
         text = "The run is not finished: the same command goes on where it stopped."
         if report["compared"]:

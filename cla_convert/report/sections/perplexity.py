@@ -4,17 +4,18 @@ from collections.abc import Sequence
 
 from ..comparisons import cost, difference
 from ..content import Block, Column, Heading, Paragraph, Row, Table
-from ..formats import bracket, change, integer, interval, number, p_value, percent, percent_interval, signed, titled
+from ..formats import bracket, change_interval, integer, number, p_value, percent, percent_interval, titled
 from ..run_folder import POINTS, Json
 from ..section import Material, Section, register
-from ..text import note
+from ..text import Text, note
 
 
 def collect(material: Material, report: Json) -> Json:
     """perplexity {name: {before, converted, after, control, unit, relative, ...}}: held-out text, text files, tasks;
     agreement with the source by point, on held-out text, and text_agreement by text file and point.
 
-    With a control, `cla_cost` holds delta, ci95 and p_value of after against the control, paired by window or document.
+    With a control, `cla_cost` holds delta, ci95, relative_ci95 and p_value of after against the control, paired by
+    window or document.
     """
     run, control = material.run, material.control
     table: dict[str, Json] = {}
@@ -30,7 +31,7 @@ def collect(material: Material, report: Json) -> Json:
             if metric in metrics:
                 table[task] = {**metrics[metric], "unit": unit}
     for row in table.values():
-        last = row["after"] if row["after"] is not None else row["converted"]
+        last = row[run.last_point]
         row["last"], row["delta"] = last, difference(row["before"], last)
         row["relative"] = None if row["delta"] is None else last / row["before"] - 1
         row["cla_cost_relative"] = row["after"] / row["control"] - 1 if row["after"] and row["control"] else None
@@ -66,7 +67,7 @@ def show(report: Json) -> Sequence[Block]:
     if report["perplexity"]:
         blocks = [
             _texts(report),
-            Paragraph(_note(report["perplexity"]), "note"),
+            Paragraph(_note(report["perplexity"], report["compared_point"]), "note"),
         ]  # fmt: skip
     texts = {"held_out": report["agreement"]} | report["text_agreement"]
     if any(texts.values()):
@@ -74,7 +75,7 @@ def show(report: Json) -> Sequence[Block]:
     return blocks
 
 
-def _note(perplexity: dict[str, Json]) -> str:
+def _note(perplexity: dict[str, Json], last: str) -> str:
     """What the columns mean; that p has a least value where there are few documents."""
     least = ""
     documents = [row["n"] for row in perplexity.values() if row["unit"] != "token" and row["n"]]
@@ -82,8 +83,8 @@ def _note(perplexity: dict[str, Json]) -> str:
         n = min(few)
         least = f", which for {n} documents gives no p below {p_value(2.0 ** (1 - n))}"
     return (
-        "Lower is better. n: documents, or tokens where the perplexity is per token. Delta and interval are in units "
-        f"of perplexity. p: sign-flip test on log-likelihoods{least}."
+        "Lower is better. n: documents, or tokens where the perplexity is per token. The change is that of "
+        f"{last} from before, as a share, or a factor beyond a doubling. p: sign-flip test on log-likelihoods{least}."
     )
 
 
@@ -91,15 +92,14 @@ def _texts(report: Json) -> Table:
     at, control = report["points"], "control" in report["points"]
     columns = [Column("text", text=True), Column("per", text=True, quiet=True), Column("n", quiet=True)]
     columns += [Column(point) for point in at]
-    columns += [Column("change"), Column("delta [95% CI]", long=True), Column("p")]
-    columns += [Column("CLA cost, change, delta [95% CI]", long=True)] if control else []
+    columns += [Column("change [95% CI]", long=True), Column("p")]
+    columns += [Column("CLA cost, change [95% CI]", long=True)] if control else []
     rows = [
         Row(
             [
                 titled(name), row["unit"], integer(row["n"]), *(number(row[point]) for point in at),
-                change(row["relative"]), [f"{signed(row['delta'])} ", note(interval(row["ci95"]))],
-                p_value(row["p_value"]),
-                *([[f"{change(row['cla_cost_relative'])} ", note(_cost(row))]] if control else []),
+                _changed(row["relative"], row.get("relative_ci95")), p_value(row["p_value"]),
+                *([_changed(row["cla_cost_relative"], _interval_of_cost(row))] if control else []),
             ]
         )
         for name, row in report["perplexity"].items()
@@ -107,10 +107,14 @@ def _texts(report: Json) -> Table:
     return Table(columns, rows, "cards wide")
 
 
-def _cost(row: Json) -> str:
-    """After minus control: `+0.31 [+0.2, +0.42]`; nothing without windows."""
-    found = row.get("cla_cost") or {}
-    return "" if found.get("delta") is None else f"{signed(found['delta'])} {interval(found['ci95'])}".strip()
+def _changed(value: float | None, ci95: list[float] | None) -> Text:
+    """`+6.7% [+6.6%, +6.8%]`: the interval that the verdict goes by; none without windows."""
+    said, ends = change_interval(value, ci95)
+    return [f"{said} ", note(ends)]
+
+
+def _interval_of_cost(row: Json) -> list[float] | None:
+    return (row.get("cla_cost") or {}).get("relative_ci95")
 
 
 def _agreement(agreement: dict[str, dict[str, Json]]) -> Table:

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from ..console import warn
-from ..errors import InputError
-from ..surrogates import replaced
+from .console import warn
+from .errors import InputError
+from .surrogates import replaced
 
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}
 """ShareGPT's names of roles, and those of transformers' templates."""

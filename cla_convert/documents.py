@@ -1,0 +1,113 @@
+"""Documents of one file: plain text, or the rows of a table. Training and evaluation read files alike."""
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .conversations import Conversations
+from .errors import InputError, did_you_mean
+from .recipe import TextSource
+from .refusals import unread
+from .surrogates import replaced
+
+TABLES = (".jsonl", ".jsonl.gz", ".parquet")
+"""Endings of files whose rows are documents."""
+_NAME = "Name the column of text with `text_field`, one of conversations with `messages_field`."
+
+
+class Document(NamedTuple):
+    """A text, or the token ids of one [n], and the key that decides on which side of the held-out split it falls."""
+
+    content: str | np.ndarray
+    key: str
+
+
+def documents_of(path: Path, source: TextSource, chats: Conversations | None = None) -> Iterator[Document]:
+    """Every non-empty document of a file, told apart by its ending; `chats` reads `messages_field`.
+
+    Raises InputError where it cannot be read.
+    """
+    try:
+        if path.name.lower().endswith((".txt", ".md")):
+            if chats:
+                raise InputError(
+                    f"{str(path)!r} has no column {source.messages_field!r}",
+                    "Conversations are rows of .jsonl or .parquet files, or of a dataset.",
+                    "Leave `messages_field` out, or name other files.",
+                )
+            text = path.read_text(encoding="utf-8-sig")
+            if not text.isspace() and text:
+                yield Document(text, text)
+            return
+        rows = _parquet(path, source) if path.suffix.lower() == ".parquet" else _jsonl(path)
+        for number, row in enumerate(rows, 1):
+            yield from document_in(row, source, f"row {number} of {str(path)!r}", chats)
+    except (UnicodeDecodeError, OSError, EOFError) as error:
+        damaged = InputError(f"Cannot read {str(path)!r}", str(error), "Mend the file, or leave it out.")
+        raise unread(error, damaged) from error
+
+
+def _jsonl(path: Path) -> Iterator[Any]:
+    with (
+        gzip.open(path, "rt", encoding="utf-8-sig")
+        if path.suffix.lower() == ".gz"
+        else path.open(encoding="utf-8-sig") as lines
+    ):
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InputError(
+                    f"Line {number} of {str(path)!r} is not JSON", str(error), "One JSON object a line."
+                ) from error
+
+
+def _parquet(path: Path, source: TextSource) -> Iterator[dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            _require(source.columns, file.schema_arrow.names, str(path))
+            for batch in file.iter_batches(batch_size=256, columns=source.columns):
+                yield from batch.to_pylist()
+    except pa.ArrowException as error:
+        raise InputError(f"{str(path)!r} is not a parquet file that can be read", str(error)) from error
+
+
+def document_in(row: Any, source: TextSource, where: str, chats: Conversations | None = None) -> Iterator[Document]:
+    """The document in a row, or nothing where the text is empty, or no conversation for the template."""
+    if not isinstance(row, dict):
+        raise InputError(f"{where} is not an object with columns", f"It is a {type(row).__name__}.")
+    _require(source.columns, list(row), where)
+    work = row[source.document_field] if source.document_field else None  # a row of no work is one by itself
+    if chats:
+        if text := chats.text(row[str(source.messages_field)], where):
+            yield Document(chats.ids(text), text if work is None else str(work))
+        return
+    text = row[source.text_field]
+    if text is not None and not isinstance(text, str):
+        raise InputError(
+            f"{source.text_field!r} in {where} is not text",
+            f"It holds a {type(text).__name__}.",
+            _NAME,
+        )
+    if text and not text.isspace():
+        text = replaced(text, f"text of {source.path or source.dataset}")
+        yield Document(text, text if work is None else str(work))
+
+
+def _require(wanted: list[str], present: list[str], where: str) -> None:
+    for name in wanted:
+        if name not in present:
+            raise InputError(
+                f"There is no column {name!r} in {where}",
+                f"It has {', '.join(map(repr, present)) or 'none'}.{did_you_mean(name, present)}",
+                _NAME,
+            )
