@@ -335,7 +335,7 @@ def test_runs_are_compared_by_kl_texts_and_how_they_learned(run_dir: Path, tmp_p
     ]  # fmt: skip
     assert (run_dir / "learning.png").exists() and {"pareto", "learning"} <= report["plots"].keys()
     shown = Page((run_dir / "report.html").read_text()).text
-    for words in ("distill + 0.5 cross-entropy", "KL from the source model in nats a token", "0.24"):
+    for words in ("distill + 0.5 cross-entropy", "KL: from the source model, nats a token", "0.24"):
         assert words in shown, words
 
 
