@@ -10,6 +10,7 @@ from ..record import recorded
 from ..results import PlanResult
 from ..run_folder import RunFolder
 from ..same_recipe import continue_under
+from .disk import disk_of
 from .text import calibration
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def plan(recipe: Recipe, folder: RunFolder) -> PlanResult:
         the_plan = plan_of(recipe, folder)
         say(the_plan.render())
         _check_memory(recipe, folder, the_plan)
+        say(f"disk        {disk_of(recipe, folder, the_plan).describe()}")
         result = PlanResult.model_validate(the_plan.to_json())
         return result if folder.plan.read() == result else folder.plan.write(result)
 
@@ -38,6 +40,7 @@ def checked_plan(recipe: Recipe, folder: RunFolder, *, anew: bool) -> "Plan":
     """The same, and nothing is written; `anew`: as if the folder were empty."""
     the_plan = plan_of(recipe, folder, anew=anew)
     _check_memory(recipe, folder, the_plan)
+    say(f"disk        {disk_of(recipe, folder, the_plan, anew=anew).describe()}")
     return the_plan
 
 
@@ -53,6 +56,19 @@ def plan_of(recipe: Recipe, folder: RunFolder, *, anew: bool = False) -> "Plan":
     _check(recipe, checkpoint)
     chosen = None if anew else _chosen_before(folder)
     return _plan(recipe, checkpoint, chosen or _choice(recipe, folder, checkpoint))
+
+
+def bound(recipe: Recipe, folder: RunFolder, *, anew: bool) -> "Plan":
+    """The plan, or where `sharing: auto` has yet to measure, one that writes no less: every layer keeps its K/V.
+
+    Raises UsageError, InputError.
+    """
+    from ..models.checkpoint import Checkpoint
+
+    if recipe.convert.sharing != "auto" or (not anew and _chosen_before(folder)):
+        return plan_of(recipe, folder, anew=anew)
+    whole = recipe.convert.model_copy(update={"sharing": "cla1", "kv_budget": None})
+    return _plan(recipe.model_copy(update={"convert": whole}), Checkpoint.open(folder.source(recipe)), None)
 
 
 def preview(recipe: Recipe, folder: RunFolder) -> "Plan":

@@ -13,6 +13,7 @@ from ..record import recorded
 from ..results import TrainResult
 from ..run_folder import RunFolder, TrainingFolder
 from ..same_recipe import continue_under
+from .disk import state_bytes
 from .text import text
 
 
@@ -98,12 +99,11 @@ def _check_disk(it: _Training) -> None:
     from ..models.checkpoint import Checkpoint
     from ..models.writer import check_disk
 
-    tensors = Checkpoint.open(it.student).tensors.values()
+    student = Checkpoint.open(it.student)
     kept = sum(file.stat().st_size for file in it.training.checkpoints.glob("*/*"))
-    whole = it.recipe.train.parameters == "all" and (it.fresh or not kept)
-    state = 12 * sum(info.numel for info in tensors) if whole else 0  # float32 weights and two Adam moments
+    state = state_bytes(student.config, it.recipe.train) if it.fresh or not kept else 0
     freed = kept if it.fresh else 0  # before the first is written
-    needed = sum(info.nbytes for info in tensors) + state - freed
+    needed = sum(info.nbytes for info in student.tensors.values()) + state - freed
     check_disk(it.training.path, needed, "The model and its first checkpoint need" if state else "The model needs")
 
 
