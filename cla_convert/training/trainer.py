@@ -30,7 +30,7 @@ from .optimizer import freeze_all_but, make_optimizer
 from .parallel import Team
 from .precision import Precision, cast_frozen, choose_precision
 from .rates import with_rates
-from .schedule import Budget, budget_of
+from .schedule import Budget
 from .sharded import release, run_gathered
 from .teacher import check_teacher, fill_models
 from .trackers import check_trackers
@@ -91,7 +91,7 @@ def set_up(
 
     The data are what `text` gives, or else what the recipe names; or `data`, and then nothing is checked.
     """
-    budget = budget_of(recipe.train)
+    budget = Budget.of(recipe.train)
     student = Checkpoint.open(student_dir).config
     check_interface(student.get("model_type", ""))
     check_packing(recipe, student)
