@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from ..console import say
+from ..amounts import clock, human_count
+from ..console import say, warn
 from ..environment import cache_of, pick_device
 from ..preflight import check_tokenizer
 from ..recipe import Recipe
@@ -11,7 +12,10 @@ from ..results import PlanResult
 from ..run_folder import RunFolder
 from ..same_recipe import continue_under
 from .disk import disk_of
-from .text import calibration
+from .text import calibration, text_tokens
+
+MANY_PASSES = 4
+"""Over a text: so many teach as new text does, about (Muennighoff et al. 2023, arXiv 2305.16264)."""
 
 if TYPE_CHECKING:
     from ..conversion.auto import Choice
@@ -32,6 +36,7 @@ def plan(recipe: Recipe, folder: RunFolder) -> PlanResult:
         say(the_plan.render())
         _check_memory(recipe, folder, the_plan)
         say(f"disk        {disk_of(recipe, folder, the_plan).describe()}")
+        _say_passes(recipe, folder)
         result = PlanResult.model_validate(the_plan.to_json())
         return result if folder.plan.read() == result else folder.plan.write(result)
 
@@ -41,6 +46,7 @@ def checked_plan(recipe: Recipe, folder: RunFolder, *, anew: bool) -> "Plan":
     the_plan = plan_of(recipe, folder, anew=anew)
     _check_memory(recipe, folder, the_plan)
     say(f"disk        {disk_of(recipe, folder, the_plan, anew=anew).describe()}")
+    _say_passes(recipe, folder)
     return the_plan
 
 
@@ -154,3 +160,24 @@ def _check_memory(recipe: Recipe, folder: RunFolder, the_plan: "Plan") -> None:
             layout = Layout.of(recipe.train, recipe.train.processes)
             foreseen, rows = forecast(recipe.train, student, teacher, pick_device(recipe.device), layout)
             say(f"training    {foreseen.describe(rows)}")
+
+
+def _say_passes(recipe: Recipe, folder: RunFolder) -> None:
+    """Say how often the budget goes round the text and, where a speed was measured in the folder, how long it takes."""
+    from ..training.metrics import read_rows
+    from ..training.text_size import in_passes
+
+    tokens = recipe.train.tokens
+    if not tokens:
+        return
+    there = text_tokens(recipe, folder.source(recipe))
+    rows = read_rows(folder.training.metrics) if folder.training.metrics.exists() else []
+    rates = [row["tokens_per_second"] for row in rows if row.get("tokens_per_second")]
+    parts = [f"{human_count(tokens)} tokens", *([in_passes(tokens, there)] if there else [])]
+    parts += [f"about {clock(tokens / rate)} at the {human_count(rate)} tokens/s of this folder" for rate in rates[-1:]]
+    say(f"budget      {', '.join(parts)}")
+    if there and tokens > MANY_PASSES * there:
+        warn(
+            f"{in_passes(tokens, there)}: after {MANY_PASSES} or so they teach little. Give more text (data.sources), "
+            f"about {human_count(tokens / MANY_PASSES)} tokens, or lower train.tokens"
+        )

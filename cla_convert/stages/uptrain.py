@@ -14,7 +14,7 @@ from ..results import TrainResult
 from ..run_folder import RunFolder, TrainingFolder
 from ..same_recipe import continue_under
 from .disk import state_bytes
-from .text import text
+from .text import text, text_tokens
 
 
 def uptrain(
@@ -130,7 +130,7 @@ def _train_here(it: _Training) -> TrainResult:
     if crew.leads:
         if training is folder.training:  # of the control nothing is published
             _card(training, result)
-        training.result.write(result)
+        training.result.write(result.model_copy(update={"text_tokens": text_tokens(recipe, it.student)}))
         training.finish(keep=recipe.train.keep_checkpoints_after_success)
     return result
 

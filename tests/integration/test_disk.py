@@ -68,6 +68,18 @@ def test_the_disk_of_a_map_that_is_not_chosen_yet_is_that_of_the_largest(tiny_ll
     assert the_plan.parameters["before"] == the_plan.parameters["after"]
 
 
+def test_a_plan_says_how_often_a_budget_goes_round_the_text(tiny_llama: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "text.txt").write_text("Some text. " * 1000)
+    recipe = wanted(tiny_llama, f"data.sources=[{{path: {tmp_path / 'text.txt'}}}]", "train.tokens=110k")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "tokens": 128, "tokens_per_second": 100.0}\n')
+    RunFolder(tmp_path / "run").save_recipe(recipe)
+    pipeline.dry_run(recipe, tmp_path / "run", overwrite=False, allow_changes=())
+    said = capsys.readouterr().err
+    assert "110k tokens, 10 passes over about 11k tokens of text, about 0:18:20 at the 100 tokens/s" in said
+    assert "warning: 10 passes over about 11k tokens of text" in said and "Give more text" in said
+
+
 def test_a_folder_that_takes_no_files_is_not_called_too_small() -> None:
     from cla_convert.models.writer import check_disk
 
