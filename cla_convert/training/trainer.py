@@ -241,6 +241,8 @@ def _check_fit(student: Any, data: TokenStore, settings: Train) -> None:
 def _rates(settings: Train) -> str:
     parts = [f"{rate:g} {part}" for part, rate in settings.learning_rates.items() if part != "other"]
     rest = settings.learning_rates.get("other", settings.learning_rate)
+    if parts and settings.parameters != "all":  # what is left of it is frozen
+        return f"learning rate {', '.join(parts)}"
     return f"learning rate {', '.join([*parts, f'{rest:g} the rest'] if parts else [f'{rest:g}'])}"
 
 

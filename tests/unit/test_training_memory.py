@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from cla_convert.console import human_bytes
 from cla_convert.errors import InputError
 from cla_convert.models.families import FAMILIES
 from cla_convert.models.scoring import hidden_states
@@ -268,3 +269,8 @@ def test_a_failed_allocation_while_loading_is_an_error_with_a_reason() -> None:
         torch.empty(2**60, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="mat1"), loading():
         torch.ones(2, 3) @ torch.ones(2, 3)
+
+
+def test_the_parts_that_are_named_add_up_to_what_is_promised() -> None:
+    described = foresee(LLAMA_135M, micro_batch_size=1, batch_tokens=2048)[0].describe(1)
+    assert f"libraries {human_bytes(CONTEXT)}" in described
