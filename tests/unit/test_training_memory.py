@@ -272,5 +272,6 @@ def test_a_failed_allocation_while_loading_is_an_error_with_a_reason() -> None:
 
 
 def test_the_parts_that_are_named_add_up_to_what_is_promised() -> None:
-    described = foresee(LLAMA_135M, micro_batch_size=1, batch_tokens=2048)[0].describe(1)
+    train = Train(tokens=4096, sequence_length=64, batch_tokens=64, precision="float32", compile=False)
+    described = Forecast(train, LLAMA_135M, LLAMA_135M, "cpu", Layout(1, 1)).describe(1)
     assert f"libraries {human_bytes(CONTEXT)}" in described
