@@ -61,7 +61,7 @@ def run(
     }
     check_same_recipe(folder, recipe, overwrite, allow_changes)
     say(introduction)
-    check(recipe, folder)
+    check(recipe, folder, anew=overwrite)
     with folder.alone():
         if until != "plan":
             read_text(recipe, folder)
@@ -80,11 +80,11 @@ def run(
 def dry_run(
     recipe: Recipe, out: Path | str, *, overwrite: bool, allow_changes: Collection[str], introduction: str = ""
 ) -> "Plan":
-    """The plan of `run`, checked as that is; nothing is written. Raises UsageError, InputError."""
+    """The plan of `run`, checked as that is; the run folder is not touched. Raises UsageError, InputError."""
     folder = RunFolder(out)
     check_same_recipe(folder, recipe, overwrite, allow_changes)
     say(introduction)
-    check(recipe, folder)
+    check(recipe, folder, anew=overwrite)
     return checked_plan(recipe, folder, anew=overwrite)
 
 

@@ -97,7 +97,8 @@ def load_recipe(
     text = "" if path is None else _text(Path(path))  # once: a pipe has no second time
     tree = {} if path is None else _tree(Path(path), text)
     origins = dict.fromkeys(flatten(tree), "recipe")
-    for name, value in parse_overrides(assignments or []).items():
+    overrides = parse_overrides(assignments or [])
+    for name, value in overrides.items():
         _assign(tree, name, value)
         origins |= dict.fromkeys(flatten(value, f"{name}.") if isinstance(value, dict) else [name], "--set")
     for name, value in (options or {}).items():
@@ -107,7 +108,12 @@ def load_recipe(
         return Resolved(_validated(tree), origins)
     except ValidationError as error:
         lines = {} if path is None else lines_of(text)
-        places = {name: Origin(f"{path}:{at.name}: ", f"{path}:{at.value}: ") for name, at in lines.items()}
+        replaced = [*overrides, *(options or {})]  # whole, whatever the file has below these names
+        places = {
+            name: Origin(f"{path}:{at.name}: ", f"{path}:{at.value}: ")
+            for name, at in lines.items()
+            if not is_named(name, replaced)
+        }
         places |= {name: Origin(f"{o}: ", f"{o}: ") for name, o in origins.items() if o != "recipe"}
         raise _not_valid(mistakes(error, places), path) from error
 
@@ -126,13 +132,19 @@ def _validated(tree: dict[str, Any]) -> Recipe:
 
 def _not_valid(lines: list[str], path: str | Path | None) -> UsageError:
     """Of a recipe (None: there is none), or of the command line where only that is wrong: then what is wrong leads."""
+    fix = _ALL_SETTINGS if any(_only_the_list_helps(line) for line in lines) else ""
     of_recipe = path is not None and not all(line.startswith(("--", "MODEL: ")) for line in lines)
     if of_recipe or len(lines) > 1:
         if len(lines) > _MOST_MISTAKES:
             lines = [*lines[:_MOST_MISTAKES], f"and {len(lines) - _MOST_MISTAKES} more."]
         what = "The recipe is not valid" if of_recipe else "The command line is not valid"
-        return UsageError(what, "\n       ".join(lines), _ALL_SETTINGS)
-    return UsageError(lines[0], fix=_ALL_SETTINGS)
+        return UsageError(what, "\n       ".join(lines), fix)
+    return UsageError(lines[0], fix=fix)
+
+
+def _only_the_list_helps(line: str) -> bool:
+    """Of most mistakes the line says what to write; of a name that nothing resembles it cannot."""
+    return "unknown key" in line and not line.endswith("?") and "It belongs" not in line and "is missing" not in line
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
@@ -18,6 +20,11 @@ class Origin(NamedTuple):
     name: str
     value: str
     """Of its value, which may begin in another line."""
+
+    @property
+    def typed(self) -> bool:
+        """Whether it was given on the command line, by an option or --set."""
+        return self.value.startswith("--")
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,8 @@ class _Mistake:
     got: str
     of_name: bool
     """Whether the name is wrong, or the section as a whole, and not the value."""
+    form: str = ""
+    """The value as it was meant, where that can be told."""
 
 
 def told(error: ValidationError, places: Mapping[str, Origin]) -> list[str]:
@@ -48,8 +57,44 @@ def told(error: ValidationError, places: Mapping[str, Origin]) -> list[str]:
         first, *more = dict.fromkeys(other.what for other in fitting)
         said = ", or ".join([first, *(one.removeprefix("must be ") for one in more)])
         got = min(other.got for other in fitting)
-        lines[mistake.choice, mistake.place] = f"{_named(places, mistake, said)}{got}"
+        lines[mistake.choice, mistake.place] = f"{_named(places, mistake, said)}{got}{_meant(places, mistake)}"
     return list(lines.values())
+
+
+def _meant(places: Mapping[str, Origin], mistake: _Mistake) -> str:
+    """How to write a list or a section of which only the content was given."""
+    if not mistake.form:
+        return ""
+    name = ".".join(map(str, mistake.place))
+    if isinstance(mistake.place[-1], int):
+        name, mistake = name.rpartition(".")[0], replace(mistake, form=f"[{mistake.form}]")
+    typed = _origin(places, mistake).startswith("--set")
+    return f": --set '{name}={mistake.form}'" if typed else f": {name.rpartition('.')[2]}: {mistake.form}"
+
+
+def _form(place: tuple[int | str, ...], kind: str, value: Any) -> str:
+    """A word where a list of words or sections belongs, or in such a list where a section does, as it was meant."""
+    if not place or not isinstance(value, (str, int, float)) or isinstance(value, bool) or ":" in str(value):
+        return ""
+    *above, last = [part for part in place if isinstance(part, str)]
+    outer: Any = Recipe
+    for part in above:
+        outer = _section(outer, part)
+    fields = _section(outer, last).model_fields
+    one = str(value)
+    if "path" in fields:
+        name = _NO_NAME.sub("-", PurePath(one).stem).strip("-._") if fields.get("name") else ""
+        one = f"{{name: {name}, path: {one}}}" if name else f"{{path: {one}}}"
+    elif fields or kind != "list" or isinstance(place[-1], int) or not _of_words(outer, last, value):
+        return ""
+    return f"[{one}]" if kind == "list" else one
+
+
+def _of_words(section: Any, name: str, value: Any) -> bool:
+    """Whether a setting is a list that such a value can be an item of."""
+    with suppress(ValidationError):
+        return bool(section.model_validate({name: [value]}))
+    return False
 
 
 def _closest(alternatives: list[_Mistake]) -> list[_Mistake]:
@@ -71,8 +116,17 @@ def _origin(places: Mapping[str, Origin], mistake: _Mistake) -> str:
     """`mine.yaml:7: ` of what is wrong, of what made it a section (`--set`), or of the nearest section above it."""
     names = [".".join(map(str, mistake.place[:end])) for end in range(len(mistake.place), 0, -1)]
     below = [name for name in places if names and name.startswith(f"{names[0]}.")]
+    below.sort(key=lambda name: _told_of(name, mistake))  # of settings that do not fit together, those it speaks of
+    if typed := [name for name in below if places[name].typed and _told_of(name, mistake) < len(mistake.what)]:
+        names = [*typed, *names]  # the file alone was right
     known = next((places[name] for name in [*names[:1], *below, *names[1:]] if name in places), Origin("", ""))
     return known.name if mistake.of_name else known.value
+
+
+def _told_of(name: str, mistake: _Mistake) -> int:
+    """Where the words of a mistake name a setting, as an index; behind their end if they do not."""
+    found = re.search(rf"\b{re.escape(name.rpartition('.')[2])}\b", mistake.what)
+    return found.start() if found else len(mistake.what)
 
 
 def _mistake(error: Any) -> _Mistake:
@@ -83,7 +137,10 @@ def _mistake(error: Any) -> _Mistake:
     ours = kind == "value_error"  # said by validators of ours, which name the value
     got = "" if ours or kind == "missing" else f" (got {'nothing' if value is None else repr(value)[:200]})"
     whole = kind == "missing" or (ours and isinstance(value, dict))
-    return _Mistake(place, choice, alternative, _wanted(error), got, of_name=whole)
+    wanted = _wanted(error)
+    kind = kind.partition("_")[0]
+    form = _form(place, kind, value) if kind in ("list", "model") and "space is missing" not in wanted else ""
+    return _Mistake(place, choice, alternative, wanted, got, of_name=whole, form=form)
 
 
 def _unknown(place: tuple[int | str, ...]) -> str:
@@ -128,6 +185,7 @@ def _place(loc: tuple[int | str, ...]) -> tuple[tuple[int | str, ...], tuple[int
     return tuple(place), tuple(place) if choice is None else choice, alternative
 
 
+_NO_NAME = re.compile(r"[^\w.-]+")
 _TYPE = re.compile(
     r"(constrained-)?(int|float|bool|str|Generate)|(list|literal|function-\w+|nullable|tuple)\[.*\]|\[key\]"
 )

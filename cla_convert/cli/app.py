@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 app = Verbs(
     name="cla-convert",
-    help="Give a pretrained MQA/GQA model Cross-Layer Attention: a KV cache half the size, uptrained and proven.",
+    help="Give an MHA, GQA or MQA model Cross-Layer Attention: a KV cache half the size, uptrained and measured.",
     epilog="Begin with: cla-convert inspect MODEL; cla-convert recipes ls. A command's --help has an example.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -42,7 +42,7 @@ def run(
     until: Annotated[
         str, typer.Option(metavar="STAGE", help="Stop after this stage: plan, convert, uptrain, eval or report.")
     ] = "report",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; the run folder is not touched.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Start the run folder anew.")] = False,
     allow_changes: AllowChanges = None,
     allow_pickle: AllowPickle = False,

@@ -48,7 +48,7 @@ def uptrain(
     from ..models.verify import check_shares
     from ..run_folder import RunFolder, alone_around
     from ..stages.uptrain import uptrain as execute
-    from ..training.schedule import budget_of, check_steps
+    from ..training.schedule import check_steps
 
     out = out if out.name.strip(".") else out.resolve()
     folder, leads = RunFolder.of_uptraining(model, out), rank() == 0
@@ -62,7 +62,6 @@ def uptrain(
     _refuse_taken(folder.training)
     if not resolved.recipe.train.tokens:
         raise UsageError("No token budget", fix="Give --tokens, for example --tokens 26M.")
-    budget_of(resolved.recipe.train)
     if not resume and may_restart():
         raise UsageError(
             "--no-resume and torchrun's --max-restarts do not go together",

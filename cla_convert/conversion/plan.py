@@ -22,6 +22,8 @@ from .tensors import cast, fitted, plan_tensors
 
 _PROGRAM = 450_000_000
 """Memory of Python, torch and transformers."""
+_BESIDE = 30_000
+"""Bytes of code, card and records beside the weights of an output."""
 _SINGLE, _SHARDS = "model.safetensors", "model-*-of-*.safetensors"
 _DTYPES = {name: code for code, name in FLOATING.items()}
 
@@ -141,7 +143,8 @@ class Plan:
             f"KV cache    {before} -> {after} bytes per token in {self.dtype} ({before / after:.2f}x smaller)",
             *([f"            beside it a state: {_state(self)}"] if self.state_bytes else []),
             *([f"            sliding layers keep their last {window} tokens at most{self._long()}"] if window else []),
-            f"needs       {human_bytes(self.output_bytes)} of disk, about {human_bytes(self.memory_bytes)} of memory",
+            f"needs       {human_bytes(self.output_bytes)} of disk for the converted model, about "
+            f"{human_bytes(self.memory_bytes)} of memory",
             *([f"            {self._activations()}"] if self.activation_bytes else []),
         ]
         return "\n".join(lines + [f"warning     {warning}" for warning in self.warnings])
@@ -204,7 +207,7 @@ def make_plan(
         output_bytes=sum(info.nbytes for info in written.values())
         + sum(info.nbytes for info in checkpoint.others.values())
         + sidecars
-        + 10**6,
+        + _BESIDE,
         memory_bytes=_PROGRAM + working + streams,
         activation_bytes=streams,
         unused=unused,

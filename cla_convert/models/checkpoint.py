@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from ..files import load_json, refuse_pointer, stays_in
+from ..files import load_json, read_json, refuse_pointer, stays_in
 from ..refusals import unread
 from .families import FAMILIES, Family, as_transformers_reads, without_strays
 from .headers import ELEMENT_SIZE, FLOATING, TORCH_NAMES, TensorInfo, read_header
@@ -194,10 +194,15 @@ def refuse_damaged(folder: Path) -> None:
 def refuse_adapter(folder: Path) -> None:
     """Raise InputError if the folder holds a PEFT adapter, which transformers would load on top of a model."""
     if (folder / "adapter_config.json").exists():
+        alone = not (folder / "config.json").exists()
+        base = (read_json(folder / "adapter_config.json") or {}).get("base_model_name_or_path")
         raise InputError(
             f"{folder} holds an adapter (adapter_config.json)",
-            why="Its weights stand beside those of the model, and transformers would load both as one.",
-            fix="Merge it first: peft's merge_and_unload(), then save_pretrained(). Or remove the adapter's files.",
+            why=f"It changes a model that is not in the folder{f': {base}' if base else ''}."
+            if alone
+            else "Its weights stand beside those of the model, and transformers would load both as one.",
+            fix="Merge it first: peft's merge_and_unload(), then save_pretrained()."
+            + ("" if alone else " Or remove the adapter's files."),
         )
 
 

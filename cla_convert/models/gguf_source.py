@@ -35,7 +35,7 @@ def headers(path: Path) -> Checkpoint:
         InputError: the file is not whole.
     """
     with _explained(path):
-        header = read_gguf_header(path)
+        header = _header(path)
         tensors = {name: TensorInfo(path.name, "F32", shape) for name, shape in header.shapes.items()}
         return Checkpoint(path.parent, header.config(), tensors)
 
@@ -96,7 +96,7 @@ class _Model:
     @classmethod
     def read(cls, path: Path) -> "_Model":
         """From the header and the RoPE factors. Raises InputError for what has no place or is missing."""
-        header = read_gguf_header(path)
+        header = _header(path)
         family_of(header.config())
         architecture = str(header.metadata["general.architecture"])
         if architecture not in ARCHITECTURES:
@@ -133,6 +133,41 @@ class _Model:
             for part, tensor in zip(parts, contents, strict=True):
                 writer.add(part, torch.from_numpy(np.ascontiguousarray(tensor)))
         writer.finish()
+
+
+def _header(path: Path) -> Header:
+    """The header of a language model's file. Raises InputError for an adapter or a projector, and for half a file."""
+    header, size = read_gguf_header(path), path.stat().st_size
+    if header.metadata.get("general.type") == "adapter" or "adapter.type" in header.metadata:
+        base = header.metadata.get("general.base_model.0.name")
+        raise InputError(
+            f"{path} is an adapter (LoRA), and no model",
+            fix=f"Merge it into its model{f' ({base})' if base else ''} first, and give that.",
+        )
+    if header.metadata.get("general.architecture") == "clip" or header.metadata.get("general.type") == "mmproj":
+        raise InputError(
+            f"{path} is an image projector (mmproj), and no language model",
+            fix="Give the language model's GGUF file, which lies beside it where both were downloaded.",
+        )
+    ends = {name: header.places[name].start + _stored_bytes(header, name) for name in header.shapes}
+    if missing := [name for name, end in ends.items() if end > size]:
+        raise InputError(
+            f"{path} is not whole: it has {size} bytes, and should have {max(ends.values())}",
+            why=f"{len(missing)} of its {len(ends)} tensors lie behind its end, such as {missing[0]}.",
+            fix="Download it again.",
+        )
+    return header
+
+
+def _stored_bytes(header: Header, name: str) -> int:
+    """Bytes of a tensor in the file; 0 of a type that this gguf does not know."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    kind, count = header.places[name].type, prod(header.shapes[name])
+    if kind not in list(GGMLQuantizationType):
+        return 0
+    block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+    return -(-count // block) * size
 
 
 def _check_sizes(header: Header, size: int) -> None:

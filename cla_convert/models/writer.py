@@ -236,12 +236,19 @@ def check_output(out: Path, *, overwrite: bool) -> None:
 
 
 def check_disk(folder: Path, needed: int, what: str = "The output needs") -> None:
-    """Raise InputError if the disk under `folder` has fewer than `needed` bytes free, for `what`."""
+    """Raise InputError if the disk under `folder` takes no files, or has fewer than `needed` bytes free, for `what`."""
     from ..console import human_bytes
 
     while not folder.exists():
         folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    usage = shutil.disk_usage(folder)
+    free = usage.free
+    if os.statvfs(folder).f_flag & os.ST_RDONLY or not (free or usage.total):
+        raise InputError(
+            f"Nothing can be written below {folder}",
+            why="Its disk can be read only." if usage.total else "It is a view of the system, and holds no files.",
+            fix="Give a folder on another disk. The work has not begun.",
+        )
     if free < needed:
         raise InputError(
             f"The disk of {folder} is too small",

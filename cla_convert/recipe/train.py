@@ -8,12 +8,15 @@ from ..named import OneOf
 from ..registry import LOSSES, registry_at
 from .section import FREE, PLACES, Count, Section
 
+_A_BUDGET = 1000
+"""Tokens: below, a unit was forgotten."""
+
 
 class Train(Section):
     """Uptraining: recover the quality on a token budget. `tokens: 0` skips it."""
 
     tokens: Count = 0
-    """Token budget."""
+    """Token budget; at least one sequence."""
     loss: Annotated[str, OneOf(LOSSES)] = "distill"
     """What is minimised."""
     teacher: str | None = None
@@ -54,7 +57,7 @@ class Train(Section):
     """Documents packed into one sequence do not see each other: attention and positions start anew with each, and no
     loss is taken on the first token of the next one. False: they are separated by EOS only."""
     batch_tokens: Annotated[Count, PLACES] = 16_384
-    """Tokens in an optimiser step (a multiple of sequence_length)."""
+    """Tokens in an optimiser step; must be a multiple of sequence_length."""
     micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Sequences in one forward/backward pass; gradients accumulate up to batch_tokens. auto: 8 on a CPU; on a GPU what
     its memory holds, up to 32k tokens."""
@@ -91,10 +94,19 @@ class Train(Section):
     minus this control, whatever the data taught. Doubles the training time. Pure distillation needs none."""
 
     @model_validator(mode="after")
-    def _a_step_has_a_sequence(self) -> "Train":
-        if self.tokens and self.batch_tokens < self.sequence_length:
+    def _a_step_has_sequences(self) -> "Train":
+        if not self.tokens:
+            return self
+        batch, length = self.batch_tokens, self.sequence_length
+        if self.tokens < length:
+            unit = f"; {self.tokens}M is {self.tokens} million" if self.tokens < _A_BUDGET else ""
+            raise ValueError(f"tokens is {self.tokens}, less than one sequence (sequence_length: {length}){unit}")
+        if batch < length:
+            raise ValueError(f"batch_tokens is {batch}, less than one sequence (sequence_length: {length})")
+        if over := batch % length:
             raise ValueError(
-                f"batch_tokens is {self.batch_tokens}, less than one sequence (sequence_length: {self.sequence_length})"
+                f"batch_tokens is {batch}, no multiple of sequence_length ({length}): {batch - over} and "
+                f"{batch - over + length} are"
             )
         return self
 

@@ -5,10 +5,14 @@ from ..environment import import_slowly, pick_device
 from ..preflight import check_evaluation, check_lengths, check_packing
 from ..recipe import Recipe
 from ..run_folder import RunFolder
+from .disk import disk_of
+from .plan import bound
 
 
-def check(recipe: Recipe, folder: RunFolder) -> None:
+def check(recipe: Recipe, folder: RunFolder, *, anew: bool = False) -> None:
     """Check this transformers, tasks, texts, tokenizer, lengths, teacher, data sources and disk.
+
+    `anew`: what is finished in the folder will be made again.
 
     Raises:
         UsageError, InputError: for the first thing that will not do.
@@ -22,7 +26,6 @@ def check(recipe: Recipe, folder: RunFolder) -> None:
     from ..models.checkpoint import Checkpoint
     from ..models.export import load_tokenizer
     from ..models.self_test import check_interface
-    from ..models.writer import check_disk
     from ..training.data import check_data
     from ..training.schedule import check_steps
 
@@ -40,7 +43,7 @@ def check(recipe: Recipe, folder: RunFolder) -> None:
     check_steps(recipe.train)
     _check_training(recipe, folder)
     check_data(recipe, load_tokenizer(source), source, device)
-    check_disk(folder.path, _disk_needed(recipe, folder))
+    disk_of(recipe, folder, bound(recipe, folder, anew=anew), anew=anew).check(folder.path)
 
 
 def _check_training(recipe: Recipe, folder: RunFolder) -> None:
@@ -55,19 +58,3 @@ def _check_training(recipe: Recipe, folder: RunFolder) -> None:
             shards_of(recipe.train.shard_degree, recipe.train.processes, recipe.train.processes)
         check_trackers(recipe.train.log_to)
         check_teacher(recipe.train, folder.source(recipe), folder.teacher(recipe))
-
-
-def _disk_needed(recipe: Recipe, folder: RunFolder) -> int:
-    """Bytes still to be written: converted, uptrained, and checkpoints (float32 weights and two Adam moments)."""
-    from ..models.checkpoint import Checkpoint
-
-    tensors = Checkpoint.open(folder.source(recipe)).tensors.values()
-    size, parameters = sum(info.nbytes for info in tensors), sum(info.numel for info in tensors)
-    needed = 0 if folder.converted.exists() else size
-    trained = [folder.training] if recipe.train.tokens else []
-    trained += [folder.control] if recipe.train.needs_control else []
-    for training in trained:
-        if not training.model.exists():
-            kept = sum(file.stat().st_size for file in training.checkpoints.glob("*/*"))
-            needed += size + max(12 * parameters * (recipe.train.keep_checkpoints + 1) - kept, 12 * parameters)
-    return needed

@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from ..console import say
+from ..amounts import clock, human_count
+from ..console import say, warn
 from ..environment import cache_of, pick_device
 from ..preflight import check_tokenizer
 from ..recipe import Recipe
@@ -10,7 +11,11 @@ from ..record import recorded
 from ..results import PlanResult
 from ..run_folder import RunFolder
 from ..same_recipe import continue_under
-from .text import calibration
+from .disk import disk_of
+from .text import calibration, text_tokens
+
+MANY_PASSES = 4
+"""Over a text: so many teach as new text does, about (Muennighoff et al. 2023, arXiv 2305.16264)."""
 
 if TYPE_CHECKING:
     from ..conversion.auto import Choice
@@ -30,6 +35,8 @@ def plan(recipe: Recipe, folder: RunFolder) -> PlanResult:
         the_plan = plan_of(recipe, folder)
         say(the_plan.render())
         _check_memory(recipe, folder, the_plan)
+        say(f"disk        {disk_of(recipe, folder, the_plan).describe()}")
+        _say_passes(recipe, folder)
         result = PlanResult.model_validate(the_plan.to_json())
         return result if folder.plan.read() == result else folder.plan.write(result)
 
@@ -38,6 +45,8 @@ def checked_plan(recipe: Recipe, folder: RunFolder, *, anew: bool) -> "Plan":
     """The same, and nothing is written; `anew`: as if the folder were empty."""
     the_plan = plan_of(recipe, folder, anew=anew)
     _check_memory(recipe, folder, the_plan)
+    say(f"disk        {disk_of(recipe, folder, the_plan, anew=anew).describe()}")
+    _say_passes(recipe, folder)
     return the_plan
 
 
@@ -53,6 +62,19 @@ def plan_of(recipe: Recipe, folder: RunFolder, *, anew: bool = False) -> "Plan":
     _check(recipe, checkpoint)
     chosen = None if anew else _chosen_before(folder)
     return _plan(recipe, checkpoint, chosen or _choice(recipe, folder, checkpoint))
+
+
+def bound(recipe: Recipe, folder: RunFolder, *, anew: bool) -> "Plan":
+    """The plan, or where `sharing: auto` has yet to measure, one that writes no less: every layer keeps its K/V.
+
+    Raises UsageError, InputError.
+    """
+    from ..models.checkpoint import Checkpoint
+
+    if recipe.convert.sharing != "auto" or (not anew and _chosen_before(folder)):
+        return plan_of(recipe, folder, anew=anew)
+    whole = recipe.convert.model_copy(update={"sharing": "cla1", "kv_budget": None})
+    return _plan(recipe.model_copy(update={"convert": whole}), Checkpoint.open(folder.source(recipe)), None)
 
 
 def preview(recipe: Recipe, folder: RunFolder) -> "Plan":
@@ -138,3 +160,24 @@ def _check_memory(recipe: Recipe, folder: RunFolder, the_plan: "Plan") -> None:
             layout = Layout.of(recipe.train, recipe.train.processes)
             foreseen, rows = forecast(recipe.train, student, teacher, pick_device(recipe.device), layout)
             say(f"training    {foreseen.describe(rows)}")
+
+
+def _say_passes(recipe: Recipe, folder: RunFolder) -> None:
+    """Say how often the budget goes round the text and, where a speed was measured in the folder, how long it takes."""
+    from ..training.metrics import read_rows
+    from ..training.text_size import in_passes
+
+    tokens = recipe.train.tokens
+    if not tokens:
+        return
+    there = text_tokens(recipe, folder.source(recipe))
+    rows = read_rows(folder.training.metrics) if folder.training.metrics.exists() else []
+    rates = [row["tokens_per_second"] for row in rows if row.get("tokens_per_second")]
+    parts = [f"{human_count(tokens)} tokens", *([in_passes(tokens, there)] if there else [])]
+    parts += [f"about {clock(tokens / rate)} at the {human_count(rate)} tokens/s of this folder" for rate in rates[-1:]]
+    say(f"budget      {', '.join(parts)}")
+    if there and tokens > MANY_PASSES * there:
+        warn(
+            f"{in_passes(tokens, there)}: after {MANY_PASSES} or so they teach little. Give more text (data.sources), "
+            f"about {human_count(tokens / MANY_PASSES)} tokens, or lower train.tokens"
+        )

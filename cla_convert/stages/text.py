@@ -1,5 +1,6 @@
 """The text of a run: one token store for all stages, and what conversion and evaluation take of it."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..console import human_count, say
@@ -23,6 +24,14 @@ def text(recipe: Recipe, folder: RunFolder) -> "TokenStore":
 
     source = folder.source(recipe)
     return store_for(recipe, load_tokenizer(source), source, pick_device(recipe.device), calibrates=folder.converts)
+
+
+def text_tokens(recipe: Recipe, model: Path) -> int | None:
+    """About how many tokens of text the recipe's data hold for the model in a folder, read or not; None if unknown."""
+    from ..models.export import load_tokenizer
+    from ..training.text_size import tokens_there
+
+    return tokens_there(recipe, load_tokenizer(model))
 
 
 def calibration(recipe: Recipe, folder: RunFolder) -> "CalibrationText | None":

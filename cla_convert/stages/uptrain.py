@@ -13,7 +13,8 @@ from ..record import recorded
 from ..results import TrainResult
 from ..run_folder import RunFolder, TrainingFolder
 from ..same_recipe import continue_under
-from .text import text
+from .disk import state_bytes
+from .text import text, text_tokens
 
 
 def uptrain(
@@ -98,12 +99,11 @@ def _check_disk(it: _Training) -> None:
     from ..models.checkpoint import Checkpoint
     from ..models.writer import check_disk
 
-    tensors = Checkpoint.open(it.student).tensors.values()
+    student = Checkpoint.open(it.student)
     kept = sum(file.stat().st_size for file in it.training.checkpoints.glob("*/*"))
-    whole = it.recipe.train.parameters == "all" and (it.fresh or not kept)
-    state = 12 * sum(info.numel for info in tensors) if whole else 0  # float32 weights and two Adam moments
+    state = state_bytes(student.config, it.recipe.train) if it.fresh or not kept else 0
     freed = kept if it.fresh else 0  # before the first is written
-    needed = sum(info.nbytes for info in tensors) + state - freed
+    needed = sum(info.nbytes for info in student.tensors.values()) + state - freed
     check_disk(it.training.path, needed, "The model and its first checkpoint need" if state else "The model needs")
 
 
@@ -130,7 +130,7 @@ def _train_here(it: _Training) -> TrainResult:
     if crew.leads:
         if training is folder.training:  # of the control nothing is published
             _card(training, result)
-        training.result.write(result)
+        training.result.write(result.model_copy(update={"text_tokens": text_tokens(recipe, it.student)}))
         training.finish(keep=recipe.train.keep_checkpoints_after_success)
     return result
 

@@ -134,18 +134,25 @@ def store_for(recipe: Recipe, tokenizer: Any, source: Path, device: str, *, cali
     Raises:
         InputError: as `prepare_data`.
     """
-    calibration = calibration_tokens(recipe, source, device) if calibrates else 0
-    needed = max(recipe.train.tokens, calibration)
-    sampled = any(one.generate for one in recipe.data.sources)
+    tokens, held_out_tokens = tokens_wanted(recipe, source, device, calibrates=calibrates)
     return prepare_data(
         recipe.data,
         tokenizer,
-        tokens=needed if sampled else max(needed, min(_VARIED, _WIDER * calibration)),
-        held_out_tokens=max(recipe.train.validation_tokens, recipe.train.sequence_length + 1),
+        tokens=tokens,
+        held_out_tokens=held_out_tokens,
         cache_dir=cache_of("tokens"),
         seed=recipe.seed,
         model=_source_model(source, device),
     )
+
+
+def tokens_wanted(recipe: Recipe, source: Path, device: str, *, calibrates: bool) -> tuple[int, int]:
+    """Tokens that are asked of the text: to train and calibrate on, and to hold out."""
+    calibration = calibration_tokens(recipe, source, device) if calibrates else 0
+    needed = max(recipe.train.tokens, calibration)
+    sampled = any(one.generate for one in recipe.data.sources)
+    wide = needed if sampled else max(needed, min(_VARIED, _WIDER * calibration))
+    return wide, max(recipe.train.validation_tokens, recipe.train.sequence_length + 1)
 
 
 def _source_model(folder: Path, device: str) -> SourceModel:

@@ -163,7 +163,10 @@ class Forecast:
     def describe(self, rows: int) -> str:
         """For a person: the peak and its parts."""
         needs, each = self.needs(rows), " on each device" if self.layout.processes > 1 else ""
-        return f"about {human_bytes(needs.peak + CONTEXT)} of memory{each} with {rows} sequences a pass: {needs}"
+        return (
+            f"about {human_bytes(needs.peak + CONTEXT)} of memory{each} with {rows} sequences a pass: {needs}, "
+            f"libraries {human_bytes(CONTEXT)}"
+        )
 
     def largest(self, room: float, most: int) -> int:
         """The largest power of two of sequences a pass, at most `most`, whose needs stay within `room`; 0 for none."""

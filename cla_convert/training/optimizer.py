@@ -27,14 +27,19 @@ def parts_of(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Parameter, 
             yield name, parameter, "shared" if shares else "attention"
 
 
+def parts_trained(wanted: Literal["all", "attention", "shared"]) -> tuple[Part, ...]:
+    """The parts that `train.parameters` means."""
+    parts: dict[str, tuple[Part, ...]] = {"all": ("shared", "attention", "other"), "attention": ("shared", "attention")}
+    return parts.get(wanted, ("shared",))
+
+
 def freeze_all_but(model: PreTrainedModel, wanted: Literal["all", "attention", "shared"]) -> None:
     """Let gradients reach what is to be trained only. Raises InputError if that is nothing.
 
     What transformers' own class does not train (biases by which experts are chosen) is not.
     """
-    kept = {"all": ("shared", "attention", "other"), "attention": ("shared", "attention"), "shared": ("shared",)}
     for _, parameter, part in parts_of(model):
-        parameter.requires_grad_(parameter.requires_grad and part in kept[wanted])
+        parameter.requires_grad_(parameter.requires_grad and part in parts_trained(wanted))
     if not any(p.requires_grad for p in model.parameters()):
         raise InputError(
             f"train.parameters={wanted} leaves nothing to train",

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..console import warn
-from ..errors import InputError
 from ..recipe import Train
 
 DECAY = 0.2
@@ -86,17 +85,6 @@ def learning_rate(
 def crossed(every: int, before: int, after: int) -> bool:
     """Whether a multiple of `every` tokens lies in (before, after]; never for 0."""
     return every > 0 and after // every > before // every
-
-
-def budget_of(train: Train) -> Budget:
-    """The budget of a training that happens. Raises InputError if it is smaller than one sequence."""
-    budget = Budget.of(train)
-    if not budget.sequences:
-        raise InputError(
-            f"The budget of {train.tokens} tokens is smaller than one sequence of {train.sequence_length}",
-            fix="Raise train.tokens or lower train.sequence_length.",
-        )
-    return budget
 
 
 def check_steps(train: Train) -> None:

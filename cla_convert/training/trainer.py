@@ -31,7 +31,7 @@ from .optimizer import freeze_all_but, make_optimizer
 from .parallel import Team
 from .precision import Precision, cast_frozen, choose_precision
 from .rates import with_rates
-from .schedule import Budget, budget_of
+from .schedule import Budget
 from .sharded import release, run_gathered
 from .teacher import check_teacher, fill_models
 from .trackers import check_trackers
@@ -92,7 +92,7 @@ def set_up(
 
     The data are what `text` gives, or else what the recipe names; or `data`, and then nothing is checked.
     """
-    budget = budget_of(recipe.train)
+    budget = Budget.of(recipe.train)
     student = Checkpoint.open(student_dir).config
     check_interface(student.get("model_type", ""))
     check_packing(recipe, student)
@@ -239,6 +239,8 @@ def _check_fit(student: Any, data: TokenStore, settings: Train) -> None:
 def _rates(settings: Train) -> str:
     parts = [f"{rate:g} {part}" for part, rate in settings.learning_rates.items() if part != "other"]
     rest = settings.learning_rates.get("other", settings.learning_rate)
+    if parts and settings.parameters != "all":  # what is left of it is frozen
+        return f"learning rate {', '.join(parts)}"
     return f"learning rate {', '.join([*parts, f'{rest:g} the rest'] if parts else [f'{rest:g}'])}"
 
 

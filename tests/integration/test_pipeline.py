@@ -155,7 +155,7 @@ def test_a_dry_run_plans_and_writes_nothing(tmp_path, tiny_llama):
 
 def test_a_run_ends_with_a_few_lines_and_says_what_was_asked_for(tmp_path, tiny_llama):
     out = tmp_path / "run"
-    done = cla(*line(tiny_llama, out), "--set", "train.batch_tokens=2k")
+    done = cla(*line(tiny_llama, out), "--set", "train.batch_tokens=2048")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.strip().splitlines()
     assert len(lines) <= 14 and lines[0].startswith("Verdict")
@@ -164,7 +164,7 @@ def test_a_run_ends_with_a_few_lines_and_says_what_was_asked_for(tmp_path, tiny_
     assert str(out / "uptrained") in done.stdout and str(out / "report.html") in done.stdout and "Next" in done.stdout
     assert "2 optimiser steps are few" in done.stderr and "train.batch_tokens=64" in done.stderr
     assert "train.tokens" in done.stderr and "train.betas" not in done.stderr  # what differs from the defaults
-    again = cla(*line(tiny_llama, out), "--set", "train.batch_tokens=2k", "--set", "eval.limit=2")
+    again = cla(*line(tiny_llama, out), "--set", "train.batch_tokens=2048", "--set", "eval.limit=2")
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("openbookqa: measured before") == 3  # at every point, and nothing is trained again
     assert f"found {out / 'uptrained'}" in again.stderr

@@ -137,7 +137,7 @@ def write_run(folder: Path) -> Path:
         "source": {"model": "org/tiny", "license": "mit", "sha256": "ab", "quantization": "Q4_1"},
     })  # fmt: skip
     write_json(
-        folder / "train.json", {"tokens": 4096, "steps": 4, "tokens_per_second": 100.0, "loss": 1.5, "seconds": 9}
+        folder / "train.json", {"tokens": 4096, "steps": 4, "tokens_per_second": 1000.0, "loss": 1.5, "seconds": 9}
     )
     rows = [{"step": i, "tokens": 1024 * i, "loss": 5.0 - i} for i in (1, 2, 3, 4)]
     rows.append({"tokens": 4096, "validation_perplexity": 33.0})

@@ -153,7 +153,7 @@ def test_a_small_file_of_a_model_is_refused_by_name_by_every_verb(name: str, con
 
 
 def test_a_damaged_result_is_not_trained_again(tmp_path: Path):
-    recipe = Recipe.model_validate({"source": {"model": "m"}, "train": {"tokens": 1000}})
+    recipe = Recipe.model_validate({"source": {"model": "m"}, "train": {"tokens": 2000}})
     folder = RunFolder(tmp_path)
     folder.save_recipe(recipe)
     folder.training.model.mkdir()
@@ -188,7 +188,7 @@ def test_a_trained_model_alone_belongs_to_its_recipe_too(run_dir: Path):
     folder.save_recipe(Recipe())
     folder.training.model.mkdir(exist_ok=True)
     assert not folder.converted.exists()
-    other = Recipe.model_validate({"train": {"tokens": 5}})
+    other = Recipe.model_validate({"train": {"tokens": 5000}})
     with pytest.raises(UsageError, match="train.tokens"):
         check_same_recipe(folder, other, overwrite=False)
 

@@ -440,7 +440,7 @@ def test_no_held_out_document_is_trained_or_calibrated_on(tmp_path: Path, table:
     settings = {
         "data": {"sources": [{"path": str(table)}, {"path": str(other), "weight": 2}], "held_out": 0.2},
         "convert": {"calibration": {"tokens": 5000, "sequence_length": 100}},
-        "train": {"tokens": 20_000, "sequence_length": 100, "validation_tokens": 3000},
+        "train": {"tokens": 20_000, "sequence_length": 100, "batch_tokens": 1000, "validation_tokens": 3000},
     }
     recipe = Recipe.model_validate(settings)
     store = store_for(recipe, byte_tokenizer(), tmp_path, "cpu")

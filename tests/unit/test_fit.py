@@ -392,3 +392,9 @@ def test_packed_experts_are_dequantised_as_transformers_does(tmp_path, monkeypat
         with pytest.raises(InputError, match=r"layers\.2\.mlp\.experts\.down_proj_blocks has no scales"):
             reads(str(lacking))
     same(source, tmp_path / "out")
+
+
+def test_an_adapter_alone_names_its_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    with pytest.raises(InputError, match="changes a model that is not in the folder: org/base"):
+        resolve_source(str(tmp_path))

@@ -73,3 +73,33 @@ def test_unsupported_and_broken_files_are_refused(tmp_path):
     path.write_bytes(b"GGML" + path.read_bytes()[4:])
     with pytest.raises(InputError, match="does not begin as a GGUF file"):
         open_headers(str(path))
+
+
+@pytest.mark.parametrize("missing", [1, 1000, 200_000])
+def test_half_a_file_is_told_by_its_header(tmp_path, missing):
+    """As whatever reads headers alone sees it: `inspect`, and the plan of a dry run."""
+    path = write_gguf(tmp_path / "tiny.gguf", "llama")
+    whole = path.read_bytes()
+    end = read_gguf_header(path).places["token_embd.weight"].start + 2000 * 64 * 2
+    open_headers(str(path))
+    path.write_bytes(whole[: end - missing])
+    for to_convert in (False, True):
+        with pytest.raises(InputError, match=f"is not whole: it has {end - missing} bytes, and should have {end}"):
+            open_headers(str(path), to_convert=to_convert)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind", "said"),
+    [("llama", "adapter", "is an adapter"), ("clip", "mmproj", "is an image projector"), ("clip", "", "projector")],
+)
+def test_what_is_no_language_model_is_called_by_its_name(tmp_path, architecture, kind, said):
+    writer = GGUFWriter(tmp_path / "other.gguf", architecture)
+    if kind:
+        writer.add_type(kind)
+    writer.add_tensor("a.weight", np.zeros((4, 4), dtype=np.float16))
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    for read in (open_headers, resolve_source):
+        with pytest.raises(InputError, match=said) as caught:
+            read(str(tmp_path / "other.gguf"))
+        assert "config.json" not in str(caught.value)

@@ -49,7 +49,7 @@ def test_numbers_by_their_contract_keys(run_dir: Path):
     assert report["kv"]["measured_bytes_after"] == 24576
     assert report["perplexity"]["wikitext"]["after"] == pytest.approx(math.exp(3.2))
     assert report["perplexity"]["held_out"]["relative"] == pytest.approx(3.2 / 3.0 - 1)
-    assert report["train"]["tokens_per_second"] == 100.0
+    assert report["train"]["tokens_per_second"] == 1000.0
     assert report["source"]["model"] == "org/tiny"
     assert report["seeds"] == {"seed": 3}
     assert {"converted", "versions", "verdict"} <= report.keys()
@@ -151,6 +151,41 @@ def test_one_next_step_by_the_state_of_the_run(run_dir: Path, state: str, words:
     screen = last_lines(json.loads((run_dir / "report.json").read_text()), RunFolder(Path("runs/mine")))
     assert sum(line.startswith("Next ") for line in screen) == 1
     assert " ".join(line.strip().removesuffix(" \\") for line in screen).endswith(found["command"])
+
+
+@pytest.mark.parametrize(
+    ("train", "words", "tokens"),
+    [
+        (
+            {"text_tokens": 20_000_000},
+            "26M tokens are about 7 h 13 min at 1,000 tokens/s, 1.3 passes over the text",
+            "26M",
+        ),
+        ({"text_tokens": 350_000}, "would be 74 passes over it: give more text (data.sources), 6.5M tokens", "1.4M"),
+        ({"text_tokens": 1500}, "give more text", None),
+        ({"tokens_per_second": 52.0}, "26M take 5.8 days at the 52 tokens/s of this machine", "4.5M"),
+        ({"tokens_per_second": 0.05}, "use a faster one", None),
+    ],
+)
+def test_more_tokens_are_no_more_than_the_text_and_a_day_hold(
+    run_dir: Path, train: dict, words: str, tokens: str | None
+):
+    rows = [{"step": i, "tokens": i, "validation_perplexity": value} for i, value in enumerate((50.0, 40.0, 33.0))]
+    known = json.loads((run_dir / "train.json").read_text())
+    write_json(run_dir / "train.json", known | {"validation": rows} | train)
+    found = build_report(run_dir)["next"]
+    assert found["state"] == "more_tokens" and words in found["text"]
+    assert (found["command"] or "").endswith(f"train.tokens={tokens}" if tokens else "")
+    assert bool(found["command"]) == bool(tokens)
+
+
+def test_a_longer_run_does_not_save_all_the_time(run_dir: Path):
+    recipe = yaml.safe_load((run_dir / "recipe.yaml").read_text())
+    recipe["train"] |= {"checkpoint_every": 2048}
+    (run_dir / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    rows = [{"step": i, "tokens": i, "validation_perplexity": value} for i, value in enumerate((50.0, 40.0, 33.0))]
+    write_json(run_dir / "train.json", json.loads((run_dir / "train.json").read_text()) | {"validation": rows})
+    assert "train.checkpoint_every=1.3M" in build_report(run_dir)["next"]["command"]
 
 
 @pytest.mark.parametrize(

@@ -288,7 +288,7 @@ def test_a_check_before_work_samples_nothing(tiny_llama: Path, cache: Path) -> N
 
     def check(**generate: Any) -> None:
         sources = [{"path": str(OPENINGS)}, {"generate": generate}]
-        recipe = Recipe.model_validate({"data": {"sources": sources}, "train": {"tokens": 1000}})
+        recipe = Recipe.model_validate({"data": {"sources": sources}, "train": {"tokens": 2000}})
         check_data(recipe, byte_tokenizer(), tiny_llama, "cpu")
 
     check(length=64)

@@ -41,17 +41,16 @@ def test_no_warm_up_and_a_single_step() -> None:
     assert learning_rate(0, 10, 10, schedule="cosine", peak=2.0, warmup=0.0, final=0.0) == pytest.approx(1.0)
 
 
-@given(tokens=st.integers(0, 100_000), batch=st.integers(1, 5_000), length=st.integers(8, 512), micro=st.integers(1, 8))
+@given(tokens=st.integers(512, 100_000), rows=st.integers(1, 100), length=st.integers(8, 512), micro=st.integers(1, 8))
 def test_the_budget_is_met_in_whole_sequences_and_never_exceeded(
-    tokens: int, batch: int, length: int, micro: int
+    tokens: int, rows: int, length: int, micro: int
 ) -> None:
-    batch = max(batch, length)
-    train = Train(tokens=tokens, batch_tokens=batch, sequence_length=length, micro_batch_size=micro)
+    train = Train(tokens=tokens, batch_tokens=rows * length, sequence_length=length, micro_batch_size=micro)
     budget = Budget.of(train)
     assert tokens - length < budget.tokens <= tokens
     ranges = [budget.step_range(step) for step in range(budget.steps)]
     assert [i for first, end in ranges for i in range(first, end)] == list(range(budget.sequences))
-    assert all(0 < end - first <= max(1, batch // length) for first, end in ranges)
+    assert all(0 < end - first <= rows for first, end in ranges)
     assert budget.tokens_after(budget.steps) == budget.tokens
 
 

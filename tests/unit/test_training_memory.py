@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from cla_convert.console import human_bytes
 from cla_convert.errors import InputError
 from cla_convert.models.families import FAMILIES
 from cla_convert.models.scoring import hidden_states
@@ -268,3 +269,9 @@ def test_a_failed_allocation_while_loading_is_an_error_with_a_reason() -> None:
         torch.empty(2**60, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="mat1"), loading():
         torch.ones(2, 3) @ torch.ones(2, 3)
+
+
+def test_the_parts_that_are_named_add_up_to_what_is_promised() -> None:
+    train = Train(tokens=4096, sequence_length=64, batch_tokens=64, precision="float32", compile=False)
+    described = Forecast(train, LLAMA_135M, LLAMA_135M, "cpu", Layout(1, 1)).describe(1)
+    assert f"libraries {human_bytes(CONTEXT)}" in described

@@ -8,13 +8,15 @@ from pathlib import Path
 from ...evaluation.missing import told
 from ...evaluation.verdict import NOT_JUDGED
 from ..content import Block, Listing, Paragraph
-from ..formats import count, integer, number
+from ..formats import count, duration, integer, number
 from ..run_folder import Json, RunFiles
 from ..section import Material, Section, register
 from ..text import strong
 
 _RECOVERS = 26_000_000
 """Tokens with which the figures of the README were reached; fewer than a tenth say little about a curve."""
+_PASSES, _DAY = 4, 86_400
+"""Passes over a text that teach as new text does, about (Muennighoff et al. 2023, arXiv 2305.16264); seconds."""
 _FLAT = 0.005
 """A validation perplexity that fell by less, as a share, between its last two checks has flattened."""
 _PACK = 250
@@ -51,7 +53,7 @@ def choose(report: Json, run: RunFiles) -> Json:
         return _more_rows(report, run)
     if not train:
         text = f"Nothing was uptrained yet. {count(_RECOVERS)} tokens are what the README's figures took."
-        return _trained_on(run, "more_tokens", text, _RECOVERS)
+        return _trained_on(run, "more_tokens", text, _RECOVERS, {})
     if found and found["last"] > found["first"]:
         return _lower_rate(report, run, found)
     if found and train["tokens"] >= _RECOVERS / 10 and found["last"] > (1 - _FLAT) * found["previous"]:
@@ -71,7 +73,7 @@ def _more_tokens(train: Json, run: RunFiles, found: Json | None) -> Json:
         if found["regained"] is not None:
             known += f" (source {number(found['source'])}), {100 * found['regained']:.0f}% of what sharing had added"
         known += ", and it was still falling" if fell else ""
-    return _trained_on(run, "more_tokens", f"Train on more tokens{known}.", wanted)
+    return _trained_on(run, "more_tokens", f"Train on more tokens{known}.", wanted, train)
 
 
 def _lower_rate(report: Json, run: RunFiles, found: Json) -> Json:
@@ -79,7 +81,7 @@ def _lower_rate(report: Json, run: RunFiles, found: Json) -> Json:
     if report["train"]["tokens"] < _RECOVERS / 10:
         trained = count(report["train"]["tokens"])
         text = f"Train on more tokens: in {trained} the validation perplexity {rose}, too few to settle."
-        return _trained_on(run, "more_tokens", text, _RECOVERS)
+        return _trained_on(run, "more_tokens", text, _RECOVERS, report["train"])
     text = f"The validation perplexity {rose}: train with a lower learning rate."
     if not (sets := _third_of_rates(report["train"], run.recipe.get("train") or {})):
         text = f"The validation perplexity {rose}: train with a lower train.learning_rate; what it was is not recorded."
@@ -222,9 +224,36 @@ def _rows_needed(row: Json, mean: Json) -> str:
     return f" (about {integer(float(f'{rows:.1e}'))} a task would settle it at this difference; there are {there_are})"
 
 
-def _trained_on(run: RunFiles, state: str, text: str, tokens: int) -> Json:
-    amount = count(tokens)
-    return _step(run, state, text, amount, f"train.tokens={amount}")
+def _trained_on(run: RunFiles, state: str, text: str, tokens: int, train: Json) -> Json:
+    """More tokens, as far as the text and a day on this machine go; else what it would take, in words."""
+    there, rate = train.get("text_tokens"), train.get("tokens_per_second")
+    most, short = tokens, []
+    if there and tokens > _PASSES * there:
+        most = min(most, _PASSES * there)
+        short.append(
+            f"the text holds about {count(there)}, and {count(tokens)} would be {tokens / there:.0f} passes over it: "
+            f"give more text (data.sources), {count(tokens / _PASSES)} tokens or so"
+        )
+    if rate and tokens > _DAY * rate:
+        most = min(most, round(_DAY * rate))
+        took = f"{count(tokens)} take {tokens / rate / _DAY:.1f} days at the {number(rate, 3)} tokens/s of this machine"
+        short.append(f"{took}: use a faster one")
+    if short:
+        text = f"{text} But {'; and '.join(short)}."
+        if most < 2 * train.get("tokens", 0):
+            return {"state": state, "text": text, "command": None}
+        text += " What can be done here:"
+    parts = [f"about {duration(most / rate)} at {number(rate, 3)} tokens/s"] if rate else []
+    parts += [f"{most / there:.2g} passes over the text"] if there else []
+    text += f" {count(most)} tokens are {', '.join(parts)}." if parts else ""
+    amount = count(float(f"{most:.2g}")) if short else count(most)
+    return _step(run, state, text, amount, f"train.tokens={amount}", *_fewer_checkpoints(run, most))
+
+
+def _fewer_checkpoints(run: RunFiles, tokens: int) -> list[str]:
+    """The setting that keeps a longer run from writing checkpoints all the time: a short one saves often."""
+    every = (run.recipe.get("train") or {}).get("checkpoint_every") or tokens
+    return [f"train.checkpoint_every={count(tokens // 20)}"] if tokens > 100 * every else []
 
 
 def _mapped(run: RunFiles, state: str, text: str, budget: float) -> Json:

@@ -1,0 +1,145 @@
+"""What a run writes to disk: the plan says it, and it is compared with what is free before the work begins."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..console import human_bytes
+from ..environment import cache_of, pick_device
+from ..recipe import Recipe, Train
+from ..run_folder import RunFolder, TrainingFolder
+
+if TYPE_CHECKING:
+    from ..conversion.plan import Plan
+
+_STATE = 12
+"""Bytes of a trained parameter in a checkpoint: float32, and two moments of Adam."""
+_OTHER, _RECORDS = "records", 250_000
+"""Measurements, report and plots, in bytes."""
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes of a run, when it holds the most."""
+
+    parts: dict[str, int]
+    """Of the run folder, by what people call them."""
+    there: int
+    """Of these lie there already."""
+    cached: dict[str, int]
+    """Of the cache folder, by what they are; some may be there."""
+    tokens_left: int
+    """Bytes of tokens that are still to be written into the cache; a run that has begun has them there."""
+
+    @property
+    def needed(self) -> int:
+        """Bytes still to be written into the run folder; a finished run finds room for its few records."""
+        return max(0, sum(self.parts.values()) - self.parts[_OTHER] - self.there)
+
+    def describe(self) -> str:
+        """For a person."""
+        cache = f"; in the cache {_listed(self.cached)}" if any(self.cached.values()) else ""
+        return f"about {human_bytes(sum(self.parts.values()))} at most: {_listed(self.parts)}{cache}"
+
+    def check(self, folder: Path) -> None:
+        """Raise InputError where the disks of the run folder and of the cache have less free."""
+        from ..models.writer import check_disk
+
+        cache = cache_of("tokens")
+        same = _disk_of(folder) == _disk_of(cache)
+        check_disk(folder, self.needed + self.tokens_left * same, "The run needs")
+        if self.tokens_left and not same:
+            check_disk(cache, self.tokens_left, "Tokens of the text need")
+
+
+def disk_of(recipe: Recipe, folder: RunFolder, the_plan: "Plan", *, anew: bool = False) -> Disk:
+    """What a run leaves and keeps on the way; `anew`: as if nothing of it was finished.
+
+    Checkpoints are there until their model is published: of two trainings, those of one at a time, unless they are to
+    be kept.
+    """
+    from ..models.checkpoint import Checkpoint
+
+    source = Checkpoint.open(folder.source(recipe))
+    trainings: list[tuple[str, TrainingFolder, Mapping[str, Any], int]] = []
+    if recipe.train.tokens:
+        trainings.append(("uptrained", folder.training, the_plan.config(source.config), the_plan.output_bytes))
+    if recipe.train.needs_control:
+        size = sum(info.nbytes for info in source.tensors.values())
+        trainings.append(("control", folder.control, source.config, size))
+    done = folder.converted.exists() and not anew
+    lying = {"converted": _size(folder.converted) if done else the_plan.output_bytes}
+    most = dict(lying)
+    for name, training, student, model in trainings:
+        finished = training.model.exists() and not anew
+        states, state = (0, 0) if finished else (_states(recipe.train), state_bytes(student, recipe.train))
+        kept = min(states, recipe.train.keep_checkpoints)
+        moments = (  # while the last checkpoint is written, and when the model is
+            {_checkpoints(states, state): states * state} if states > kept else {},
+            {name: model, _checkpoints(kept, state): kept * state},
+        )
+        most = max([most, *({**lying, **one} for one in moments)], key=lambda parts: sum(parts.values()))
+        lying[name] = model
+        if recipe.train.keep_checkpoints_after_success:
+            lying[f"its {_checkpoints(kept, state)}"] = kept * state
+    most = max(most, lying, key=lambda parts: sum(parts.values()))
+    there = _size(folder.converted) + sum(_size(t.model) + _size(t.checkpoints) for _, t, _, _ in trainings)
+    cached, left = _cached(recipe, folder)
+    return Disk({**most, _OTHER: _RECORDS}, there, cached, left)
+
+
+def state_bytes(config: Mapping[str, Any], train: Train) -> int:
+    """Of a checkpoint, whose numbers are those of the trained parameters."""
+    from ..training.optimizer import parts_of, parts_trained
+    from ..training.rehearsal import skeleton
+
+    parts = parts_trained(train.parameters)
+    return _STATE * sum(parameter.numel() for _, parameter, part in parts_of(skeleton(config)) if part in parts)
+
+
+def _states(train: Train) -> int:
+    """Checkpoints that lie there at once: those kept, and the one that is being written; no more than are ever made."""
+    from ..training.schedule import Budget, crossed
+
+    budget = Budget.of(train)
+    ends = pairwise(budget.tokens_after(step) for step in range(budget.steps + 1))
+    made = sum(after == budget.tokens or crossed(train.checkpoint_every, before, after) for before, after in ends)
+    return min(made, train.keep_checkpoints + 1)
+
+
+def _cached(recipe: Recipe, folder: RunFolder) -> tuple[dict[str, int], int]:
+    """What lies in the cache folder for a run, and how many bytes of tokens are still to come."""
+    from ..models.export import load_tokenizer
+    from ..training.data import tokens_wanted
+    from ..training.text_size import tokens_there
+    from ..training.tokenise import token_dtype
+
+    source = folder.source(recipe)
+    tokenizer = load_tokenizer(source)
+    wanted = sum(tokens_wanted(recipe, source, pick_device(recipe.device), calibrates=folder.converts))
+    there = tokens_there(recipe, tokenizer)
+    tokens = token_dtype(tokenizer).itemsize * (wanted if there is None else min(wanted, there))
+    made = source.is_relative_to(cache_of("sources").resolve()) or source.is_relative_to(cache_of("sources"))
+    return {"the model as it is read": _size(source) if made else 0, "tokens": tokens}, 0 if folder.begun else tokens
+
+
+def _checkpoints(count: int, state: int) -> str:
+    return f"{count} checkpoint{'s' * (count != 1)} of {human_bytes(state)}"
+
+
+def _listed(parts: Mapping[str, int]) -> str:
+    return ", ".join(
+        name if " checkpoint" in f" {name}" else f"{name} {human_bytes(size)}" for name, size in parts.items() if size
+    )
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
+
+
+def _disk_of(folder: Path) -> int:
+    while not folder.exists():
+        folder = folder.absolute().parent
+    return folder.stat().st_dev

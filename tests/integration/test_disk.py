@@ -1,0 +1,89 @@
+"""What a plan says of disk is what lies there in the end, and what the check before the work asks for."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cla_convert import pipeline
+from cla_convert.errors import InputError
+from cla_convert.recipe_file import load_recipe
+from cla_convert.run_folder import RunFolder
+from cla_convert.stages.disk import disk_of
+from cla_convert.stages.plan import bound, plan_of
+
+SMALL = [
+    "convert.init=mean", "train.tokens=1k", "train.sequence_length=64", "train.batch_tokens=128", "device=cpu",
+    "train.validation_tokens=64", "train.keep_checkpoints_after_success=true", "eval.tasks=[arc_easy]", "eval.limit=1",
+    "eval.domain_tokens=0", "eval.prompts=[]",
+]  # fmt: skip
+
+
+def wanted(model: Path, *settings: str) -> Any:
+    return load_recipe(None, [*SMALL, *settings], {"source.model": str(model)}).recipe
+
+
+def size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["train.checkpoint_every=0"],
+        ["train.checkpoint_every=256", "train.keep_checkpoints=3", "train.parameters=attention"],
+        ["train.parameters=shared", "source.dtype=bfloat16"],
+        ["train.control=true", "train.cross_entropy_weight=0.5"],
+    ],
+)
+def test_the_disk_of_a_plan_is_what_lies_there(tiny_llama: Path, tmp_path: Path, cache: Path, settings) -> None:
+    recipe, out = wanted(tiny_llama, *settings), tmp_path / "run"
+    planned = disk_of(recipe, RunFolder(out), plan_of(recipe, RunFolder(out)))
+    pipeline.run(recipe, out, until="uptrain")
+    models = size(out) - sum(file.stat().st_size for file in out.glob("*.json*"))
+    written = sum(planned.parts.values()) - planned.parts["records"]
+    assert models == pytest.approx(written, rel=0.15)
+    assert 0 < planned.tokens_left <= max(size(folder) for folder in (cache / "tokens").iterdir())
+    done = disk_of(recipe, RunFolder(out), plan_of(recipe, RunFolder(out)))
+    assert done.needed < written / 20 and not done.tokens_left
+
+
+def test_the_check_and_the_plan_say_the_same(tiny_llama: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    recipe, folder = wanted(tiny_llama), RunFolder(tmp_path / "run")
+    disk = disk_of(recipe, folder, plan_of(recipe, folder))
+    free = disk.needed + disk.tokens_left
+    real, at = shutil.disk_usage(tmp_path), {"free": free}
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: real._replace(free=at["free"]))
+    pipeline.dry_run(recipe, folder.path, overwrite=False, allow_changes=())
+    assert disk.describe() in capsys.readouterr().err
+    at["free"] = free - 1
+    with pytest.raises(InputError, match="too small"):
+        pipeline.dry_run(recipe, folder.path, overwrite=False, allow_changes=())
+
+
+def test_the_disk_of_a_map_that_is_not_chosen_yet_is_that_of_the_largest(tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = wanted(tiny_llama, "convert.sharing=auto", "convert.init=calibrated")
+    the_plan = bound(recipe, RunFolder(tmp_path / "run"), anew=False)
+    assert the_plan.parameters["before"] == the_plan.parameters["after"]
+
+
+def test_a_plan_says_how_often_a_budget_goes_round_the_text(tiny_llama: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "text.txt").write_text("Some text. " * 1000)
+    recipe = wanted(tiny_llama, f"data.sources=[{{path: {tmp_path / 'text.txt'}}}]", "train.tokens=110k")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "tokens": 128, "tokens_per_second": 100.0}\n')
+    RunFolder(tmp_path / "run").save_recipe(recipe)
+    pipeline.dry_run(recipe, tmp_path / "run", overwrite=False, allow_changes=())
+    said = capsys.readouterr().err
+    assert "110k tokens, 10 passes over about 11k tokens of text, about 0:18:20 at the 100 tokens/s" in said
+    assert "warning: 10 passes over about 11k tokens of text" in said and "Give more text" in said
+
+
+def test_a_folder_that_takes_no_files_is_not_called_too_small() -> None:
+    from cla_convert.models.writer import check_disk
+
+    if not Path("/proc/self").exists():
+        pytest.skip("Linux'")
+    with pytest.raises(InputError, match="Nothing can be written below /proc"):
+        check_disk(Path("/proc/there"), 10)
