@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from cla_convert.conversations import Conversations
 from cla_convert.errors import InputError
-from cla_convert.recipe import Data, Generate, TextSource
-from cla_convert.training.data import TokenStore, prepare_data
+from cla_convert.recipe import Data, Generate, Recipe, TextSource
+from cla_convert.training.data import UNTAUGHT, TokenStore, check_data, prepare_data
 from cla_convert.training.mixture import share_of_chats
 from tests.conftest import byte_tokenizer
 
@@ -123,6 +123,24 @@ def test_how_much_of_a_source_is_conversations(tmp_path: Path) -> None:
     assert prepared(tmp_path, TextSource(path=str(tmp_path / "a.txt"))).info["conversations"] == 0
     plain = prepared(tmp_path / "other", TextSource(path=str(tmp_path / "a.txt")), byte_tokenizer())
     assert plain.info["conversations"] is None
+
+
+def test_an_instruct_model_that_is_trained_on_no_conversations_is_told_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_text("hello")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"messages": turns(ASKED[0])}))
+    text, chats = {"path": str(tmp_path / "a.txt")}, {"path": str(tmp_path / "b.jsonl"), "messages_field": "messages"}
+    budget = {"tokens": 4096, "sequence_length": 1024}
+    for sources, train, tokenizer, told in (
+        ([text], budget, chatting(), True),
+        ([text, chats], budget, chatting(), False),
+        ([text], {}, chatting(), False),
+        ([text], budget, byte_tokenizer(), False),
+    ):
+        recipe = Recipe.model_validate({"source": {"model": "a"}, "data": {"sources": sources}, "train": train})
+        check_data(recipe, tokenizer, tmp_path, "cpu")
+        assert (UNTAUGHT in capsys.readouterr().err) is told
 
 
 @pytest.mark.parametrize("given", [{"path": "a", "text_field": "body"}, {"generate": 2000}])

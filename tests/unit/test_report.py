@@ -584,6 +584,14 @@ def test_what_was_left_out_of_the_checkpoint_is_said_once(run_dir: Path):
     assert " ".join(build_report(run_dir)["caveats"]).count(said) == 1
 
 
+@pytest.mark.parametrize(("share", "said"), [(0, True), (0.5, False), (None, False)])
+def test_an_instruct_model_trained_on_no_conversations(run_dir: Path, share: float | None, said: bool):
+    train = json.loads((run_dir / "train.json").read_text())
+    train["data"] = {**(train.get("data") or {}), "conversations": share}
+    (run_dir / "train.json").write_text(json.dumps(train))
+    assert ("none of the training text is conversations" in " ".join(build_report(run_dir)["caveats"])) is said
+
+
 def test_caveats_are_said_where_they_apply(run_dir: Path):
     caveats = " ".join(build_report(run_dir)["caveats"])
     for words in ("dequantised", "100 rows a task", "8 shortest of the 62 pages", "4.1k training tokens"):
