@@ -76,7 +76,7 @@ def test_a_plan_says_how_often_a_budget_goes_round_the_text(tiny_llama: Path, tm
     RunFolder(tmp_path / "run").save_recipe(recipe)
     pipeline.dry_run(recipe, tmp_path / "run", overwrite=False, allow_changes=())
     said = capsys.readouterr().err
-    assert "110k tokens, 10 passes over about 11k tokens of text, about 0:18:20 at the 100 tokens/s" in said
+    assert "110k tokens, 10 passes over about 11k tokens of text, about 18:20 at the 100 tokens/s" in said
     assert "warning: 10 passes over about 11k tokens of text" in said and "Give more text" in said
 
 
