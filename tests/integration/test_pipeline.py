@@ -158,7 +158,7 @@ def test_a_run_ends_with_a_few_lines_and_says_what_was_asked_for(tmp_path, tiny_
     done = cla(*line(tiny_llama, out), "--set", "train.batch_tokens=2048")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.strip().splitlines()
-    assert len(lines) <= 14 and lines[0].startswith("Verdict")
+    assert len(lines) <= 16 and lines[0].startswith("Verdict")
     assert all(len(row) <= 80 for row in lines if "/" not in row)
     assert any("768 -> 512 bytes per token (1.50x smaller)" in row for row in lines)
     assert str(out / "uptrained") in done.stdout and str(out / "report.html") in done.stdout and "Next" in done.stdout
