@@ -262,9 +262,9 @@ def _told(changes: Sequence[Mapping[str, Any]]) -> str:
 
 def environment(team: Team) -> dict[str, Any]:
     """What, besides the identity, decides the last bits of a float: recorded, and warned about when it changes."""
-    replicas = {"replicas": team.size // team.shards} if team.replicated else {}
     here = {"torch": torch.__version__, "transformers": transformers.__version__, "cla-convert": __version__}
-    return {**here, "threads": torch.get_num_threads(), "processes": team.size, **replicas}
+    replicas = team.size // team.shards if team.replicated else 1
+    return {**here, "threads": torch.get_num_threads(), "processes": team.size, "replicas": replicas}
 
 
 def _state_tensors(model: torch.nn.Module, optimizers: Optimizers) -> dict[str, dict[str, torch.Tensor]]:
