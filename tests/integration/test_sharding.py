@@ -146,7 +146,7 @@ def measure(work: Path, folder: Path, options: dict[str, Any], environment: dict
     """In a process of its own: load, publish, and write the peaks to a file."""
     from cla_convert.training.parallel import team
     from cla_convert.training.publish import publish, result_of
-    from cla_convert.training.state import Position
+    from cla_convert.training.state import Position, TrainingStates
     from cla_convert.training.trainer import set_up
 
     os.environ.update(environment)
@@ -161,7 +161,7 @@ def measure(work: Path, folder: Path, options: dict[str, Any], environment: dict
         peaks = {"loading": peak() - before}
         crew.barrier()
         before = forget_peak()
-        result = result_of(trainer, Position(1, 32, 1.0, 1.0, 1.0), [], [])
+        result = result_of(trainer, Position(1, 32, 1.0, 1.0, 1.0), [], TrainingStates(folder / "states", {}, 1))
         publish(trainer, work / "converted", folder / "out", result, {})
         peaks["publishing"] = peak() - before
     (folder / f"{crew.rank}.json").write_text(json.dumps(peaks))
