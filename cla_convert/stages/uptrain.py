@@ -97,9 +97,11 @@ def _train(it: _Training) -> TrainResult:
 def _check_disk(it: _Training) -> None:
     """Refuse a disk without room for the model and the first checkpoint, before hours of work. Raises InputError."""
     from ..models.checkpoint import Checkpoint
+    from ..models.self_test import check_interface
     from ..models.writer import check_disk
 
     student = Checkpoint.open(it.student)
+    check_interface(student.config.get("model_type", ""))  # what is trained is counted on a skeleton of the model
     kept = sum(file.stat().st_size for file in it.training.checkpoints.glob("*/*"))
     state = state_bytes(student.config, it.recipe.train) if it.fresh or not kept else 0
     freed = kept if it.fresh else 0  # before the first is written
