@@ -7,6 +7,7 @@ import numpy as np
 
 from .console import warn
 from .errors import InputError
+from .models.turns import written
 from .surrogates import replaced
 
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}
@@ -36,22 +37,12 @@ class Conversations:
             InputError: these are no turns.
         """
         try:
-            return replaced(self._render(_messages(turns, where)), f"text of {self._name}")
+            return replaced(written(self._tokenizer, _messages(turns, where))[0], f"text of {self._name}")
         except InputError:
             raise
         except Exception:  # a template is a program of the model's
             _say(self._name, where)
             return ""
-
-    def _render(self, messages: list[dict[str, Any]]) -> str:
-        """A template that knows no system turn gets none, as in lm-eval."""
-        try:
-            return str(self._tokenizer.apply_chat_template(messages, tokenize=False))
-        except Exception:
-            others = [message for message in messages if message["role"] != "system"]
-            if len(others) == len(messages):
-                raise
-        return str(self._tokenizer.apply_chat_template(others, tokenize=False))
 
     def ids(self, text: str) -> np.ndarray:
         """Its token ids, int64 [n]: the template has put everything around it that belongs there."""

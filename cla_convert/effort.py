@@ -1,6 +1,9 @@
-"""How much calibration is worth: tokens of text, and reconstruction steps for each group. Imports no torch."""
+"""How much text is worth: tokens and reconstruction steps of calibration, passes of training. Imports no torch."""
 
 from dataclasses import dataclass
+
+MANY_PASSES = 4
+"""Over a text: so many teach as new text does, about (Muennighoff et al. 2023, arXiv 2305.16264)."""
 
 
 @dataclass(frozen=True)

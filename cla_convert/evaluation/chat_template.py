@@ -6,31 +6,19 @@ of a run that were measured on different days would have been asked different th
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime, tzinfo
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 from ..console import warn
 from ..errors import InputError, first_line
 from ..models.export import load_tokenizer
+from ..models.turns import Turns, written
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Turns = Sequence[Mapping[str, str]]
-"""As lm-eval has them: {role: system, user or assistant, content}."""
-
-
-class _Day(datetime):
-    """The day that templates are told: the one that Llama's name where they are told none."""
-
-    @classmethod
-    def now(cls, tz: tzinfo | None = None) -> "_Day":
-        return cls(2024, 7, 26, tzinfo=tz)
 
 
 @dataclass(frozen=True)
@@ -69,28 +57,14 @@ class ChatTemplate:
             InputError: the template refuses the turns, or its arguments.
         """
         try:
-            return self._render(turns, add_generation_prompt)
-        except Exception as error:  # a template is a program of the model's
-            others = [turn for turn in turns if turn["role"] != "system"]
-            if len(others) == len(turns):
-                raise _refused(error) from error
-        try:
-            prompt = self._render(others, add_generation_prompt)
-        except Exception as error:
-            raise _refused(error) from error
-        _say_once("the chat template takes no system turn: what tasks say there (their description) is left out")
-        return prompt
-
-    def _render(self, turns: Turns, add_generation_prompt: bool) -> str:
-        from transformers.utils import chat_template_utils
-
-        with patch.object(chat_template_utils, "datetime", _Day, create=True):  # that a later release lacks: not held
-            prompt = self.tokenizer.apply_chat_template(
-                [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=add_generation_prompt,
+            prompt, left_out = written(
+                self.tokenizer, turns, add_generation_prompt=add_generation_prompt,
                 continue_final_message=not add_generation_prompt, **self.arguments,
             )  # fmt: skip
-        if not isinstance(prompt, str):
-            raise TypeError(f"it gives {type(prompt).__name__} and no text")
+        except Exception as error:  # a template is a program of the model's
+            raise _refused(error) from error
+        if left_out:
+            _say_once("the chat template takes no system turn: what tasks say there (their description) is left out")
         return prompt
 
 

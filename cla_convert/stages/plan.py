@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from ..amounts import clock, human_count
 from ..console import say, warn
+from ..effort import MANY_PASSES
 from ..environment import cache_of, pick_device
 from ..preflight import check_tokenizer
 from ..recipe import Recipe
@@ -13,9 +14,6 @@ from ..run_folder import RunFolder
 from ..same_recipe import continue_under
 from .disk import disk_of
 from .text import calibration, text_tokens
-
-MANY_PASSES = 4
-"""Over a text: so many teach as new text does, about (Muennighoff et al. 2023, arXiv 2305.16264)."""
 
 if TYPE_CHECKING:
     from ..conversion.auto import Choice
@@ -34,9 +32,7 @@ def plan(recipe: Recipe, folder: RunFolder) -> PlanResult:
     with recorded(recipe, folder, "plan"):
         the_plan = plan_of(recipe, folder)
         say(the_plan.render())
-        _check_memory(recipe, folder, the_plan)
-        say(f"disk        {disk_of(recipe, folder, the_plan).describe()}")
-        _say_passes(recipe, folder)
+        _say_needs(recipe, folder, the_plan)
         result = PlanResult.model_validate(the_plan.to_json())
         return result if folder.plan.read() == result else folder.plan.write(result)
 
@@ -44,9 +40,7 @@ def plan(recipe: Recipe, folder: RunFolder) -> PlanResult:
 def checked_plan(recipe: Recipe, folder: RunFolder, *, anew: bool) -> "Plan":
     """The same, and nothing is written; `anew`: as if the folder were empty."""
     the_plan = plan_of(recipe, folder, anew=anew)
-    _check_memory(recipe, folder, the_plan)
-    say(f"disk        {disk_of(recipe, folder, the_plan, anew=anew).describe()}")
-    _say_passes(recipe, folder)
+    _say_needs(recipe, folder, the_plan, anew=anew)
     return the_plan
 
 
@@ -142,6 +136,13 @@ def _choice(recipe: Recipe, folder: RunFolder, checkpoint: "Checkpoint") -> "Cho
     assert looks_at is not None, "the recipe's schema wants `init: calibrated` here"
     with naming_not_finite(checkpoint, unused):
         return choose(checkpoint, shape, heads, recipe.convert.kv_budget, looks_at, cache_of("damage"))
+
+
+def _say_needs(recipe: Recipe, folder: RunFolder, the_plan: "Plan", *, anew: bool = False) -> None:
+    """Say what training needs: memory, disk, and text for its budget. Raises InputError where memory is too small."""
+    _check_memory(recipe, folder, the_plan)
+    say(f"disk        {disk_of(recipe, folder, the_plan, anew=anew).describe()}")
+    _say_passes(recipe, folder)
 
 
 def _check_memory(recipe: Recipe, folder: RunFolder, the_plan: "Plan") -> None:

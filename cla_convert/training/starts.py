@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..errors import InputError
+from ..models.turns import written
 from ..recipe import Generate, TextSource
 from .decoding import Prompts
 from .sources import documents
@@ -130,7 +131,7 @@ def chat_turns(tokenizer: Any, ends: Collection[int]) -> tuple[list[int], list[i
     mark = "\u2402words\u2403"
     try:
         message = [{"role": "user", "content": mark}]
-        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        text, _ = written(tokenizer, message, add_generation_prompt=True)
     except ValueError as error:
         raise InputError(
             "The model has no chat template", fix="Leave `chat` out of generate.start: this is no chat model."

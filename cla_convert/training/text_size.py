@@ -29,7 +29,8 @@ def in_passes(tokens: int, there: int) -> str:
 
 
 def _tokens(source: TextSource, tokenizer: Any, seed: int) -> int:
-    texts = [str(one.content)[:_CHARACTERS] for one in islice(documents(source, seed), _LOOKED_AT)]
+    contents = [one.content for one in islice(documents(source, seed, tokenizer), _LOOKED_AT)]
+    texts = [(one if isinstance(one, str) else tokenizer.decode(one))[:_CHARACTERS] for one in contents]
     read = sum(len(text.encode()) for text in texts)
     each = sum(map(len, ids_of(tokenizer, texts))) / read if read else 0
     return round(each * sum(_bytes(file, source) for file in local_files(source)))
@@ -38,7 +39,7 @@ def _tokens(source: TextSource, tokenizer: Any, seed: int) -> int:
 def _bytes(file: Path, source: TextSource) -> int:
     """Of the text in a file."""
     if file.suffix.lower() == ".parquet":
-        return _in_column(file, source.text_field)
+        return _in_column(file, source.columns[0])
     return file.stat().st_size * (_PACKED if file.suffix.lower() == ".gz" else 1)
 
 
@@ -48,4 +49,4 @@ def _in_column(file: Path, name: str) -> int:
     about = pq.read_metadata(file)
     groups = (about.row_group(number) for number in range(about.num_row_groups))
     columns = (group.column(number) for group in groups for number in range(group.num_columns))
-    return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == name)
+    return sum(column.total_uncompressed_size for column in columns if column.path_in_schema.split(".")[0] == name)

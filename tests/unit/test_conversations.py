@@ -15,6 +15,7 @@ from cla_convert.errors import InputError
 from cla_convert.recipe import Data, Generate, Recipe, TextSource
 from cla_convert.training.data import UNTAUGHT, TokenStore, check_data, prepare_data
 from cla_convert.training.mixture import share_of_chats
+from cla_convert.training.text_size import tokens_there
 from tests.conftest import byte_tokenizer
 
 TEMPLATE = (
@@ -113,6 +114,12 @@ def test_ids_are_the_templates_alone() -> None:
     assert byte_tokenizer().decode(chats.ids(text).tolist()) == text
 
 
+def test_a_template_that_names_the_day_writes_the_same_tomorrow() -> None:
+    tokenizer = chatting()
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + TEMPLATE
+    assert Conversations(tokenizer, "a").text(turns(ASKED[0]), "row 1").startswith("26 Jul 2024[user]")
+
+
 def test_how_much_of_a_source_is_conversations(tmp_path: Path) -> None:
     assert share_of_chats(TextSource(path="a", messages_field="messages")) == 1
     assert share_of_chats(TextSource(path="a")) == 0
@@ -123,6 +130,19 @@ def test_how_much_of_a_source_is_conversations(tmp_path: Path) -> None:
     assert prepared(tmp_path, TextSource(path=str(tmp_path / "a.txt"))).info["conversations"] == 0
     plain = prepared(tmp_path / "other", TextSource(path=str(tmp_path / "a.txt")), byte_tokenizer())
     assert plain.info["conversations"] is None
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_about_how_much_they_are_is_known_beforehand(tmp_path: Path, kind: str) -> None:
+    rows = [turns([(who, 20 * words) for who, words in asked]) for asked in ASKED]
+    if kind == "parquet":
+        pq.write_table(pa.table({"messages": rows}), tmp_path / "a.parquet", compression="none", use_dictionary=False)
+    else:
+        (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"messages": row}) for row in rows))
+    source = TextSource(path=str(tmp_path), messages_field="messages")
+    store = prepared(tmp_path / "tokens", source)
+    recipe = Recipe.model_validate({"source": {"model": "a"}, "data": {"sources": [source.model_dump()]}})
+    assert tokens_there(recipe, chatting()) == pytest.approx(store.train.size + store.held_out.size, rel=0.3)
 
 
 def test_an_instruct_model_that_is_trained_on_no_conversations_is_told_of(

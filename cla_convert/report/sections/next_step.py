@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from ...effort import MANY_PASSES
 from ...evaluation.missing import told
 from ...evaluation.verdict import NOT_JUDGED
 from ..content import Block, Listing, Paragraph
@@ -15,8 +16,8 @@ from ..text import strong
 
 _RECOVERS = 26_000_000
 """Tokens with which the figures of the README were reached; fewer than a tenth say little about a curve."""
-_PASSES, _DAY = 4, 86_400
-"""Passes over a text that teach as new text does, about (Muennighoff et al. 2023, arXiv 2305.16264); seconds."""
+_DAY = 86_400
+"""Seconds."""
 _FLAT = 0.005
 """A validation perplexity that fell by less, as a share, between its last two checks has flattened."""
 _PACK = 250
@@ -228,11 +229,11 @@ def _trained_on(run: RunFiles, state: str, text: str, tokens: int, train: Json) 
     """More tokens, as far as the text and a day on this machine go; else what it would take, in words."""
     there, rate = train.get("text_tokens"), train.get("tokens_per_second")
     most, short = tokens, []
-    if there and tokens > _PASSES * there:
-        most = min(most, _PASSES * there)
+    if there and tokens > MANY_PASSES * there:
+        most = min(most, MANY_PASSES * there)
         short.append(
             f"the text holds about {count(there)}, and {count(tokens)} would be {tokens / there:.0f} passes over it: "
-            f"give more text (data.sources), {count(tokens / _PASSES)} tokens or so"
+            f"give more text (data.sources), {count(tokens / MANY_PASSES)} tokens or so"
         )
     if rate and tokens > _DAY * rate:
         most = min(most, round(_DAY * rate))
