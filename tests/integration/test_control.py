@@ -77,14 +77,14 @@ def test_distilling_the_source_from_itself_is_not_done(tmp_path: Path, tiny_llam
     ],
 )
 def test_when_a_control_is_needed(settings: dict, needed: bool):
-    recipe = Recipe.model_validate({"train": {"tokens": 1000, "control": True} | settings})
+    recipe = Recipe.model_validate({"train": {"tokens": 10_000, "control": True} | settings})
     assert recipe.train.needs_control is needed
 
 
 @pytest.mark.parametrize("settings", [{"parameters": "shared"}, {"learning_rates": {"shared": 1e-3}}], ids=str)
 def test_a_control_that_could_not_be_trained_alike_is_refused(settings: dict):
     """No layer of the source shares."""
-    train = {"tokens": 1000, "loss": "cross_entropy", "control": True} | settings
+    train = {"tokens": 10_000, "loss": "cross_entropy", "control": True} | settings
     with pytest.raises(ValueError, match="would not train the source as the converted model"):
         Recipe.model_validate({"train": train})
     Recipe.model_validate({"train": train | {"control": False}})
