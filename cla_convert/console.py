@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 import textwrap
+from functools import cache
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -55,6 +56,12 @@ def say(message: str = "") -> None:
 def warn(message: str) -> None:
     """Print a warning (stderr)."""
     _tell(f"warning: {message}")
+
+
+@cache
+def warn_once(message: str) -> None:
+    """The same, however often it is true in this process."""
+    warn(message)
 
 
 def _tell(message: str) -> None:

@@ -1,20 +1,15 @@
-"""Conversations of a data set, as token ids by the chat template of the model that is to follow them."""
+"""Conversations of a data set, in the chat template of the model that is to follow them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from .console import warn
+from .console import warn_once
 from .errors import InputError
 from .models.turns import written
 from .surrogates import replaced
 
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}
 """ShareGPT's names of roles, and those of transformers' templates."""
-
-_SAID: set[str] = set()
-"""Sources of which something was left out: said once, however often one is read."""
 
 
 class Conversations:
@@ -28,7 +23,7 @@ class Conversations:
                 "Nothing says how this model marks turns: it is a base model, or its template is missing.",
                 "Leave `messages_field` out, or take the model's instruct variant.",
             )
-        self._tokenizer, self._name = tokenizer, name
+        self._tokenizer, self._name, self._left_out = tokenizer, name, False
 
     def text(self, turns: Any, where: str) -> str:
         """A whole conversation as the template writes it; empty where the template does not take it.
@@ -41,18 +36,12 @@ class Conversations:
         except InputError:
             raise
         except Exception:  # a template is a program of the model's
-            _say(self._name, where)
+            if not self._left_out:  # a source may be read twice
+                warn_once(
+                    f"{self._name}: conversations that have no place in the chat template, such as {where}: left out"
+                )
+            self._left_out = True
             return ""
-
-    def ids(self, text: str) -> np.ndarray:
-        """Its token ids, int64 [n]: the template has put everything around it that belongs there."""
-        return np.asarray(self._tokenizer(text, add_special_tokens=False).input_ids, dtype=np.int64)
-
-
-def _say(name: str, where: str) -> None:
-    if name not in _SAID:
-        _SAID.add(name)
-        warn(f"{name}: conversations that the chat template does not take are left out; the first: {where}")
 
 
 def _messages(turns: Any, where: str) -> list[dict[str, Any]]:
@@ -60,16 +49,17 @@ def _messages(turns: Any, where: str) -> list[dict[str, Any]]:
 
     Raises:
         InputError: these are no turns.
-        ValueError: they are, and one says nothing, or there is none.
+        ValueError: they are, and one is not of words alone, or there is none.
     """
     if not isinstance(turns, Sequence) or not all(isinstance(turn, Mapping) for turn in turns):
         raise _no_turns(where)
-    found = [(turn.get("role", turn.get("from")), _words(turn.get("content", turn.get("value")))) for turn in turns]
-    if not all(isinstance(role, str) for role, _ in found):
+    roles = [turn.get("role", turn.get("from")) for turn in turns]
+    if not all(isinstance(role, str) for role in roles):
         raise _no_turns(where)
-    if not found or any(words is None for _, words in found):
-        raise ValueError("a turn without words")
-    return [{"role": _ROLES.get(role, role), "content": words} for role, words in found]
+    words = [_words(turn) for turn in turns]
+    if not turns or None in words:
+        raise ValueError("a turn that is not of words alone")
+    return [{"role": _ROLES.get(role, role), "content": said} for role, said in zip(roles, words, strict=True)]
 
 
 def _no_turns(where: str) -> InputError:
@@ -80,9 +70,12 @@ def _no_turns(where: str) -> InputError:
     )
 
 
-def _words(content: Any) -> str | None:
-    """What is said in a turn; of several parts, those that are text. None where it is neither."""
+def _words(turn: Mapping[str, Any]) -> str | None:
+    """What is said in a turn. None where that is not all of it: it calls a tool, or shows an image."""
+    content = turn.get("content", turn.get("value"))
+    if turn.get("tool_calls"):
+        return None
     if isinstance(content, Sequence) and not isinstance(content, str):
-        parts = [part.get("text") for part in content if isinstance(part, Mapping) and part.get("type") == "text"]
-        return "".join(map(str, parts))
+        texts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
+        return "".join(texts) if texts and all(isinstance(text, str) for text in texts) else None
     return content if isinstance(content, str) else None

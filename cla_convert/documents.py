@@ -1,4 +1,4 @@
-"""Documents of one file: plain text, or the rows of a table. Training and evaluation read files alike."""
+"""Documents of one file: plain text, or the rows of a table. Training and evaluation read tables alike."""
 
 import gzip
 import json
@@ -14,9 +14,14 @@ from .recipe import TextSource
 from .refusals import unread
 from .surrogates import replaced
 
+SAMPLE = Path(__file__).parent / "data" / "sample.parquet"
 TABLES = (".jsonl", ".jsonl.gz", ".parquet")
 """Endings of files whose rows are documents."""
-_NAME = "Name the column of text with `text_field`, one of conversations with `messages_field`."
+_NAME = "Name the column of text with `text_field` (in data.sources, one of conversations with `messages_field`)."
+
+
+class Marked(str):
+    """A text that has its marks already, as a chat template sets them: nothing is put in front of it or behind."""
 
 
 class Document(NamedTuple):
@@ -24,6 +29,13 @@ class Document(NamedTuple):
 
     content: str | np.ndarray
     key: str
+
+
+def name_of(source: TextSource) -> str:
+    """What to call a source in notes and reports."""
+    if source.generate:
+        return "sampled from the source model"
+    return "sample" if source.path == str(SAMPLE) else str(source.path or source.dataset)
 
 
 def documents_of(path: Path, source: TextSource, chats: Conversations | None = None) -> Iterator[Document]:
@@ -88,8 +100,9 @@ def document_in(row: Any, source: TextSource, where: str, chats: Conversations |
     _require(source.columns, list(row), where)
     work = row[source.document_field] if source.document_field else None  # a row of no work is one by itself
     if chats:
-        if text := chats.text(row[str(source.messages_field)], where):
-            yield Document(chats.ids(text), text if work is None else str(work))
+        turns = row[str(source.messages_field)]
+        if text := "" if turns is None else chats.text(turns, where):
+            yield Document(Marked(text), text if work is None else str(work))
         return
     text = row[source.text_field]
     if text is not None and not isinstance(text, str):
@@ -99,7 +112,7 @@ def document_in(row: Any, source: TextSource, where: str, chats: Conversations |
             _NAME,
         )
     if text and not text.isspace():
-        text = replaced(text, f"text of {source.path or source.dataset}")
+        text = replaced(text, f"text of {name_of(source)}")
         yield Document(text, text if work is None else str(work))
 
 

@@ -1,11 +1,10 @@
 """What a tokenizer and lengths ask of a model, checked before work: errors that would otherwise come after hours."""
 
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .console import say, warn
+from .console import say, warn_once
 from .effort import affordable_length
 from .errors import InputError
 from .models.probe import chat_of
@@ -39,7 +38,7 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", config: Mapping[str, A
             why=f"Its embedding has {rows} rows; tokens beyond: {len(wrong)}, such as {named}.",
             fix="Use the tokenizer that belongs to the model, or enlarge its embedding (resize_token_embeddings).",
         )
-    _warn_once(f"special tokens that no text may hold: {named}. The model's embedding has {rows} rows, and not theirs")
+    warn_once(f"special tokens that no text may hold: {named}. The model's embedding has {rows} rows, and not theirs")
 
 
 def check_prefix(tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -132,8 +131,3 @@ def check_evaluation(folder: Path) -> None:
     tokenizer = load_tokenizer(folder)
     check_tokenizer(tokenizer, Checkpoint.open(folder).config)
     check_prefix(tokenizer)
-
-
-@cache
-def _warn_once(message: str) -> None:
-    warn(message)

@@ -1,10 +1,9 @@
 """Text that is no text: halves of characters, which JSON can hold and UTF-8 cannot."""
 
 import re
-from functools import cache
 from typing import Any
 
-from .console import warn
+from .console import warn_once
 
 _HALF = re.compile("[\ud800-\udfff]")
 
@@ -17,10 +16,5 @@ def replaced(value: Any, where: str) -> Any:
         return [replaced(item, where) for item in value]
     if not isinstance(value, str) or value.isascii() or not _HALF.search(value):
         return value
-    _say(where)
+    warn_once(f"{where} holds halves of characters (lone surrogates, as cut text in JSON has them): read as U+FFFD")
     return _HALF.sub("\ufffd", value)
-
-
-@cache
-def _say(where: str) -> None:
-    warn(f"{where} holds halves of characters (lone surrogates, as cut text in JSON has them): read as U+FFFD")

@@ -8,11 +8,10 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..console import warn
+from ..console import warn_once
 from ..errors import InputError, first_line
 from ..models.export import load_tokenizer
 from ..models.turns import Turns, written
@@ -64,7 +63,7 @@ class ChatTemplate:
         except Exception as error:  # a template is a program of the model's
             raise _refused(error) from error
         if left_out:
-            _say_once("the chat template takes no system turn: what tasks say there (their description) is left out")
+            warn_once("the chat template takes no system turn: what tasks say there (their description) is left out")
         return prompt
 
 
@@ -74,8 +73,3 @@ def _refused(error: Exception) -> InputError:
         why=f"{type(error).__name__}: {first_line(error)}",
         fix="Leave out the task, eval.num_fewshot or eval.chat_template_args, or set eval.chat_template to false.",
     )
-
-
-@cache
-def _say_once(note: str) -> None:
-    warn(note)

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from ..console import human_count, progress, say, warn
+from ..documents import Document, name_of
 from ..errors import InputError
 from ..recipe import TextSource
 from .sampling import SourceModel, about_samples, sampled
-from .sources import SUFFIXES, Document, documents, in_batches, name_of, passed_over
+from .sources import SUFFIXES, documents, in_batches, passed_over
 from .tokenise import ByShare, BySmallest, Side, Splitter, token_dtype
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from ..console import progress, say, warn
+from ..documents import Document
 from ..environment import gpu_memory
 from ..errors import InputError
 from ..files import atomic, read_json, write_json
@@ -28,7 +29,7 @@ from ..models.fingerprint import fingerprint
 from ..models.shape import AttentionShape, shape_of
 from ..recipe import Generate, TextSource
 from .decoding import Choice, Decoder, Drawn
-from .sources import Document, local_files
+from .sources import local_files
 from .starts import Starts, separator_losses
 from .tokenise import leading
 

@@ -9,13 +9,12 @@ from typing import Any
 
 from ..console import say
 from ..conversations import Conversations
-from ..documents import TABLES, Document, document_in, documents_of
+from ..documents import SAMPLE, TABLES, Document, document_in, documents_of, name_of
 from ..environment import cache_of
 from ..errors import ClaError, InputError, did_you_mean
 from ..files import write_bytes
 from ..recipe import TextSource
 
-SAMPLE = Path(__file__).parent.parent / "data" / "sample.parquet"
 SUFFIXES = (".txt", ".md", *TABLES)
 BATCH_CHARACTERS = 65_536
 """Text tokenised at a time: enough to keep a fast tokenizer busy."""
@@ -24,13 +23,6 @@ BATCH_CHARACTERS = 65_536
 def sample_source() -> TextSource:
     """The public-domain and openly licensed text shipped with the package (cla_convert/data/README.md)."""
     return TextSource(path=str(SAMPLE), document_field="document")
-
-
-def name_of(source: TextSource) -> str:
-    """What to call a source in notes and reports."""
-    if source.generate:
-        return "sampled from the source model"
-    return "sample" if source.path == str(SAMPLE) else str(source.path or source.dataset)
 
 
 def pinned(source: TextSource) -> TextSource:

@@ -29,8 +29,7 @@ def in_passes(tokens: int, there: int) -> str:
 
 
 def _tokens(source: TextSource, tokenizer: Any, seed: int) -> int:
-    contents = [one.content for one in islice(documents(source, seed, tokenizer), _LOOKED_AT)]
-    texts = [(one if isinstance(one, str) else tokenizer.decode(one))[:_CHARACTERS] for one in contents]
+    texts = [str(one.content)[:_CHARACTERS] for one in islice(documents(source, seed, tokenizer), _LOOKED_AT)]
     read = sum(len(text.encode()) for text in texts)
     each = sum(map(len, ids_of(tokenizer, texts))) / read if read else 0
     return round(each * sum(_bytes(file, source) for file in local_files(source)))

@@ -8,9 +8,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from ..documents import Document, Marked
 from ..models import long_text
 from ..models.long_text import ids_of, pieces, piecewise_ids
-from .sources import Document
 
 _FEW = 4096
 """Documents of which some are held out by hash, as good as surely."""
@@ -192,17 +192,17 @@ def encode(
 ) -> list[np.ndarray]:
     """Token ids of each text, with EOS behind, and in front what the tokenizer itself puts there.
 
-    Contents that are token ids already stay as they are. Of a long text, what comes after `most` tokens (one number a
+    Contents that are token ids already stay as they are, as do texts that are `Marked`. Of a long text, what comes after `most` tokens (one number a
     text; none: all) may be missing.
     """
-    before = leading(tokenizer)
-    after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    around = leading(tokenizer), [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     short = [content for content in contents if isinstance(content, str) and len(content) <= long_text.PIECE]
     encoded = iter(ids_of(tokenizer, short))
 
     def one(content: str | np.ndarray, most: float) -> np.ndarray:
         if not isinstance(content, str):
             return np.asarray(content, dtype=dtype)
+        before, after = ([], []) if isinstance(content, Marked) else around
         if len(content) <= long_text.PIECE:
             return np.asarray([*before, *next(encoded), *after], dtype=dtype)
         parts = [np.asarray(before, dtype=dtype)]

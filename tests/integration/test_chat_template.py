@@ -12,8 +12,9 @@ from lm_eval.tasks import TaskManager
 from tokenizers.processors import TemplateProcessing
 from transformers.utils import chat_template_utils
 
+from cla_convert import console
 from cla_convert.errors import InputError, UsageError
-from cla_convert.evaluation import chat_template, harness, prepare
+from cla_convert.evaluation import harness, prepare
 from cla_convert.evaluation.chat_template import ChatTemplate
 from cla_convert.evaluation.tasks import pack
 from cla_convert.models.export import load_model, load_tokenizer
@@ -210,7 +211,7 @@ def test_a_day_that_is_named_is_always_the_same(tmp_path: Path, monkeypatch: pyt
 def test_a_template_without_a_system_turn_is_asked_without_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     template = ChatTemplate.of(save(tmp_path / "model", NO_SYSTEM), {})
     user = {"role": "user", "content": "Hello"}
-    chat_template._say_once.cache_clear()  # once in a process
+    console.warn_once.cache_clear()  # once in a process
     assert template([{"role": "system", "content": "Be kind."}, user]) == template([user])
     assert "takes no system turn" in capsys.readouterr().err
 

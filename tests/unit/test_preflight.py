@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cla_convert import pipeline, preflight, surrogates
+from cla_convert import console, pipeline
 from cla_convert.chat import Manner, Speaker
 from cla_convert.cli import app
 from cla_convert.conversion.convert import convert
@@ -57,7 +57,7 @@ def test_ids_beyond_the_embedding():
 def test_a_special_token_that_no_text_holds_is_only_warned_about(capsys):
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    preflight._warn_once.cache_clear()
+    console.warn_once.cache_clear()
     for _ in range(2):
         check_tokenizer(tokenizer, {"text_config": CONFIG})
     assert capsys.readouterr().err.count("'<image>' (258)") == 1
@@ -204,7 +204,7 @@ def half(folder: Path, name: str, key: str) -> Path:
 
 
 def test_halves_of_characters_are_replaced_and_said_once(tmp_path, capsys):
-    surrogates._say.cache_clear()
+    console.warn_once.cache_clear()
     path = half(tmp_path, "text.jsonl", "text")
     recipe = load_recipe(None, [f"data.sources=[{{path: {path}}}]"]).recipe
     for _ in range(2):
