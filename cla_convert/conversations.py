@@ -38,7 +38,7 @@ class Conversations:
         except Exception:  # a template is a program of the model's
             if not self._left_out:  # a source may be read twice
                 warn_once(
-                    f"{self._name}: conversations that have no place in the chat template, such as {where}: left out"
+                    f"{self._name}: conversations that the chat template does not take are left out, such as {where}"
                 )
             self._left_out = True
             return ""

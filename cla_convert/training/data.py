@@ -45,7 +45,10 @@ _FORMAT = 11  # raise it when the same settings would give other tokens
 
 @dataclass(frozen=True)
 class TokenStore:
-    """Tokens of all documents one after another, each ended by EOS; the two sides share no document."""
+    """Tokens of all documents one after another; the two sides share no document.
+
+    Texts are ended by EOS; conversations, and what a model wrote, by what they end with.
+    """
 
     train: np.ndarray
     held_out: np.ndarray

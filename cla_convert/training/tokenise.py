@@ -192,8 +192,8 @@ def encode(
 ) -> list[np.ndarray]:
     """Token ids of each text, with EOS behind, and in front what the tokenizer itself puts there.
 
-    Contents that are token ids already stay as they are, as do texts that are `Marked`. Of a long text, what comes after `most` tokens (one number a
-    text; none: all) may be missing.
+    Contents that are token ids already stay as they are, and around `Marked` texts comes nothing. Of a long text, what
+    comes after `most` tokens (one number a text; none: all) may be missing.
     """
     around = leading(tokenizer), [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     short = [content for content in contents if isinstance(content, str) and len(content) <= long_text.PIECE]

@@ -54,11 +54,12 @@ def circles() -> list[list[str]]:
 
 LAYERS = [
     "cli", "pipeline", "stages", "same_recipe", "record", "bench", "report", "conversion", "training", "evaluation",
-    "chat", "transformers_cli", "preflight", "documents", "run_folder", "results", "serving", "models", "recipes",
-    "recipe_file", "recipe_mistakes", "recipe", "removed", "named", "registry", "effort", "kept", "environment",
-    "files", "staging", "yaml_text", "refusals", "surrogates", "console", "bars", "tables", "amounts", "errors",
+    "chat", "transformers_cli", "preflight", "documents", "conversations", "run_folder", "results", "serving", "models",
+    "recipes", "recipe_file", "recipe_mistakes", "recipe", "removed", "named", "registry", "effort", "kept",
+    "environment", "files", "staging", "yaml_text", "refusals", "surrogates", "console", "bars", "tables", "amounts", "errors",
 ]  # fmt: skip
 """From top to bottom, as in CONTRIBUTING.md."""
+_BESIDE = ("", ".__main__", ".version")
 
 
 def test_no_import_goes_in_a_circle() -> None:
@@ -72,7 +73,7 @@ def test_imports_go_down() -> None:
         return rank.get(module.partition(".")[2].partition(".")[0], len(LAYERS))
 
     known = [module for module in MODULES if module.partition(".")[2].partition(".")[0] in rank]
-    assert len(known) > 150
+    assert {module for module in MODULES if module not in known} <= {f"cla_convert{one}" for one in _BESIDE}
     assert [
         f"{module} -> {other}" for module in known for other in imports(module) if layer(other) < layer(module)
     ] == []
