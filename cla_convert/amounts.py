@@ -19,6 +19,11 @@ def human_count(n: float) -> str:
     return f"{n:.3g}"
 
 
+def times(n: float) -> str:
+    """How often, about: `0.1234` -> `0.12`, `2_388` -> `2.4k`."""
+    return human_count(float(f"{n:.2g}"))
+
+
 def clock(seconds: float) -> str:
     """`3723` -> `1:02:03`."""
     minutes, rest = divmod(round(seconds), 60)

@@ -3,6 +3,7 @@
 import gzip
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,7 +56,7 @@ def documents_of(path: Path, source: TextSource, chats: Conversations | None = N
             if not text.isspace() and text:
                 yield Document(text, text)
             return
-        rows = _parquet(path, source) if path.suffix.lower() == ".parquet" else _jsonl(path)
+        rows = _parquet(path, source) if path.suffix.lower() == ".parquet" else (row for _, row in jsonl_rows(path))
         for number, row in enumerate(rows, 1):
             yield from document_in(row, source, f"row {number} of {str(path)!r}", chats)
     except (UnicodeDecodeError, OSError, EOFError) as error:
@@ -63,7 +64,8 @@ def documents_of(path: Path, source: TextSource, chats: Conversations | None = N
         raise unread(error, damaged) from error
 
 
-def _jsonl(path: Path) -> Iterator[Any]:
+def jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """The values of a .jsonl file, packed or not, each after the bytes of its line. Raises InputError for no JSON."""
     with (
         gzip.open(path, "rt", encoding="utf-8-sig")
         if path.suffix.lower() == ".gz"
@@ -73,7 +75,7 @@ def _jsonl(path: Path) -> Iterator[Any]:
             if not line.strip():
                 continue
             try:
-                yield json.loads(line)
+                yield len(line.encode()), json.loads(line)
             except json.JSONDecodeError as error:
                 raise InputError(
                     f"Line {number} of {str(path)!r} is not JSON", str(error), "One JSON object a line."
@@ -81,14 +83,21 @@ def _jsonl(path: Path) -> Iterator[Any]:
 
 
 def _parquet(path: Path, source: TextSource) -> Iterator[dict[str, Any]]:
+    with parquet_file(path) as file:
+        _require(source.columns, file.schema_arrow.names, str(path))
+        for batch in file.iter_batches(batch_size=256, columns=source.columns):
+            yield from batch.to_pylist()
+
+
+@contextmanager
+def parquet_file(path: Path) -> Iterator[Any]:
+    """An open pyarrow.parquet.ParquetFile. Raises InputError for what is none."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
-            _require(source.columns, file.schema_arrow.names, str(path))
-            for batch in file.iter_batches(batch_size=256, columns=source.columns):
-                yield from batch.to_pylist()
+            yield file
     except pa.ArrowException as error:
         raise InputError(f"{str(path)!r} is not a parquet file that can be read", str(error)) from error
 

@@ -156,6 +156,12 @@ def _refuse_mark(path: Path, data: bytes) -> None:
         )
 
 
+def existing(folder: Path) -> Path:
+    """A folder, or the nearest above it that exists."""
+    folder = folder.absolute()
+    return next(place for place in (folder, *folder.parents) if place.exists())
+
+
 def stays_in(path: Path, folder: Path) -> bool:
     """Whether a file lies in `folder`, links followed; or where the hub's cache keeps the files of a snapshot."""
     target, root = path.resolve(), folder.resolve()

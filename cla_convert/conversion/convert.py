@@ -1,7 +1,7 @@
 """Execute a plan: stream tensors from the source's shards into a new folder that loads anywhere."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +59,8 @@ def convert(
     """
     started = time.monotonic()
     check_output(out, overwrite=overwrite)
-    check_disk(out.parent, plan.output_bytes + _spilled(plan, calibration))
+    looked_at = calibration and spilled_bytes(plan, calibration.device, *calibration.tokens.shape)
+    check_disk(out.parent, plan.output_bytes + (looked_at or 0))
     with publishing(out, overwrite=overwrite) as staging:
         write_json(staging / "config.json", _config(plan, checkpoint))
         write_sidecars(checkpoint, plan.family, staging)
@@ -161,19 +162,16 @@ def _write_one(
         writer.add(name, checkpoint.read(tensor.name).to(dtype))
 
 
-def _spilled(plan: Plan, calibration: CalibrationText | None) -> int:
-    """Bytes of activations that will lie beside the output while it is made."""
-    if calibration is None:
-        return 0
+def spilled_bytes(plan: Plan, device: str | Sequence[str], rows: int, length: int) -> int:
+    """Bytes of activations that will lie beside the output while it is made; 0 where a GPU or the memory holds them."""
     import torch
 
     from .factories import devices_for
     from .streams import places_for, stream_dtype
 
-    named = devices_for(calibration.device, plan.shape.hidden_size, len(calibration.tokens))
-    devices = [torch.device(device) for device in named]
+    devices = [torch.device(one) for one in devices_for(device, plan.shape.hidden_size, rows)]
     itemsize = stream_dtype(devices[0]).itemsize
-    needed = activation_bytes(plan.kv_source_layers, calibration.tokens.numel(), plan.shape.hidden_size, itemsize)
+    needed = activation_bytes(plan.kv_source_layers, rows * length, plan.shape.hidden_size, itemsize)
     return 0 if places_for(devices, needed) else needed
 
 

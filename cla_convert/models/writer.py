@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, NotFiniteError
-from ..files import check_place, write_json
+from ..files import check_place, existing, write_json
 from ..staging import claimed, staged
 from .checkpoint import INDEX, Checkpoint, bytes_of
 from .finite import finite_rest
@@ -239,15 +239,14 @@ def check_disk(folder: Path, needed: int, what: str = "The output needs") -> Non
     """Raise InputError if the disk under `folder` takes no files, or has fewer than `needed` bytes free, for `what`."""
     from ..console import human_bytes
 
-    while not folder.exists():
-        folder = folder.parent
+    folder = existing(folder)
     usage = shutil.disk_usage(folder)
     free = usage.free
     if os.statvfs(folder).f_flag & os.ST_RDONLY or not (free or usage.total):
         raise InputError(
             f"Nothing can be written below {folder}",
             why="Its disk can be read only." if usage.total else "It is a view of the system, and holds no files.",
-            fix="Give a folder on another disk. The work has not begun.",
+            fix="Give a folder on another disk.",
         )
     if free < needed:
         raise InputError(

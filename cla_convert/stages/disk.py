@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..console import human_bytes
 from ..environment import cache_of, pick_device
+from ..files import existing
 from ..recipe import Recipe, Train
 from ..run_folder import RunFolder, TrainingFolder
+from .text import text_tokens
 
 if TYPE_CHECKING:
     from ..conversion.plan import Plan
+    from ..models.checkpoint import Checkpoint
 
 _STATE = 12
 """Bytes of a trained parameter in a checkpoint: float32, and two moments of Adam."""
@@ -71,7 +74,8 @@ def disk_of(recipe: Recipe, folder: RunFolder, the_plan: "Plan", *, anew: bool =
         trainings.append(("control", folder.control, source.config, size))
     done = folder.converted.exists() and not anew
     lying = {"converted": _size(folder.converted) if done else the_plan.output_bytes}
-    most = dict(lying)
+    spilled = 0 if done else _spilled(recipe, source, the_plan)
+    most = lying | ({"what matching keeps of the text": spilled} if spilled else {})
     for name, training, student, model in trainings:
         finished = training.model.exists() and not anew
         states, state = (0, 0) if finished else (_states(recipe.train), state_bytes(student, recipe.train))
@@ -83,10 +87,10 @@ def disk_of(recipe: Recipe, folder: RunFolder, the_plan: "Plan", *, anew: bool =
         most = max([most, *({**lying, **one} for one in moments)], key=lambda parts: sum(parts.values()))
         lying[name] = model
         if recipe.train.keep_checkpoints_after_success:
-            lying[f"its {_checkpoints(kept, state)}"] = kept * state
+            lying[f"its {_checkpoints(kept, state)}"] = _size(training.checkpoints) if finished else kept * state
     most = max(most, lying, key=lambda parts: sum(parts.values()))
     there = _size(folder.converted) + sum(_size(t.model) + _size(t.checkpoints) for _, t, _, _ in trainings)
-    cached, left = _cached(recipe, folder)
+    cached, left = _cached(recipe, folder, anew=anew)
     return Disk({**most, _OTHER: _RECORDS}, there, cached, left)
 
 
@@ -99,6 +103,32 @@ def state_bytes(config: Mapping[str, Any], train: Train) -> int:
     return _STATE * sum(parameter.numel() for _, parameter, part in parts_of(skeleton(config)) if part in parts)
 
 
+def _spilled(recipe: Recipe, source: "Checkpoint", the_plan: "Plan") -> int:
+    """Bytes that lie beside the converted model while it is made, where no memory has room for them."""
+    from ..conversion.convert import spilled_bytes
+    from ..preflight import calibration_length
+    from ..training.data import calibration_tokens
+
+    if not recipe.convert.needs_text:
+        return 0
+    device = pick_device(recipe.device)
+    length = calibration_length(recipe, source.config, device)
+    return spilled_bytes(the_plan, device, max(1, calibration_tokens(recipe, source, device) // length), length)
+
+
+def check_room(recipe: Recipe, training: TrainingFolder, student: Path, *, fresh: bool) -> None:
+    """Refuse a disk without room for the model and the first checkpoint, before hours of work. Raises InputError."""
+    from ..models.checkpoint import Checkpoint
+    from ..models.writer import check_disk
+
+    found = Checkpoint.open(student)
+    kept = _size(training.checkpoints)
+    state = state_bytes(found.config, recipe.train) if fresh or not kept else 0
+    freed = kept if fresh else 0  # before the first is written
+    needed = sum(info.nbytes for info in found.tensors.values()) + state - freed
+    check_disk(training.path, needed, "The model and its first checkpoint need" if state else "The model needs")
+
+
 def _states(train: Train) -> int:
     """Checkpoints that lie there at once: those kept, and the one that is being written; no more than are ever made."""
     from ..training.schedule import Budget, crossed
@@ -109,20 +139,25 @@ def _states(train: Train) -> int:
     return min(made, train.keep_checkpoints + 1)
 
 
-def _cached(recipe: Recipe, folder: RunFolder) -> tuple[dict[str, int], int]:
-    """What lies in the cache folder for a run, and how many bytes of tokens are still to come."""
+def _cached(recipe: Recipe, folder: RunFolder, *, anew: bool) -> tuple[dict[str, int], int]:
+    """What lies in the cache folder for a run, and how many bytes of tokens are still to come.
+
+    While sources are put together their tokens lie there twice.
+    """
     from ..models.export import load_tokenizer
     from ..training.data import tokens_wanted
-    from ..training.text_size import tokens_there
     from ..training.tokenise import token_dtype
 
     source = folder.source(recipe)
     tokenizer = load_tokenizer(source)
     wanted = sum(tokens_wanted(recipe, source, pick_device(recipe.device), calibrates=folder.converts))
-    there = tokens_there(recipe, tokenizer)
+    there = text_tokens(recipe, source)
     tokens = token_dtype(tokenizer).itemsize * (wanted if there is None else min(wanted, there))
     made = source.is_relative_to(cache_of("sources").resolve()) or source.is_relative_to(cache_of("sources"))
-    return {"the model as it is read": _size(source) if made else 0, "tokens": tokens}, 0 if folder.begun else tokens
+    return {
+        "the model as it is read": _size(source) if made else 0,
+        "tokens": tokens,
+    }, 0 if folder.begun and not anew else 2 * tokens
 
 
 def _checkpoints(count: int, state: int) -> str:
@@ -140,6 +175,4 @@ def _size(folder: Path) -> int:
 
 
 def _disk_of(folder: Path) -> int:
-    while not folder.exists():
-        folder = folder.absolute().parent
-    return folder.stat().st_dev
+    return existing(folder).stat().st_dev

@@ -1,7 +1,9 @@
 """What a plan says of disk is what lies there in the end, and what the check before the work asks for."""
 
+import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -44,9 +46,37 @@ def test_the_disk_of_a_plan_is_what_lies_there(tiny_llama: Path, tmp_path: Path,
     models = size(out) - sum(file.stat().st_size for file in out.glob("*.json*"))
     written = sum(planned.parts.values()) - planned.parts["records"]
     assert models == pytest.approx(written, rel=0.15)
-    assert 0 < planned.tokens_left <= max(size(folder) for folder in (cache / "tokens").iterdir())
+    assert 0 < planned.tokens_left <= 2 * max(size(folder) for folder in (cache / "tokens").iterdir())
     done = disk_of(recipe, RunFolder(out), plan_of(recipe, RunFolder(out)))
     assert done.needed < written / 20 and not done.tokens_left
+
+
+def test_what_lies_there_counts_where_it_stays(tiny_llama: Path, tmp_path: Path, cache: Path) -> None:
+    recipe, out = wanted(tiny_llama, "train.checkpoint_every=256", "train.keep_checkpoints=2"), tmp_path / "run"
+    folder = RunFolder(out)
+    pipeline.run(recipe, out, until="uptrain")
+    the_plan = plan_of(recipe, folder)
+    fresh, done = disk_of(recipe, folder, the_plan, anew=True), disk_of(recipe, folder, the_plan)
+    models = sum(map(size, (folder.converted, folder.training.model, folder.training.checkpoints)))
+    assert done.there == models and sum(done.parts.values()) - done.parts["records"] == pytest.approx(models, rel=0.01)
+    assert fresh.needed < models and fresh.tokens_left > 0 == done.tokens_left  # anew: in the place of what is there
+
+
+def test_a_cache_on_another_disk_is_looked_at_by_itself(tiny_llama: Path, tmp_path: Path, monkeypatch) -> None:
+    recipe, folder = wanted(tiny_llama), RunFolder(tmp_path / "run")
+    disk = disk_of(recipe, folder, plan_of(recipe, folder))
+    monkeypatch.setattr("cla_convert.stages.disk._disk_of", lambda place: place)
+    real, free = shutil.disk_usage(tmp_path), {"run": disk.needed, "tokens": disk.tokens_left}
+    monkeypatch.setattr("cla_convert.stages.disk.cache_of", lambda name: tmp_path / "cache" / name)
+    (tmp_path / "cache" / "tokens").mkdir(parents=True)
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda place: real._replace(free=free["tokens" if place.name == "tokens" else "run"])
+    )
+    disk.check(folder.path)
+    for name, said in (("tokens", "Tokens of the text need"), ("run", "The run needs")):
+        free[name] -= 1
+        with pytest.raises(InputError, match=said):
+            disk.check(folder.path)
 
 
 def test_the_check_and_the_plan_say_the_same(tiny_llama: Path, tmp_path: Path, monkeypatch, capsys) -> None:
@@ -66,6 +96,13 @@ def test_the_disk_of_a_map_that_is_not_chosen_yet_is_that_of_the_largest(tiny_ll
     recipe = wanted(tiny_llama, "convert.sharing=auto", "convert.init=calibrated")
     the_plan = bound(recipe, RunFolder(tmp_path / "run"), anew=False)
     assert the_plan.parameters["before"] == the_plan.parameters["after"]
+    measured = ["convert.sharing=auto", "convert.init=calibrated", "convert.kv_budget=0.5"]
+    recipe = wanted(tiny_llama, *measured, "convert.calibration.tokens=2560")
+    pipeline.run(recipe, tmp_path / "run", until="convert")
+    made = bound(recipe, RunFolder(tmp_path / "run"), anew=False)
+    assert made.parameters["after"] < made.parameters["before"]  # that which lies there
+    again = bound(recipe, RunFolder(tmp_path / "run"), anew=True)
+    assert again.parameters["before"] == again.parameters["after"]
 
 
 def test_a_plan_says_how_often_a_budget_goes_round_the_text(tiny_llama: Path, tmp_path: Path, capsys) -> None:
@@ -87,3 +124,12 @@ def test_a_folder_that_takes_no_files_is_not_called_too_small() -> None:
         pytest.skip("Linux'")
     with pytest.raises(InputError, match="Nothing can be written below /proc"):
         check_disk(Path("/proc/there"), 10)
+
+
+def test_a_disk_that_is_read_only_is_refused(tmp_path: Path, monkeypatch) -> None:
+    from cla_convert.models.writer import check_disk
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=10**9, free=10**9))
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_flag=os.ST_RDONLY | os.ST_NOSUID))
+    with pytest.raises(InputError, match=r"(?s)Nothing can be written below .* can be read only"):
+        check_disk(tmp_path / "out", 10)

@@ -144,7 +144,7 @@ def test_no_more_tokens_than_asked_for(tmp_path: Path, table: Path, capsys: pyte
     say_passes(full, full.train.size)
     assert not capsys.readouterr().err
     say_passes(full, 2 * full.train.size)
-    assert "repeated, 2.0 passes in all" in capsys.readouterr().err
+    assert "repeated, 2 passes in all" in capsys.readouterr().err
     assert (full.train[:1000] == store.train).all()
 
 
