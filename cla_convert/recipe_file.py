@@ -115,7 +115,7 @@ def load_recipe(
             if not is_named(name, replaced)
         }
         places |= {name: Origin(f"{o}: ", f"{o}: ") for name, o in origins.items() if o != "recipe"}
-        raise _not_valid(mistakes(error, places), path) from error
+        raise _not_valid(*mistakes(error, places), path) from error
 
 
 def validate(tree: dict[str, Any]) -> Recipe:
@@ -123,16 +123,16 @@ def validate(tree: dict[str, Any]) -> Recipe:
     try:
         return _validated(tree)
     except ValidationError as error:
-        raise _not_valid(mistakes(error, {}), "the recipe") from error
+        raise _not_valid(*mistakes(error, {}), "the recipe") from error
 
 
 def _validated(tree: dict[str, Any]) -> Recipe:
     return Recipe.model_validate(without_removed(tree))
 
 
-def _not_valid(lines: list[str], path: str | Path | None) -> UsageError:
+def _not_valid(lines: list[str], only_the_list_helps: bool, path: str | Path | None) -> UsageError:
     """Of a recipe (None: there is none), or of the command line where only that is wrong: then what is wrong leads."""
-    fix = _ALL_SETTINGS if any(_only_the_list_helps(line) for line in lines) else ""
+    fix = _ALL_SETTINGS if only_the_list_helps else ""
     of_recipe = path is not None and not all(line.startswith(("--", "MODEL: ")) for line in lines)
     if of_recipe or len(lines) > 1:
         if len(lines) > _MOST_MISTAKES:
@@ -140,11 +140,6 @@ def _not_valid(lines: list[str], path: str | Path | None) -> UsageError:
         what = "The recipe is not valid" if of_recipe else "The command line is not valid"
         return UsageError(what, "\n       ".join(lines), fix)
     return UsageError(lines[0], fix=fix)
-
-
-def _only_the_list_helps(line: str) -> bool:
-    """Of most mistakes the line says what to write; of a name that nothing resembles it cannot."""
-    return "unknown key" in line and not line.endswith("?") and "It belongs" not in line and "is missing" not in line
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

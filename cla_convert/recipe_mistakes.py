@@ -1,13 +1,16 @@
 """What the schema finds wrong with a recipe, a line for each setting, in words of our own."""
 
+import math
 import re
+import shlex
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
+import yaml
 from pydantic import ValidationError
 
 from .errors import did_you_mean
@@ -41,12 +44,17 @@ class _Mistake:
     got: str
     of_name: bool
     """Whether the name is wrong, or the section as a whole, and not the value."""
-    form: str = ""
+    meant: Any = None
     """The value as it was meant, where that can be told."""
+    unlike: bool = False
+    """A name that resembles no other: only the list of all settings helps."""
 
 
-def told(error: ValidationError, places: Mapping[str, Origin]) -> list[str]:
-    """A line for every mistake, with its origin in front where `places` has one for its dotted name."""
+def told(error: ValidationError, places: Mapping[str, Origin]) -> tuple[list[str], bool]:
+    """A line for every mistake, with its origin in front where `places` has one for its dotted name.
+
+    And whether only the list of all settings helps with one of them.
+    """
     found = [_mistake(one) for one in error.errors()]
     lines: dict[tuple[object, ...], str] = {}
     for mistake in found:
@@ -58,43 +66,39 @@ def told(error: ValidationError, places: Mapping[str, Origin]) -> list[str]:
         said = ", or ".join([first, *(one.removeprefix("must be ") for one in more)])
         got = min(other.got for other in fitting)
         lines[mistake.choice, mistake.place] = f"{_named(places, mistake, said)}{got}{_meant(places, mistake)}"
-    return list(lines.values())
+    return list(lines.values()), any(mistake.unlike for mistake in found)
 
 
 def _meant(places: Mapping[str, Origin], mistake: _Mistake) -> str:
-    """How to write a list or a section of which only the content was given."""
-    if not mistake.form:
+    """How to write a list of which only the content was given."""
+    if mistake.meant is None:
         return ""
-    name = ".".join(map(str, mistake.place))
-    if isinstance(mistake.place[-1], int):
-        name, mistake = name.rpartition(".")[0], replace(mistake, form=f"[{mistake.form}]")
+    name = ".".join(part for part in mistake.place if isinstance(part, str))
+    form = yaml.safe_dump(mistake.meant, default_flow_style=True, width=math.inf, allow_unicode=True, sort_keys=False)
+    form = form.strip()
     typed = _origin(places, mistake).startswith("--set")
-    return f": --set '{name}={mistake.form}'" if typed else f": {name.rpartition('.')[2]}: {mistake.form}"
+    return f": --set {shlex.quote(f'{name}={form}')}" if typed else f": {name.rpartition('.')[2]}: {form}"
 
 
-def _form(place: tuple[int | str, ...], kind: str, value: Any) -> str:
-    """A word where a list of words or sections belongs, or in such a list where a section does, as it was meant."""
-    if not place or not isinstance(value, (str, int, float)) or isinstance(value, bool) or ":" in str(value):
-        return ""
+def _as_list(place: tuple[int | str, ...], value: Any) -> Any:
+    """A word where a list of words or sections belongs, or a section in such a list, as the list that was meant.
+
+    None where a setting would not take that list either.
+    """
+    if not place or not isinstance(value, (str, int, float)) or ":" in str(value):
+        return None
     *above, last = [part for part in place if isinstance(part, str)]
     outer: Any = Recipe
     for part in above:
         outer = _section(outer, part)
-    fields = _section(outer, last).model_fields
-    one = str(value)
+    fields, one = _section(outer, last).model_fields, value
     if "path" in fields:
-        name = _NO_NAME.sub("-", PurePath(one).stem).strip("-._") if fields.get("name") else ""
-        one = f"{{name: {name}, path: {one}}}" if name else f"{{path: {one}}}"
-    elif fields or kind != "list" or isinstance(place[-1], int) or not _of_words(outer, last, value):
-        return ""
-    return f"[{one}]" if kind == "list" else one
-
-
-def _of_words(section: Any, name: str, value: Any) -> bool:
-    """Whether a setting is a list that such a value can be an item of."""
+        name = _NO_NAME.sub("-", PurePath(str(value)).stem).strip("-._") if "name" in fields else ""
+        one = {"name": name, "path": value} if name else {"path": value}
     with suppress(ValidationError):
-        return bool(section.model_validate({name: [value]}))
-    return False
+        outer.model_validate({last: [one]})
+        return [one]
+    return None
 
 
 def _closest(alternatives: list[_Mistake]) -> list[_Mistake]:
@@ -133,25 +137,27 @@ def _mistake(error: Any) -> _Mistake:
     kind, value = error["type"], error["input"]
     place, choice, alternative = _place(error["loc"])
     if kind == "extra_forbidden":
-        return _Mistake(place, choice, alternative, _unknown(place), "", of_name=True)
+        what, unlike = _unknown(place)
+        return _Mistake(place, choice, alternative, what, "", of_name=True, unlike=unlike)
     ours = kind == "value_error"  # said by validators of ours, which name the value
     got = "" if ours or kind == "missing" else f" (got {'nothing' if value is None else repr(value)[:200]})"
     whole = kind == "missing" or (ours and isinstance(value, dict))
     wanted = _wanted(error)
     kind = kind.partition("_")[0]
-    form = _form(place, kind, value) if kind in ("list", "model") and "space is missing" not in wanted else ""
-    return _Mistake(place, choice, alternative, wanted, got, of_name=whole, form=form)
+    meant = _as_list(place, value) if kind in ("list", "model") else None
+    return _Mistake(place, choice, alternative, wanted, got, of_name=whole, meant=meant)
 
 
-def _unknown(place: tuple[int | str, ...]) -> str:
+def _unknown(place: tuple[int | str, ...]) -> tuple[str, bool]:
+    """What is wrong with a name, and whether nothing is like it."""
     name, last = ".".join(map(str, place)), str(place[-1])
     if ":" in last:
-        return f"unknown key {name!r}: a space is missing after the colon"
+        return f"unknown key {name!r}: a space is missing after the colon", False
     section: Any = Recipe
     for part in place[:-1]:
         section = section if isinstance(part, int) else _section(section, part)
     hint = did_you_mean(last, list(section.model_fields)) or _belongs(last)
-    return f"unknown key {name!r}.{hint}"
+    return f"unknown key {name!r}.{hint}", not hint
 
 
 def _belongs(name: str) -> str:

@@ -1,6 +1,7 @@
 """The recipe: numbers, overrides, origins, refusals."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -345,12 +346,16 @@ def test_the_file_is_not_blamed_for_the_command_line(tmp_path, sets, options, sa
         ("data.sources", "[corpus/]", "[{path: corpus/}]"),
         ("eval.perplexity", "law.txt", "[{name: law, path: law.txt}]"),
         ("eval.perplexity", "[my law.txt]", "[{name: my-law, path: my law.txt}]"),
+        ("eval.prompts", "It's late", "[It's late]"),
+        ("data.sources", "a, b", "[{path: 'a, b'}]"),
+        ("data.sources", "'#1 {x}.txt'", "[{path: '#1 {x}.txt'}]"),
     ],
 )
 def test_a_list_of_which_only_the_content_was_given_is_shown(tmp_path, name, given, form):
     with pytest.raises(UsageError) as caught:
         load_recipe(None, [f"{name}={given}"])
-    assert caught.value.what.endswith(f": --set '{name}={form}'") and not caught.value.fix
+    command = caught.value.what.rpartition(": --set ")[2]
+    assert shlex.split(command) == [f"{name}={form}"] and not caught.value.fix
     load_recipe(None, [f"{name}={form}"])
     path, (*sections, last) = tmp_path / "mine.yaml", name.split(".")
     path.write_text(
@@ -360,6 +365,13 @@ def test_a_list_of_which_only_the_content_was_given_is_shown(tmp_path, name, giv
         load_recipe(path)
     path.write_text(path.read_text().replace(given, form))
     load_recipe(path)
+
+
+@pytest.mark.parametrize("given", ["eval.gate=5", "data.sources=5", "train.betas=0.9", "data.sources='path:a'"])
+def test_no_list_is_shown_that_would_not_be_taken_either(given):
+    with pytest.raises(UsageError) as caught:
+        load_recipe(None, [given])
+    assert "--set '" not in caught.value.what
 
 
 def test_the_list_of_settings_is_named_only_where_it_helps():
