@@ -66,13 +66,22 @@ class Speaker:
         return bool(self.tokenizer.chat_template)
 
     def answer(self, text: str) -> str:
-        """Answer, printing word by word, and return what was printed. Raises InputError for unknown tokens."""
+        """Answer, printing word by word, and return what was printed.
+
+        Raises InputError for tokens that the model does not know, and where the chat template fails; then the question
+        is forgotten.
+        """
         import torch
 
         from .models.scoring import check_ids
 
-        prompt = self._prompt(text)
-        check_ids(self.model, prompt["input_ids"])
+        before = list(self.turns)
+        try:
+            prompt = self._prompt(text)
+            check_ids(self.model, prompt["input_ids"])
+        except InputError:
+            self.turns[:] = before
+            raise
         sampling = {"do_sample": True, "temperature": self.manner.temperature} if self.manner.temperature else {}
         streamer = _stream(self.tokenizer)
         with torch.inference_mode():
@@ -144,7 +153,12 @@ def check_length(name: str, folder: Path, tokens: int) -> None:
 
 
 def chat(speakers: list[Speaker], lines: Iterable[str]) -> None:
-    """Let every speaker answer every line; `/reset` begins anew. Answers go to stdout."""
+    """Let every speaker answer every line; `/reset` begins anew. Answers go to stdout.
+
+    A line that a model cannot take is forgotten, and the conversation goes on. Raises InputError in the end if there
+    was one.
+    """
+    unanswered = 0
     if not all(speaker.converses for speaker in speakers):
         say("no chat template: each line is continued as text")
     for line in lines:
@@ -157,8 +171,14 @@ def chat(speakers: list[Speaker], lines: Iterable[str]) -> None:
         for speaker in speakers:
             if len(speakers) > 1:
                 print(f"[{speaker.name}] ", end="", flush=True)
-            speaker.answer(text)
+            try:
+                speaker.answer(text)
+            except InputError as error:
+                warn(str(error))
+                unanswered += 1
             print(flush=True)
+    if unanswered:
+        raise InputError(f"{unanswered} {'answer is' if unanswered == 1 else 'answers are'} missing", "See above.")
 
 
 def lines_of(stream: TextIO) -> Iterator[str]:

@@ -143,12 +143,18 @@ def test_a_chat_template_that_demands_a_system_prompt_gets_it(pair, tmp_path):
     assert not speaker(tmp_path / "model").converses
 
 
-def test_a_chat_template_that_refuses_a_later_turn_is_named(pair, tmp_path):
+def test_a_question_that_a_chat_template_refuses_is_forgotten_and_said(pair, tmp_path, capsys):
     shutil.copytree(pair[0], tmp_path / "model")
     late = "{% if messages | length > 1 %}{{ raise_exception('one turn only') }}{% endif %}" + TEMPLATE
     (tmp_path / "model/chat_template.jinja").write_text(late)
+    one = speaker(tmp_path / "model")
+    with pytest.raises(InputError, match="1 answer is missing"):
+        chat([one], ["Hello", "Again", "/reset", "Hello"])
+    _, answer = one.turns
+    assert capsys.readouterr().out.count(answer["content"]) == 2  # what came before it, and after
     with pytest.raises(InputError, match=r"The chat template of model failed\s+one turn only"):
-        chat([speaker(tmp_path / "model")], ["Hello", "Again"])
+        one.answer("Again")
+    assert [turn["role"] for turn in one.turns] == ["user", "assistant"]  # the question is forgotten
 
 
 @pytest.mark.parametrize("asked", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}])
