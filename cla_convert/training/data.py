@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ..amounts import times
 from ..console import human_count, say
 from ..effort import affordable_tokens
 from ..environment import cache_of, gpu_memory
@@ -24,7 +25,7 @@ from ..models.checkpoint import Checkpoint
 from ..models.shape import shape_of
 from ..models.writer import disk_full_is_an_input_error
 from ..recipe import Data, Recipe, Train
-from .mixture import Mixture, share_of_chats
+from .mixture import Mixture
 from .sampling import SourceModel, check_sampling, samples_folder
 from .sequences import Sequences
 from .sources import documents, is_local, local_files, pinned, sample_source
@@ -36,11 +37,7 @@ _WIDER, _VARIED = 16, 1_000_000
 """A little calibration text is taken from so many times as much, up to a million tokens: a few rows each of many
 documents say more than all of a few. Sampled text is too dear for that."""
 _FILES = ("train.bin", "starts.bin", "held_out.bin")
-UNTAUGHT = (
-    "the model has a chat template, and none of the text is conversations: it will follow instructions worse. If that "
-    "matters, make half of the text conversations (docs/uptraining.md, Instruct models)"
-)
-_FORMAT = 11  # raise it when the same settings would give other tokens
+_FORMAT = 12  # raise it when the same settings would give other tokens
 
 
 @dataclass(frozen=True)
@@ -101,22 +98,13 @@ def say_passes(store: TokenStore, budget: int) -> None:
     if 0 < store.train.size < budget:
         say(
             f"The data holds {human_count(store.train.size)} training tokens for a budget of {human_count(budget)}: "
-            f"they are repeated, {budget / store.train.size:.1f} passes in all."
+            f"they are repeated, {times(budget / store.train.size)} passes in all."
         )
 
 
 def check_data(recipe: Recipe, tokenizer: Any, source: Path, device: str) -> None:
-    """Open every source of text: is it there, can it be read, can the model be sampled from? Raises InputError.
-
-    Says so where an instruct model is to be trained without conversations.
-    """
+    """Open every source of text: is it there, can it be read, can the model be sampled from? Raises InputError."""
     model = _source_model(source, device)
-    if (
-        recipe.train.tokens
-        and getattr(tokenizer, "chat_template", None)
-        and not any(map(share_of_chats, recipe.data.sources))
-    ):
-        say(UNTAUGHT)
     for text in recipe.data.sources:
         if text.generate:
             check_sampling(model, tokenizer, text.generate)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ..amounts import times
 from ..console import human_count, progress, say, warn
 from ..documents import Document, name_of
 from ..errors import InputError
@@ -62,9 +63,12 @@ class Mixture:
         weights = [source.weight for source in self.sources]
         limits = zip(shares(self.tokens, weights), shares(self.held_out_tokens, weights), strict=True)
         with progress(self.tokens + self.held_out_tokens, "tokenising", unit="tok") as bar:
-            parts: list[Part] = []
-            for number, (source, limit) in enumerate(zip(self.sources, limits, strict=True)):
-                parts.append(self._read(source, *limit, folder / f"{number}", bar, parts))
+            read: dict[int, Part] = {}
+            numbered = enumerate(zip(self.sources, limits, strict=True))
+            # What is sampled last: that takes minutes, and a bad row of a file is to be told before them.
+            for number, (source, limit) in sorted(numbered, key=lambda one: one[1][0].generate is not None):
+                read[number] = self._read(source, *limit, folder / f"{number}", bar, [*read.values()])
+            parts = [read[number] for number in range(len(self.sources))]
         targets = balanced([part.train.tokens for part in parts], [part.train.limit for part in parts])
         starts = _join([part.train for part in parts], targets, folder / "train.bin")
         (folder / "starts.bin").write_bytes(starts.data)
@@ -209,7 +213,7 @@ def _info(parts: list[Part], targets: list[int], about: list[dict[str, Any]]) ->
         if passes > 1:
             say(
                 f"{name_of(part.source)} holds {human_count(part.train.tokens)} training tokens for its share of "
-                f"{human_count(target)}: it is repeated, {passes:.1f} passes."
+                f"{human_count(target)}: it is repeated, {times(passes)} passes."
             )
         known = {"name": name_of(part.source), "weight": part.source.weight, **known}
         sources.append(known | {"tokens": target, "documents": len(part.train.starts), "passes": round(passes, 3)})

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..amounts import times
 from ..console import human_count, say
 from ..errors import InputError
 from ..models.checkpoint import Checkpoint
@@ -27,7 +28,7 @@ from .layout import Layout
 from .memory import Forecast
 from .micro_batch import forecast, loading
 from .objective import Objective, check_documents, check_head
-from .optimizer import freeze_all_but, make_optimizer
+from .optimizer import freeze_all_but, make_optimizer, parts_trained, peak_rate
 from .parallel import Team
 from .precision import Precision, cast_frozen, choose_precision
 from .rates import with_rates
@@ -236,17 +237,22 @@ def _check_fit(student: Any, data: TokenStore, settings: Train) -> None:
         )
 
 
-def _rates(settings: Train) -> str:
-    parts = [f"{rate:g} {part}" for part, rate in settings.learning_rates.items() if part != "other"]
-    rest = settings.learning_rates.get("other", settings.learning_rate)
-    if parts and settings.parameters != "all":  # what is left of it is frozen
-        return f"learning rate {', '.join(parts)}"
-    return f"learning rate {', '.join([*parts, f'{rest:g} the rest'] if parts else [f'{rest:g}'])}"
+def rates_told(settings: Train) -> str:
+    """Those of what is trained, by their parts where they differ."""
+    rates = {part: peak_rate(part, settings) for part in parts_trained(settings.parameters)}
+    if len(set(rates.values())) == 1:
+        return f"learning rate {rates['shared']:g}"
+    if rates["shared"] == rates["attention"]:
+        del rates["shared"]  # a part of it
+    return f"learning rate {', '.join(f'{rate:g} {_SAID.get(part, part)}' for part, rate in rates.items())}"
+
+
+_SAID = {"other": "the rest"}
 
 
 def passes(sequences: int, prepared: int, length: int) -> str:
     """How often training sees its text: not all that there is, but the part that was prepared for the budget."""
-    return f"{sequences / prepared:.2g} passes over the {human_count(prepared * length)} tokens prepared of the text"
+    return f"{times(sequences / prepared)} passes over the {human_count(prepared * length)} tokens prepared of the text"
 
 
 def _describe(trainer: Trainer) -> str:
@@ -258,7 +264,7 @@ def _describe(trainer: Trainer) -> str:
         f"uptraining: {budget.steps} steps of {budget.batch} x {budget.length} tokens, {human_count(budget.tokens)} in "
         f"all, {passes(budget.sequences, trainer.sequences.count, budget.length)}, "
         f"{trainer.micro_batch} sequences a pass; {human_count(count)} parameters trained; "
-        f"{trainer.settings.loss}; {_rates(trainer.settings)}; {compute} on {where}; "
+        f"{trainer.settings.loss}; {rates_told(trainer.settings)}; {compute} on {where}; "
         + ("layers and loss are compiled in the first step" if trainer.compiled else "not compiled")
         + (" (auto: too short to pay it back)" if skipped else "")
     )

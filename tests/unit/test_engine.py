@@ -3,7 +3,7 @@
 import itertools
 import math
 import sys
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ from cla_convert.training.precision import Precision, cast_frozen, choose_precis
 from cla_convert.training.rates import with_rates
 from cla_convert.training.schedule import Budget
 from cla_convert.training.trackers import TensorBoard
-from cla_convert.training.trainer import without_dropout
+from cla_convert.training.trainer import rates_told, without_dropout
 
 from ..conftest import tiny_llama_config
 from ..tiny import cla_model, source_model
@@ -419,6 +419,24 @@ class TestRates:
         given = Train(learning_rate=3e-4)
         assert with_rates(given, model) == given
         assert with_rates(Train(learning_rates={"attention": 5e-4}), model).learning_rates == {"attention": 5e-4}
+
+    @pytest.mark.parametrize(
+        ("settings", "told"),
+        [
+            ({"learning_rate": 3e-4}, "learning rate 0.0003"),
+            ({"learning_rates": {"attention": 5e-4}}, "learning rate 0.0005 attention, 0.0003 the rest"),
+            ({"learning_rates": {"shared": 1e-3}}, "learning rate 0.001 shared, 0.0003 attention, 0.0003 the rest"),
+            ({"learning_rates": {"other": 1e-4}}, "learning rate 0.0003 attention, 0.0001 the rest"),
+            (
+                {"learning_rates": {"shared": 1e-3}, "parameters": "attention"},
+                "learning rate 0.001 shared, 0.0003 attention",
+            ),
+            ({"learning_rates": {"attention": 5e-4}, "parameters": "shared"}, "learning rate 0.0005"),
+            ({"learning_rates": {"other": 1e-4}, "parameters": "attention"}, "learning rate 0.0003"),
+        ],
+    )
+    def test_those_of_what_is_trained_are_told(self, settings: dict[str, Any], told: str) -> None:
+        assert rates_told(Train.model_validate({"learning_rate": 3e-4} | settings)) == told
 
     def test_they_are_never_zero_nor_no_number(self) -> None:
         model = LlamaForCausalLM(tiny_llama_config())

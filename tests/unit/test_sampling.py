@@ -274,6 +274,17 @@ def test_a_source_of_the_mixture(folder: Path, tmp_path: Path, tiny_llama: Path)
     assert prepare(tiny_llama).digest != store.digest  # another source model (its ends of text differ)
 
 
+def test_what_is_wrong_with_a_file_is_told_before_anything_is_sampled(folder: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join([*(json.dumps({"text": f"{i} " + "x" * 40}) for i in range(400)), "no JSON"]))
+    data = Data(sources=[TextSource(generate=Generate(tokens=2000, length=40)), TextSource(path=str(text))])
+    source = SourceModel(folder, "cpu", tmp_path / "samples")
+    limits = {"tokens": 40_000, "held_out_tokens": 400}
+    with pytest.raises(InputError, match="Line 401"):
+        prepare_data(data, byte_tokenizer(), **limits, cache_dir=tmp_path / "tokens", seed=0, model=source)
+    assert not list(tmp_path.rglob("*.npz"))
+
+
 def test_the_mixture_asks_for_what_its_budget_needs(folder: Path, tmp_path: Path) -> None:
     data = Data(sources=[TextSource(generate=Generate(tokens=100_000, length=40))])
     source = SourceModel(folder, "cpu", tmp_path / "samples")
