@@ -77,5 +77,6 @@ def _words(turn: Mapping[str, Any]) -> str | None:
         return None
     if isinstance(content, Sequence) and not isinstance(content, str):
         texts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
-        return "".join(texts) if texts and all(isinstance(text, str) for text in texts) else None
+        said = [text for text in texts if isinstance(text, str)]
+        return "".join(said) if said and len(said) == len(texts) else None
     return content if isinstance(content, str) else None

@@ -7,6 +7,7 @@ from ..recipe import Recipe
 from ..run_folder import RunFolder
 from .disk import disk_of
 from .plan import bound
+from .text import say_untaught
 
 
 def check(recipe: Recipe, folder: RunFolder, *, anew: bool = False) -> None:
@@ -42,6 +43,7 @@ def check(recipe: Recipe, folder: RunFolder, *, anew: bool = False) -> None:
     check_packing(recipe, config)
     check_steps(recipe.train)
     _check_training(recipe, folder)
+    say_untaught(recipe, source)
     check_data(recipe, load_tokenizer(source), source, device)
     disk_of(recipe, folder, bound(recipe, folder, anew=anew), anew=anew).check(folder.path)
 

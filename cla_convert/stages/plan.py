@@ -38,8 +38,15 @@ def plan(recipe: Recipe, folder: RunFolder) -> PlanResult:
 
 
 def checked_plan(recipe: Recipe, folder: RunFolder, *, anew: bool) -> "Plan":
-    """The same, and nothing is written; `anew`: as if the folder were empty."""
-    the_plan = plan_of(recipe, folder, anew=anew)
+    """The same, and nothing is written; `anew`: as if the folder were empty.
+
+    Where `sharing: auto` would measure on text that the model has yet to write, it does not: that takes minutes.
+    """
+    to_be_written = any(source.generate for source in recipe.data.sources)
+    auto = recipe.convert.sharing == "auto" and (anew or not _chosen_before(folder))
+    if auto and to_be_written:
+        say("sharing: auto measures on text that the model writes first: until then a plan in which no layer shares")
+    the_plan = (bound if auto and to_be_written else plan_of)(recipe, folder, anew=anew)
     _say_needs(recipe, folder, the_plan, anew=anew)
     return the_plan
 

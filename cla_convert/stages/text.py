@@ -1,16 +1,23 @@
 """The text of a run: one token store for all stages, and what conversion and evaluation take of it."""
 
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..console import human_count, say
 from ..environment import pick_device
-from ..recipe import Recipe
+from ..recipe import Data, Recipe
 from ..run_folder import RunFolder
 
 if TYPE_CHECKING:
     from ..conversion.text import CalibrationText
     from ..training.data import TokenStore
+
+
+UNTAUGHT = (
+    "the model has a chat template, and none of the text is conversations: it will follow instructions worse. If that "
+    "matters, make half of the text conversations (docs/uptraining.md, Instruct models)"
+)
 
 
 def text(recipe: Recipe, folder: RunFolder) -> "TokenStore":
@@ -28,10 +35,25 @@ def text(recipe: Recipe, folder: RunFolder) -> "TokenStore":
 
 def text_tokens(recipe: Recipe, model: Path) -> int | None:
     """About how many tokens of text the recipe's data hold for the model in a folder, read or not; None if unknown."""
+    return _text_tokens(recipe.data.model_dump_json(), recipe.seed, model)
+
+
+@cache
+def _text_tokens(data: str, seed: int, model: Path) -> int | None:
     from ..models.export import load_tokenizer
     from ..training.text_size import tokens_there
 
-    return tokens_there(recipe, load_tokenizer(model))
+    return tokens_there(Data.model_validate_json(data), load_tokenizer(model), seed)
+
+
+def say_untaught(recipe: Recipe, model: Path) -> None:
+    """Say so where an instruct model is to be trained without conversations."""
+    from ..models.export import load_tokenizer
+    from ..training.mixture import share_of_chats
+
+    converses = getattr(load_tokenizer(model), "chat_template", None)
+    if recipe.train.tokens and converses and not any(map(share_of_chats, recipe.data.sources)):
+        say(UNTAUGHT)
 
 
 def calibration(recipe: Recipe, folder: RunFolder) -> "CalibrationText | None":

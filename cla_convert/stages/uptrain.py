@@ -8,13 +8,15 @@ from pathlib import Path
 from ..console import quiet, say
 from ..environment import command_line, pick_device, rank, world_size
 from ..errors import InputError
+from ..models.checkpoint import Checkpoint
+from ..models.self_test import check_interface
 from ..recipe import Recipe
 from ..record import recorded
 from ..results import TrainResult
 from ..run_folder import RunFolder, TrainingFolder
 from ..same_recipe import continue_under
-from .disk import state_bytes
-from .text import text, text_tokens
+from .disk import check_room
+from .text import say_untaught, text, text_tokens
 
 
 def uptrain(
@@ -90,23 +92,9 @@ def _train(it: _Training) -> TrainResult:
     with recorded(recipe, folder, "uptrain"):
         if rank() == 0:
             training.result.path.unlink(missing_ok=True)  # of a model that was removed since
-            _check_disk(it)
+            check_interface(Checkpoint.open(it.student).config.get("model_type", ""))  # or nothing can be counted
+            check_room(recipe, training, it.student, fresh=it.fresh)
         return _train_together(it) if recipe.train.processes > 1 and world_size() == 1 else _train_here(it)
-
-
-def _check_disk(it: _Training) -> None:
-    """Refuse a disk without room for the model and the first checkpoint, before hours of work. Raises InputError."""
-    from ..models.checkpoint import Checkpoint
-    from ..models.self_test import check_interface
-    from ..models.writer import check_disk
-
-    student = Checkpoint.open(it.student)
-    check_interface(student.config.get("model_type", ""))  # what is trained is counted on a skeleton of the model
-    kept = sum(file.stat().st_size for file in it.training.checkpoints.glob("*/*"))
-    state = state_bytes(student.config, it.recipe.train) if it.fresh or not kept else 0
-    freed = kept if it.fresh else 0  # before the first is written
-    needed = sum(info.nbytes for info in student.tensors.values()) + state - freed
-    check_disk(it.training.path, needed, "The model and its first checkpoint need" if state else "The model needs")
 
 
 def _train_here(it: _Training) -> TrainResult:
@@ -118,6 +106,9 @@ def _train_here(it: _Training) -> TrainResult:
     with team(pick_device(recipe.device), recipe.train.shard_degree) as crew:
         with crew.leader_first():
             teacher = folder.teacher(recipe)
+        if crew.leads and not folder.converts:  # a run has said it before its first stage
+            say_untaught(recipe, it.student)
+        there = text_tokens(recipe, it.student) if crew.leads else None  # now: hours later files may have moved
         result = train(
             it.student,
             teacher,
@@ -129,10 +120,11 @@ def _train_here(it: _Training) -> TrainResult:
             fresh=it.fresh,
             allow_changes=it.allow_changes,
         )
+    result = result.model_copy(update={"text_tokens": there})
     if crew.leads:
         if training is folder.training:  # of the control nothing is published
             _card(training, result)
-        training.result.write(result.model_copy(update={"text_tokens": text_tokens(recipe, it.student)}))
+        training.result.write(result)
         training.finish(keep=recipe.train.keep_checkpoints_after_success)
     return result
 

@@ -1,6 +1,8 @@
 """Conversations of data sets are put into the model's own chat template."""
 
+import gzip
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ from pydantic import ValidationError
 from cla_convert.conversations import Conversations
 from cla_convert.errors import InputError
 from cla_convert.recipe import Data, Generate, Recipe, TextSource
-from cla_convert.training.data import UNTAUGHT, TokenStore, check_data, prepare_data
+from cla_convert.stages.text import UNTAUGHT, say_untaught
+from cla_convert.training.data import TokenStore, prepare_data
 from cla_convert.training.mixture import share_of_chats
 from cla_convert.training.text_size import tokens_there
 from tests.conftest import byte_tokenizer
@@ -129,6 +132,30 @@ def test_how_much_of_a_source_is_conversations(tmp_path: Path) -> None:
     assert plain.info["conversations"] is None
 
 
+def test_of_a_mixture_conversations_have_the_share_of_their_weight(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": f"{i} is a number"}) for i in range(400)))
+    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"messages": turns(asked)}) for asked in ASKED))
+    data = Data(
+        sources=[
+            TextSource(path=str(tmp_path / "a.jsonl"), weight=1),
+            TextSource(path=str(tmp_path / "b.jsonl"), messages_field="messages", weight=3),
+        ]
+    )
+    store = prepare_data(data, chatting(), tokens=2000, held_out_tokens=200, cache_dir=tmp_path / "cache", seed=0)
+    assert store.info["conversations"] == pytest.approx(0.75, abs=0.01)
+
+
+def test_about_how_much_text_a_table_has_beside_its_other_columns(tmp_path: Path) -> None:
+    rows = [json.dumps({"text": f"{i} is a number. " * 20, "about": "x" * 3000}) for i in range(400)]
+    for name, opened in (("a.jsonl", open), ("b.jsonl.gz", gzip.open)):
+        with opened(tmp_path / name, "wt") as file:
+            file.write("\n".join(rows))
+    plain, packed = (Data(sources=[TextSource(path=str(tmp_path / name))]) for name in ("a.jsonl", "b.jsonl.gz"))
+    real = sum(len(byte_tokenizer()(json.loads(row)["text"]).input_ids) + 1 for row in rows)
+    assert tokens_there(plain, byte_tokenizer(), 0) == pytest.approx(real, rel=0.1)
+    assert tokens_there(packed, byte_tokenizer(), 0)  # how well gzip does with it nobody knows
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_about_how_much_they_are_is_known_beforehand(tmp_path: Path, kind: str) -> None:
     rows = [turns([(who, 20 * words) for who, words in asked]) for asked in ASKED]
@@ -139,7 +166,7 @@ def test_about_how_much_they_are_is_known_beforehand(tmp_path: Path, kind: str) 
     source = TextSource(path=str(tmp_path), messages_field="messages")
     store = prepared(tmp_path / "tokens", source)
     recipe = Recipe.model_validate({"source": {"model": "a"}, "data": {"sources": [source.model_dump()]}})
-    assert tokens_there(recipe, chatting()) == pytest.approx(store.train.size + store.held_out.size, rel=0.3)
+    assert tokens_there(recipe.data, chatting(), 0) == pytest.approx(store.train.size + store.held_out.size, rel=0.3)
 
 
 def test_an_instruct_model_that_is_trained_on_no_conversations_is_told_of(
@@ -156,7 +183,9 @@ def test_an_instruct_model_that_is_trained_on_no_conversations_is_told_of(
         ([text], budget, byte_tokenizer(), False),
     ):
         recipe = Recipe.model_validate({"source": {"model": "a"}, "data": {"sources": sources}, "train": train})
-        check_data(recipe, tokenizer, tmp_path, "cpu")
+        tokenizer.save_pretrained(tmp_path / "model")
+        say_untaught(recipe, tmp_path / "model")
+        shutil.rmtree(tmp_path / "model")
         assert (UNTAUGHT in capsys.readouterr().err) is told
 
 
