@@ -167,6 +167,11 @@ class RunFolder:
         self._found: dict[tuple[str, str | None], Path] = {}
 
     @classmethod
+    def around(cls, path: Path) -> "RunFolder | None":
+        """The run that something lies in or is, if any."""
+        return next((run for run in map(cls, (path, *path.resolve().parents)) if run.begun), None)
+
+    @classmethod
     def of_uptraining(cls, student: Path, model: Path) -> "RunFolder":
         """Where uptraining `student` into `model` keeps its files: the run that `model` is of, or else MODEL.state."""
         for run in (cls(model.parent), cls(model.parent.parent)):
@@ -325,8 +330,8 @@ class RunFolder:
 
 def alone_around(out: Path) -> AbstractContextManager[None]:
     """Lock the run that `out` lies in or is, if any. Raises InputError if another process is at work in it."""
-    run = next((place for place in (out, *out.resolve().parents) if RunFolder(place).begun), None)
-    return alone_in(run) if run else nullcontext()
+    run = RunFolder.around(out)
+    return alone_in(run.path) if run else nullcontext()
 
 
 def _remove(*paths: Path) -> None:

@@ -83,7 +83,7 @@ def read_run_folder(path: Path) -> RunFiles:
     results = (run.plan.path, run.convert.path, run.training.result.path, run.training.metrics, run.bench)
     if not any(file.exists() for file in (*results, run.evaluation.path)):
         begun = run.recipe.exists()
-        if (whole := RunFolder(path.resolve().parent)).begun:
+        if (whole := RunFolder.around(path)) and whole.path != path:
             raise InputError(
                 f"{path} is a part of a run, not a run folder",
                 why=f"The report is of the whole run, {whole.path}.",

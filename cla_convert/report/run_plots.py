@@ -45,14 +45,16 @@ def draw_pareto(runs: list[Json], width: float = WIDTH) -> "Figure":
     shown = [quality for quality in QUALITIES if len(quality.known(runs)) > 1]
     figure, axes = new_figure(len(shown), width=width, height=3.2, sharex=True)
     for axis, quality in zip(axes[:, 0], shown, strict=True):
-        _against_bytes(axis, quality, quality.known(runs))
+        _against_bytes(axis, quality, [quality.known(made) for made in by_source(runs)])
     axes[-1, 0].set_xlabel("KV bytes per token")
     axes[-1, 0].xaxis.set_major_formatter("{x:,.0f}")
     return figure
 
 
-def _against_bytes(axis: "Axes", quality: Quality, runs: list[Json]) -> None:
-    fronts = [pareto_front(made, quality) for made in by_source(runs)]
+def _against_bytes(axis: "Axes", quality: Quality, by_model: list[list[Json]]) -> None:
+    """The runs of each source model."""
+    runs = [run for made in by_model for run in made]
+    fronts = [pareto_front(made, quality) for made in by_model]
     for front in fronts:
         axis.plot(*_places(front, quality), color=MUTED, linestyle=":")
     best = [run for front in fronts for run in front]

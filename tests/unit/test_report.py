@@ -272,6 +272,10 @@ def test_of_a_model_of_a_run_the_run_is_named(run_dir: Path):
     with pytest.raises(InputError, match="a part of a run") as caught:
         build_report(model)
     assert f"`cla-convert report {run_dir}`" in str(caught.value.fix)
+    control = run_dir / "control" / "uptrained"
+    control.mkdir(parents=True)
+    with pytest.raises(InputError, match="a part of a run"):
+        build_report(control)
 
 
 @pytest.mark.parametrize("whole", [False, True])
