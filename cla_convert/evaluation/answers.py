@@ -14,6 +14,7 @@ import torch
 from ..bars import tick
 from ..console import say
 from ..models.scoring import evaluating
+from ..models.turns import written
 
 _CHUNK = 1 << 24
 """Training tokens searched at a time."""
@@ -55,9 +56,9 @@ def _asked(tokenizer: Any, prompt: str) -> torch.Tensor:
     """Token ids [1, T]: a turn of a conversation, or a question to be continued where there is no chat template."""
     if getattr(tokenizer, "chat_template", None):
         turn: Any = [{"role": "user", "content": prompt}]
-        settings: Any = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
         with suppress(Exception):  # a template is a program of the model's, and may refuse a turn like this one
-            return tokenizer.apply_chat_template(turn, **settings)["input_ids"]
+            asked, _ = written(tokenizer, turn, add_generation_prompt=True)
+            return tokenizer(asked, add_special_tokens=False, return_tensors="pt")["input_ids"]
     return tokenizer(f"Question: {prompt}\nAnswer:", return_tensors="pt")["input_ids"]
 
 

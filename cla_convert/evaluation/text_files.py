@@ -153,10 +153,13 @@ class _Rows:
 
     def read(self, characters: int) -> str:
         """The next characters; fewer at the end only. No more is in memory than these and a row."""
-        while len(self._rest) < characters and (more := next(self._texts, "")):
-            self._rest += more
-        found, self._rest = self._rest[:characters], self._rest[characters:]
-        return found
+        parts, length = [self._rest], len(self._rest)
+        while length < characters and (more := next(self._texts, "")):
+            parts.append(more)
+            length += len(more)
+        whole = "".join(parts)
+        self._rest = whole[characters:]
+        return whole[:characters]
 
     def __enter__(self) -> "_Rows":
         return self

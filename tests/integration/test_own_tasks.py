@@ -46,6 +46,7 @@ def rows(**_): return {{"test": Rows({ROWS!r})}}
 def score(doc, results): return {{"exact": float(results[0] == doc["right"])}}
 def total(items): return len(sum(items))
 def too_few(items): return 1 / (len(items) - 2)
+def no_such_key(items): return dict(enumerate(items))[2]
 """
 GROUP = "group: arithmetic\ntask: [sums, piqa]\naggregate_metric_list: [{metric: acc, weight_by_size: false}]\n"
 
@@ -234,8 +235,9 @@ def test_mistakes_are_said_before_any_work(folder: Path, file: str, text: str, t
         harness.check_tasks(spec(folder, "sums", "written"))
 
 
-def test_an_aggregation_that_wants_more_documents_is_no_mistake(folder: Path):
-    (folder / "written.yaml").write_text(WRITTEN.replace("aggregation: mean", "aggregation: !function helpers.too_few"))
+@pytest.mark.parametrize("name", ["too_few", "no_such_key"])
+def test_an_aggregation_that_wants_other_documents_is_no_mistake(folder: Path, name: str):
+    (folder / "written.yaml").write_text(WRITTEN.replace("aggregation: mean", f"aggregation: !function helpers.{name}"))
     harness.check_tasks(spec(folder, "written"))
 
 
