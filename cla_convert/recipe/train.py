@@ -55,7 +55,8 @@ class Train(Section):
     """Tokens in a packed sequence."""
     document_masking: bool = False
     """Documents packed into one sequence do not see each other: attention and positions start anew with each, and no
-    loss is taken on the first token of the next one. False: they are separated by EOS only."""
+    loss is taken on the first token of the next one. False: they are separated by EOS only, conversations
+    by what their template ends with."""
     batch_tokens: Annotated[Count, PLACES] = 16_384
     """Tokens in an optimiser step; must be a multiple of sequence_length."""
     micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
