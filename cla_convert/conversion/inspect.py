@@ -78,7 +78,7 @@ def render(result: dict[str, Any], more: str = "", width: int = 80) -> str:
         f"layers      {result['num_layers']} ({kinds})",
         f"heads       {result['num_attention_heads']} query / {result['num_key_value_heads']} KV"
         f" of {result['head_dim']} channels",
-        f"KV cache    {_bytes(result)}",
+        f"KV cache    {_bytes(result)} in {result['dtype']}",
     ]
     if state := result["state_bytes"]:
         without = sum(count for kind, count in result["layer_kinds"].items() if not has_kv(kind))

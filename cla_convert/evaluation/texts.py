@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..console import progress
+from ..console import progress, warn_once
 from ..errors import InputError
 from ..files import read_json, write_json
 from ..models.export import load_tokenizer
@@ -69,9 +69,17 @@ class Texts:
 
 
 def check_texts(files: list[TextFile]) -> None:
-    """Raise InputError for a text file that cannot be read or is empty."""
+    """Raise InputError for a text file that cannot be read or is empty; says which hold more than text."""
     for text in files:
         content_of(text)
+        if text.path.lower().endswith(_MARKED_UP):
+            warn_once(
+                f"{text.path} is measured as it stands, with its markup. For the texts in it give jsonl or parquet, "
+                "and their column as text_field"
+            )
+
+
+_MARKED_UP = (".json", ".csv", ".tsv", ".html", ".xml")
 
 
 def measure_texts(

@@ -47,6 +47,10 @@ def decoder_layers(model: "PreTrainedModel") -> Any:
     return model.get_submodule(family.layers) if family else model.base_model.layers
 
 
+_NAMED = 8
+"""Families that a refusal names."""
+
+
 def family_of(config: Mapping[str, Any]) -> Family:
     """The family of a config.json. Raises InputError naming the architecture and those supported."""
     model_type = str(config.get("model_type", "(none)"))
@@ -66,7 +70,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
     raise InputError(
         f"Models of type {model_type[:100]!r} ({architecture[:200]}) are not supported",
         why=_why_not(model_type, config),
-        fix=f"Supported: {', '.join(FAMILIES)}.",
+        fix=f"Supported: {', '.join([*FAMILIES][:_NAMED])} and {len(FAMILIES) - _NAMED} more (docs/families.md).",
     )
 
 

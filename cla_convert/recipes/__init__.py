@@ -36,7 +36,10 @@ def _no_recipe(name: str, path: Path) -> UsageError:
         what = "a folder" if path.is_dir() else "a model"
         own = command("run", "default", "--out", "DIR", "--set", f"source.model={name}")
         return UsageError(f"{name} is {what}, not a recipe", fix=f"For a model: `{own}`. {_choices()}")
-    return UsageError(f"There is no recipe {name!r}.{did_you_mean(path.stem, list(list_recipes()))}", fix=_choices())
+    beside = [file.name for ending in (".yaml", ".yml") if (file := path.with_suffix(ending)).is_file()]
+    near = f" Did you mean {str(path.with_name(beside[0]))!r}?" if beside else ""
+    hint = near or did_you_mean(path.stem, list(list_recipes()))
+    return UsageError(f"There is no recipe {name!r}.{hint}", fix=_choices())
 
 
 def _is_of_the_hub(name: str, path: Path) -> bool:

@@ -18,6 +18,8 @@ class Quality:
 
     key: str
     label: str
+    of_several: str
+    """The label where runs have several source models."""
     scale: float = 1.0
     more_is_better: bool = True
 
@@ -27,8 +29,8 @@ class Quality:
 
 
 QUALITIES = (
-    Quality("accuracy", "mean accuracy, %", 100),
-    Quality("kl", "KL from the source, nats", more_is_better=False),
+    Quality("accuracy", "mean accuracy, %", "accuracy, points from the source", 100),
+    Quality("kl", "KL from the source, nats", "KL from the source, nats", more_is_better=False),
 )
 
 
@@ -36,19 +38,40 @@ QUALITIES = (
 def draw_pareto(runs: list[Json], width: float = WIDTH) -> "Figure":
     """Mean accuracy and KL against KV bytes per token, one point a run.
 
-    A line joins the runs of a source model that no other one of it beats.
+    A line joins the runs of a source model that no other one of it beats. Where there are several source models, bytes
+    and accuracy are taken from each run's own: those of another model are no measure of a conversion.
 
     Args:
         runs: rows with kv_bytes_per_token, accuracy or kl (None ones are left out) and perhaps ci95, drawn as a bar.
         width: in inches.
     """
-    shown = [quality for quality in QUALITIES if len(quality.known(runs)) > 1]
+    by_model = by_source(runs)
+    several = len(by_model) > 1
+    by_model = [_from_source(made) for made in by_model] if several else by_model
+    shown = [quality for quality in QUALITIES if len(quality.known([run for made in by_model for run in made])) > 1]
     figure, axes = new_figure(len(shown), width=width, height=3.2, sharex=True)
     for axis, quality in zip(axes[:, 0], shown, strict=True):
-        _against_bytes(axis, quality, [quality.known(made) for made in by_source(runs)])
-    axes[-1, 0].set_xlabel("KV bytes per token")
+        _against_bytes(axis, quality, [quality.known(made) for made in by_model])
+        axis.set_ylabel(quality.of_several if several else quality.label)
+    axes[-1, 0].set_xlabel("KV bytes per token, % of the source's" if several else "KV bytes per token")
     axes[-1, 0].xaxis.set_major_formatter("{x:,.0f}")
     return figure
+
+
+def _from_source(made: list[Json]) -> list[Json]:
+    """Runs of a source model, which stands first, with bytes as a percentage of its own and accuracy above its own."""
+    source = made[0]
+    whole, accuracy = source["kv_bytes_per_token"], source["accuracy"]
+
+    def above(score: float | None) -> float | None:
+        return None if score is None or accuracy is None else score - accuracy
+
+    found = []
+    for run in made:
+        size, ends = run["kv_bytes_per_token"], run.get("ci95")
+        compared = {"accuracy": above(run["accuracy"]), "ci95": ends and accuracy is not None and [*map(above, ends)]}
+        found.append(run | compared | {"kv_bytes_per_token": 100 * size / whole if size and whole else None})
+    return found
 
 
 def _against_bytes(axis: "Axes", quality: Quality, by_model: list[list[Json]]) -> None:
@@ -71,7 +94,6 @@ def _against_bytes(axis: "Axes", quality: Quality, by_model: list[list[Json]]) -
             ", ".join(names), (x, y), xytext=offset, textcoords="offset points", ha=side, color=INK, fontsize=8.5
         )
     axis.margins(x=0.18, y=0.15)
-    axis.set_ylabel(quality.label)
     values = [run[quality.key] for run in runs]
     if not quality.more_is_better and min(values) > 0 and max(values) > 5 * min(values):
         logarithmic(axis, "y")

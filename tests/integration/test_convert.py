@@ -198,6 +198,7 @@ def test_inspect(tiny_llama):
     assert result["patterns"]["cla2"]["kv_bytes_per_token"] * 2 == result["kv_bytes_per_token"]
     said = cla("inspect", tiny_llama).stdout.splitlines()
     assert result["kv_head_counts"] == [1]
+    assert "KV cache    768 bytes per token in float32" in said
     assert "--kv-heads  1: 2x smaller, with any of these patterns or alone (cla1)" in said
     (default,) = [line for line in said if "(default)" in line]
     assert default.split() == ["cla2-keep-ends", "4", "512", "1.50x", "(default)"]

@@ -249,6 +249,10 @@ def test_runs_of_several_source_models_stand_below_their_own(run_dir: Path, tmp_
         row["kl"] = kl  # a source model has none
     for axis in draw_pareto(rows).axes:
         assert sum(line.get_linestyle() == ":" for line in axis.lines) == 2  # none from one model's runs to another's
+    accuracy = draw_pareto(rows).axes[0]  # as compared with their own source models
+    places = {line.get_xydata()[0].tolist()[1] for line in accuracy.lines if line.get_marker() == "o"}
+    assert max(places) == 0 and "from the source" in accuracy.get_ylabel()
+    assert {text.get_text() for text in accuracy.texts} >= {"source model of run, source model of larger"}
     build_report(run_dir, [same])
     assert "each stands below its own" not in Page((run_dir / "report.html").read_text()).text
 

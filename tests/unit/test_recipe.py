@@ -381,6 +381,15 @@ def test_the_list_of_settings_is_named_only_where_it_helps():
         assert helps in caught.value.fix and bool(helps) == bool(caught.value.fix)
 
 
+@pytest.mark.parametrize(
+    ("given", "there"), [("mine.yml", "mine.yaml"), ("mine", "mine.yml"), ("mine.json", "mine.yaml")]
+)
+def test_a_recipe_of_another_ending_is_named(tmp_path, given, there):
+    (tmp_path / there).write_text("seed: 1\n")
+    with pytest.raises(UsageError, match=f"Did you mean '{re.escape(str(tmp_path / there))}'"):
+        load_recipe(find_recipe(str(tmp_path / given)))
+
+
 def test_a_copied_recipe_replaces_nothing(tmp_path):
     from cla_convert.cli.recipes import recipes_cp
 

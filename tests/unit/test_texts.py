@@ -96,6 +96,13 @@ def write_table(path: Path, column: str) -> None:
         path.write_bytes(gzip.compress(lines) if path.suffix == ".gz" else lines)
 
 
+def test_markup_that_is_measured_as_text_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for name in ("a.csv", "b.JSON", "c.txt", "d.py"):
+        (tmp_path / name).write_text("a,b\n1,2\n")
+        check_texts([TextFile(name="a", path=str(tmp_path / name))])
+        assert ("with its markup" in capsys.readouterr().err) is (name[0] in "ab")
+
+
 def test_progress_is_called_by_the_model_and_not_by_the_folder_of_the_results(
     models: list[Path], tmp_path: Path, story: TextFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,7 +20,8 @@ MEANING = (
 )
 SEVERAL = (
     "The runs were made of different source models: each stands below its own, from which its differences are taken. "
-    "Accuracies and held-out perplexities tell the models apart, not only how well they were converted."
+    "Accuracies and held-out perplexities tell the models apart, not only how well they were converted. The picture "
+    "has bytes and accuracies as compared with each run's own."
 )
 FIGURES = (
     Figure(
