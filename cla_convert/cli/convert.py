@@ -99,7 +99,7 @@ def convert(
     say(f"reading {model} ...")
     from ..run_folder import RunFolder, alone_around
     from ..stages.convert import convert as execute
-    from ..stages.plan import plan_of, preview
+    from ..stages.plan import plan_of, preview, shown
 
     hub = destination(push_to_hub, private)
     with (
@@ -109,10 +109,10 @@ def convert(
         folder = RunFolder(Path(scratch), converted=out)
         if dry_run:
             plan = preview(settings, folder)
-            data_json(plan.to_json()) if as_json else page(plan.render())
+            data_json(plan.to_json()) if as_json else page(shown(settings, plan))
             return
         plan = plan_of(settings, folder)
-        say(plan.render())
+        say(shown(settings, plan))
         result = execute(settings, folder, overwrite=overwrite, the_plan=plan).to_json()
     say(f"done in {result['seconds']:.1f} s. It has lost quality until it is uptrained, on text as broad as its use:")
     say(f"next        {command('uptrain', out, 'trained/', '--tokens', '26M', '--set', _CORPUS)}")

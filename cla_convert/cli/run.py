@@ -70,6 +70,7 @@ def run(
     from .. import pipeline
     from ..report.last_lines import last_lines
     from ..run_folder import RunFolder
+    from ..stages.plan import shown
 
     if until not in pipeline.STAGES:
         stages: list[str] = [*pipeline.STAGES]
@@ -84,7 +85,7 @@ def run(
         planned = pipeline.dry_run(
             resolved.recipe, out, overwrite=overwrite, allow_changes=allow_changes or (), introduction=resolved.table()
         )
-        data_json(planned.to_json()) if as_json else page(planned.render())
+        data_json(planned.to_json()) if as_json else page(shown(resolved.recipe, planned))
         return
     hub = destination(push_to_hub, private)
     result = pipeline.run(

@@ -99,9 +99,10 @@ class Plan:
         sizes = f"{human_bytes(long['before'])} -> {human_bytes(long['after'])}"
         return f"; of {long['tokens']} tokens: {sizes} ({long['before'] / long['after']:.2f}x smaller)"
 
-    def _activations(self) -> str:
+    def _activations(self, device: str) -> str:
         size, half = human_bytes(self.activation_bytes), human_bytes(self.activation_bytes // 2)
-        return f"of it {size} for activations of the text: {half} in the GPU, if there is one with room"
+        in_gpu = "" if device == "cpu" else f", or in its place {half} in the GPU if that has room"
+        return f"of it {size} for activations of the text{in_gpu}"
 
     def to_json(self) -> dict[str, Any]:
         """The keys that `convert --json` and plan.json carry."""
@@ -126,12 +127,12 @@ class Plan:
             **({"auto": self.choice.to_json()} if self.choice else {}),
         }
 
-    def render(self) -> str:
-        """The plan for a person."""
+    def render(self, model: str = "", device: str = "cpu") -> str:
+        """The plan for a person, who calls the source `model` and converts on a device."""
         before, after = self.kv_bytes_per_token["before"], self.kv_bytes_per_token["after"]
         owners, window = len(self.groups), self.shape.sliding_window
         lines = [
-            f"source      {self.source} ({self.shape.model_type}, {self.shape.num_layers} layers, "
+            f"source      {model or self.source} ({self.shape.model_type}, {self.shape.num_layers} layers, "
             f"{self.shape.num_attention_heads} query / {self.shape.num_key_value_heads} KV heads)",
             *([f"inside      {self.whole}"] if self.whole else []),
             f"sharing     {self.sharing}: {owners} of {_layers(self.shape)} own their K/V, init {self.init}",
@@ -145,7 +146,7 @@ class Plan:
             *([f"            sliding layers keep their last {window} tokens at most{self._long()}"] if window else []),
             f"needs       {human_bytes(self.output_bytes)} of disk for the converted model, about "
             f"{human_bytes(self.memory_bytes)} of memory",
-            *([f"            {self._activations()}"] if self.activation_bytes else []),
+            *([f"            {self._activations(device)}"] if self.activation_bytes else []),
         ]
         return "\n".join(lines + [f"warning     {warning}" for warning in self.warnings])
 

@@ -31,7 +31,7 @@ def plan(recipe: Recipe, folder: RunFolder) -> PlanResult:
     continue_under(recipe, folder)
     with recorded(recipe, folder, "plan"):
         the_plan = plan_of(recipe, folder)
-        say(the_plan.render())
+        say(shown(recipe, the_plan))
         _say_needs(recipe, folder, the_plan)
         result = PlanResult.model_validate(the_plan.to_json())
         return result if folder.plan.read() == result else folder.plan.write(result)
@@ -76,6 +76,11 @@ def bound(recipe: Recipe, folder: RunFolder, *, anew: bool) -> "Plan":
         return plan_of(recipe, folder, anew=anew)
     whole = recipe.convert.model_copy(update={"sharing": "cla1", "kv_budget": None})
     return _plan(recipe.model_copy(update={"convert": whole}), Checkpoint.open(folder.source(recipe)), None)
+
+
+def shown(recipe: Recipe, the_plan: "Plan") -> str:
+    """A plan for a person."""
+    return the_plan.render(recipe.source.model, pick_device(recipe.device))
 
 
 def preview(recipe: Recipe, folder: RunFolder) -> "Plan":

@@ -97,6 +97,8 @@ def test_a_plan_says_what_of_its_memory_the_text_takes(tiny_llama: Path):
     without = make_plan(source, sharing="cla2", init="calibrated")
     plan = make_plan(source, sharing="cla2", init="calibrated", calibration_tokens=2**20)
     assert plan.activation_bytes == plan.memory_bytes - without.memory_bytes == (2 * 2 + 5) * 2**20 * 32 * 4
-    assert "of it 1.1 GiB for activations of the text: 576.0 MiB in the GPU" in plan.render()
+    assert "of it 1.1 GiB for activations of the text\n" in f"{plan.render()}\n"
+    assert "of the text, or in its place 576.0 MiB in the GPU" in plan.render("mine", "cuda")
+    assert plan.render("mine").startswith("source      mine (llama, 6 layers")
     blind = make_plan(source, sharing="cla2", init="mean", calibration_tokens=2**20)
     assert blind.activation_bytes == without.activation_bytes == 0 and "activations" not in blind.render()
