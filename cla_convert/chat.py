@@ -110,7 +110,9 @@ class Speaker:
                     system + self.turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
                 )
             except Exception as error:  # a template is a program of the model's
-                raise InputError(f"The chat template of {self.name} failed", first_line(error)) from error
+                raise InputError(
+                    f"The chat template of {self.name} failed", first_line(error), f"{RESET} begins anew."
+                ) from error
             if not longest or len(self.turns) == 1 or ids["input_ids"].shape[1] + self.manner.max_new_tokens <= longest:
                 return ids
             del self.turns[:2]  # a question and its answer

@@ -6,7 +6,6 @@ import re
 import shlex
 import sys
 import textwrap
-from functools import cache
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -58,10 +57,22 @@ def warn(message: str) -> None:
     _tell(f"warning: {message}")
 
 
-@cache
-def warn_once(message: str) -> None:
-    """The same, however often it is true in this process."""
-    warn(message)
+TOLD: set[str] = set()
+"""What is said once in a process, and was."""
+
+
+def say_once(message: str) -> None:
+    """`say`, however often it is true in this process."""
+    if message not in TOLD:
+        TOLD.add(message)
+        say(message)
+
+
+def warn_once(message: str, about: str = "") -> None:
+    """`warn`, likewise; of all that is said `about` one thing, the first."""
+    if (about or message) not in TOLD:
+        TOLD.add(about or message)
+        warn(message)
 
 
 def _tell(message: str) -> None:

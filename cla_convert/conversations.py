@@ -23,7 +23,7 @@ class Conversations:
                 "Nothing says how this model marks turns: it is a base model, or its template is missing.",
                 "Leave `messages_field` out, or take the model's instruct variant.",
             )
-        self._tokenizer, self._name, self._left_out = tokenizer, name, False
+        self._tokenizer, self._name = tokenizer, name
 
     def text(self, turns: Any, where: str) -> str:
         """A whole conversation as the template writes it; empty where the template does not take it.
@@ -36,11 +36,8 @@ class Conversations:
         except InputError:
             raise
         except Exception:  # a template is a program of the model's
-            if not self._left_out:  # a source may be read twice
-                warn_once(
-                    f"{self._name}: conversations that the chat template does not take are left out, such as {where}"
-                )
-            self._left_out = True
+            left_out = f"{self._name}: conversations that the chat template does not take are left out"
+            warn_once(f"{left_out}, such as {where}", about=left_out)
             return ""
 
 

@@ -44,32 +44,44 @@ def documents_of(path: Path, source: TextSource, chats: Conversations | None = N
 
     Raises InputError where it cannot be read.
     """
-    try:
-        if path.name.lower().endswith((".txt", ".md")):
-            if chats:
-                raise InputError(
-                    f"{str(path)!r} has no column {source.messages_field!r}",
-                    "Conversations are rows of .jsonl or .parquet files, or of a dataset.",
-                    "Leave `messages_field` out, or name other files.",
-                )
+    if path.name.lower().endswith((".txt", ".md")):
+        if chats:
+            raise InputError(
+                f"{str(path)!r} has no column {source.messages_field!r}",
+                "Conversations are rows of .jsonl or .parquet files, or of a dataset.",
+                "Leave `messages_field` out, or name other files.",
+            )
+        with _readable(path):
             text = path.read_text(encoding="utf-8-sig")
-            if not text.isspace() and text:
-                yield Document(text, text)
-            return
-        rows = _parquet(path, source) if path.suffix.lower() == ".parquet" else (row for _, row in jsonl_rows(path))
-        for number, row in enumerate(rows, 1):
-            yield from document_in(row, source, f"row {number} of {str(path)!r}", chats)
+        if not text.isspace() and text:
+            yield Document(text, text)
+        return
+    rows = _parquet(path, source) if path.suffix.lower() == ".parquet" else (row for _, row in jsonl_rows(path))
+    for number, row in enumerate(rows, 1):
+        yield from document_in(row, source, row_of(path, number), chats)
+
+
+def row_of(path: Path, number: int) -> str:
+    """What notes and errors call a row of a file, the first of which is 1."""
+    return f"row {number} of {str(path)!r}"
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (UnicodeDecodeError, OSError, EOFError) as error:
         damaged = InputError(f"Cannot read {str(path)!r}", str(error), "Mend the file, or leave it out.")
         raise unread(error, damaged) from error
 
 
 def jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """The values of a .jsonl file, packed or not, each after the bytes of its line. Raises InputError for no JSON."""
+    """The values of a .jsonl file, packed or not, each after the bytes of its line. Raises InputError."""
     with (
+        _readable(path),
         gzip.open(path, "rt", encoding="utf-8-sig")
         if path.suffix.lower() == ".gz"
-        else path.open(encoding="utf-8-sig") as lines
+        else path.open(encoding="utf-8-sig") as lines,
     ):
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -96,7 +108,7 @@ def parquet_file(path: Path) -> Iterator[Any]:
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path) as file:
+        with _readable(path), pq.ParquetFile(path) as file:
             yield file
     except pa.ArrowException as error:
         raise InputError(f"{str(path)!r} is not a parquet file that can be read", str(error)) from error

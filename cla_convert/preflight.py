@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .console import say, warn_once
+from .console import say, say_once, warn_once
 from .effort import affordable_length
 from .errors import InputError
 from .models.probe import chat_of
@@ -113,13 +113,13 @@ def check_apart(shape: AttentionShape, setting: str, fix: str) -> None:
 
 
 def calibration_length(recipe: Recipe, config: Mapping[str, Any], device: str) -> int:
-    """Tokens of a calibration row: no more than the model's context; a note says so if more were asked for."""
+    """Tokens of a calibration row: no more than the model's context; a note says so, once, if more were asked for."""
     longest, wanted = positions_of(config), recipe.convert.calibration.sequence_length
     if wanted == "auto":
         return min(affordable_length(device), longest or affordable_length(device))
     if longest is None or wanted <= longest:
         return wanted
-    say(f"calibrating on sequences of {longest} tokens, {_AS_BUILT} {wanted}")
+    say_once(f"calibrating on sequences of {longest} tokens, {_AS_BUILT} {wanted}")
     return longest
 
 

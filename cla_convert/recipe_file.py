@@ -115,7 +115,7 @@ def load_recipe(
             if not is_named(name, replaced)
         }
         places |= {name: Origin(f"{o}: ", f"{o}: ") for name, o in origins.items() if o != "recipe"}
-        raise _not_valid(*mistakes(error, places), path) from error
+        raise _not_valid(*mistakes(error, tree, places), path) from error
 
 
 def validate(tree: dict[str, Any]) -> Recipe:
@@ -123,7 +123,7 @@ def validate(tree: dict[str, Any]) -> Recipe:
     try:
         return _validated(tree)
     except ValidationError as error:
-        raise _not_valid(*mistakes(error, {}), "the recipe") from error
+        raise _not_valid(*mistakes(error, tree, {}), "the recipe") from error
 
 
 def _validated(tree: dict[str, Any]) -> Recipe:

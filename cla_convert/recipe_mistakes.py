@@ -4,7 +4,7 @@ import math
 import re
 import shlex
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -50,12 +50,12 @@ class _Mistake:
     """A name that resembles no other: only the list of all settings helps."""
 
 
-def told(error: ValidationError, places: Mapping[str, Origin]) -> tuple[list[str], bool]:
-    """A line for every mistake, with its origin in front where `places` has one for its dotted name.
+def told(error: ValidationError, tree: Any, places: Mapping[str, Origin]) -> tuple[list[str], bool]:
+    """A line for every mistake in `tree`, with its origin in front where `places` has one for its dotted name.
 
     And whether only the list of all settings helps with one of them.
     """
-    found = [_mistake(one) for one in error.errors()]
+    found = [_mistake(one, tree) for one in error.errors()]
     lines: dict[tuple[object, ...], str] = {}
     for mistake in found:
         alternatives = _closest([other for other in found if other.choice == mistake.choice])
@@ -80,25 +80,29 @@ def _meant(places: Mapping[str, Origin], mistake: _Mistake) -> str:
     return f": --set {shlex.quote(f'{name}={form}')}" if typed else f": {name.rpartition('.')[2]}: {form}"
 
 
-def _as_list(place: tuple[int | str, ...], value: Any) -> Any:
-    """A word where a list of words or sections belongs, or a section in such a list, as the list that was meant.
+def _as_list(place: tuple[int | str, ...], tree: Any) -> Any:
+    """A word where a list of words or sections belongs, or words among its sections, as the list that was meant.
 
     None where a setting would not take that list either.
     """
-    if not place or not isinstance(value, (str, int, float)) or ":" in str(value):
-        return None
-    *above, last = [part for part in place if isinstance(part, str)]
+    *above, last = place[:-1] if place and isinstance(place[-1], int) else place or ("",)
     outer: Any = Recipe
     for part in above:
-        outer = _section(outer, part)
-    fields, one = _section(outer, last).model_fields, value
-    if "path" in fields:
-        name = _NO_NAME.sub("-", PurePath(str(value)).stem).strip("-._") if "name" in fields else ""
-        one = {"name": name, "path": value} if name else {"path": value}
+        outer, tree = outer if isinstance(part, int) else _section(outer, part), tree[part]
+    fields, given = _section(outer, str(last)).model_fields, tree.get(last) if isinstance(tree, Mapping) else None
+    meant = [_as_section(one, fields) for one in (given if isinstance(given, list) else [given])]
     with suppress(ValidationError):
-        outer.model_validate({last: [one]})
-        return [one]
+        outer.model_validate({str(last): meant})
+        return meant if meant != given else None
     return None
+
+
+def _as_section(one: Any, fields: Collection[str]) -> Any:
+    """A path as the section that it stands for."""
+    if "path" not in fields or not isinstance(one, str) or ":" in one:
+        return one
+    name = _NO_NAME.sub("-", PurePath(one).stem).strip("-._") if "name" in fields else ""
+    return {"name": name, "path": one} if name else {"path": one}
 
 
 def _closest(alternatives: list[_Mistake]) -> list[_Mistake]:
@@ -133,7 +137,7 @@ def _told_of(name: str, mistake: _Mistake) -> int:
     return found.start() if found else len(mistake.what)
 
 
-def _mistake(error: Any) -> _Mistake:
+def _mistake(error: Any, tree: Any) -> _Mistake:
     kind, value = error["type"], error["input"]
     place, choice, alternative = _place(error["loc"])
     if kind == "extra_forbidden":
@@ -144,7 +148,7 @@ def _mistake(error: Any) -> _Mistake:
     whole = kind == "missing" or (ours and isinstance(value, dict))
     wanted = _wanted(error)
     kind = kind.partition("_")[0]
-    meant = _as_list(place, value) if kind in ("list", "model") else None
+    meant = _as_list(place, tree) if kind in ("list", "model") else None
     return _Mistake(place, choice, alternative, wanted, got, of_name=whole, meant=meant)
 
 

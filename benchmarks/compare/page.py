@@ -13,7 +13,7 @@ from cla_convert.files import read_json, write_bytes, write_json
 from cla_convert.report.figures import to_png
 from cla_convert.report.formats import count, hardware_line
 from cla_convert.report.run_folder import RunFiles, explained, read_run_folder
-from cla_convert.report.run_plots import QUALITIES, draw_learning, draw_pareto
+from cla_convert.report.run_plots import draw_learning, draw_pareto, has_pareto
 from cla_convert.report.section import Material
 from cla_convert.report.sections.domains import domain_table
 from cla_convert.report.sections.runs import rows_of, table
@@ -98,7 +98,7 @@ def _short(rows: list[Json]) -> list[Json]:
 
 def _add_plots(page: Page, number: int, rows: list[Json], runs: Mapping[str, RunFiles]) -> None:
     sizes = {row["kv_bytes_per_token"] for row in rows if row["point"] != "before"}
-    if len(sizes) > 1 and any(len(quality.known(rows)) > 1 for quality in QUALITIES):
+    if len(sizes) > 1 and has_pareto(rows):
         page.picture(f"bytes-{number}", "quality against KV bytes per token", draw_pareto(_short(rows)))
     learned = [row for row in rows if any(row["curves"].values())]
     if len(learned) > 1:

@@ -59,8 +59,11 @@ def convert(
     """
     started = time.monotonic()
     check_output(out, overwrite=overwrite)
-    looked_at = calibration and spilled_bytes(plan, calibration.device, *calibration.tokens.shape)
-    check_disk(out.parent, plan.output_bytes + (looked_at or 0))
+    spilled = 0
+    if calibration:
+        rows = calibration.tokens.shape
+        spilled = spilled_bytes(plan.kv_source_layers, plan.shape.hidden_size, calibration.device, *rows)
+    check_disk(out.parent, plan.output_bytes + spilled)
     with publishing(out, overwrite=overwrite) as staging:
         write_json(staging / "config.json", _config(plan, checkpoint))
         write_sidecars(checkpoint, plan.family, staging)
@@ -162,16 +165,17 @@ def _write_one(
         writer.add(name, checkpoint.read(tensor.name).to(dtype))
 
 
-def spilled_bytes(plan: Plan, device: str | Sequence[str], rows: int, length: int) -> int:
+def spilled_bytes(
+    sources: Sequence[int | None], hidden_size: int, device: str | Sequence[str], rows: int, length: int
+) -> int:
     """Bytes of activations that will lie beside the output while it is made; 0 where a GPU or the memory holds them."""
     import torch
 
     from .factories import devices_for
     from .streams import places_for, stream_dtype
 
-    devices = [torch.device(one) for one in devices_for(device, plan.shape.hidden_size, rows)]
-    itemsize = stream_dtype(devices[0]).itemsize
-    needed = activation_bytes(plan.kv_source_layers, rows * length, plan.shape.hidden_size, itemsize)
+    devices = [torch.device(one) for one in devices_for(device, hidden_size, rows)]
+    needed = activation_bytes(sources, rows * length, hidden_size, stream_dtype(devices[0]).itemsize)
     return 0 if places_for(devices, needed) else needed
 
 

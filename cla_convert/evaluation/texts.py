@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 
+_MARKED_UP = (".json", ".csv", ".tsv", ".html", ".xml")
+
 
 @dataclass(frozen=True)
 class Texts:
@@ -77,9 +79,6 @@ def check_texts(files: list[TextFile]) -> None:
                 f"{text.path} is measured as it stands, with its markup. For the texts in it give jsonl or parquet, "
                 "and their column as text_field"
             )
-
-
-_MARKED_UP = (".json", ".csv", ".tsv", ".html", ".xml")
 
 
 def measure_texts(

@@ -9,12 +9,11 @@ import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..console import human_bytes, say
+from ..console import human_bytes, say, say_once
 from ..errors import ClaError, InputError, first_line
 from ..files import read_json, refuse_pointer, write_json
 from ..refusals import unread
@@ -139,7 +138,7 @@ def _building(folder: Path) -> Iterator[Any]:
     with loading(f"The model in {folder} cannot be loaded", "Check that config.json belongs to the weights."):
         config: Any = _config(folder, checkpoint)
         if stored := named_implementation(checkpoint.config):
-            _say_once(f"config.json asks for the attention {stored!r}: transformers' default is used instead")
+            say_once(f"config.json asks for the attention {stored!r}: transformers' default is used instead")
         config._attn_implementation = None
         with quietly() if checkpoint.around else nullcontext():
             yield config
@@ -152,7 +151,7 @@ def _config(folder: Path, checkpoint: Checkpoint) -> Any:
     if checkpoint.around is None:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         for key in checkpoint.strays:
-            _say_once(f"config.json has {key}, which models of its family know nothing of: it is passed over")
+            say_once(f"config.json has {key}, which models of its family know nothing of: it is passed over")
             delattr(config, key)
         return config
     settings = {key: value for key, value in checkpoint.config.items() if key != "model_type"}
@@ -245,11 +244,6 @@ def loading(what: str, fix: str) -> Iterator[None]:
         if type(error).__name__ == "OutOfMemoryError":  # torch's: the caller knows what to do with less
             raise
         raise unread(error, InputError(what, f"{type(error).__name__}: {first_line(error)}", fix)) from error
-
-
-@cache
-def _say_once(note: str) -> None:
-    say(note)
 
 
 def cla_config(

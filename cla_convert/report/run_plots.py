@@ -45,10 +45,8 @@ def draw_pareto(runs: list[Json], width: float = WIDTH) -> "Figure":
         runs: rows with kv_bytes_per_token, accuracy or kl (None ones are left out) and perhaps ci95, drawn as a bar.
         width: in inches.
     """
-    by_model = by_source(runs)
+    by_model, shown = _drawn(runs)
     several = len(by_model) > 1
-    by_model = [_from_source(made) for made in by_model] if several else by_model
-    shown = [quality for quality in QUALITIES if len(quality.known([run for made in by_model for run in made])) > 1]
     figure, axes = new_figure(len(shown), width=width, height=3.2, sharex=True)
     for axis, quality in zip(axes[:, 0], shown, strict=True):
         _against_bytes(axis, quality, [quality.known(made) for made in by_model])
@@ -56,6 +54,18 @@ def draw_pareto(runs: list[Json], width: float = WIDTH) -> "Figure":
     axes[-1, 0].set_xlabel("KV bytes per token, % of the source's" if several else "KV bytes per token")
     axes[-1, 0].xaxis.set_major_formatter("{x:,.0f}")
     return figure
+
+
+def has_pareto(runs: list[Json]) -> bool:
+    """Whether there is anything to draw: two points of a quality."""
+    return bool(_drawn(runs)[1])
+
+
+def _drawn(runs: list[Json]) -> tuple[list[list[Json]], list[Quality]]:
+    """What is drawn of the runs of each source model, and the qualities that two of all of them have."""
+    by_model = by_source(runs)
+    by_model = [_from_source(made) for made in by_model] if len(by_model) > 1 else by_model
+    return by_model, [quality for quality in QUALITIES if sum(len(quality.known(made)) for made in by_model) > 1]
 
 
 def _from_source(made: list[Json]) -> list[Json]:

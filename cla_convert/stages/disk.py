@@ -81,13 +81,13 @@ def disk_of(recipe: Recipe, folder: RunFolder, the_plan: "Plan", *, anew: bool =
         states, state = (0, 0) if finished else (_states(recipe.train), state_bytes(student, recipe.train))
         kept = min(states, recipe.train.keep_checkpoints)
         moments = (  # while the last checkpoint is written, and when the model is
-            {_checkpoints(states, state): states * state} if states > kept else {},
-            {name: model, _checkpoints(kept, state): kept * state},
+            {f"checkpoints of {name}": states * state} if states > kept else {},
+            {name: model, f"checkpoints of {name}": kept * state},
         )
         most = max([most, *({**lying, **one} for one in moments)], key=lambda parts: sum(parts.values()))
         lying[name] = model
         if recipe.train.keep_checkpoints_after_success:
-            lying[f"its {_checkpoints(kept, state)}"] = _size(training.checkpoints) if finished else kept * state
+            lying[f"checkpoints of {name}"] = _size(training.checkpoints) if finished else kept * state
     most = max(most, lying, key=lambda parts: sum(parts.values()))
     there = _size(folder.converted) + sum(_size(t.model) + _size(t.checkpoints) for _, t, _, _ in trainings)
     cached, left = _cached(recipe, folder, anew=anew)
@@ -106,14 +106,18 @@ def state_bytes(config: Mapping[str, Any], train: Train) -> int:
 def _spilled(recipe: Recipe, source: "Checkpoint", the_plan: "Plan") -> int:
     """Bytes that lie beside the converted model while it is made, where no memory has room for them."""
     from ..conversion.convert import spilled_bytes
+    from ..conversion.sensitivity import Search
     from ..preflight import calibration_length
     from ..training.data import calibration_tokens
 
     if not recipe.convert.needs_text:
         return 0
-    device = pick_device(recipe.device)
+    device, sources = pick_device(recipe.device), the_plan.kv_source_layers
+    if recipe.convert.sharing == "auto" and the_plan.choice is None:  # a bound, also of this
+        sources = [0] * Search.default(device).largest
     length = calibration_length(recipe, source.config, device)
-    return spilled_bytes(the_plan, device, max(1, calibration_tokens(recipe, source, device) // length), length)
+    rows = max(1, calibration_tokens(recipe, source, device) // length)
+    return spilled_bytes(sources, the_plan.shape.hidden_size, device, rows, length)
 
 
 def check_room(recipe: Recipe, training: TrainingFolder, student: Path, *, fresh: bool) -> None:
@@ -158,10 +162,6 @@ def _cached(recipe: Recipe, folder: RunFolder, *, anew: bool) -> tuple[dict[str,
         "the model as it is read": _size(source) if made else 0,
         "tokens": tokens,
     }, 0 if folder.begun and not anew else 2 * tokens
-
-
-def _checkpoints(count: int, state: int) -> str:
-    return f"{count} checkpoint{'s' * (count != 1)} of {human_bytes(state)}"
 
 
 def _listed(parts: Mapping[str, int]) -> str:

@@ -1,5 +1,6 @@
 """Stage 1, plan: read the source's headers and say what will happen."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..amounts import clock, human_count
@@ -38,17 +39,29 @@ def plan(recipe: Recipe, folder: RunFolder) -> PlanResult:
 
 
 def checked_plan(recipe: Recipe, folder: RunFolder, *, anew: bool) -> "Plan":
-    """The same, and nothing is written; `anew`: as if the folder were empty.
-
-    Where `sharing: auto` would measure on text that the model has yet to write, it does not: that takes minutes.
-    """
-    to_be_written = any(source.generate for source in recipe.data.sources)
-    auto = recipe.convert.sharing == "auto" and (anew or not _chosen_before(folder))
-    if auto and to_be_written:
-        say("sharing: auto measures on text that the model writes first: until then a plan in which no layer shares")
-    the_plan = (bound if auto and to_be_written else plan_of)(recipe, folder, anew=anew)
+    """The same, and nothing is written; `anew`: as if the folder were empty."""
+    the_plan = _without_sampling(recipe, folder, anew=anew)
     _say_needs(recipe, folder, the_plan, anew=anew)
     return the_plan
+
+
+_UNDECIDED = (
+    "sharing: auto has not chosen yet: it measures on text that the model writes first. Until then this is the plan of "
+    "a model in which no layer shares"
+)
+
+
+def _without_sampling(recipe: Recipe, folder: RunFolder, *, anew: bool) -> "Plan":
+    """The plan; where `sharing: auto` would measure on text that the model has yet to write, for minutes, its bound."""
+    if not (_measures(recipe, folder, anew=anew) and any(source.generate for source in recipe.data.sources)):
+        return plan_of(recipe, folder, anew=anew)
+    the_plan = bound(recipe, folder, anew=anew)
+    return replace(the_plan, warnings=[_UNDECIDED, *the_plan.warnings])
+
+
+def _measures(recipe: Recipe, folder: RunFolder, *, anew: bool) -> bool:
+    """Whether `sharing: auto` has yet to choose."""
+    return recipe.convert.sharing == "auto" and (anew or not _chosen_before(folder))
 
 
 def plan_of(recipe: Recipe, folder: RunFolder, *, anew: bool = False) -> "Plan":
@@ -72,7 +85,7 @@ def bound(recipe: Recipe, folder: RunFolder, *, anew: bool) -> "Plan":
     """
     from ..models.checkpoint import Checkpoint
 
-    if recipe.convert.sharing != "auto" or (not anew and _chosen_before(folder)):
+    if not _measures(recipe, folder, anew=anew):
         return plan_of(recipe, folder, anew=anew)
     whole = recipe.convert.model_copy(update={"sharing": "cla1", "kv_budget": None})
     return _plan(recipe.model_copy(update={"convert": whole}), Checkpoint.open(folder.source(recipe)), None)
@@ -91,7 +104,7 @@ def preview(recipe: Recipe, folder: RunFolder) -> "Plan":
     from ..models.source import open_headers
 
     if recipe.convert.sharing == "auto" or recipe.source.allow_pickle or recipe.source.text_only:
-        return plan_of(recipe, folder)
+        return _without_sampling(recipe, folder, anew=False)
     checkpoint = open_headers(recipe.source.model, revision=recipe.source.revision, to_convert=True)
     _check(recipe, checkpoint, tokenizer=(checkpoint.folder / "tokenizer_config.json").exists())
     return _plan(recipe, checkpoint, None)
@@ -152,7 +165,8 @@ def _choice(recipe: Recipe, folder: RunFolder, checkpoint: "Checkpoint") -> "Cho
 
 def _say_needs(recipe: Recipe, folder: RunFolder, the_plan: "Plan", *, anew: bool = False) -> None:
     """Say what training needs: memory, disk, and text for its budget. Raises InputError where memory is too small."""
-    _check_memory(recipe, folder, the_plan)
+    if _UNDECIDED not in the_plan.warnings:  # what is trained depends on the map
+        _check_memory(recipe, folder, the_plan)
     say(f"disk        {disk_of(recipe, folder, the_plan, anew=anew).describe()}")
     _say_passes(recipe, folder)
 

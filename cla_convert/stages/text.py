@@ -2,9 +2,9 @@
 
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..console import human_count, say
+from ..console import human_count, say, say_once
 from ..environment import pick_device
 from ..recipe import Data, Recipe
 from ..run_folder import RunFolder
@@ -35,11 +35,15 @@ def text(recipe: Recipe, folder: RunFolder) -> "TokenStore":
 
 def text_tokens(recipe: Recipe, model: Path) -> int | None:
     """About how many tokens of text the recipe's data hold for the model in a folder, read or not; None if unknown."""
-    return _text_tokens(recipe.data.model_dump_json(), recipe.seed, model)
+    from ..training.sources import local_files
+
+    files = (file for source in recipe.data.sources if source.path for file in local_files(source))
+    stated = tuple((file, (about := file.stat()).st_size, about.st_mtime_ns) for file in files)
+    return _text_tokens(recipe.data.model_dump_json(), recipe.seed, model, stated)
 
 
 @cache
-def _text_tokens(data: str, seed: int, model: Path) -> int | None:
+def _text_tokens(data: str, seed: int, model: Path, stated: tuple[Any, ...]) -> int | None:  # of these files
     from ..models.export import load_tokenizer
     from ..training.text_size import tokens_there
 
@@ -47,13 +51,14 @@ def _text_tokens(data: str, seed: int, model: Path) -> int | None:
 
 
 def say_untaught(recipe: Recipe, model: Path) -> None:
-    """Say so where an instruct model is to be trained without conversations."""
+    """Say so, once, where an instruct model is to be trained without conversations."""
     from ..models.export import load_tokenizer
     from ..training.mixture import share_of_chats
 
-    converses = getattr(load_tokenizer(model), "chat_template", None)
-    if recipe.train.tokens and converses and not any(map(share_of_chats, recipe.data.sources)):
-        say(UNTAUGHT)
+    if not recipe.train.tokens or any(map(share_of_chats, recipe.data.sources)):
+        return
+    if getattr(load_tokenizer(model), "chat_template", None):
+        say_once(UNTAUGHT)
 
 
 def calibration(recipe: Recipe, folder: RunFolder) -> "CalibrationText | None":

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..console import quiet, say
-from ..environment import command_line, pick_device, rank, world_size
+from ..environment import command_line, launched, pick_device, rank, world_size
 from ..errors import InputError
 from ..models.checkpoint import Checkpoint
 from ..models.self_test import check_interface
@@ -106,9 +106,10 @@ def _train_here(it: _Training) -> TrainResult:
     with team(pick_device(recipe.device), recipe.train.shard_degree) as crew:
         with crew.leader_first():
             teacher = folder.teacher(recipe)
-        if crew.leads and not folder.converts:  # a run has said it before its first stage
-            say_untaught(recipe, it.student)
-        there = text_tokens(recipe, it.student) if crew.leads else None  # now: hours later files may have moved
+        if crew.leads and not launched():
+            say_untaught(recipe, folder.source(recipe))
+        # Now: hours later files may have moved.
+        there = text_tokens(recipe, folder.source(recipe)) if crew.leads else None
         result = train(
             it.student,
             teacher,

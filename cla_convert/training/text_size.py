@@ -7,7 +7,7 @@ from typing import Any
 
 from ..amounts import human_count, times
 from ..conversations import Conversations
-from ..documents import document_in, jsonl_rows, name_of, parquet_file
+from ..documents import document_in, jsonl_rows, name_of, parquet_file, row_of
 from ..models.long_text import ids_of
 from ..recipe import Data, TextSource
 from .sources import documents, local_files, sample_source
@@ -50,7 +50,8 @@ def _bytes(file: Path, source: TextSource, chats: Conversations | None) -> float
     if not name.endswith((".jsonl", ".jsonl.gz")):
         return size
     rows = list(islice(jsonl_rows(file), _LOOKED_AT))
-    texts = [str(one.content) for _, row in rows for one in document_in(row, source, str(file), chats)]
+    found = (document_in(row, source, row_of(file, number), chats) for number, (_, row) in enumerate(rows, 1))
+    texts = [str(one.content) for documents_there in found for one in documents_there]
     share = _length(texts) / max(1, sum(length for length, _ in rows))  # the rest is markup and other columns
     return share * size * (_PACKED if name.endswith(".gz") else 1)
 
@@ -59,4 +60,4 @@ def _in_column(file: Path, name: str) -> int:
     with parquet_file(file) as opened:
         groups = (opened.metadata.row_group(number) for number in range(opened.metadata.num_row_groups))
         columns = (group.column(number) for group in groups for number in range(group.num_columns))
-        return sum(one.total_uncompressed_size for one in columns if one.path_in_schema.split(".")[0] == name)
+        return sum(one.total_uncompressed_size for one in columns if f"{one.path_in_schema}.".startswith(f"{name}."))

@@ -244,10 +244,8 @@ def rates_told(settings: Train) -> str:
         return f"learning rate {rates['shared']:g}"
     if rates["shared"] == rates["attention"]:
         del rates["shared"]  # a part of it
-    return f"learning rate {', '.join(f'{rate:g} {_SAID.get(part, part)}' for part, rate in rates.items())}"
-
-
-_SAID = {"other": "the rest"}
+    names = {"other": "the rest"}
+    return f"learning rate {', '.join(f'{rate:g} {names.get(part, part)}' for part, rate in rates.items())}"
 
 
 def passes(sequences: int, prepared: int, length: int) -> str:

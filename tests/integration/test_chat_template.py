@@ -211,7 +211,7 @@ def test_a_day_that_is_named_is_always_the_same(tmp_path: Path, monkeypatch: pyt
 def test_a_template_without_a_system_turn_is_asked_without_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     template = ChatTemplate.of(save(tmp_path / "model", NO_SYSTEM), {})
     user = {"role": "user", "content": "Hello"}
-    console.warn_once.cache_clear()  # once in a process
+    console.TOLD.clear()  # once in a process
     assert template([{"role": "system", "content": "Be kind."}, user]) == template([user])
     assert "takes no system turn" in capsys.readouterr().err
 

@@ -59,7 +59,32 @@ def test_what_lies_there_counts_where_it_stays(tiny_llama: Path, tmp_path: Path,
     fresh, done = disk_of(recipe, folder, the_plan, anew=True), disk_of(recipe, folder, the_plan)
     models = sum(map(size, (folder.converted, folder.training.model, folder.training.checkpoints)))
     assert done.there == models and sum(done.parts.values()) - done.parts["records"] == pytest.approx(models, rel=0.01)
+    (kept,) = (bytes_ for name, bytes_ in done.parts.items() if name == "checkpoints of uptrained")
+    assert kept == size(folder.training.checkpoints) and "checkpoints of uptrained" in done.describe()
     assert fresh.needed < models and fresh.tokens_left > 0 == done.tokens_left  # anew: in the place of what is there
+
+
+def test_activations_that_no_memory_holds_are_counted(tiny_llama: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("cla_convert.conversion.streams.places_for", lambda *_: None)
+    name, needed = "what matching keeps of the text", {}
+    for sharing in ("cla2", "cla3", "auto"):
+        recipe = wanted(tiny_llama, "convert.init=calibrated", f"convert.sharing={sharing}", "train.tokens=0")
+        folder = RunFolder(tmp_path / sharing)
+        needed[sharing] = disk_of(recipe, folder, bound(recipe, folder, anew=False)).parts[name]
+    assert needed["cla2"] < needed["cla3"] <= needed["auto"]  # of which nothing is known yet
+    blind = wanted(tiny_llama, "train.tokens=0")
+    assert name not in disk_of(blind, RunFolder(tmp_path), plan_of(blind, RunFolder(tmp_path))).parts
+
+
+@pytest.mark.parametrize("parameters", ["all", "shared"])
+def test_a_dry_run_samples_nothing(tiny_llama: Path, tmp_path: Path, cache: Path, capsys, parameters: str) -> None:
+    settings = ["convert.init=calibrated", "data.sources=[{generate: {length: 64}}]", f"train.parameters={parameters}"]
+    for sharing, owners, chosen in (("auto", 6, False), ("cla2", 3, True)):
+        recipe = wanted(tiny_llama, *settings, f"convert.sharing={sharing}")
+        the_plan = pipeline.dry_run(recipe, tmp_path / "run", overwrite=False, allow_changes=())
+        assert len(the_plan.groups) == owners and ("training " in capsys.readouterr().err) is chosen
+        assert any("has not chosen yet" in warning for warning in the_plan.to_json()["warnings"]) is not chosen
+    assert not list(cache.rglob("*.npz"))
 
 
 def test_a_cache_on_another_disk_is_looked_at_by_itself(tiny_llama: Path, tmp_path: Path, monkeypatch) -> None:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
+from cla_convert import console
 from cla_convert.conversations import Conversations
 from cla_convert.errors import InputError
 from cla_convert.recipe import Data, Generate, Recipe, TextSource
@@ -83,8 +84,9 @@ def test_turns_that_the_template_does_not_take(tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"messages": row}) for row in rows))
     store = prepared(tmp_path, TextSource(path=str(tmp_path / "a.jsonl"), messages_field="messages"))
     assert written(store) == {f"[user]what is {i}?<|eos|>[assistant]it is {i}<|eos|>" for i in (0, 1)}
+    tokens_there(Data(sources=[TextSource(path=str(tmp_path / "a.jsonl"), messages_field="messages")]), chatting(), 0)
     told = capsys.readouterr().err
-    assert told.count("left out") == 1 and "row 2 of" in told
+    assert told.count("left out") == 1 and "row 2 of" in told  # whoever meets it first
 
 
 @pytest.mark.parametrize("row", ["hello", [["user", "hello"]], [{"who": "user", "content": "hello"}], 7])
@@ -153,7 +155,27 @@ def test_about_how_much_text_a_table_has_beside_its_other_columns(tmp_path: Path
     plain, packed = (Data(sources=[TextSource(path=str(tmp_path / name))]) for name in ("a.jsonl", "b.jsonl.gz"))
     real = sum(len(byte_tokenizer()(json.loads(row)["text"]).input_ids) + 1 for row in rows)
     assert tokens_there(plain, byte_tokenizer(), 0) == pytest.approx(real, rel=0.1)
-    assert tokens_there(packed, byte_tokenizer(), 0)  # how well gzip does with it nobody knows
+    assert real / 100 < (tokens_there(packed, byte_tokenizer(), 0) or 0) < real  # how well gzip does is a guess
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "told"),
+    [("b.jsonl", '{"text": "é"}'.encode("latin-1"), "not UTF-8"), ("b.jsonl.gz", gzip.compress(b"{}" * 999)[:-20], "")],
+)
+def test_what_cannot_be_read_is_told_whichever_file_is_looked_at(tmp_path: Path, name: str, data: bytes, told: str):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "hello"}))
+    (tmp_path / name).write_bytes(data)
+    for seed in range(4):  # the files in another order
+        with pytest.raises(InputError) as error:
+            tokens_there(Data(sources=[TextSource(path=str(tmp_path))]), byte_tokenizer(), seed)
+        assert name in error.value.what and told in error.value.why
+
+
+def test_a_column_with_a_dot_in_its_name_is_counted(tmp_path: Path) -> None:
+    table = pa.table({"data.text": [f"{i} hello " * 50 for i in range(100)], "data": ["x" * 10_000] * 100})
+    pq.write_table(table, tmp_path / "a.parquet", compression="none", use_dictionary=False)
+    data = Data(sources=[TextSource(path=str(tmp_path / "a.parquet"), text_field="data.text")])
+    assert tokens_there(data, byte_tokenizer(), 0) == pytest.approx(100 * 450, rel=0.1)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
@@ -184,9 +206,11 @@ def test_an_instruct_model_that_is_trained_on_no_conversations_is_told_of(
     ):
         recipe = Recipe.model_validate({"source": {"model": "a"}, "data": {"sources": sources}, "train": train})
         tokenizer.save_pretrained(tmp_path / "model")
+        console.TOLD.clear()
+        say_untaught(recipe, tmp_path / "model")
         say_untaught(recipe, tmp_path / "model")
         shutil.rmtree(tmp_path / "model")
-        assert (UNTAUGHT in capsys.readouterr().err) is told
+        assert capsys.readouterr().err.count(UNTAUGHT) == told
 
 
 @pytest.mark.parametrize("given", [{"path": "a", "text_field": "body"}, {"generate": 2000}])

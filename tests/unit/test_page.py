@@ -15,7 +15,7 @@ import yaml
 from cla_convert.files import write_json
 from cla_convert.report.plots import draw_curves
 from cla_convert.report.report import build_report
-from cla_convert.report.run_plots import QUALITIES, by_source, draw_pareto, pareto_front
+from cla_convert.report.run_plots import QUALITIES, by_source, draw_pareto, has_pareto, pareto_front
 from cla_convert.report.sections import runs
 from cla_convert.report.sharing_map import draw_sharing
 from tests.unit.run_files import DOMAINS, add_everything, write_domains, write_point, write_run
@@ -249,6 +249,9 @@ def test_runs_of_several_source_models_stand_below_their_own(run_dir: Path, tmp_
         row["kl"] = kl  # a source model has none
     for axis in draw_pareto(rows).axes:
         assert sum(line.get_linestyle() == ":" for line in axis.lines) == 2  # none from one model's runs to another's
+    assert not has_pareto([row | {"accuracy": None, "kl": None} for row in rows])
+    unknown = [row | {"kv_bytes_per_token": None} if row["point"] == "before" else row for row in rows]
+    assert not has_pareto(unknown)  # of what share their bytes are nobody knows
     accuracy = draw_pareto(rows).axes[0]  # as compared with their own source models
     places = {line.get_xydata()[0].tolist()[1] for line in accuracy.lines if line.get_marker() == "o"}
     assert max(places) == 0 and "from the source" in accuracy.get_ylabel()

@@ -57,7 +57,7 @@ def test_ids_beyond_the_embedding():
 def test_a_special_token_that_no_text_holds_is_only_warned_about(capsys):
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    console.warn_once.cache_clear()
+    console.TOLD.clear()
     for _ in range(2):
         check_tokenizer(tokenizer, {"text_config": CONFIG})
     assert capsys.readouterr().err.count("'<image>' (258)") == 1
@@ -204,7 +204,7 @@ def half(folder: Path, name: str, key: str) -> Path:
 
 
 def test_halves_of_characters_are_replaced_and_said_once(tmp_path, capsys):
-    console.warn_once.cache_clear()
+    console.TOLD.clear()
     path = half(tmp_path, "text.jsonl", "text")
     recipe = load_recipe(None, [f"data.sources=[{{path: {path}}}]"]).recipe
     for _ in range(2):

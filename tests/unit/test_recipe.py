@@ -347,6 +347,7 @@ def test_the_file_is_not_blamed_for_the_command_line(tmp_path, sets, options, sa
         ("eval.perplexity", "law.txt", "[{name: law, path: law.txt}]"),
         ("eval.perplexity", "[my law.txt]", "[{name: my-law, path: my law.txt}]"),
         ("eval.prompts", "It's late", "[It's late]"),
+        ("data.sources", "[{path: a, weight: 2}, b]", "[{path: a, weight: 2}, {path: b}]"),
         ("data.sources", "a, b", "[{path: 'a, b'}]"),
         ("data.sources", "'#1 {x}.txt'", "[{path: '#1 {x}.txt'}]"),
     ],
@@ -365,6 +366,12 @@ def test_a_list_of_which_only_the_content_was_given_is_shown(tmp_path, name, giv
         load_recipe(path)
     path.write_text(path.read_text().replace(given, form))
     load_recipe(path)
+
+
+def test_of_several_words_in_a_list_of_sections_all_are_shown():
+    with pytest.raises(UsageError) as caught:
+        load_recipe(None, ["data.sources=[a, b]"])
+    assert caught.value.why.count(": --set 'data.sources=[{path: a}, {path: b}]'") == 2
 
 
 @pytest.mark.parametrize("given", ["eval.gate=5", "data.sources=5", "train.betas=0.9", "data.sources='path:a'"])

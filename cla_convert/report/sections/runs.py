@@ -8,7 +8,7 @@ from ..comparisons import comparison_of, mean_at
 from ..content import Block, Column, Figure, Paragraph, Row, Table
 from ..formats import MISSING, change, count, integer, number, percent, percent_interval
 from ..run_folder import Json, RunFiles
-from ..run_plots import QUALITIES, draw_learning, draw_pareto
+from ..run_plots import draw_learning, draw_pareto, has_pareto
 from ..section import Material, Picture, Section, register
 from ..text import Text, note
 
@@ -27,8 +27,8 @@ FIGURES = (
     Figure(
         "pareto",
         ALT,
-        "Bars: the source's accuracy plus the 95% interval of the paired difference from it. The dotted line joins the "
-        "runs that no other one of the same source model beats.",
+        "Bars: the 95% interval of the paired difference from the source. The dotted line joins the runs that no other "
+        "one of the same source model beats.",
     ),
     Figure("learning", LEARNING, "Every point of KL is a mean over steps."),
 )
@@ -61,7 +61,9 @@ def rows_of(material: Material) -> list[Json]:
         of_source.setdefault(_source(run) or _source(runs[0]) or "", []).append((run, label))
     rows: list[Json] = []
     for made in of_source.values():
-        first, name = next(((run, label) for run, label in made if "before" in run.results), made[0])
+        measured = [(run, label) for run, label in made if "before" in run.results]
+        comparable = [(run, label) for run, label in measured if _comparable(material, run, "before")]
+        first, name = [*comparable, *measured, *made][0]
         of = f" of {name}" if len(of_source) > 1 else ""
         rows.append(_row(material, first, f"source model{of}", "before", summary))
         for run, label in made:
@@ -268,7 +270,7 @@ def _accuracy(run: Json) -> Text:
 def draw(run: RunFiles, report: Json) -> Mapping[str, Picture]:
     """Quality over bytes, where two points have it; and curves, where two runs have some."""
     found, runs = {}, report["runs"]
-    if any(len(quality.known(runs)) > 1 for quality in QUALITIES):
+    if has_pareto(runs):
         found["pareto"] = Picture(ALT, partial(draw_pareto, runs))
     learned = [run for run in runs if any(run["curves"].values())]
     if len(learned) > 1:
