@@ -87,11 +87,11 @@ def _as_list(place: tuple[int | str, ...], tree: Any) -> Any:
     """
     *above, last = place[:-1] if place and isinstance(place[-1], int) else place or ("",)
     outer: Any = Recipe
-    for part in above:
-        outer, tree = outer if isinstance(part, int) else _section(outer, part), tree[part]
-    fields, given = _section(outer, str(last)).model_fields, tree.get(last) if isinstance(tree, Mapping) else None
-    meant = [_as_section(one, fields) for one in (given if isinstance(given, list) else [given])]
-    with suppress(ValidationError):
+    with suppress(ValidationError, LookupError, TypeError):  # a place may be of what a validator has made of the value
+        for part in above:
+            outer, tree = outer if isinstance(part, int) else _section(outer, part), tree[part]
+        fields, given = _section(outer, str(last)).model_fields, tree[last]
+        meant = [_as_section(one, fields) for one in (given if isinstance(given, list) else [given])]
         outer.model_validate({str(last): meant})
         return meant if meant != given else None
     return None

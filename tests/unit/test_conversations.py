@@ -158,12 +158,10 @@ def test_about_how_much_text_a_table_has_beside_its_other_columns(tmp_path: Path
     assert real / 100 < (tokens_there(packed, byte_tokenizer(), 0) or 0) < real  # how well gzip does is a guess
 
 
-@pytest.mark.parametrize(
-    ("name", "data", "told"),
-    [("b.jsonl", '{"text": "é"}'.encode("latin-1"), "not UTF-8"), ("b.jsonl.gz", gzip.compress(b"{}" * 999)[:-20], "")],
-)
-def test_what_cannot_be_read_is_told_whichever_file_is_looked_at(tmp_path: Path, name: str, data: bytes, told: str):
+@pytest.mark.parametrize(("name", "told"), [("b.jsonl", "not UTF-8"), ("b.jsonl.gz", "")])
+def test_what_cannot_be_read_is_told_whichever_file_is_looked_at(tmp_path: Path, name: str, told: str):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "hello"}))
+    data = gzip.compress(b"{}" * 999)[:-20] if told == "" else '{"text": "\u00e9"}'.encode("latin-1")
     (tmp_path / name).write_bytes(data)
     for seed in range(4):  # the files in another order
         with pytest.raises(InputError) as error:
