@@ -30,8 +30,8 @@ def convert(source: Path, out: Path, devices: list[str], options: argparse.Names
     import torch
 
     from cla_convert.conversion.convert import convert as execute
+    from cla_convert.conversion.initialisation import CalibrationText
     from cla_convert.conversion.plan import make_plan
-    from cla_convert.conversion.text import CalibrationText
     from cla_convert.models.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.open(source)

@@ -18,9 +18,9 @@ from ..models.checkpoint import Checkpoint
 from ..models.fingerprint import fingerprint
 from ..models.shape import AttentionShape
 from ..version import __version__
+from .initialisation import CalibrationText
 from .search import candidate_groups, likely_maps, owners_for
 from .sharing import groups_of, matched_groups, picture
-from .text import CalibrationText
 
 if TYPE_CHECKING:
     from .sensitivity import Sensitivity

@@ -21,7 +21,7 @@ from ..models.shape import shape_of
 from .blocks import Block, Factory, SharedKV
 from .factories import Factories, devices_for
 from .group_pooling import Pooler
-from .layer_patch import LayerPatch
+from .initialisation import LayerPatch
 from .refit import ridge_towards
 from .sharing import activation_bytes, groups_of
 from .skeleton import Source

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .blocks import Factory, SharedKV
 from .calibration import calibrated_pooling
-from .layer_patch import LayerPatch
+from .initialisation import LayerPatch
 from .sensitivity import Search, Sensitivity, divergence
 from .sharing import groups_of
 from .skeleton import Source

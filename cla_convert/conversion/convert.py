@@ -19,13 +19,11 @@ from ..models.shipped import write_sidecars
 from ..models.tokenization import keep_tokenizer
 from ..models.writer import MANIFEST, ShardWriter, check_disk, check_output, publishing
 from ..version import __version__
-from .initialisation import INITIALISATIONS
+from .initialisation import INITIALISATIONS, CalibrationText, GroupFit, LayerPatch
 from .kv_heads import adjacent, adjacent_groups, grouped
-from .layer_patch import GroupFit, LayerPatch
 from .plan import Plan
 from .sharing import activation_bytes
 from .tensor_plan import TensorPlan
-from .text import CalibrationText
 
 if TYPE_CHECKING:
     from torch import Tensor

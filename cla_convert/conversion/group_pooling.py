@@ -12,7 +12,7 @@ from .attention_weights import AttentionWeights, has_biases, with_norms
 from .blocks import Block
 from .factories import Factories
 from .group_fit import ClosedForm, Moments, fit_group
-from .layer_patch import GroupFit
+from .initialisation import GroupFit
 from .reconstruction import Member, reconstruct_group
 from .source_streams import SourceStreams
 from .streams import SecondMoment, Stream, batches

@@ -17,8 +17,7 @@ from .initialisation import INITIALISATIONS
 from .kv_heads import check_kv_heads
 from .sharing import Sharing, activation_bytes, groups_of, picture, sharing_map
 from .supported import check_convertible
-from .tensor_plan import TensorPlan
-from .tensors import cast, fitted, plan_tensors
+from .tensor_plan import TensorPlan, cast, fitted, plan_tensors
 
 _PROGRAM = 450_000_000
 """Memory of Python, torch and transformers."""
@@ -173,7 +172,8 @@ def make_plan(
     after, each = replace(shape, num_key_value_heads=kv_heads), shape.num_key_value_heads // kv_heads
     start = INITIALISATIONS.named(init)
     first = 0 if each > 1 else min((group[0] for group in groups_of(sources) if group[1:]), default=len(sources))
-    tensors = fitted(plan_tensors(checkpoint, family, shape, each, sources, unused), family, first, start)
+    tensors = plan_tensors(checkpoint, family, shape, each, sources, unused)
+    tensors = fitted(tensors, family, first, start.fitted(family))
     source_dtype = checkpoint.tensors[family.tensor(shape.kv_layers[0], "k_proj")].dtype
     out_dtype = FLOATING[source_dtype] if dtype == "auto" else dtype
     config = cla_config(checkpoint.config, family, sources, out_dtype, kv_heads if each > 1 else None)

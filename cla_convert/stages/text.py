@@ -10,7 +10,7 @@ from ..recipe import Data, Recipe
 from ..run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from ..conversion.text import CalibrationText
+    from ..conversion.initialisation import CalibrationText
     from ..training.data import TokenStore
 
 
@@ -68,7 +68,7 @@ def calibration(recipe: Recipe, folder: RunFolder) -> "CalibrationText | None":
     import torch
 
     from ..conversion.factories import devices_for
-    from ..conversion.text import CalibrationText
+    from ..conversion.initialisation import CalibrationText
     from ..models.checkpoint import Checkpoint
     from ..models.shape import shape_of
     from ..preflight import calibration_length

@@ -1,9 +1,10 @@
-"""What stops a run that went wrong: a loss or gradient that is not finite, a loss that jumps and stays, no memory."""
+"""What stops a run that went wrong: a loss that is not finite or jumps and stays, no memory, a process that is gone."""
 
 from collections.abc import Iterable, Sequence
 from statistics import median
 
 import torch
+import torch.distributed as dist
 
 from ..errors import TrainingError
 from .micro_batch import advice
@@ -82,6 +83,21 @@ def out_of_memory(trainer: Trainer, checkpoints: TrainingStates, error: RuntimeE
         f"{str(error).strip().splitlines()[0].rstrip('.')}. {last_good(checkpoints)}",
         f"{advice(trainer.forecast, rows)} Is something else on the device? train.micro_batch_size and "
         "train.activation_checkpointing may change when the run is resumed (--allow-change).",
+    )
+
+
+def is_lost(error: RuntimeError) -> bool:
+    """Whether it says that another process does not answer; gloo has no error of its own for it."""
+    return isinstance(error, dist.DistError) or "gloo/" in str(error)
+
+
+def lost(error: RuntimeError, checkpoints: TrainingStates, resume_command: str) -> TrainingError:
+    """The error for a step that another process did not finish. What it held is lost with it."""
+    again = f"Run again: {resume_command}. " if resume_command else "Run the same command again. "
+    return TrainingError(
+        "Another process of the training is gone",
+        f"{str(error).strip().splitlines()[0].rstrip('.')}. {last_good(checkpoints)}",
+        f"{again}It goes on from the last checkpoint; under torchrun, --max-restarts does so by itself.",
     )
 
 

@@ -18,15 +18,25 @@ from ..console import human_count, progress, say
 from ..environment import forget_peak_memory, machines
 from ..errors import Interrupted
 from ..evaluation.perplexity import token_perplexity
+from ..files import read_rows
 from ..models.writer import check_output
 from ..recipe import Recipe
 from ..results import TrainResult
 from ..run_folder import TrainingFolder
 from .agreement import check_agreement
 from .data import TokenStore
-from .divergence import HISTORY, PATIENCE, all_finite, out_of_memory, ruined, spiked, steps_above
-from .lost import is_lost, lost
-from .metrics import Metrics, NoMetrics, read_rows
+from .divergence import (
+    HISTORY,
+    PATIENCE,
+    all_finite,
+    is_lost,
+    lost,
+    out_of_memory,
+    ruined,
+    spiked,
+    steps_above,
+)
+from .metrics import Metrics, NoMetrics
 from .micro_batch import ran_out
 from .monitor import Monitor
 from .parallel import Team

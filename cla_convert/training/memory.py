@@ -12,7 +12,7 @@ The peak of a step on one device is the larger of two moments.
     copy          the trained parameters in the compute dtype (precision.py)
     teacher       all its parameters in the compute dtype, but what it shares with the student (teacher.py)
     activations   what autograd keeps, counted on the meta device (rehearsal.py), and the teacher's residual streams
-                  where the student follows them (hidden.py)
+                  where the student follows them (objective.py)
 
 Several processes divide weights, moments and gradients by their number, or that of a `Layout`'s shards, and a teacher
 if it is to be. Instead of a copy they gather, in the compute dtype, what lies outside of layers and a layer or two, and

@@ -6,18 +6,22 @@ checkpoint are dropped, and so is a last line that a kill cut short.
 
 import json
 import os
+from math import inf
 from pathlib import Path
 from typing import Any
 
-from ..files import plain, write_bytes
+from ..files import plain, read_rows, write_bytes
 
 
 class Metrics:
     """Appends rows to a JSON lines file. Every row has a `step`."""
 
     def __init__(self, path: Path, resume_step: int | None = None) -> None:
-        """Open the file; keep the rows up to `resume_step` (None: start an empty one)."""
-        rows = [] if resume_step is None else [row for row in read_rows(path) if row["step"] <= resume_step]
+        """Open the file; keep the rows up to `resume_step` (None: start an empty one).
+
+        Raises InputError if it is damaged otherwise than by a kill.
+        """
+        rows = [] if resume_step is None else [row for row in read_rows(path) if row.get("step", inf) <= resume_step]
         write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
         self._file = path.open("a", encoding="utf-8")
         self._validated = {row["step"] for row in rows if "validation_perplexity" in row}
@@ -65,18 +69,3 @@ class NoMetrics(Metrics):
 
     def close(self) -> None:
         """Nothing to close."""
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file, up to the first line that is not whole; empty if there is no file."""
-    rows: list[dict[str, Any]] = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return rows
-    for line in lines:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows

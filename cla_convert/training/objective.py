@@ -1,14 +1,22 @@
-"""What is minimised: an objective maps the student and a micro-batch to a scalar."""
+"""What is minimised: an objective maps the student and a micro-batch to a scalar.
 
-from contextlib import nullcontext
-from typing import TYPE_CHECKING
+KL says at the end of the model that something is wrong; the distance of residual streams from the teacher's, behind
+every layer, says in which one. Each layer's targets are the teacher's own, so that far fewer tokens settle what a layer
+has to do (TinyBERT, arXiv 1909.10351, section 3.1).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ..errors import InputError
+from ..models.families import decoder_layers
 from ..models.scoring import evaluating, hidden_states, output_head
 from ..recipe import Train
-from .hidden import recorded_streams, stream_distance
 from .loss import IGNORE, LogitRule, Target, Terms, logit_rule, next_token_labels, vocabulary_loss
 from .sharded import own_rows, release, run_gathered
 from .train_loss import LOSSES
@@ -47,10 +55,6 @@ class Objective:
         )
         self.parts = [term.name for term, _ in self.terms.parts] + ["hidden"] * bool(self.hidden_weight)
         """Names of the terms that are computed."""
-
-    def targets(self, length: int) -> int:
-        """Predictions that a sequence of `length` tokens is scored on: every token but the first."""
-        return length - 1
 
     def __call__(
         self,
@@ -98,6 +102,49 @@ class Objective:
 def _target(teacher: "PreTrainedModel", ids: torch.Tensor, positions: torch.Tensor | None) -> Target:
     with torch.no_grad():
         return Target(hidden_states(teacher, ids, positions), head_weight(teacher))
+
+
+@contextmanager
+def recorded_streams(model: "PreTrainedModel") -> Iterator[list[Tensor]]:
+    """The residual stream [B, T, D] behind every layer of the forward passes made inside, in order."""
+    streams: list[Tensor] = []
+
+    def keep(_layer: Any, _inputs: Any, output: Any) -> None:
+        streams.append(output[0] if isinstance(output, tuple) else output)
+
+    hooks = [layer.register_forward_hook(keep) for layer in decoder_layers(model)]
+    try:
+        yield streams
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def stream_distance(
+    streams: Sequence[Tensor], targets: Sequence[Tensor], counted: Tensor, *, fused: bool = False
+) -> Tensor:
+    """|stream - target|^2 / |target|^2, averaged over layers and summed over the counted positions.
+
+    Args:
+        streams: [B, T, D] behind each layer of the student.
+        targets: of the teacher, likewise.
+        counted: bool [B, T].
+        fused: compile it.
+    """
+    distance = _compiled() if fused else _distance
+    total = torch.stack([distance(*pair, counted) for pair in zip(streams, targets, strict=True)])
+    return total.mean()
+
+
+def _distance(stream: Tensor, target: Tensor, counted: Tensor) -> Tensor:
+    stream, target = stream.float(), target.float()
+    each = (stream - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)
+    return (each * counted).sum()
+
+
+@cache
+def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(_distance, dynamic=False)
 
 
 def head_weight(model: "PreTrainedModel") -> torch.Tensor:

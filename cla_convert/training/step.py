@@ -86,7 +86,7 @@ def gradients(trainer: Trainer, first: int, end: int) -> torch.Tensor:
     Returns:
         Each pass's share of the loss and of its parts, of all processes: [passes, 1 + parts].
     """
-    denominator = (end - first) * trainer.objective.targets(trainer.budget.length)
+    denominator = (end - first) * (trainer.budget.length - 1)  # every token but the first
     denominator -= trainer.sequences.boundaries(end - first, first)
     shares, done = [], first / trainer.budget.sequences
     parts = trainer.team.share(first, end, trainer.micro_batch)

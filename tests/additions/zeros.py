@@ -3,10 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from cla_convert.conversion.initialisation import INITIALISATIONS, Initialisation
-from cla_convert.conversion.layer_patch import LayerPatch
+from cla_convert.conversion.initialisation import INITIALISATIONS, CalibrationText, Initialisation, LayerPatch
 from cla_convert.conversion.tensor_plan import TensorPlan
-from cla_convert.conversion.text import CalibrationText
 from cla_convert.models.checkpoint import Checkpoint
 from cla_convert.models.families import Family, family_of
 

@@ -14,14 +14,12 @@ from cla_convert.conversion import blocks, reconstruction
 from cla_convert.conversion.blocks import Factory
 from cla_convert.conversion.calibration import calibrated_pooling
 from cla_convert.conversion.factories import Factories
-from cla_convert.conversion.initialisation import INITIALISATIONS
-from cla_convert.conversion.layer_patch import LayerPatch
+from cla_convert.conversion.initialisation import INITIALISATIONS, CalibrationText, LayerPatch
 from cla_convert.conversion.pieces import Pieces
 from cla_convert.conversion.reconstruction import orthogonalise
 from cla_convert.conversion.sharing import sharing_map
 from cla_convert.conversion.source_streams import SourceStreams
 from cla_convert.conversion.streams import Part, Store, places_for
-from cla_convert.conversion.text import CalibrationText
 from cla_convert.effort import Effort
 from cla_convert.errors import InputError
 from cla_convert.models.checkpoint import Checkpoint

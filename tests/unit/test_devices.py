@@ -14,13 +14,12 @@ from cla_convert.conversion.calibration import calibrated_pooling
 from cla_convert.conversion.candidates import measure_maps
 from cla_convert.conversion.convert import convert
 from cla_convert.conversion.factories import WIDE_ENOUGH, devices_for
-from cla_convert.conversion.layer_patch import LayerPatch
+from cla_convert.conversion.initialisation import CalibrationText, LayerPatch
 from cla_convert.conversion.plan import make_plan
 from cla_convert.conversion.reconstruction import _shared_out
 from cla_convert.conversion.sensitivity import Search, Sensitivity, measure_sensitivity
 from cla_convert.conversion.sharing import sharing_map
 from cla_convert.conversion.streams import Part, Store, batches, divided
-from cla_convert.conversion.text import CalibrationText
 from cla_convert.effort import Effort
 from cla_convert.errors import InputError, Interrupted
 from cla_convert.models.checkpoint import Checkpoint

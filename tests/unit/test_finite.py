@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cla_convert.conversion.convert import convert
+from cla_convert.conversion.initialisation import CalibrationText
 from cla_convert.conversion.plan import make_plan
-from cla_convert.conversion.text import CalibrationText
 from cla_convert.errors import InputError, NotFiniteError
 from cla_convert.models import finite, writer
 from cla_convert.models.checkpoint import Checkpoint

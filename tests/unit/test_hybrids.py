@@ -10,11 +10,11 @@ from cla_convert.conversion.attention_weights import AttentionWeights
 from cla_convert.conversion.blocks import Factory
 from cla_convert.conversion.convert import convert
 from cla_convert.conversion.group_fit import Moments, fit_group
+from cla_convert.conversion.initialisation import CalibrationText
 from cla_convert.conversion.inspect import inspect_model, render
 from cla_convert.conversion.plan import make_plan
 from cla_convert.conversion.search import candidate_groups, choose_map
 from cla_convert.conversion.sharing import groups_of, picture, sharing_map
-from cla_convert.conversion.text import CalibrationText
 from cla_convert.errors import InputError, UsageError
 from cla_convert.evaluation.cache import kv_cache_of, live_layers
 from cla_convert.models.checkpoint import Checkpoint

@@ -16,11 +16,11 @@ from cla_convert.conversion.auto import choose
 from cla_convert.conversion.candidates import measure_maps
 from cla_convert.conversion.convert import convert
 from cla_convert.conversion.head_matching import group_heads, match_heads
+from cla_convert.conversion.initialisation import CalibrationText
 from cla_convert.conversion.kv_heads import check_kv_heads
 from cla_convert.conversion.plan import make_plan
 from cla_convert.conversion.search import candidate_groups, choose_map
 from cla_convert.conversion.sensitivity import Search, measure_sensitivity
-from cla_convert.conversion.text import CalibrationText
 from cla_convert.effort import Effort
 from cla_convert.errors import InputError, UsageError
 from cla_convert.evaluation.cache import measure_kv_cache

@@ -12,8 +12,8 @@ from cla_convert import console, pipeline
 from cla_convert.chat import Manner, Speaker
 from cla_convert.cli import app
 from cla_convert.conversion.convert import convert
+from cla_convert.conversion.initialisation import CalibrationText
 from cla_convert.conversion.plan import make_plan
-from cla_convert.conversion.text import CalibrationText
 from cla_convert.errors import InputError
 from cla_convert.evaluation.agreement import agreement
 from cla_convert.evaluation.cache import kv_cache_of

@@ -9,11 +9,9 @@ from ...effort import Effort
 from ...models.checkpoint import Checkpoint
 from ...models.families import Family
 from ...models.shape import owners_of, shape_of
-from ..initialisation import INITIALISATIONS, Initialisation
-from ..layer_patch import LayerPatch
+from ..initialisation import INITIALISATIONS, CalibrationText, Initialisation, LayerPatch
 from ..sharing import groups_of, matched_groups
 from ..tensor_plan import TensorPlan
-from ..text import CalibrationText
 
 
 class Calibrated(Initialisation):
