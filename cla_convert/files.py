@@ -156,6 +156,30 @@ def _refuse_mark(path: Path, data: bytes) -> None:
         )
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a jsonl file, none if it is not there. A last line that a kill cut short is left out.
+
+    Raises InputError for any other damage.
+    """
+    rows: list[dict[str, Any]] = []
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return rows
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except (ValueError, RecursionError) as error:
+            if number == len(lines):
+                continue
+            raise InputError(
+                f"{path} is damaged", why=f"Line {number}: {error}.", fix="Restore or remove it."
+            ) from error
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
 def existing(folder: Path) -> Path:
     """A folder, or the nearest above it that exists."""
     folder = folder.absolute()

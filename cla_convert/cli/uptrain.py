@@ -9,7 +9,7 @@ import typer
 from ..console import command, data, data_json, say, warn
 from ..environment import launched, may_restart, rank
 from ..errors import ClaError, InputError, UsageError
-from ..files import check_place, read_json
+from ..files import check_place
 from .app import AllowChanges, AllowPickle, Json, Private, PushToHub, Quiet, Recipe, Sets, app, destination, load, push
 
 if TYPE_CHECKING:
@@ -132,9 +132,9 @@ def _recorded(settings: "Schema", model: Path) -> dict[str, str | bool | None] |
     from ..models.checkpoint import Checkpoint
     from ..models.fingerprint import fingerprint
     from ..models.source import resolve_source
-    from ..models.writer import MANIFEST
+    from ..models.writer import read_manifest
 
-    known = (read_json(model / MANIFEST) or {}).get("source") or {}
+    known = read_manifest(model).get("source") or {}
     name, revision = known.get("model"), known.get("revision")
     if not isinstance(name, str):
         return None

@@ -4,7 +4,7 @@ from typing import Any
 
 from ..files import read_json
 from ..models.fingerprint import fingerprint
-from ..models.writer import MANIFEST
+from ..models.writer import read_manifest
 from ..run_folder import RunFolder, TrainingFolder
 
 _RATES = {"train.learning_rate", "train.learning_rates"}
@@ -45,6 +45,6 @@ def unlike_control(run: RunFolder, *, auto_rates: bool) -> list[str]:
 
 def _training_of(folder: TrainingFolder) -> dict[str, Any]:
     """What of the manifest of a trained model its weights depend on."""
-    made = (read_json(folder.model / MANIFEST) or {}).get("uptraining") or {}
+    made = read_manifest(folder.model).get("uptraining") or {}
     kept = {name: value for name, value in made.items() if name.startswith("train.") or name in ("data", "seed")}
     return kept | {"changes in mid-run": made.get("changes") or []} if kept else {}

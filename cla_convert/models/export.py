@@ -27,7 +27,7 @@ from .packed import refuse_scales
 from .self_test import check_interface
 from .shipped import converted_family
 from .whole_rows import WHOLES
-from .writer import MANIFEST, ShardWriter, publishing
+from .writer import MANIFEST, ShardWriter, publishing, read_manifest
 
 if TYPE_CHECKING:
     import torch
@@ -316,8 +316,3 @@ def export_model(
             if file.exists():
                 shutil.copyfile(file, staging / file.name)
         write_json(staging / MANIFEST, read_manifest(template) | dict(manifest or {}))
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """cla_manifest.json of an output folder; empty for other folders. Raises InputError if it is damaged."""
-    return read_json(folder / MANIFEST) or {}

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InputError
 from ..files import load_json, write_json
 from . import probe
-from .export import load_tokenizer, read_manifest
+from .export import load_tokenizer
+from .writer import read_manifest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

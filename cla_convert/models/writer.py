@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, NotFiniteError
-from ..files import check_place, existing, write_json
+from ..files import check_place, existing, read_json, write_json
 from ..staging import claimed, staged
 from .checkpoint import INDEX, Checkpoint, bytes_of
 from .finite import finite_rest
@@ -233,6 +233,11 @@ def check_output(out: Path, *, overwrite: bool) -> None:
             why=f"{foreign[0]} lies in it, which is not of cla-convert and would be lost.",
             fix="Move it, or give another folder.",
         )
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """cla_manifest.json of an output folder; empty for other folders. Raises InputError if it is damaged."""
+    return read_json(folder / MANIFEST) or {}
 
 
 def check_disk(folder: Path, needed: int, what: str = "The output needs") -> None:

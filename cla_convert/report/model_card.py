@@ -12,7 +12,7 @@ from ..files import read_json, stays_in, write_bytes
 from ..models.headers import ELEMENT_SIZE, FLOATING
 from ..models.shape import long_cache, shape_of
 from ..models.whole import text_config, whole_of
-from ..models.writer import MANIFEST
+from ..models.writer import read_manifest
 from ..run_folder import RECIPE
 from .formats import (
     changed,
@@ -148,7 +148,7 @@ def rename_card(folder: Path, name: str) -> None:
 def described(folder: Path, train: Json | None = None) -> Json:
     """What the files of an output folder say, as a report for `write_model_card`: the map, its bytes, the source."""
     config = text_config(read_json(folder / "config.json") or {})
-    manifest = read_json(folder / MANIFEST) or {}
+    manifest = read_manifest(folder)
     shape = shape_of(config)
     heads = (manifest.get("kv_heads") or {}).get("before", shape.num_key_value_heads)
     source_shape = replace(shape, num_key_value_heads=heads)

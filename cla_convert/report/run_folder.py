@@ -1,6 +1,5 @@
 """What a run folder holds: a stage that did not run is None, never a guess; a file that is damaged is an error."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from ..console import command
 from ..errors import ClaError, InputError
 from ..evaluation.missing import missing
 from ..evaluation.stale import stale_points
-from ..files import read_json, stays_in
+from ..files import read_json, read_rows, stays_in
 from ..recipe_file import read_yaml
 from ..run_folder import POINTS, RunFolder
 
@@ -104,9 +103,9 @@ def read_run_folder(path: Path) -> RunFiles:
         # Before the conversion has run, the plan already knows the map and the sizes.
         convert=(read_json(run.plan.path) or {}) | (read_json(run.convert.path) or {}),
         train=read_json(run.training.result.path) or {},
-        metrics=_read_lines(run.training.metrics),
+        metrics=read_rows(run.training.metrics),
         control_train=read_json(run.control.result.path) or {},
-        control_metrics=_read_lines(run.control.metrics),
+        control_metrics=read_rows(run.control.metrics),
         environment=read_json(run.environment.path) or {},
         results=_by_point(run, "results"),
         held_out=_by_point(run, "held_out"),
@@ -159,24 +158,3 @@ def _by_point(run: RunFolder, name: str) -> dict[str, Json]:
 def _texts(files: dict[str, Path]) -> dict[str, Json]:
     found = {name: read_json(path) for name, path in files.items()}
     return {name: value for name, value in found.items() if value is not None}
-
-
-def _read_lines(path: Path) -> list[Json]:
-    """Rows of a jsonl file. A last line cut off by a crash is left out. Raises InputError for any other damage."""
-    rows = []
-    try:
-        lines = path.read_bytes().splitlines()
-    except FileNotFoundError:
-        return rows
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line) if line.strip() else None
-        except (ValueError, RecursionError) as error:
-            if number == len(lines):
-                continue
-            raise InputError(
-                f"{path} is damaged", why=f"Line {number}: {error}.", fix="Restore or remove it."
-            ) from error
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows

@@ -15,6 +15,7 @@ from graphlib import TopologicalSorter
 from typing import TYPE_CHECKING
 
 from ..evaluation.verdict import Margins
+from ..recipe import Evaluate
 from ..registry import Registry
 from .comparisons import comparison_of, control_comparison
 from .content import Block
@@ -35,12 +36,7 @@ class Material:
     @cached_property
     def margins(self) -> Margins:
         """What the verdict was fixed to beforehand."""
-        settings, default = self.run.recipe.get("eval") or {}, Margins()
-        return Margins(
-            float(settings.get("margin", default.accuracy)),
-            float(settings.get("perplexity_margin", default.perplexity)),
-            float(settings.get("kl_margin", default.kl)),
-        )
+        return Margins.of(Evaluate.model_construct(**(self.run.recipe.get("eval") or {})))
 
     @property
     def seed(self) -> int:

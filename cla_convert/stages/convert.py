@@ -65,8 +65,8 @@ def _convert(recipe: Recipe, folder: RunFolder, overwrite: bool, the_plan: "Plan
 
 def _check_source(recipe: Recipe, folder: RunFolder) -> None:
     """Refuse to go on with a model of another source: one that was changed in place, or moved on on the hub."""
-    from ..models.export import read_manifest
     from ..models.fingerprint import fingerprint
+    from ..models.writer import read_manifest
 
     known = read_manifest(folder.converted).get("source", {}).get("fingerprint")
     if known and known != fingerprint(source := folder.source(recipe)):

@@ -7,6 +7,7 @@ from ..amounts import clock, human_count
 from ..console import say, warn
 from ..effort import MANY_PASSES
 from ..environment import cache_of, pick_device
+from ..files import read_rows
 from ..preflight import check_tokenizer
 from ..recipe import Recipe
 from ..record import recorded
@@ -191,15 +192,13 @@ def _check_memory(recipe: Recipe, folder: RunFolder, the_plan: "Plan") -> None:
 
 def _say_passes(recipe: Recipe, folder: RunFolder) -> None:
     """Say how often the budget goes round the text and, where a speed was measured in the folder, how long it takes."""
-    from ..training.metrics import read_rows
     from ..training.text_size import in_passes
 
     tokens = recipe.train.tokens
     if not tokens:
         return
     there = text_tokens(recipe, folder.source(recipe))
-    rows = read_rows(folder.training.metrics) if folder.training.metrics.exists() else []
-    rates = [row["tokens_per_second"] for row in rows if row.get("tokens_per_second")]
+    rates = [row["tokens_per_second"] for row in read_rows(folder.training.metrics) if row.get("tokens_per_second")]
     parts = [f"{human_count(tokens)} tokens", *([in_passes(tokens, there)] if there else [])]
     parts += [f"about {clock(tokens / rate)} at the {human_count(rate)} tokens/s of this folder" for rate in rates[-1:]]
     say(f"budget      {', '.join(parts)}")

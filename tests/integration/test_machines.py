@@ -14,7 +14,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from cla_convert.training.metrics import read_rows
+from cla_convert.files import read_rows
 from tests.conftest import save_tiny_llama
 from tests.integration.test_parallel import EVERY_STEP, STEPS, assert_equal, rows, saved, wait_for_step
 from tests.launch import finish, free_port, go_on, prepare, start, start_team, uptrain

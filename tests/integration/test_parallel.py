@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cla_convert.training.metrics import read_rows
+from cla_convert.files import read_rows
 from tests.conftest import save_tiny_llama
 from tests.launch import finish, go_on, prepare, start, start_team, uptrain
 

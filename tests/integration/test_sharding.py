@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cla_convert.files import read_rows
 from cla_convert.recipe_file import load_recipe
-from cla_convert.training.metrics import read_rows
 
 from ..conftest import save_tiny_llama
 from ..launch import CONTEXT, finish, free_port, prepare, start, start_team, uptrain

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cla_convert.training.metrics import read_rows
+from cla_convert.files import read_rows
 from tests.launch import finish, go_on, prepare, start, uptrain
 
 STEPS = 16

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from cla_convert.conversion.convert import convert
 from cla_convert.conversion.plan import make_plan
 from cla_convert.errors import InputError, Interrupted, TrainingError
+from cla_convert.files import read_rows
 from cla_convert.models.checkpoint import Checkpoint
 from cla_convert.models.export import load_model
 from cla_convert.models.scoring import hidden_states
@@ -21,7 +22,6 @@ from cla_convert.recipe import Recipe
 from cla_convert.recipe_file import validate
 from cla_convert.run_folder import TrainingFolder
 from cla_convert.training import loop, micro_batch
-from cla_convert.training.metrics import read_rows
 from cla_convert.training.objective import Objective
 from cla_convert.training.parallel import Team
 from cla_convert.training.step import gradients

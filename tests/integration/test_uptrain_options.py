@@ -11,10 +11,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cla_convert import pipeline
 from cla_convert.errors import InputError, TrainingError
+from cla_convert.files import read_rows
 from cla_convert.models.export import load_model
 from cla_convert.run_folder import RunFolder
 from cla_convert.stages.check import check
-from cla_convert.training.metrics import read_rows
 from cla_convert.training.objective import Objective
 from cla_convert.training.step import gradients
 from cla_convert.training.trainer import set_up
