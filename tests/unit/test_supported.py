@@ -98,7 +98,7 @@ def test_models_that_share_as_published(model_type, more, part, tmp_path):
     assert found["shares"]["left"] == {"sharing": "cla2-keep-ends", "kv_layers": 5}
     said = render(found)
     assert "6 of 10 layers keep K/V; others read theirs: 4 (by 9), 5 (by 6-8)" in said and "leave 5: 1.20x" in said
-    assert "gemma3_text" in found["reason"]
+    assert "The nearest supported family is gemma" in found["reason"]
 
 
 def test_a_converted_model_says_what_it_shares(tmp_path):
