@@ -95,7 +95,7 @@ def read_text(recipe: Recipe, folder: RunFolder) -> None:
     """Tokenise the data before stage 1: a bad row or too little text is told now. Sampling is left to a stage."""
     from .training.data import check_enough
 
-    if not any(source.generate for source in recipe.data.sources):
+    if not recipe.data.sampled:
         check_enough(text(recipe, folder), recipe.train)
 
 

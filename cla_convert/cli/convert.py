@@ -90,7 +90,7 @@ def convert(
         "source.text_only": text_only or None,
     }  # fmt: skip
     settings = settings_of(recipe, sets, options)
-    if any(source.generate for source in settings.data.sources):  # no hours of sampling for a training that is not here
+    if settings.data.sampled:  # no hours of sampling for a training that is not here
         settings = settings.model_copy(update={"train": settings.train.model_copy(update={"tokens": 0})})
     check_revision(model, revision)
     if not dry_run:

@@ -153,7 +153,7 @@ def _recorded(settings: "Schema", model: Path) -> dict[str, str | bool | None] |
 
 def _stand_in(settings: "Schema", model: Path) -> dict[str, str | bool | None]:
     """What is named as the source model where nothing is asked of one. Raises UsageError where something is."""
-    if not settings.train.needs_teacher and not any(source.generate for source in settings.data.sources):
+    if not settings.train.needs_teacher and not settings.data.sampled:
         return {"model": str(model)}
     raise UsageError(
         "No teacher",

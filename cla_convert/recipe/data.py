@@ -134,3 +134,8 @@ class Data(Section):
     """Where the text comes from; weights make it a mixture."""
     held_out: float = Field(default=0.05, gt=0, lt=0.5)
     """Share of documents kept out of calibration and uptraining, for validation and held-out perplexity."""
+
+    @property
+    def sampled(self) -> bool:
+        """Whether the source model writes some of the text."""
+        return any(source.generate for source in self.sources)

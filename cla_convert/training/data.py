@@ -141,8 +141,7 @@ def tokens_wanted(recipe: Recipe, source: Path, device: str, *, calibrates: bool
     """Tokens that are asked of the text: to train and calibrate on, and to hold out."""
     calibration = calibration_tokens(recipe, source, device) if calibrates else 0
     needed = max(recipe.train.tokens, calibration)
-    sampled = any(one.generate for one in recipe.data.sources)
-    wide = needed if sampled else max(needed, min(_VARIED, _WIDER * calibration))
+    wide = needed if recipe.data.sampled else max(needed, min(_VARIED, _WIDER * calibration))
     return wide, max(recipe.train.validation_tokens, recipe.train.sequence_length + 1)
 
 

@@ -61,14 +61,14 @@ class Mixture:
             InputError: a source cannot be read or holds no text.
         """
         weights = [source.weight for source in self.sources]
-        limits = zip(shares(self.tokens, weights), shares(self.held_out_tokens, weights), strict=True)
+        limits = [*zip(shares(self.tokens, weights), shares(self.held_out_tokens, weights), strict=True)]
+        # What is sampled last: that takes minutes, and a bad row of a file is to be told before them.
+        order = sorted(range(len(self.sources)), key=lambda number: self.sources[number].generate is not None)
         with progress(self.tokens + self.held_out_tokens, "tokenising", unit="tok") as bar:
             read: dict[int, Part] = {}
-            numbered = enumerate(zip(self.sources, limits, strict=True))
-            # What is sampled last: that takes minutes, and a bad row of a file is to be told before them.
-            for number, (source, limit) in sorted(numbered, key=lambda one: one[1][0].generate is not None):
-                read[number] = self._read(source, *limit, folder / f"{number}", bar, [*read.values()])
-            parts = [read[number] for number in range(len(self.sources))]
+            for n in order:
+                read[n] = self._read(self.sources[n], *limits[n], folder / f"{n}", bar, [*read.values()])
+        parts = [read[n] for n in sorted(read)]
         targets = balanced([part.train.tokens for part in parts], [part.train.limit for part in parts])
         starts = _join([part.train for part in parts], targets, folder / "train.bin")
         (folder / "starts.bin").write_bytes(starts.data)

@@ -12,8 +12,10 @@ from ..models.long_text import ids_of
 from ..recipe import Data, TextSource
 from .sources import documents, local_files, sample_source
 
+_LINES = (".jsonl", ".jsonl.gz")
 _LOOKED_AT, _CHARACTERS = 8, 4_000
-"""Documents of a source, and the beginning of each, that tell how long its tokens are."""
+"""Documents of a source, and the beginning of each, that tell how long its tokens are; rows of files, and files, that
+tell how much of them is text."""
 _PACKED = 3
 """Times smaller that gzip makes text, about."""
 
@@ -34,26 +36,32 @@ def in_passes(tokens: int, there: int) -> str:
 def _tokens(source: TextSource, tokenizer: Any, seed: int) -> int:
     texts = [str(one.content)[:_CHARACTERS] for one in islice(documents(source, seed, tokenizer), _LOOKED_AT)]
     each = sum(map(len, ids_of(tokenizer, texts))) / max(1, _length(texts))
-    chats = Conversations(tokenizer, name_of(source)) if source.messages_field else None
-    return round(each * sum(_bytes(file, source, chats) for file in local_files(source)))
+    files = local_files(source)
+    share = _share([file for file in files if file.name.lower().endswith(_LINES)][:_LOOKED_AT], source, tokenizer)
+    return round(each * sum(_bytes(file, source, share) for file in files))
 
 
 def _length(texts: Iterable[str]) -> int:
     return sum(len(text.encode("utf-8", "replace")) for text in texts)
 
 
-def _bytes(file: Path, source: TextSource, chats: Conversations | None) -> float:
-    """Of the text in a file."""
+def _share(files: list[Path], source: TextSource, tokenizer: Any) -> float:
+    """How much of tables of lines is text, by their first rows; the rest is markup and other columns."""
+    chats = Conversations(tokenizer, name_of(source)) if source.messages_field else None
+    text = read = 0
+    for file in files:
+        for number, (length, row) in enumerate(islice(jsonl_rows(file), _LOOKED_AT), 1):
+            read += length
+            text += _length(str(one.content) for one in document_in(row, source, row_of(file, number), chats))
+    return text / max(1, read)
+
+
+def _bytes(file: Path, source: TextSource, share: float) -> float:
+    """Of the text in a file; of tables of lines it is a share."""
     name, size = file.name.lower(), file.stat().st_size
     if name.endswith(".parquet"):
         return _in_column(file, source.columns[0])
-    if not name.endswith((".jsonl", ".jsonl.gz")):
-        return size
-    rows = list(islice(jsonl_rows(file), _LOOKED_AT))
-    found = (document_in(row, source, row_of(file, number), chats) for number, (_, row) in enumerate(rows, 1))
-    texts = [str(one.content) for documents_there in found for one in documents_there]
-    share = _length(texts) / max(1, sum(length for length, _ in rows))  # the rest is markup and other columns
-    return share * size * (_PACKED if name.endswith(".gz") else 1)
+    return size * (share if name.endswith(_LINES) else 1) * (_PACKED if name.endswith(".gz") else 1)
 
 
 def _in_column(file: Path, name: str) -> int:
