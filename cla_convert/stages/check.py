@@ -43,8 +43,9 @@ def check(recipe: Recipe, folder: RunFolder, *, anew: bool = False) -> None:
     check_packing(recipe, config)
     check_steps(recipe.train)
     _check_training(recipe, folder)
-    say_untaught(recipe, source)
-    check_data(recipe, load_tokenizer(source), source, device)
+    tokenizer = load_tokenizer(source)
+    say_untaught(recipe, tokenizer)
+    check_data(recipe, tokenizer, source, device)
     disk_of(recipe, folder, bound(recipe, folder, anew=anew), anew=anew).check(folder.path)
 
 

@@ -103,6 +103,11 @@ def state_bytes(config: Mapping[str, Any], train: Train) -> int:
     return _STATE * sum(parameter.numel() for _, parameter, part in parts_of(skeleton(config)) if part in parts)
 
 
+def undecided(recipe: Recipe, the_plan: "Plan") -> bool:
+    """Whether a plan stands for one that `sharing: auto` has yet to choose."""
+    return recipe.convert.sharing == "auto" and the_plan.choice is None
+
+
 def _spilled(recipe: Recipe, source: "Checkpoint", the_plan: "Plan") -> int:
     """Bytes that lie beside the converted model while it is made, where no memory has room for them."""
     from ..conversion.convert import spilled_bytes
@@ -113,7 +118,7 @@ def _spilled(recipe: Recipe, source: "Checkpoint", the_plan: "Plan") -> int:
     if not recipe.convert.needs_text:
         return 0
     device, sources = pick_device(recipe.device), the_plan.kv_source_layers
-    if recipe.convert.sharing == "auto" and the_plan.choice is None:  # a bound, also of this
+    if undecided(recipe, the_plan):  # a bound, also of this
         sources = [0] * Search.default(device).largest
     length = calibration_length(recipe, source.config, device)
     rows = max(1, calibration_tokens(recipe, source, device) // length)
@@ -158,10 +163,8 @@ def _cached(recipe: Recipe, folder: RunFolder, *, anew: bool) -> tuple[dict[str,
     there = text_tokens(recipe, source)
     tokens = token_dtype(tokenizer).itemsize * (wanted if there is None else min(wanted, there))
     made = source.is_relative_to(cache_of("sources").resolve()) or source.is_relative_to(cache_of("sources"))
-    return {
-        "the model as it is read": _size(source) if made else 0,
-        "tokens": tokens,
-    }, 0 if folder.begun and not anew else 2 * tokens
+    left = 0 if folder.begun and not anew else 2 * tokens
+    return {"the model as it is read": _size(source) if made else 0, "tokens": tokens}, left
 
 
 def _listed(parts: Mapping[str, int]) -> str:

@@ -14,7 +14,7 @@ from ..record import recorded
 from ..results import PlanResult
 from ..run_folder import RunFolder
 from ..same_recipe import continue_under
-from .disk import disk_of
+from .disk import disk_of, undecided
 from .text import calibration, text_tokens
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ _UNDECIDED = (
 
 def _without_sampling(recipe: Recipe, folder: RunFolder, *, anew: bool) -> "Plan":
     """The plan; where `sharing: auto` would measure on text that the model has yet to write, for minutes, its bound."""
-    if not (_measures(recipe, folder, anew=anew) and any(source.generate for source in recipe.data.sources)):
+    if not (_measures(recipe, folder, anew=anew) and recipe.data.sampled):
         return plan_of(recipe, folder, anew=anew)
     the_plan = bound(recipe, folder, anew=anew)
     return replace(the_plan, warnings=[_UNDECIDED, *the_plan.warnings])
@@ -166,7 +166,7 @@ def _choice(recipe: Recipe, folder: RunFolder, checkpoint: "Checkpoint") -> "Cho
 
 def _say_needs(recipe: Recipe, folder: RunFolder, the_plan: "Plan", *, anew: bool = False) -> None:
     """Say what training needs: memory, disk, and text for its budget. Raises InputError where memory is too small."""
-    if _UNDECIDED not in the_plan.warnings:  # what is trained depends on the map
+    if not undecided(recipe, the_plan):  # what is trained depends on the map
         _check_memory(recipe, folder, the_plan)
     say(f"disk        {disk_of(recipe, folder, the_plan, anew=anew).describe()}")
     _say_passes(recipe, folder)

@@ -50,14 +50,12 @@ def _text_tokens(data: str, seed: int, model: Path, stated: tuple[Any, ...]) -> 
     return tokens_there(Data.model_validate_json(data), load_tokenizer(model), seed)
 
 
-def say_untaught(recipe: Recipe, model: Path) -> None:
+def say_untaught(recipe: Recipe, tokenizer: Any) -> None:
     """Say so, once, where an instruct model is to be trained without conversations."""
-    from ..models.export import load_tokenizer
     from ..training.mixture import share_of_chats
 
-    if not recipe.train.tokens or any(map(share_of_chats, recipe.data.sources)):
-        return
-    if getattr(load_tokenizer(model), "chat_template", None):
+    converses = getattr(tokenizer, "chat_template", None)
+    if recipe.train.tokens and converses and not any(map(share_of_chats, recipe.data.sources)):
         say_once(UNTAUGHT)
 
 

@@ -9,6 +9,7 @@ from ..console import quiet, say
 from ..environment import command_line, launched, pick_device, rank, world_size
 from ..errors import InputError
 from ..models.checkpoint import Checkpoint
+from ..models.export import load_tokenizer
 from ..models.self_test import check_interface
 from ..recipe import Recipe
 from ..record import recorded
@@ -107,7 +108,7 @@ def _train_here(it: _Training) -> TrainResult:
         with crew.leader_first():
             teacher = folder.teacher(recipe)
         if crew.leads and not launched():
-            say_untaught(recipe, folder.source(recipe))
+            say_untaught(recipe, load_tokenizer(folder.source(recipe)))
         # Now: hours later files may have moved.
         there = text_tokens(recipe, folder.source(recipe)) if crew.leads else None
         result = train(
