@@ -18,10 +18,10 @@ class Quality:
 
     key: str
     label: str
-    of_several: str
-    """The label where runs have several source models."""
     scale: float = 1.0
     more_is_better: bool = True
+    above: str = ""
+    """The label where it is taken from the source's, if another."""
 
     def known(self, runs: list[Json]) -> list[Json]:
         """The runs that have it."""
@@ -29,8 +29,8 @@ class Quality:
 
 
 QUALITIES = (
-    Quality("accuracy", "mean accuracy, %", "accuracy, points from the source", 100),
-    Quality("kl", "KL from the source, nats", "KL from the source, nats", more_is_better=False),
+    Quality("accuracy", "mean accuracy, %", 100, above="accuracy, points from the source"),
+    Quality("kl", "KL from the source, nats", more_is_better=False),
 )
 
 
@@ -50,7 +50,7 @@ def draw_pareto(runs: list[Json], width: float = WIDTH) -> "Figure":
     figure, axes = new_figure(len(shown), width=width, height=3.2, sharex=True)
     for axis, quality in zip(axes[:, 0], shown, strict=True):
         _against_bytes(axis, quality, [quality.known(made) for made in by_model])
-        axis.set_ylabel(quality.of_several if several else quality.label)
+        axis.set_ylabel((several and quality.above) or quality.label)
     axes[-1, 0].set_xlabel("KV bytes per token, % of the source's" if several else "KV bytes per token")
     axes[-1, 0].xaxis.set_major_formatter("{x:,.0f}")
     return figure
@@ -70,18 +70,17 @@ def _drawn(runs: list[Json]) -> tuple[list[list[Json]], list[Quality]]:
 
 def _from_source(made: list[Json]) -> list[Json]:
     """Runs of a source model, which stands first, with bytes as a percentage of its own and accuracy above its own."""
-    source = made[0]
-    whole, accuracy = source["kv_bytes_per_token"], source["accuracy"]
+    whole, accuracy = made[0]["kv_bytes_per_token"], made[0]["accuracy"]
 
-    def above(score: float | None) -> float | None:
-        return None if score is None or accuracy is None else score - accuracy
+    def compared(run: Json) -> Json:
+        size, score, ends = run["kv_bytes_per_token"], run["accuracy"], run.get("ci95")
+        share = 100 * size / whole if size and whole else None
+        if accuracy is None or score is None:
+            return run | {"kv_bytes_per_token": share, "accuracy": None, "ci95": None}
+        bar = [end - accuracy for end in ends] if ends else None
+        return run | {"kv_bytes_per_token": share, "accuracy": score - accuracy, "ci95": bar}
 
-    found = []
-    for run in made:
-        size, ends = run["kv_bytes_per_token"], run.get("ci95")
-        compared = {"accuracy": above(run["accuracy"]), "ci95": ends and accuracy is not None and [*map(above, ends)]}
-        found.append(run | compared | {"kv_bytes_per_token": 100 * size / whole if size and whole else None})
-    return found
+    return [compared(run) for run in made]
 
 
 def _against_bytes(axis: "Axes", quality: Quality, by_model: list[list[Json]]) -> None:
