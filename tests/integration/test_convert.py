@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,7 +15,7 @@ from transformers import LlamaForCausalLM
 from cla_convert.models.checkpoint import Checkpoint
 from cla_convert.models.export import export_model, load_model
 from cla_convert.models.headers import TensorInfo
-from cla_convert.models.writer import ShardWriter
+from cla_convert.models.writer import ShardWriter, read_manifest
 from tests.conftest import save_tiny_llama
 from tests.launch import cla
 from tests.tiny import save_tiny
@@ -111,6 +112,20 @@ def test_sharded_sources_biases_and_shards_out(tmp_path):
     pooled = torch.stack([original.read(name) for name in names]).mean(0)
     torch.testing.assert_close(checkpoint.read(names[0]), pooled)
     assert logits(tmp_path / "out").isfinite().all()
+
+
+def test_for_converting_alone_no_text_to_train_on_is_sampled(tmp_path, tiny_llama, monkeypatch):
+    monkeypatch.setenv("CLA_CONVERT_CACHE", str(tmp_path / "cache"))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "data: {sources: [{generate: {length: 64}}], held_out: 0.1}\n"
+        "train: {tokens: 200k, sequence_length: 64, batch_tokens: 1024, validation_tokens: 128}\n"
+        "convert: {init: calibrated, calibration: {tokens: 1024, sequence_length: 64, steps: 1}}\n"
+    )
+    convert(tiny_llama, tmp_path / "out", "--recipe", recipe)
+    sampled = sum(np.load(file)["ids"].size for file in tmp_path.rglob("*.npz"))
+    assert 1024 < sampled < 20_000
+    assert read_manifest(tmp_path / "out")["calibration"]["tokens"] == 1024
 
 
 def test_calibrated_beats_mean_and_reports_its_groups(tmp_path, tiny_llama):

@@ -77,14 +77,15 @@ def test_activations_that_no_memory_holds_are_counted(tiny_llama: Path, tmp_path
 
 
 @pytest.mark.parametrize("parameters", ["all", "shared"])
-def test_a_dry_run_samples_nothing(tiny_llama: Path, tmp_path: Path, cache: Path, capsys, parameters: str) -> None:
+def test_a_dry_run_samples_nothing(tiny_llama: Path, tmp_path: Path, monkeypatch, capsys, parameters: str) -> None:
+    monkeypatch.setenv("CLA_CONVERT_CACHE", str(tmp_path / "cache"))
     settings = ["convert.init=calibrated", "data.sources=[{generate: {length: 64}}]", f"train.parameters={parameters}"]
     for sharing, owners, chosen in (("auto", 6, False), ("cla2", 3, True)):
         recipe = wanted(tiny_llama, *settings, f"convert.sharing={sharing}")
         the_plan = pipeline.dry_run(recipe, tmp_path / "run", overwrite=False, allow_changes=())
         assert len(the_plan.groups) == owners and ("training " in capsys.readouterr().err) is chosen
         assert any("has not chosen yet" in warning for warning in the_plan.to_json()["warnings"]) is not chosen
-    assert not list(cache.rglob("*.npz"))
+    assert not list(tmp_path.rglob("*.npz"))
 
 
 def test_a_cache_on_another_disk_is_looked_at_by_itself(tiny_llama: Path, tmp_path: Path, monkeypatch) -> None:

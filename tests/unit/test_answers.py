@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cla_convert.evaluation import answers as module
-from cla_convert.evaluation.answers import answers, unseen
+from cla_convert.evaluation.answers import _asked, answers, unseen
 from cla_convert.evaluation.harness import identity_of
 from cla_convert.evaluation.prepare import Prepared
 from cla_convert.evaluation.texts import Texts, measure_texts
@@ -45,6 +45,12 @@ def test_an_answer_is_the_likeliest_tokens(tiny_llama: Path, template: str | Non
     assert [row["prompt"] for row in found] == ["Who?", "And why?"]
     assert found[0]["text"] == tokenizer.decode(made, skip_special_tokens=True).strip()
     assert found[0]["cut"] is (len(made) == 6 and made[-1] != 1)
+
+
+def test_a_prompt_is_the_same_on_every_day(tiny_llama: Path):
+    tokenizer = load_tokenizer(tiny_llama)
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + TEMPLATE
+    assert tokenizer.decode(_asked(tokenizer, "Who?")[0]) == "26 Jul 2024<user>Who?<a>"
 
 
 def test_an_answer_has_no_more_room_than_the_model(tmp_path: Path):

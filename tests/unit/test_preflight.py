@@ -22,7 +22,14 @@ from cla_convert.evaluation.perplexity import token_perplexity
 from cla_convert.models.checkpoint import Checkpoint
 from cla_convert.models.export import load_model
 from cla_convert.models.shape import positions_of
-from cla_convert.preflight import check_evaluation, check_lengths, check_prefix, check_tokenizer, fitted
+from cla_convert.preflight import (
+    calibration_length,
+    check_evaluation,
+    check_lengths,
+    check_prefix,
+    check_tokenizer,
+    fitted,
+)
 from cla_convert.recipe import Recipe, TextFile
 from cla_convert.recipe_file import load_recipe
 from cla_convert.run_folder import RunFolder
@@ -269,3 +276,11 @@ def test_uptraining_asks_for_the_disk_of_its_first_checkpoint_before_work(
     monkeypatch.setattr("cla_convert.training.loop.uptrain", work)
     with pytest.raises(InputError, match="too small") if refused else pytest.raises(Begun):
         uptrain(recipe, folder, fresh=begun == "anew")
+
+
+def test_rows_longer_than_the_model_are_said_to_be_shorter_once(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = Recipe.model_validate({"convert": {"calibration": {"sequence_length": 1024}}})
+    console.TOLD.clear()
+    for _ in range(2):  # the plan's disk asks, too
+        assert calibration_length(recipe, {"model_type": "llama", "max_position_embeddings": 512}, "cpu") == 512
+    assert capsys.readouterr().err.count("calibrating on sequences of 512 tokens") == 1
