@@ -24,6 +24,11 @@ def times(n: float) -> str:
     return human_count(float(f"{n:.2g}"))
 
 
+def passes(n: float) -> str:
+    """`1` -> `1 pass`, `7.46` -> `7.5 passes`."""
+    return f"{times(n)} {'pass' if times(n) == '1' else 'passes'}"
+
+
 def clock(seconds: float) -> str:
     """`3723` -> `1:02:03`."""
     minutes, rest = divmod(round(seconds), 60)

@@ -26,9 +26,9 @@ class Train(Section):
     cross_entropy_weight: float = Field(default=0.0, ge=0)
     """distill: adds so many times the cross-entropy on the data."""
     hidden_weight: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
-    """distill: adds |student - teacher|^2 / |teacher|^2 of the residual streams, averaged over all layers, with a
-    weight that falls linearly from this to 0 at the end of the budget. auto: 30, or 0 for a teacher of another depth
-    or width."""
+    """distill: adds |student - teacher|^2 of the residual streams over the larger of |student|^2 and |teacher|^2,
+    averaged over all layers, with a weight that falls linearly from this to 0 at the end of the budget. auto: 30, or 0
+    for a teacher of another depth or width."""
     parameters: Literal["all", "attention", "shared"] = "all"
     """What is trained. attention: the weights of all attention layers. shared: of the layers that share K/V,
     owners and consumers."""

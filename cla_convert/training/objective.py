@@ -123,7 +123,12 @@ def recorded_streams(model: "PreTrainedModel") -> Iterator[list[Tensor]]:
 def stream_distance(
     streams: Sequence[Tensor], targets: Sequence[Tensor], counted: Tensor, *, fused: bool = False
 ) -> Tensor:
-    """|stream - target|^2 / |target|^2, averaged over layers and summed over the counted positions.
+    """|stream - target|^2 / max(|stream|^2, |target|^2), averaged over layers and summed over the counted positions.
+
+    A position that draws attention to itself has a stream a hundred times as long as the others ("massive activations",
+    arXiv 2402.17762). Where the student makes one and the teacher does not, the square of that length over the
+    teacher's was hundreds of times the rest of the batch, and after clipping all that the step followed. Over the
+    longer of both, which is a constant for the gradient, no position counts for more than 4.
 
     Args:
         streams: [B, T, D] behind each layer of the student.
@@ -138,7 +143,8 @@ def stream_distance(
 
 def _distance(stream: Tensor, target: Tensor, counted: Tensor) -> Tensor:
     stream, target = stream.float(), target.float()
-    each = (stream - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)
+    mine, theirs = stream.detach().square().sum(-1), target.square().sum(-1)
+    each = (stream - target).square().sum(-1) / torch.maximum(mine, theirs).clamp_min(1e-12)
     return (each * counted).sum()
 
 

@@ -5,7 +5,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..amounts import human_count, times
+from ..amounts import human_count, passes
 from ..conversations import Conversations
 from ..documents import document_in, jsonl_rows, name_of, parquet_file, row_of
 from ..models.long_text import ids_of
@@ -30,7 +30,7 @@ def tokens_there(data: Data, tokenizer: Any, seed: int) -> int | None:
 
 def in_passes(tokens: int, there: int) -> str:
     """What a budget means: `7.5 passes over about 350k tokens of text`."""
-    return f"{times(tokens / max(there, 1))} passes over about {human_count(there)} tokens of text"
+    return f"{passes(tokens / max(there, 1))} over about {human_count(there)} tokens of text"
 
 
 def _tokens(source: TextSource, tokenizer: Any, seed: int) -> int:

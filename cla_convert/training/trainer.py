@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..amounts import times
+from ..amounts import passes
 from ..console import human_count, say
 from ..errors import InputError
 from ..models.checkpoint import Checkpoint
@@ -248,9 +248,9 @@ def rates_told(settings: Train) -> str:
     return f"learning rate {', '.join(f'{rate:g} {names.get(part, part)}' for part, rate in rates.items())}"
 
 
-def passes(sequences: int, prepared: int, length: int) -> str:
+def text_seen(sequences: int, prepared: int, length: int) -> str:
     """How often training sees its text: not all that there is, but the part that was prepared for the budget."""
-    return f"{times(sequences / prepared)} passes over the {human_count(prepared * length)} tokens prepared of the text"
+    return f"{passes(sequences / prepared)} over the {human_count(prepared * length)} tokens prepared of the text"
 
 
 def _describe(trainer: Trainer) -> str:
@@ -260,7 +260,7 @@ def _describe(trainer: Trainer) -> str:
     compute = trainer.precision.name + ("" if trainer.precision.compute is torch.float32 else " over float32 weights")
     return (
         f"uptraining: {budget.steps} steps of {budget.batch} x {budget.length} tokens, {human_count(budget.tokens)} in "
-        f"all, {passes(budget.sequences, trainer.sequences.count, budget.length)}, "
+        f"all, {text_seen(budget.sequences, trainer.sequences.count, budget.length)}, "
         f"{trainer.micro_batch} sequences a pass; {human_count(count)} parameters trained; "
         f"{trainer.settings.loss}; {rates_told(trainer.settings)}; {compute} on {where}; "
         + ("layers and loss are compiled in the first step" if trainer.compiled else "not compiled")

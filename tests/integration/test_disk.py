@@ -129,7 +129,8 @@ def test_the_disk_of_a_map_that_is_not_chosen_yet_is_that_of_the_largest(tiny_ll
     assert made.parameters["after"] < made.parameters["before"]  # that which lies there
     again = bound(recipe, RunFolder(tmp_path / "run"), anew=True)
     assert again.parameters["before"] == again.parameters["after"]
-    assert pipeline.dry_run(recipe, tmp_path / "other", overwrite=False, allow_changes=()).choice  # of text that is there
+    # of text that is there, a dry run measures
+    assert pipeline.dry_run(recipe, tmp_path / "other", overwrite=False, allow_changes=()).choice
 
 
 def test_a_plan_says_how_often_a_budget_goes_round_the_text(tiny_llama: Path, tmp_path: Path, capsys) -> None:

@@ -33,7 +33,7 @@ from cla_convert.training.flops import forward_flops, peak_flops, training_flops
 from cla_convert.training.loss import LogitRule
 from cla_convert.training.metrics import Metrics
 from cla_convert.training.monitor import Monitor, describe
-from cla_convert.training.objective import check_documents, check_head, chunk_size
+from cla_convert.training.objective import check_documents, check_head, chunk_size, stream_distance
 from cla_convert.training.optimizer import freeze_all_but, make_optimizer, parts_of
 from cla_convert.training.precision import Precision, cast_frozen, choose_precision
 from cla_convert.training.rates import with_rates
@@ -454,6 +454,34 @@ class TestRates:
         model.model.layers[0].mlp.up_proj.weight.data[0, 0] = torch.nan
         with pytest.raises(InputError, match="not finite"):
             with_rates(Train(), model)
+
+
+class TestStreamDistance:
+    """How far the student's residual streams lie from the teacher's."""
+
+    @pytest.mark.parametrize("fused", [False, True])
+    def test_it_is_relative_to_the_longer_of_both(self, fused: bool) -> None:
+        stream, target, counted = torch.zeros(1, 2, 4), torch.zeros(1, 2, 4), torch.ones(1, 2, dtype=torch.bool)
+        stream[0, :, 0], target[0, :, 1] = torch.tensor([1.0, 3.0]), torch.tensor([2.0, 1.0])
+        both = stream_distance([stream], [target], counted, fused=fused)
+        assert float(both) == pytest.approx((1 + 4) / 4 + (9 + 1) / 9)
+        counted[0, 1] = False
+        first = stream_distance([stream, target], [target, target], counted, fused=fused)
+        assert float(first) == pytest.approx(5 / 4 / 2)
+
+    def test_a_stream_that_runs_away_outweighs_nothing(self) -> None:
+        """As where the student makes a massive activation and the teacher does not: one of SmolLM2's is 25,000 long."""
+        generator = torch.Generator().manual_seed(0)
+        target = torch.randn(1, 64, 8, generator=generator)
+        stream = target + 0.1 * torch.randn(1, 64, 8, generator=generator)
+        stream[0, 7] *= 1000
+        stream.requires_grad_()
+        stream_distance([stream], [target], torch.ones(1, 64, dtype=torch.bool)).backward()
+        assert stream.grad is not None
+        pull = (stream.grad * stream).norm(dim=-1)[0].detach()  # on whatever stretches a stream
+        assert 0 < pull[7] < 4
+        others = pull[torch.arange(64) != 7]
+        assert pull[7] < others.sum()
 
 
 class TestDerived:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from cla_convert.recipe import Train
 from cla_convert.training.schedule import Budget, crossed, learning_rate
-from cla_convert.training.trainer import passes
+from cla_convert.training.trainer import text_seen
 
 SETTINGS = dict(peak=1.0, warmup=0.1, final=0.1)
 
@@ -61,4 +61,5 @@ def test_intervals() -> None:
 
 def test_passes_are_over_what_was_prepared() -> None:
     """A tenth of the text is prepared for a small budget: 0.12 passes over that are not over the text."""
-    assert passes(sequences=32, prepared=256, length=256) == "0.12 passes over the 65.5k tokens prepared of the text"
+    assert text_seen(sequences=32, prepared=256, length=256) == "0.12 passes over the 65.5k tokens prepared of the text"
+    assert text_seen(sequences=256, prepared=256, length=256) == "1 pass over the 65.5k tokens prepared of the text"

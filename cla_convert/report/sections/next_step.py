@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...amounts import times
+from ...amounts import passes
 from ...effort import MANY_PASSES
 from ...evaluation.missing import told
 from ...evaluation.verdict import NOT_JUDGED
@@ -233,7 +233,7 @@ def _trained_on(run: RunFiles, state: str, text: str, tokens: int, train: Json) 
     if there and tokens > MANY_PASSES * there:
         most = min(most, MANY_PASSES * there)
         short.append(
-            f"the text holds about {count(there)}, and {count(tokens)} would be {times(tokens / there)} passes over "
+            f"the text holds about {count(there)}, and {count(tokens)} would be {passes(tokens / there)} over "
             f"it: give more text (data.sources), {count(tokens / MANY_PASSES)} tokens or so"
         )
     if rate and tokens > _DAY * rate:
@@ -246,7 +246,7 @@ def _trained_on(run: RunFiles, state: str, text: str, tokens: int, train: Json) 
             return {"state": state, "text": text, "command": None}
         text += " What can be done here:"
     parts = [f"about {duration(most / rate)} at {number(rate, 3)} tokens/s"] if rate else []
-    parts += [f"{times(most / there)} passes over the text"] if there else []
+    parts += [f"{passes(most / there)} over the text"] if there else []
     text += f" {count(most)} tokens are {', '.join(parts)}." if parts else ""
     amount = count(float(f"{most:.2g}")) if short else count(most)
     return _step(run, state, text, amount, f"train.tokens={amount}", *_fewer_checkpoints(run, most))
