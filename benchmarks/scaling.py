@@ -4,8 +4,9 @@ usage: scaling.py FOLDER [--shape 8b] [--layers 8] [--processes 1 2] [--steps 40
        scaling.py FOLDER --shape tiny --length 128 --batch 8 --set device=cpu --set train.micro_batch_size=2  # on a CPU
 
 Runs the command line as a user would (`torchrun -m cla_convert.cli uptrain`), by default cross-entropy of Llama 3.2
-1B's shape on random tokens, 64 sequences of 2048 a step. Prints tokens/s after the warm-up, MFU, the peak memory of a
-GPU, the scaling efficiency, and how far the losses of the first 20 steps lie apart.
+1B's shape on random tokens, 64 sequences of 2048 a step, and stops it after the last step: with all of 8B trained a
+checkpoint would take 100 GB. Prints tokens/s after the warm-up, MFU, the peak memory of a GPU, the scaling efficiency,
+and how far the losses of the first 20 steps lie apart.
 """
 
 import argparse
@@ -13,10 +14,13 @@ import json
 import shutil
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import psutil
 from shapes import SHAPES, sizes
 from streaming_memory import make_source
 
@@ -35,8 +39,8 @@ def make_inputs(folder: Path, shape: dict[str, Any], device: str) -> None:
     convert(make_plan(checkpoint, sharing="cla2-keep-ends", init="first"), checkpoint, folder / "converted")
 
 
-def uptrain(folder: Path, processes: int, settings: dict[str, Any], more: list[str]) -> Rows:
-    """Run it; the rows of metrics.jsonl that belong to steps."""
+def uptrain(folder: Path, processes: int, steps: int, settings: dict[str, Any], more: list[str]) -> Rows:
+    """Run so many steps; the rows of metrics.jsonl that belong to them."""
     out = folder / f"out{processes}"
     for left in (out, out.with_name(f"{out.name}.state")):
         shutil.rmtree(left, ignore_errors=True)
@@ -45,10 +49,20 @@ def uptrain(folder: Path, processes: int, settings: dict[str, Any], more: list[s
     values += [f"data.sources=[{{path: {folder / 'source.jsonl'}}}]", *more]
     command = [sys.executable, *launcher, "-m", "cla_convert.cli", "uptrain", folder / "converted", out, "--teacher",
                folder / "source", *(word for value in values for word in ("--set", value))]  # fmt: skip
-    subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
-    lines = (out.with_name(f"{out.name}.state") / "metrics.jsonl").read_text().splitlines()
-    shutil.rmtree(out)
-    return [row for row in map(json.loads, lines) if "loss" in row]
+    process = psutil.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
+    metrics, rows = out.with_name(f"{out.name}.state") / "metrics.jsonl", []
+    while process.poll() is None and len(rows) < steps:
+        time.sleep(0.2)
+        lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+        rows = [row for row in (json.loads(line) for line in lines if line.endswith("\n")) if "loss" in row]
+    family = [*process.children(recursive=True), process] if process.is_running() else []
+    for one in family:
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
+    psutil.wait_procs(family)
+    if len(rows) < steps:
+        sys.exit(f"{processes} processes: ended after {len(rows)} steps with code {process.wait()}")
+    return rows[:steps]
 
 
 def speed(rows: Rows) -> float:
@@ -84,11 +98,11 @@ def main() -> None:
     if not (folder / "converted").exists():
         make_inputs(folder, sizes(options.shape, options.layers), options.made_on)
     settings = {
-        "loss": "cross_entropy", "tokens": options.steps * tokens, "batch_tokens": tokens,
+        "loss": "cross_entropy", "tokens": (options.steps + 5) * tokens, "batch_tokens": tokens,
         "sequence_length": options.length, "micro_batch_size": 8, "validation_tokens": options.length,
         "validate_every": 0, "checkpoint_every": 0, "learning_rate": 1e-4,
     }  # fmt: skip
-    runs = {processes: uptrain(folder, processes, settings, options.set) for processes in options.processes}
+    runs = {number: uptrain(folder, number, options.steps, settings, options.set) for number in options.processes}
     base, *others = options.processes
     print(f"{base} process: {described(runs[base])}")
     for n in others:

@@ -29,6 +29,10 @@ _LOGIT_BYTES = {"cpu": 2**26, "cuda": 2**30}
 """Memory for the float32 logits of one chunk: small enough for a CPU's allocator to reuse, large enough for a GPU."""
 
 
+STREAM_DISTANCE = "over the longer of both"
+"""What `stream_distance` is relative to; until November 2026 it was the teacher's stream."""
+
+
 class Objective:
     """The terms of `train.loss`, and agreement of the hidden states with a teacher's, weighted and added."""
 
@@ -127,8 +131,8 @@ def stream_distance(
 
     A position that draws attention to itself has a stream a hundred times as long as the others ("massive activations",
     arXiv 2402.17762). Where the student makes one and the teacher does not, the square of that length over the
-    teacher's was hundreds of times the rest of the batch, and after clipping all that the step followed. Over the
-    longer of both, which is a constant for the gradient, no position counts for more than 4.
+    teacher's outweighs a whole batch, and after clipping it is all that the step follows (docs/measurements.md). Over
+    the longer of both, which is a constant for the gradient, no position counts for more than 4.
 
     Args:
         streams: [B, T, D] behind each layer of the student.

@@ -27,7 +27,7 @@ from .flops import peak_flops, training_flops
 from .layout import Layout
 from .memory import Forecast
 from .micro_batch import forecast, loading
-from .objective import Objective, check_documents, check_head
+from .objective import STREAM_DISTANCE, Objective, check_documents, check_head
 from .optimizer import freeze_all_but, make_optimizer, parts_trained, peak_rate
 from .parallel import Team
 from .precision import Precision, cast_frozen, choose_precision
@@ -164,6 +164,7 @@ def run_identity(student_dir: Path, teacher_dir: Path, recipe: Recipe, trainer: 
     return {
         **{f"train.{name}": value for name, value in settings.items()},
         "train.precision": trainer.precision.name,  # what `auto` came to
+        **({"train.hidden_distance": STREAM_DISTANCE} if trainer.objective.hidden_weight else {}),
         "seed": recipe.seed,
         "data": trainer.data.digest,
         "model": fingerprint(student_dir),

@@ -264,6 +264,20 @@ def test_a_changed_recipe_is_refused_and_fresh_starts_over(
     assert result["steps"] == 12
 
 
+def test_a_checkpoint_of_another_loss_is_refused_by_name(
+    work: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one from before the distance of the streams was relative to the longer of both."""
+    settings = recipe(work, hidden_weight=1.0)
+    with monkeypatch.context() as before:
+        before.setattr("cla_convert.training.trainer.STREAM_DISTANCE", None)
+        interrupted_run(work, tiny_llama, tmp_path, monkeypatch, settings)
+    with pytest.raises(TrainingError, match=r"(?s)train.hidden_distance: .*--allow-change train.hidden_distance"):
+        uptrain(work, tiny_llama, tmp_path, settings)
+    result = uptrain(work, tiny_llama, tmp_path, settings, allow_changes=["train.hidden_distance"])
+    assert [change["name"] for one in result["changes"] for change in one["changed"]] == ["train.hidden_distance"]
+
+
 def test_how_often_to_save_may_change_on_resume(
     work: Path,
     tiny_llama: Path,
