@@ -10,7 +10,6 @@ and how far the losses of the first 20 steps lie apart.
 """
 
 import argparse
-import json
 import shutil
 import subprocess
 import sys
@@ -23,6 +22,8 @@ from typing import Any
 import psutil
 from shapes import SHAPES, sizes
 from streaming_memory import make_source
+
+from cla_convert.files import read_rows
 
 COMPARED, WARM_UP = 20, 10
 Rows = list[dict[str, Any]]
@@ -49,19 +50,17 @@ def uptrain(folder: Path, processes: int, steps: int, settings: dict[str, Any], 
     values += [f"data.sources=[{{path: {folder / 'source.jsonl'}}}]", *more]
     command = [sys.executable, *launcher, "-m", "cla_convert.cli", "uptrain", folder / "converted", out, "--teacher",
                folder / "source", *(word for value in values for word in ("--set", value))]  # fmt: skip
-    process = psutil.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
-    metrics, rows = out.with_name(f"{out.name}.state") / "metrics.jsonl", []
-    while process.poll() is None and len(rows) < steps:
+    process, rows = psutil.Popen(list(map(str, command)), stdout=subprocess.DEVNULL), []
+    while len(rows) < steps and process.poll() is None:
         time.sleep(0.2)
-        lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-        rows = [row for row in (json.loads(line) for line in lines if line.endswith("\n")) if "loss" in row]
-    family = [*process.children(recursive=True), process] if process.is_running() else []
+        rows = [row for row in read_rows(out.with_name(f"{out.name}.state") / "metrics.jsonl") if "loss" in row]
+    if len(rows) < steps:
+        sys.exit(f"{processes} processes: ended after {len(rows)} steps with code {process.returncode}")
+    family = [*process.children(recursive=True), process]  # workers of torchrun outlive it
     for one in family:
         with suppress(psutil.NoSuchProcess):
             one.kill()
     psutil.wait_procs(family)
-    if len(rows) < steps:
-        sys.exit(f"{processes} processes: ended after {len(rows)} steps with code {process.wait()}")
     return rows[:steps]
 
 

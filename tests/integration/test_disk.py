@@ -118,7 +118,9 @@ def test_the_check_and_the_plan_say_the_same(tiny_llama: Path, tmp_path: Path, m
         pipeline.dry_run(recipe, folder.path, overwrite=False, allow_changes=())
 
 
-def test_the_disk_of_a_map_that_is_not_chosen_yet_is_that_of_the_largest(tiny_llama: Path, tmp_path: Path) -> None:
+def test_the_disk_of_a_map_that_is_not_chosen_yet_is_that_of_the_largest(
+    tiny_llama: Path, tmp_path: Path, capsys
+) -> None:
     recipe = wanted(tiny_llama, "convert.sharing=auto", "convert.init=calibrated")
     the_plan = bound(recipe, RunFolder(tmp_path / "run"), anew=False)
     assert the_plan.parameters["before"] == the_plan.parameters["after"]
@@ -129,8 +131,10 @@ def test_the_disk_of_a_map_that_is_not_chosen_yet_is_that_of_the_largest(tiny_ll
     assert made.parameters["after"] < made.parameters["before"]  # that which lies there
     again = bound(recipe, RunFolder(tmp_path / "run"), anew=True)
     assert again.parameters["before"] == again.parameters["after"]
-    # of text that is there, a dry run measures
+    capsys.readouterr()
+    # of text that is there, a dry run measures; so it knows what is trained
     assert pipeline.dry_run(recipe, tmp_path / "other", overwrite=False, allow_changes=()).choice
+    assert "\ntraining " in capsys.readouterr().err
 
 
 def test_a_plan_says_how_often_a_budget_goes_round_the_text(tiny_llama: Path, tmp_path: Path, capsys) -> None:

@@ -35,8 +35,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def unrounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Orthogonalised steps are rounded to bfloat16 where the hardware has it, which makes much of a last bit."""
+def float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor without bfloat16: rounding products and orthogonalised steps makes much of a last bit."""
     monkeypatch.setattr("cla_convert.conversion.blocks.has_native_bfloat16", lambda _: False)
 
 
@@ -96,14 +96,14 @@ def test_every_parameter_has_one_device_that_moves_it() -> None:
 @pytest.mark.parametrize("devices", [2, 3])
 @pytest.mark.parametrize("case", CASES)
 def test_the_weights_are_those_of_one_device(
-    case: str, devices: int, tokens: Tensor, tmp_path: Path, unrounded: None
+    case: str, devices: int, tokens: Tensor, tmp_path: Path, float32: None
 ) -> None:
     source = saved(source_model(case), tmp_path)
     assert_alike(patches_of(source, tokens, "cpu"), patches_of(source, tokens, ["cpu"] * devices), 2e-5)
 
 
 @pytest.mark.parametrize("settings", [{"kv_heads": 1}, {"effort": Effort(6, 32)}, {"effort": Effort(0, 64)}])
-def test_so_they_are_otherwise(settings: dict, tokens: Tensor, tmp_path: Path, unrounded: None) -> None:
+def test_so_they_are_otherwise(settings: dict, tokens: Tensor, tmp_path: Path, float32: None) -> None:
     """Fewer heads; a step of fewer rows than there are devices; the closed form alone; on disk; more than rows."""
     source = saved(source_model("llama"), tmp_path)
     one = patches_of(source, tokens, "cpu", **settings)
@@ -119,7 +119,8 @@ def test_streams_on_disk_are_shared_too(tokens: Tensor, tmp_path: Path, monkeypa
     assert_alike(here, patches_of(source, tokens, ["cpu"] * 2, spill=spill), 0)
 
 
-def test_rounded_steps_stay_close(tokens: Tensor, tmp_path: Path) -> None:
+def test_rounded_steps_stay_close(tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cla_convert.conversion.blocks.has_native_bfloat16", lambda _: True)  # on any processor
     source = saved(source_model("llama"), tmp_path)
     one, two = (patches_of(source, tokens, ["cpu"] * count) for count in (1, 2))
     assert_alike(one, two, 0.01)
@@ -130,8 +131,7 @@ def text(tokens: Tensor, devices: int, steps: int) -> CalibrationText:
     return CalibrationText(tokens, "", ["cpu"] * devices, steps=steps)
 
 
-def test_one_whole_model_is_written(tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cla_convert.conversion.blocks.has_native_bfloat16", lambda _: False)  # products in float32
+def test_one_whole_model_is_written(tokens: Tensor, tmp_path: Path, float32: None) -> None:
     source = Checkpoint.open(save_tiny("llama", tmp_path / "source"))
     plan = make_plan(source, sharing="cla2-keep-ends", init="calibrated")
     for devices in (1, 2):
@@ -169,10 +169,7 @@ def found(measure: Callable[..., list[Sensitivity]], source: Checkpoint, what: l
     return {entry.layers: [entry.kl, entry.delta_nll] for entry in entries}
 
 
-def test_candidates_cost_what_they_do_on_one_device(
-    tokens: Tensor, tmp_path: Path, unrounded: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("cla_convert.conversion.blocks.has_native_bfloat16", lambda _: False)  # products in float32
+def test_candidates_cost_what_they_do_on_one_device(tokens: Tensor, tmp_path: Path, float32: None) -> None:
     source = saved(source_model("llama"), tmp_path)
     kinds, maps = shape_of(source.config).kinds, [[0, 0, 2, 2, 4, 4], [0, 1, 1, 1, 4, 5]]
     for measure, what in ((measure_sensitivity, list(kinds)), (measure_maps, maps)):
@@ -196,7 +193,7 @@ def test_all_gpus_are_used_where_the_model_is_wide_enough(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("record", [0, 100])
 @pytest.mark.parametrize("case", CASES)
 def test_two_gpus_give_what_one_gives(
-    case: str, record: int, tokens: Tensor, tmp_path: Path, unrounded: None, monkeypatch: pytest.MonkeyPatch
+    case: str, record: int, tokens: Tensor, tmp_path: Path, float32: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Replayed steps and plain ones; streams are bfloat16 there."""
     monkeypatch.setattr(reconstruction, "_WORTH_RECORDING", record)
