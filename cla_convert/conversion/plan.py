@@ -25,6 +25,7 @@ _BESIDE = 30_000
 """Bytes of code, card and records beside the weights of an output."""
 _SINGLE, _SHARDS = "model.safetensors", "model-*-of-*.safetensors"
 _DTYPES = {name: code for code, name in FLOATING.items()}
+NO_LAYER_SHARES = "no layer shares: the KV cache stays as it is"
 
 
 @dataclass(frozen=True)
@@ -284,5 +285,5 @@ def _warnings(checkpoint: Checkpoint, shape: AttentionShape, each: int, sources:
     if sources.count(0) > 1:
         warnings.append("layer 0 shares its K/V; that costs far more than any other layer (cla2-keep-ends spares it)")
     if owners_of(sources) == shape.kv_layers and each == 1:
-        warnings.append("no layer shares: the KV cache stays as it is")
+        warnings.append(NO_LAYER_SHARES)
     return warnings

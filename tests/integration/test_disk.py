@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from cla_convert import pipeline
+from cla_convert.conversion.plan import NO_LAYER_SHARES
 from cla_convert.errors import InputError
 from cla_convert.recipe_file import load_recipe
 from cla_convert.run_folder import RunFolder
@@ -84,7 +85,9 @@ def test_a_dry_run_samples_nothing(tiny_llama: Path, tmp_path: Path, monkeypatch
         recipe = wanted(tiny_llama, *settings, f"convert.sharing={sharing}")
         the_plan = pipeline.dry_run(recipe, tmp_path / "run", overwrite=False, allow_changes=())
         assert len(the_plan.groups) == owners and ("training " in capsys.readouterr().err) is chosen
-        assert any("has not chosen yet" in warning for warning in the_plan.to_json()["warnings"]) is not chosen
+        warnings = the_plan.to_json()["warnings"]
+        assert any("has not chosen yet" in warning for warning in warnings) is not chosen
+        assert NO_LAYER_SHARES not in warnings
     assert not list(tmp_path.rglob("*.npz"))
 
 
