@@ -80,11 +80,7 @@ def prepare_data(
     Raises:
         InputError: a source is missing, unreadable, empty, or has no such column.
     """
-    sources = [_resolved(source, model) for source in data.sources or [sample_source()]]
-    mixture = Mixture(sources, tokens, held_out_tokens, data.held_out, tokenizer, seed, model)
-    folder = cache_dir / _cache_key(mixture)
-    with disk_full_is_an_input_error(cache_dir):
-        return _open(kept(folder, partial(_write, mixture), intact=_intact))
+    return _prepared(_mixture(data, tokenizer, tokens, held_out_tokens, seed, model), cache_dir)
 
 
 def check_enough(store: TokenStore, train: Train) -> None:
@@ -126,16 +122,13 @@ def store_for(recipe: Recipe, tokenizer: Any, source: Path, device: str, *, cali
     Raises:
         InputError: as `prepare_data`.
     """
-    tokens, held_out_tokens = tokens_wanted(recipe, source, device, calibrates=calibrates)
-    return prepare_data(
-        recipe.data,
-        tokenizer,
-        tokens=tokens,
-        held_out_tokens=held_out_tokens,
-        cache_dir=cache_of("tokens"),
-        seed=recipe.seed,
-        model=_source_model(source, device),
-    )
+    return _prepared(_mixture_of(recipe, tokenizer, source, device, calibrates=calibrates), cache_of("tokens"))
+
+
+def is_kept(recipe: Recipe, tokenizer: Any, source: Path, device: str, *, calibrates: bool) -> bool:
+    """Whether what `store_for` gives lies in the cache already."""
+    mixture = _mixture_of(recipe, tokenizer, source, device, calibrates=calibrates)
+    return (cache_of("tokens") / _cache_key(mixture)).exists()
 
 
 def tokens_wanted(recipe: Recipe, source: Path, device: str, *, calibrates: bool) -> tuple[int, int]:
@@ -144,6 +137,24 @@ def tokens_wanted(recipe: Recipe, source: Path, device: str, *, calibrates: bool
     needed = max(recipe.train.tokens, calibration)
     wide = needed if recipe.data.sampled else max(needed, min(_VARIED, _WIDER * calibration))
     return wide, max(recipe.train.validation_tokens, recipe.train.sequence_length + 1)
+
+
+def _mixture_of(recipe: Recipe, tokenizer: Any, source: Path, device: str, *, calibrates: bool) -> Mixture:
+    wanted = tokens_wanted(recipe, source, device, calibrates=calibrates)
+    return _mixture(recipe.data, tokenizer, *wanted, recipe.seed, _source_model(source, device))
+
+
+def _mixture(
+    data: Data, tokenizer: Any, tokens: int, held_out_tokens: int, seed: int, model: SourceModel | None
+) -> Mixture:
+    sources = [_resolved(source, model) for source in data.sources or [sample_source()]]
+    return Mixture(sources, tokens, held_out_tokens, data.held_out, tokenizer, seed, model)
+
+
+def _prepared(mixture: Mixture, cache_dir: Path) -> TokenStore:
+    folder = cache_dir / _cache_key(mixture)
+    with disk_full_is_an_input_error(cache_dir):
+        return _open(kept(folder, partial(_write, mixture), intact=_intact))
 
 
 def _resolved(source: TextSource, model: SourceModel | None) -> TextSource:

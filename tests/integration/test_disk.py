@@ -23,6 +23,13 @@ SMALL = [
 ]  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of each test's own: what lies in it counts."""
+    monkeypatch.setenv("CLA_CONVERT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 def wanted(model: Path, *settings: str) -> Any:
     return load_recipe(None, [*SMALL, *settings], {"source.model": str(model)}).recipe
 
@@ -62,7 +69,11 @@ def test_what_lies_there_counts_where_it_stays(tiny_llama: Path, tmp_path: Path,
     assert done.there == models and sum(done.parts.values()) - done.parts["records"] == pytest.approx(models, rel=0.01)
     (kept,) = (bytes_ for name, bytes_ in done.parts.items() if name == "checkpoints of uptrained")
     assert kept == size(folder.training.checkpoints) and "checkpoints of uptrained" in done.describe()
-    assert fresh.needed < models and fresh.tokens_left > 0 == done.tokens_left  # anew: in the place of what is there
+    assert fresh.needed < models  # anew: in the place of what is there
+    assert fresh.tokens_left == done.tokens_left == 0  # whose text is in the cache, for another run of it, too
+    assert not disk_of(recipe, RunFolder(tmp_path / "other"), the_plan).tokens_left
+    shutil.rmtree(cache / "tokens")
+    assert disk_of(recipe, folder, the_plan, anew=True).tokens_left > 0
 
 
 def test_activations_that_no_memory_holds_are_counted(tiny_llama: Path, tmp_path: Path, monkeypatch) -> None:
@@ -78,8 +89,7 @@ def test_activations_that_no_memory_holds_are_counted(tiny_llama: Path, tmp_path
 
 
 @pytest.mark.parametrize("parameters", ["all", "shared"])
-def test_a_dry_run_samples_nothing(tiny_llama: Path, tmp_path: Path, monkeypatch, capsys, parameters: str) -> None:
-    monkeypatch.setenv("CLA_CONVERT_CACHE", str(tmp_path / "cache"))
+def test_a_dry_run_samples_nothing(tiny_llama: Path, tmp_path: Path, capsys, parameters: str) -> None:
     settings = ["convert.init=calibrated", "data.sources=[{generate: {length: 64}}]", f"train.parameters={parameters}"]
     for sharing, owners, chosen in (("auto", 6, False), ("cla2", 3, True)):
         recipe = wanted(tiny_llama, *settings, f"convert.sharing={sharing}")
