@@ -9,7 +9,7 @@ from .effort import affordable_length
 from .errors import InputError
 from .models.probe import chat_of
 from .models.shape import AttentionShape, positions_of, shape_of, size_of
-from .recipe import Recipe, TextFile
+from .recipe import Recipe, TextFile, TextSource
 
 if TYPE_CHECKING:
     import numpy as np
@@ -72,23 +72,25 @@ def fitted_rows(rows: "np.ndarray", config: Mapping[str, Any]) -> "Tensor":
     return torch.from_numpy(rows)[:, :longest]
 
 
+def fitted_source(source: TextSource, config: Mapping[str, Any]) -> TextSource:
+    """The same of text that the model writes: in rows no longer than its context."""
+    longest, wanted = positions_of(config), source.generate
+    if not (wanted and longest and wanted.length > longest):
+        return source
+    say_once(f"sampling text in rows of {longest} tokens, {_AS_BUILT} {wanted.length}")
+    return source.model_copy(update={"generate": wanted.model_copy(update={"length": longest})})
+
+
 _AS_BUILT = "which is what the model was built for, and not of"
 
 
 def check_lengths(recipe: Recipe, config: Mapping[str, Any]) -> None:
-    """Raise InputError if training or sampling asks for more positions than the model has."""
-    longest = positions_of(config)
-    if longest is None:
-        return
-    asked = {"train.sequence_length": recipe.train.sequence_length} if recipe.train.tokens else {}
-    asked |= {
-        f"data.sources[{i}].generate.length": s.generate.length for i, s in enumerate(recipe.data.sources) if s.generate
-    }
-    for name, length in asked.items():
-        if length > longest:
-            raise InputError(
-                f"{name} is {length}, more than the model's {longest} positions", fix=f"Lower {name} to {longest}."
-            )
+    """Raise InputError if training asks for more positions than the model has."""
+    name, longest, length = "train.sequence_length", positions_of(config), recipe.train.sequence_length
+    if recipe.train.tokens and longest and length > longest:
+        raise InputError(
+            f"{name} is {length}, more than the model's {longest} positions", fix=f"Lower {name} to {longest}."
+        )
 
 
 def check_packing(recipe: Recipe, config: Mapping[str, Any]) -> None:

@@ -168,8 +168,9 @@ class RunFolder:
 
     @classmethod
     def around(cls, path: Path) -> "RunFolder | None":
-        """The run that something lies in or is, if any."""
-        return next((run for run in map(cls, (path, *path.resolve().parents)) if run.begun), None)
+        """The run that something lies in or is, if any: by its name, or behind links."""
+        places = (path, *path.absolute().parents, *path.resolve().parents)
+        return next((run for run in map(cls, places) if run.begun), None)
 
     @classmethod
     def of_uptraining(cls, student: Path, model: Path) -> "RunFolder":

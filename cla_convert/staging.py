@@ -153,7 +153,7 @@ def _clear_left(out: Path) -> None:
             if found[1] == "old" and not out.exists():
                 _renamed(folder, out)
             else:
-                shutil.rmtree(folder, ignore_errors=True)
+                _removed(folder, ignore_errors=True)
 
 
 def _last_change(folder: Path) -> float:
@@ -179,8 +179,13 @@ def _swap(staging: Path, out: Path) -> bool:
     except OSError:
         old.rename(out)
         raise
-    shutil.rmtree(old)
+    _removed(old)
     return done
+
+
+def _removed(folder: Path, *, ignore_errors: bool = False) -> None:
+    """A folder, or a link to one, which is not ours to empty."""
+    folder.unlink(missing_ok=True) if folder.is_symlink() else shutil.rmtree(folder, ignore_errors=ignore_errors)
 
 
 def _renamed(folder: Path, out: Path) -> bool:

@@ -94,6 +94,7 @@ def render(result: dict[str, Any], more: str = "", width: int = 80) -> str:
     if fewer := result["kv_head_counts"]:
         counts = ", ".join(f"{count}: {result['num_key_value_heads'] // count}x" for count in reversed(fewer))
         lines.append(f"--kv-heads  {counts} smaller, with any of these patterns or alone (cla1)")
+        lines.append("            to be tried before cla3 (docs/sharing.md, Fewer KV heads)")
     if chosen := result["patterns"].get(default):
         before, after = (human_bytes(_SEQUENCES * _sequence_bytes(cache, window)) for cache in (result, chosen))
         lines.append(f"at {_SEQUENCES} contexts of {_CONTEXT} tokens: {before} -> {after} of KV cache with {default}")

@@ -13,6 +13,7 @@ from ..models.fit import check_converted, kept_in_float32
 from ..models.headers import ELEMENT_SIZE, FLOATING, TensorInfo
 from ..models.shape import AttentionShape, long_cache, owners_of
 from .auto import Choice
+from .heads_first import hint
 from .initialisation import INITIALISATIONS
 from .kv_heads import check_kv_heads
 from .sharing import Sharing, activation_bytes, groups_of, picture, sharing_map
@@ -25,6 +26,7 @@ _BESIDE = 30_000
 """Bytes of code, card and records beside the weights of an output."""
 _SINGLE, _SHARDS = "model.safetensors", "model-*-of-*.safetensors"
 _DTYPES = {name: code for code, name in FLOATING.items()}
+NO_LAYER_SHARES = "no layer shares: the KV cache stays as it is"
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,7 @@ def make_plan(
         activation_bytes=streams,
         unused=unused,
         left_out=(left_out := _left_out(shape.model_type, unused - ahead, ahead)),
-        warnings=[*left_out, *_warnings(checkpoint, shape, each, sources)],
+        warnings=[*left_out, *_warnings(checkpoint, shape, sources), *_of_heads(shape, each, sources, choice)],
         choice=choice,
         whole=_whole(checkpoint),
         long_cache=long_cache(checkpoint.config, size, sources, (shape.num_key_value_heads, after.num_key_value_heads)),
@@ -263,7 +265,18 @@ def _some(names: Collection[str]) -> str:
     return ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def _warnings(checkpoint: Checkpoint, shape: AttentionShape, each: int, sources: list[int | None]) -> list[str]:
+def _of_heads(shape: AttentionShape, each: int, sources: list[int | None], choice: Choice | None) -> list[str]:
+    """That fewer KV heads would do, where they stay as they are and no measurement chose the map."""
+    if each > 1:
+        return []
+    if not choice and (told := hint(shape, sources)):
+        return [told]
+    mha = "the model is multi-head attention: grouping its heads as well (GQA, --kv-heads N) saves more for less"
+    nothing = owners_of(sources) == shape.kv_layers
+    return [*([mha] if shape.is_mha else []), *([NO_LAYER_SHARES] if nothing else [])]
+
+
+def _warnings(checkpoint: Checkpoint, shape: AttentionShape, sources: list[int | None]) -> list[str]:
     warnings = []
     if {info.file for info in checkpoint.tensors.values()} == {_SINGLE} and any(checkpoint.folder.glob(_SHARDS)):
         warnings.append(f"the folder holds {_SINGLE} and shards beside it: {_SINGLE} is read, as transformers does")
@@ -277,12 +290,6 @@ def _warnings(checkpoint: Checkpoint, shape: AttentionShape, each: int, sources:
             "layers see everything before them, but transformers' caches would forget what lies behind such a window. "
             "The output goes without; of the source, generate answers otherwise beyond it unless use_cache=False"
         )
-    if shape.is_mha and each == 1:
-        warnings.append(
-            "the model is multi-head attention: grouping its heads as well (GQA, --kv-heads N) saves more for less"
-        )
     if sources.count(0) > 1:
         warnings.append("layer 0 shares its K/V; that costs far more than any other layer (cla2-keep-ends spares it)")
-    if owners_of(sources) == shape.kv_layers and each == 1:
-        warnings.append("no layer shares: the KV cache stays as it is")
     return warnings

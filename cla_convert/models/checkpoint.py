@@ -180,15 +180,21 @@ def refuse_damaged(folder: Path) -> None:
 
     transformers says of some of them what a parser says, and does without others.
     """
-    fix = "Download the model again, or put this file of its own in that place."
     for path in (path for name in _SMALL if (path := folder / name).exists()):
         refuse_pointer(path)
-        load_json(path, fix)
+        load_json(path, _put_back(path))
     for path in [*folder.glob("*.jinja"), *folder.glob(f"{_TEMPLATES}/*.jinja")]:
         try:
             path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise unread(error, InputError(f"{path} cannot be read", fix=fix)) from error
+            raise unread(error, InputError(f"{path} cannot be read", fix=_put_back(path))) from error
+
+
+def _put_back(path: Path) -> str:
+    """How a file of a model becomes whole again."""
+    if (path.parent / "cla_manifest.json").exists():
+        return f"Put {path.name} back from a copy of the model, or make the model again."
+    return f"Download {path.name} of this model again (`hf download REPO {path.name}`)."
 
 
 def refuse_adapter(folder: Path) -> None:

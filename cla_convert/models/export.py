@@ -17,7 +17,7 @@ from ..console import human_bytes, say, say_once
 from ..errors import ClaError, InputError, first_line
 from ..files import read_json, refuse_pointer, write_json
 from ..refusals import unread
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, refuse_damaged
 from .classes import cla_classes as cla_classes
 from .classes import register as register
 from .classes import register_type
@@ -197,19 +197,30 @@ def refuse_missing(folder: Path, missing: Collection[str]) -> None:
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
-    """Load the tokenizer of a local folder. Raises InputError if it has none."""
+    """Load the tokenizer of a local folder. Raises InputError if it has none, or a damaged one."""
     from transformers import AutoTokenizer, PreTrainedConfig
 
     for name in ("tokenizer.json", "tokenizer.model"):
         refuse_pointer(folder / name)
     refuse_pieces(folder)
-    fix = "Put the model's tokenizer files (tokenizer.json, tokenizer_config.json) into the folder."
     kind = str((read_json(folder / "config.json") or {}).get("model_type"))
     register_type(kind)
     of_whole = kind.startswith("cla_") and kind.removeprefix("cla_") in WHOLES
-    with loading(f"{folder} has no usable tokenizer", fix):
-        config = {"config": PreTrainedConfig()} if of_whole else {}  # of a type that nobody knows, as theirs is
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **config)
+    config = {"config": PreTrainedConfig()} if of_whole else {}  # of a type that nobody knows, as theirs is
+    try:
+        with loading(f"{folder} has no usable tokenizer", _tokenizer_fix(folder)):
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **config)
+    except InputError:
+        refuse_damaged(folder)  # what a parser said, by file and line
+        raise
+
+
+def _tokenizer_fix(folder: Path) -> str:
+    """What to do about a tokenizer that transformers does not load."""
+    names = ("tokenizer.json", "tokenizer_config.json")
+    if not all((folder / name).exists() for name in names):
+        return f"Put the model's tokenizer files ({', '.join(names)}) into the folder."
+    return f"Download {' and '.join(names)} again; if they are as published, this transformers cannot load them."
 
 
 def refuse_pieces(folder: Path) -> None:

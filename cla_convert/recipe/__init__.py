@@ -3,9 +3,11 @@
 A recipe is a YAML file with the sections below; `recipe_file` reads it.
 """
 
+from collections.abc import Iterator
 from typing import Annotated
 
 from pydantic import Field
+from pydantic.fields import FieldInfo
 
 from .convert import Calibration, Convert
 from .data import Data, Generate, Source, Start, TextSource
@@ -15,8 +17,8 @@ from .train import Train
 
 __all__ = [
     "FREE", "NAMED", "PLACES", "Calibration", "Convert", "Data", "Evaluate", "Generate", "OnResume", "Recipe",
-    "Retrieval", "Section", "Source", "Start", "TextFile", "TextSource", "Train", "on_resume", "parse_count",
-    "parse_size",
+    "Retrieval", "Section", "Source", "Start", "TextFile", "TextSource", "Train", "is_setting", "on_resume",
+    "parse_count", "parse_size",
 ]  # fmt: skip
 
 
@@ -37,13 +39,22 @@ class Recipe(Section):
 
 def on_resume(name: str) -> OnResume | None:
     """What may become of a setting (`train.clip`) on resume: the mark of the innermost field with one."""
-    section, mark = Recipe, None
+    marks = [one for field in _along(name) for one in field.metadata if isinstance(one, OnResume)]
+    return marks[-1] if marks else None
+
+
+def is_setting(name: str) -> bool:
+    """Whether a recipe has a setting, or a section, of this name."""
+    return len(list(_along(name))) == name.count(".") + 1
+
+
+def _along(name: str) -> Iterator[FieldInfo]:
+    """The fields on the way to a setting, as far as there are any."""
+    section = Recipe
     for part in name.split("."):
-        field = section.model_fields.get(part)
-        if field is None:
-            break
-        mark = next((one for one in field.metadata if isinstance(one, OnResume)), mark)
+        if (field := section.model_fields.get(part)) is None:
+            return
+        yield field
         if not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
-            break
+            return
         section = field.annotation
-    return mark

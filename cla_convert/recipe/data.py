@@ -44,7 +44,8 @@ class Generate(Section):
     opening_tokens: int = Field(default=8, ge=1, le=64)
     """prefix: longest opening; lengths from 1 are equally likely."""
     length: int = Field(default=1024, ge=8)
-    """Tokens of a row. Documents fill it one after another, and see nothing of each other; the last is cut."""
+    """Tokens of a row; at most what the model was built for. Documents fill it one after another, and see nothing of
+    each other; the last is cut."""
     temperature: float = Field(default=1.0, gt=0)
     """1: the model's own distribution."""
     top_p: float = Field(default=1.0, gt=0, le=1)

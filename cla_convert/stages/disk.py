@@ -34,7 +34,7 @@ class Disk:
     cached: dict[str, int]
     """Of the cache folder, by what they are; some may be there."""
     tokens_left: int
-    """Bytes of tokens that are still to be written into the cache; a run that has begun has them there."""
+    """Bytes of tokens that are still to be written into the cache; of text that was read before they are there."""
 
     @property
     def needed(self) -> int:
@@ -154,16 +154,17 @@ def _cached(recipe: Recipe, folder: RunFolder, *, anew: bool) -> tuple[dict[str,
     While sources are put together their tokens lie there twice.
     """
     from ..models.export import load_tokenizer
-    from ..training.data import tokens_wanted
+    from ..training.data import is_kept, tokens_wanted
     from ..training.tokenise import token_dtype
 
-    source = folder.source(recipe)
+    source, device, calibrates = folder.source(recipe), pick_device(recipe.device), folder.converts
     tokenizer = load_tokenizer(source)
-    wanted = sum(tokens_wanted(recipe, source, pick_device(recipe.device), calibrates=folder.converts))
+    wanted = sum(tokens_wanted(recipe, source, device, calibrates=calibrates))
     there = text_tokens(recipe, source)
     tokens = token_dtype(tokenizer).itemsize * (wanted if there is None else min(wanted, there))
     made = source.is_relative_to(cache_of("sources").resolve()) or source.is_relative_to(cache_of("sources"))
-    left = 0 if folder.begun and not anew else 2 * tokens
+    begun = folder.begun and not anew
+    left = 0 if begun or is_kept(recipe, tokenizer, source, device, calibrates=calibrates) else 2 * tokens
     return {"the model as it is read": _size(source) if made else 0, "tokens": tokens}, left
 
 

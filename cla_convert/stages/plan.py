@@ -56,8 +56,11 @@ def _without_sampling(recipe: Recipe, folder: RunFolder, *, anew: bool) -> "Plan
     """The plan; where `sharing: auto` would measure on text that the model has yet to write, for minutes, its bound."""
     if not (_measures(recipe, folder, anew=anew) and recipe.data.sampled):
         return plan_of(recipe, folder, anew=anew)
+    from ..conversion.plan import NO_LAYER_SHARES
+
     the_plan = bound(recipe, folder, anew=anew)
-    return replace(the_plan, warnings=[_UNDECIDED, *the_plan.warnings])
+    others = [warning for warning in the_plan.warnings if warning != NO_LAYER_SHARES]  # it will share
+    return replace(the_plan, warnings=[_UNDECIDED, *others])
 
 
 def _measures(recipe: Recipe, folder: RunFolder, *, anew: bool) -> bool:

@@ -9,8 +9,8 @@ import torch
 
 from ..errors import InputError
 from ..recipe import Train
+from .continued import differences
 from .parallel import Team
-from .state import differences
 
 
 def check_agreement(team: Team, train: Train, identity: Mapping[str, Any], folder: Path) -> None:

@@ -24,7 +24,8 @@ from ..kept import kept
 from ..models.checkpoint import Checkpoint
 from ..models.shape import shape_of
 from ..models.writer import disk_full_is_an_input_error
-from ..recipe import Data, Recipe, Train
+from ..preflight import fitted_source
+from ..recipe import Data, Recipe, TextSource, Train
 from .mixture import Mixture
 from .sampling import SourceModel, check_sampling, samples_folder
 from .sequences import Sequences
@@ -79,11 +80,7 @@ def prepare_data(
     Raises:
         InputError: a source is missing, unreadable, empty, or has no such column.
     """
-    sources = [pinned(source) for source in data.sources or [sample_source()]]
-    mixture = Mixture(sources, tokens, held_out_tokens, data.held_out, tokenizer, seed, model)
-    folder = cache_dir / _cache_key(mixture)
-    with disk_full_is_an_input_error(cache_dir):
-        return _open(kept(folder, partial(_write, mixture), intact=_intact))
+    return _prepared(_mixture(data, tokenizer, tokens, held_out_tokens, seed, model), cache_dir)
 
 
 def check_enough(store: TokenStore, train: Train) -> None:
@@ -105,11 +102,11 @@ def say_passes(store: TokenStore, budget: int) -> None:
 def check_data(recipe: Recipe, tokenizer: Any, source: Path, device: str) -> None:
     """Open every source of text: is it there, can it be read, can the model be sampled from? Raises InputError."""
     model = _source_model(source, device)
-    for text in recipe.data.sources:
+    for text in (_resolved(source, model) for source in recipe.data.sources):
         if text.generate:
             check_sampling(model, tokenizer, text.generate)
         else:
-            next(documents(pinned(text), recipe.seed, tokenizer), None)
+            next(documents(text, recipe.seed, tokenizer), None)
 
 
 def store_for(recipe: Recipe, tokenizer: Any, source: Path, device: str, *, calibrates: bool = True) -> TokenStore:
@@ -125,16 +122,13 @@ def store_for(recipe: Recipe, tokenizer: Any, source: Path, device: str, *, cali
     Raises:
         InputError: as `prepare_data`.
     """
-    tokens, held_out_tokens = tokens_wanted(recipe, source, device, calibrates=calibrates)
-    return prepare_data(
-        recipe.data,
-        tokenizer,
-        tokens=tokens,
-        held_out_tokens=held_out_tokens,
-        cache_dir=cache_of("tokens"),
-        seed=recipe.seed,
-        model=_source_model(source, device),
-    )
+    return _prepared(_mixture_of(recipe, tokenizer, source, device, calibrates=calibrates), cache_of("tokens"))
+
+
+def is_kept(recipe: Recipe, tokenizer: Any, source: Path, device: str, *, calibrates: bool) -> bool:
+    """Whether what `store_for` gives lies in the cache already."""
+    mixture = _mixture_of(recipe, tokenizer, source, device, calibrates=calibrates)
+    return (cache_of("tokens") / _cache_key(mixture)).exists()
 
 
 def tokens_wanted(recipe: Recipe, source: Path, device: str, *, calibrates: bool) -> tuple[int, int]:
@@ -143,6 +137,30 @@ def tokens_wanted(recipe: Recipe, source: Path, device: str, *, calibrates: bool
     needed = max(recipe.train.tokens, calibration)
     wide = needed if recipe.data.sampled else max(needed, min(_VARIED, _WIDER * calibration))
     return wide, max(recipe.train.validation_tokens, recipe.train.sequence_length + 1)
+
+
+def _mixture_of(recipe: Recipe, tokenizer: Any, source: Path, device: str, *, calibrates: bool) -> Mixture:
+    wanted = tokens_wanted(recipe, source, device, calibrates=calibrates)
+    return _mixture(recipe.data, tokenizer, *wanted, recipe.seed, _source_model(source, device))
+
+
+def _mixture(
+    data: Data, tokenizer: Any, tokens: int, held_out_tokens: int, seed: int, model: SourceModel | None
+) -> Mixture:
+    sources = [_resolved(source, model) for source in data.sources or [sample_source()]]
+    return Mixture(sources, tokens, held_out_tokens, data.held_out, tokenizer, seed, model)
+
+
+def _prepared(mixture: Mixture, cache_dir: Path) -> TokenStore:
+    folder = cache_dir / _cache_key(mixture)
+    with disk_full_is_an_input_error(cache_dir):
+        return _open(kept(folder, partial(_write, mixture), intact=_intact))
+
+
+def _resolved(source: TextSource, model: SourceModel | None) -> TextSource:
+    """As it is read: in one revision, and in rows that the model can write."""
+    config = Checkpoint.open(model.folder).config if source.generate and model else {}
+    return fitted_source(pinned(source), config)
 
 
 def _source_model(folder: Path, device: str) -> SourceModel:

@@ -68,15 +68,8 @@ def check_sampling(model: SourceModel, tokenizer: Any, settings: Generate) -> No
     """Find out what sampling would stumble over, without loading the model.
 
     Raises:
-        InputError: the model has fewer positions than a row is long, no chat template where one is needed, or the
-            openings cannot be read.
+        InputError: there is no chat template where one is needed, or the openings cannot be read.
     """
-    longest = Checkpoint.open(model.folder).positions
-    if longest and settings.length > longest:
-        raise InputError(
-            f"generate.length is {settings.length}, more than the model's {longest} positions",
-            fix="Lower generate.length.",
-        )
     Starts(tokenizer, settings, 0, _ends(model, tokenizer))
 
 

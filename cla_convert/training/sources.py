@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..console import say
+from ..console import say_once
 from ..conversations import Conversations
 from ..documents import SAMPLE, TABLES, Document, document_in, documents_of, name_of
 from ..environment import cache_of
@@ -43,7 +43,7 @@ def pinned(source: TextSource) -> TextSource:
         if isinstance(error, (RepositoryNotFoundError, RevisionNotFoundError)) or not note.exists():
             raise _unreadable(source, error) from error
         commit = note.read_text()
-        say(f"the hub cannot be asked about {source.dataset!r}: taking commit {commit[:12]}, seen last")
+        say_once(f"the hub cannot be asked about {source.dataset!r}: taking commit {commit[:12]}, seen last")
     else:
         write_bytes(note, commit.encode())
     return source.model_copy(update={"revision": commit})

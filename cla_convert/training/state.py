@@ -29,10 +29,9 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from ..console import human_bytes, warn
 from ..errors import TrainingError
-from ..recipe import PLACES, on_resume
-from ..recipe_file import is_named, told
 from ..staging import sync
 from ..version import __version__
+from .continued import changes_told, differences, not_settings, refused, ways_on
 from .parallel import Team
 from .sharded import own_rows
 
@@ -127,7 +126,7 @@ class TrainingStates:
             ) from error
         now, self.resumed = environment(self.team), list(state.get("resumed", []))
         if other := differences(now | state["environment"], now):  # what older versions did not save is as it is now
-            warn(f"resuming with {_told(other)}: not bit-exact")
+            warn(f"resuming with {changes_told(other)}: not bit-exact")
             self.resumed.append({"step": state["position"]["step"], "changed": other})
         return Position(**state["position"])
 
@@ -207,19 +206,17 @@ class TrainingStates:
         if changed := differences(saved["identity"], self.identity):
             self._check_allowed(changed)
             self.changes.append({"step": saved["position"]["step"], "changed": changed})
-            warn(f"resuming with {_told(changed)}: the result is that of neither setting alone")
+            warn(f"resuming with {changes_told(changed)}: the result is that of neither setting alone")
         return whole[-1]
 
     def _check_allowed(self, changed: list[dict[str, Any]]) -> None:
-        refused = [c for c in changed if _is_fixed(c["name"]) or not is_named(c["name"], self.allow_changes)]
-        if not refused:
+        if not (wrong := refused(changed, self.allow_changes)):
             return
-        options = " ".join(f"--allow-change {c['name']}" for c in refused if not _is_fixed(c["name"]))
+        names = [change["name"] for change in wrong]
         raise TrainingError(
             f"The checkpoints in {self.folder} belong to another run",
-            "Changed since: " + _told(refused),
-            f"Set it back to resume,{f' accept it with {options},' if options else ''} give another folder, or start "
-            "over (uptrain: --no-resume; run: --overwrite).",
+            f"Changed since: {changes_told(wrong)}{not_settings(names)}",
+            ways_on(names),
         )
 
     def disk_trouble(self, error: str) -> TrainingError:
@@ -239,25 +236,6 @@ class TrainingStates:
             doomed = path.with_name(f"{_TEMPORARY}{path.name}")
             path.rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _is_fixed(name: str) -> bool:
-    """A run whose weights or place in the data mean something else is not this run any more."""
-    return name == "model" or on_resume(name) is PLACES
-
-
-def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What changed between two identities: name, before and after of each."""
-    names = sorted(saved.keys() | current.keys())
-    return [
-        {"name": name, "before": saved.get(name), "after": current.get(name)}
-        for name in names
-        if saved.get(name) != current.get(name)
-    ]
-
-
-def _told(changes: Sequence[Mapping[str, Any]]) -> str:
-    return "; ".join(told(**change) for change in changes)
 
 
 def environment(team: Team) -> dict[str, Any]:

@@ -215,6 +215,7 @@ def test_inspect(tiny_llama):
     assert result["kv_head_counts"] == [1]
     assert "KV cache    768 bytes per token in float32" in said
     assert "--kv-heads  1: 2x smaller, with any of these patterns or alone (cla1)" in said
+    assert "            to be tried before cla3 (docs/sharing.md, Fewer KV heads)" in said
     (default,) = [line for line in said if "(default)" in line]
     assert default.split() == ["cla2-keep-ends", "4", "512", "1.50x", "(default)"]
     assert max(len(line) for line in said if "MiB" not in line and str(tiny_llama) not in line) <= 80

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from cla_convert import pipeline
+from cla_convert.conversion.plan import NO_LAYER_SHARES
 from cla_convert.errors import InputError
 from cla_convert.recipe_file import load_recipe
 from cla_convert.run_folder import RunFolder
@@ -20,6 +21,13 @@ SMALL = [
     "train.validation_tokens=64", "train.keep_checkpoints_after_success=true", "eval.tasks=[arc_easy]", "eval.limit=1",
     "eval.domain_tokens=0", "eval.prompts=[]",
 ]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of each test's own: what lies in it counts."""
+    monkeypatch.setenv("CLA_CONVERT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 def wanted(model: Path, *settings: str) -> Any:
@@ -61,7 +69,11 @@ def test_what_lies_there_counts_where_it_stays(tiny_llama: Path, tmp_path: Path,
     assert done.there == models and sum(done.parts.values()) - done.parts["records"] == pytest.approx(models, rel=0.01)
     (kept,) = (bytes_ for name, bytes_ in done.parts.items() if name == "checkpoints of uptrained")
     assert kept == size(folder.training.checkpoints) and "checkpoints of uptrained" in done.describe()
-    assert fresh.needed < models and fresh.tokens_left > 0 == done.tokens_left  # anew: in the place of what is there
+    assert fresh.needed < models  # anew: in the place of what is there
+    assert fresh.tokens_left == done.tokens_left == 0  # whose text is in the cache, for another run of it, too
+    assert not disk_of(recipe, RunFolder(tmp_path / "other"), the_plan).tokens_left
+    shutil.rmtree(cache / "tokens")
+    assert disk_of(recipe, folder, the_plan, anew=True).tokens_left > 0
 
 
 def test_activations_that_no_memory_holds_are_counted(tiny_llama: Path, tmp_path: Path, monkeypatch) -> None:
@@ -77,14 +89,15 @@ def test_activations_that_no_memory_holds_are_counted(tiny_llama: Path, tmp_path
 
 
 @pytest.mark.parametrize("parameters", ["all", "shared"])
-def test_a_dry_run_samples_nothing(tiny_llama: Path, tmp_path: Path, monkeypatch, capsys, parameters: str) -> None:
-    monkeypatch.setenv("CLA_CONVERT_CACHE", str(tmp_path / "cache"))
+def test_a_dry_run_samples_nothing(tiny_llama: Path, tmp_path: Path, capsys, parameters: str) -> None:
     settings = ["convert.init=calibrated", "data.sources=[{generate: {length: 64}}]", f"train.parameters={parameters}"]
     for sharing, owners, chosen in (("auto", 6, False), ("cla2", 3, True)):
         recipe = wanted(tiny_llama, *settings, f"convert.sharing={sharing}")
         the_plan = pipeline.dry_run(recipe, tmp_path / "run", overwrite=False, allow_changes=())
         assert len(the_plan.groups) == owners and ("training " in capsys.readouterr().err) is chosen
-        assert any("has not chosen yet" in warning for warning in the_plan.to_json()["warnings"]) is not chosen
+        warnings = the_plan.to_json()["warnings"]
+        assert any("has not chosen yet" in warning for warning in warnings) is not chosen
+        assert NO_LAYER_SHARES not in warnings
     assert not list(tmp_path.rglob("*.npz"))
 
 

@@ -21,7 +21,7 @@ from cla_convert.environment import command_line
 from cla_convert.errors import ClaError
 from cla_convert.recipe import Recipe
 from cla_convert.refusals import is_refusal, refusal
-from cla_convert.run_folder import RunFolder
+from cla_convert.run_folder import RunFolder, alone_around
 from cla_convert.staging import beside
 from tests.conftest import save_tiny_llama
 from tests.tiny import cla_model
@@ -430,6 +430,16 @@ def test_nothing_is_written_into_a_run_that_another_process_is_at_work_in(
         code, said = refused(line.format(run=run.path), monkeypatch)
     assert code == 3 and f"Another process is at work in {run.path}\n  fix: Wait for it" in said, said
     assert sorted(run.path.rglob("*")) == before
+
+
+def test_a_model_that_was_moved_and_left_a_link_is_still_of_its_run(tmp_path: Path) -> None:
+    run, elsewhere = RunFolder(tmp_path / "run"), tmp_path / "disk" / "model"
+    run.save_recipe(Recipe())
+    elsewhere.mkdir(parents=True)
+    run.converted.symlink_to(elsewhere)
+    with run.alone(), pytest.raises(ClaError, match="Another process is at work"), alone_around(run.converted):
+        pass
+    assert RunFolder.around(elsewhere) is None
 
 
 def test_texts_are_named_as_their_files_are():

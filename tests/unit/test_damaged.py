@@ -20,6 +20,7 @@ from cla_convert.conversion.plan import make_plan
 from cla_convert.errors import ClaError, InputError, TrainingError, UsageError
 from cla_convert.files import load_json, read_json, read_kept, write_json
 from cla_convert.models.checkpoint import Checkpoint
+from cla_convert.models.export import load_tokenizer
 from cla_convert.models.fingerprint import fingerprint
 from cla_convert.models.gguf_header import Header
 from cla_convert.models.gguf_source import _check_sizes
@@ -150,6 +151,29 @@ def test_a_small_file_of_a_model_is_refused_by_name_by_every_verb(name: str, con
         with pytest.raises(InputError, match=re.escape(str(model / name))) as refused:
             read()
         assert refused.value.why and refused.value.fix
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [('{\n "eos_token": "</s', "From line 2, column 15 on it is not valid JSON."), ("[1]", "It holds a list, and no")],
+)
+def test_a_damaged_tokenizer_is_told_by_its_file_wherever_it_is_loaded(content: str, why: str, model: Path):
+    (model / "tokenizer_config.json").write_text(content)
+    with pytest.raises(InputError, match=r"tokenizer_config\.json cannot be read") as refused:
+        load_tokenizer(model)
+    assert refused.value.why.startswith(why) and "Download tokenizer_config.json" in refused.value.fix
+    (model / "cla_manifest.json").write_text("{}")  # of which there is nothing to download
+    with pytest.raises(InputError, match="from a copy of the model, or make the model again"):
+        load_tokenizer(model)
+
+
+def test_a_tokenizer_that_transformers_does_not_load_is_not_said_to_be_missing(model: Path):
+    edit(model / "tokenizer_config.json", bos_token=7)
+    with pytest.raises(InputError, match=r"bos_token(?s:.*)Download tokenizer\.json and tokenizer_config\.json again"):
+        load_tokenizer(model)
+    (model / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match=r"Put the model's tokenizer files \(tokenizer.json, "):
+        load_tokenizer(model)
 
 
 def test_a_damaged_result_is_not_trained_again(tmp_path: Path):

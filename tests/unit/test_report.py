@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cla_convert.conversion.heads_first import EVIDENCE
 from cla_convert.conversion.plan import make_plan
 from cla_convert.errors import InputError
 from cla_convert.evaluation.comparison import write_comparison
@@ -403,6 +404,36 @@ def test_a_windowed_model_says_at_which_context_its_cache_is_smaller(run_dir: Pa
         assert words in text
     assert "bytes at 512 tokens, computed (sliding layers keep 8)" in (run_dir / "report.md").read_text()
     assert long_cache(tiny_config("llama").to_dict(), 4, sources, (2, 2)) is None
+
+
+@pytest.mark.parametrize(
+    ("heads", "sharing", "after", "words", "command"),
+    [
+        ((3, 3), "cla2", 384, f"pool 3 KV heads into 1, for 33% of the cache: {EVIDENCE}.",
+         "RUN-heads1 --set convert.kv_budget=null --set convert.kv_heads=1 --set convert.sharing=cla1 --set "
+         "convert.init=calibrated"),
+        ((8, 8), "auto", 384, "pool 8 KV heads into 4, and share the layers that cost least, for 38% of the cache: ",
+         "RUN-heads4 --set convert.kv_budget=0.38 --set convert.kv_heads=4 --set convert.sharing=auto --set "
+         "convert.init=calibrated"),
+        ((1, 1), "cla2", 384, "try to share more layers.",
+         "RUN-cla3 --set convert.sharing=cla3 --set convert.kv_budget=null"),
+        ((3, 1), "cla1", 256, "try to share more layers.",
+         "RUN-kv25 --set convert.sharing=auto --set convert.kv_budget=0.25 --set convert.init=calibrated"),
+    ],
+)  # fmt: skip
+def test_more_is_saved_by_fewer_heads_where_there_are_some(
+    run_dir: Path, heads: tuple[int, int], sharing: str, after: int, words: str, command: str
+):
+    set_eval(run_dir, perplexity_margin=0.5, margin=0.5)
+    write_json(run_dir / "bench.json", bench_result())
+    kv = {"sharing": sharing, "kv_heads": {"before": heads[0], "after": heads[1]}}
+    kv |= {"kv_bytes_per_token": {"before": 768, "after": after}}
+    write_json(run_dir / "convert.json", json.loads((run_dir / "convert.json").read_text()) | kv)
+    found = build_report(run_dir)["next"]
+    assert found["state"] == "smaller_cache" and f"The margins hold: {words}" in found["text"]
+    assert found["command"] == f"cla-convert run {run_dir}/recipe.yaml --out {command.replace('RUN', str(run_dir))}"
+    sets = [word for word in shlex.split(found["command"]) if "=" in word]
+    load_recipe(str(run_dir / "recipe.yaml"), sets)  # which it takes
 
 
 def test_the_command_of_a_next_step_can_be_given_to_a_shell(tmp_path: Path):

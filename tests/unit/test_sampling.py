@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from cla_convert import console
 from cla_convert.errors import InputError
 from cla_convert.models.export import load_model
 from cla_convert.recipe import Data, Generate, Recipe, TextSource
@@ -251,9 +252,24 @@ def test_the_global_random_state_is_left_alone(sample: Callable[..., list[np.nda
     assert torch.rand(1) == expected
 
 
-def test_a_document_must_fit_the_model(sample: Callable[..., list[np.ndarray]]) -> None:
-    with pytest.raises(InputError, match="more than the model's 512 positions"):
-        sample(length=513)
+def test_rows_are_no_longer_than_the_model_was_built_for(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By default, too, whose rows are longer."""
+    console.TOLD.clear()
+    source = SourceModel(folder, "cpu", tmp_path / "samples")
+
+    def digest(**settings: Any) -> str:
+        data = Data(sources=[TextSource(generate=Generate(tokens=2000, batch_size=2, **settings))])
+        limits = {"tokens": 1500, "held_out_tokens": 100}
+        own = tmp_path / f"tokens{len(settings)}"
+        return prepare_data(data, byte_tokenizer(), **limits, cache_dir=own, seed=0, model=source).digest
+
+    assert digest() == digest(length=512)
+    assert (
+        capsys.readouterr().err.count("rows of 512 tokens, which is what the model was built for, and not of 10") == 1
+    )
+    assert len(list((tmp_path / "samples").iterdir())) == 1
 
 
 def test_a_source_of_the_mixture(folder: Path, tmp_path: Path, tiny_llama: Path) -> None:
@@ -303,8 +319,8 @@ def test_a_check_before_work_samples_nothing(tiny_llama: Path, cache: Path) -> N
         check_data(recipe, byte_tokenizer(), tiny_llama, "cpu")
 
     check(length=64)
+    check(length=4096)  # cut to what the model was built for
     for wrong, words in (
-        ({"length": 4096}, "512 positions"),
         ({"length": 64, "start": "chat"}, "no chat template"),
         ({"length": 64, "openings": "nowhere.txt"}, "No text files"),
     ):

@@ -181,6 +181,20 @@ def test_what_was_moved_aside_is_put_back_before_it_is_judged(tmp_path: Path) ->
     assert names(tmp_path) == ["a[1]"]
 
 
+def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "theirs").touch()
+    out = tmp_path / "out"
+    out.symlink_to(tmp_path / "elsewhere")
+    with staging.claimed(out), staging.staged(out, wanted=lambda: True) as made:
+        (made / "new").touch()
+    assert (out / "new").exists() and not out.is_symlink()
+    assert (tmp_path / "elsewhere" / "theirs").exists() and len(list(tmp_path.iterdir())) == 2
+    staging.beside(out, "old").symlink_to(tmp_path / "elsewhere")  # what a killed process left
+    with staging.claimed(out):
+        assert (tmp_path / "elsewhere" / "theirs").exists() and len(list(tmp_path.iterdir())) == 3  # the lock
+
+
 def test_the_lock_goes_to_one_of_those_who_wait(tmp_path: Path) -> None:
     """Who had the lock removes its file; those who waited for it must not each hold one."""
     script = (

@@ -134,7 +134,7 @@ def test_a_plain_copy_would_give_other_ids(family: str, tmp_path: Path):
 def test_a_tokenizer_that_does_not_load_is_refused_before_work(tmp_path: Path):
     source = write(tmp_path / "source", "olmo2", threes(), tokenizer_class="GPT2Tokenizer")
     (source / "tokenizer.json").write_text("{")
-    with pytest.raises(InputError, match="no usable tokenizer"):
+    with pytest.raises(InputError, match="tokenizer.json cannot be read"):
         keep_tokenizer(source, copied(source, tmp_path / "out"))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...amounts import passes
+from ...conversion.heads_first import EVIDENCE, heads_first
 from ...effort import MANY_PASSES
 from ...evaluation.missing import told
 from ...evaluation.verdict import NOT_JUDGED
@@ -21,6 +22,8 @@ _DAY = 86_400
 """Seconds."""
 _FLAT = 0.005
 """A validation perplexity that fell by less, as a share, between its last two checks has flattened."""
+_LESS = 0.75
+"""Of the bytes a token, to try next where the margins hold."""
 _PACK = 250
 """Rows a task in the offline pack."""
 
@@ -126,13 +129,30 @@ def _more_saved(report: Json, run: RunFiles) -> Json:
         command = shlex.join(["cla-convert", "bench", str(source), str(model), "--out", str(run.path)])
         text = "The margins hold: measure what it saves on your machine."
         return {"state": "bench", "text": text, "command": command}
+    if pooled := _heads_pooled(report["kv"], run):
+        return pooled
     text = "The margins hold: try to share more layers."
     sharing = report["converted"].get("sharing")
-    if isinstance(sharing, str) and (match := re.fullmatch(r"cla(\d+)(.*)", sharing)):
+    if isinstance(sharing, str) and (match := re.fullmatch(r"cla([2-9]\d*)(.*)", sharing)):
         name = f"cla{int(match[1]) + 1}{match[2]}"
         return _step(run, "smaller_cache", text, name, f"convert.sharing={name}", "convert.kv_budget=null")
     share = 1 / report["kv"]["ratio"] if report["kv"]["ratio"] else 0.5
-    return _mapped(run, "smaller_cache", text, round(share * 0.75, 2))
+    return _mapped(run, "smaller_cache", text, round(share * _LESS, 2))
+
+
+def _heads_pooled(kv: Json, run: RunFiles) -> Json | None:
+    """A smaller cache by fewer KV heads, which lose less than more layers that share; None where none can go."""
+    heads, ratio = kv["heads_before"], kv["ratio"]
+    settings = heads_first(heads, ratio / _LESS) if heads and ratio else None
+    if not settings or settings["kv_heads"] >= kv["heads_after"]:
+        return None
+    count, share = settings["kv_heads"], settings.get("kv_budget") or settings["kv_heads"] / heads
+    rest = ", and share the layers that cost least" if "kv_budget" in settings else ""
+    text = (
+        f"The margins hold: pool {heads} KV heads into {count}{rest}, for {100 * share:.0f}% of the cache: {EVIDENCE}."
+    )
+    wanted = {"kv_budget": "null", **settings, "init": "calibrated"}
+    return _step(run, "smaller_cache", text, f"heads{count}", *(f"convert.{key}={wanted[key]}" for key in wanted))
 
 
 def _more_rows(report: Json, run: RunFiles) -> Json:
