@@ -9,7 +9,6 @@ import random
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -200,7 +199,6 @@ def _run_task(task: Prepared, lm: Any, bar: Any, seed: int) -> dict[str, Any]:
         "task": task.name, "scores": values, "stderr": stderr, "n": task.frozen["n"],
         "higher_is_better": output["higher_is_better"].get(task.name, {}), "specification": task.frozen,
         "truncated": truncated, "max_length": lm.context, "seconds": round(time.monotonic() - began, 3),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "subtasks": {name: scores(output["results"][name])[0] for name in task.tasks["tasks"] if name != task.name},
         "equal_weights": [metric for metric in values if _weighs_equally(task, metric)],
         "samples": compact(output["samples"]), **grid(task.frozen["source"], output["samples"]),
