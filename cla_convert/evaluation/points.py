@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..environment import choose_dtype, pick_device
 from ..recipe import Evaluate
 from . import batch
 from .harness import common_settings, evaluate
@@ -48,9 +47,9 @@ def evaluate_points(points: dict[str, Path], spec: Evaluate, bench: Bench) -> di
     """
     from accelerate.utils.memory import clear_device_cache
 
-    first, device = next(iter(points)), pick_device(bench.device)
+    first = next(iter(points))
     with bench.accelerator.main_process_first() if bench.accelerator else nullcontext():
-        size = batch.settle(spec, points[first], bench.out, device, choose_dtype("auto", device))
+        size = batch.settle(spec, points[first], bench.out, bench.device)
     settled = spec.model_copy(update={"batch_size": size})
     results: dict[str, Json] = {}
     full = None
@@ -62,12 +61,12 @@ def evaluate_points(points: dict[str, Path], spec: Evaluate, bench: Bench) -> di
             break
     if full is not None:
         clear_device_cache(garbage_collection=True)
-        raise batch.too_large(spec, full, size, device, choose_dtype("auto", device))
+        raise batch.too_large(spec, full, size, bench.device)
     return results
 
 
 def _measure(name: str, model: Path, spec: Evaluate, bench: Bench, first: bool) -> Json:
-    device, seed = pick_device(bench.device), bench.seed
+    device, seed = bench.device, bench.seed
     result = evaluate(
         model, spec, bench.out / name, device=device, seed=seed, cache_dir=bench.cache_dir if first else None,
         label=name, accelerator=bench.accelerator,
@@ -75,7 +74,7 @@ def _measure(name: str, model: Path, spec: Evaluate, bench: Bench, first: bool) 
     if not result:  # not the first process
         return result
     here = spec.model_copy(update={"backend": "hf"})  # texts are read with transformers, whatever scores the tasks
-    common = common_settings(here, choose_dtype("auto", device), device, seed)
+    common = common_settings(here, device, seed)
     identity = result["model_fingerprint"]
     measured = measure_texts(bench.texts, model, bench.out / name, common, identity, device=device, label=name)
     return result | {"texts": measured}

@@ -359,7 +359,7 @@ def test_the_same_tokens_may_be_divided_anywhere_into_context_and_answer(tiny_ll
 
 
 def test_requests_go_together_as_the_specification_says(tiny_llama: Path):
-    one, other = (common_settings(SPEC, "float32", device, 0) for device in ("cpu", "cuda:1"))
+    one, other = (common_settings(SPEC, device, 0) for device in ("cpu", "cuda:1"))
     assert one["rolling_batch_size"] == 1 and other["logits_at_once"] > 0
     assert "logits_at_once" not in one
     for common, together in ((one, 0), (other, SPEC.batch_size * SPEC.max_length)):
