@@ -165,5 +165,5 @@ def enforce_gate(folder: "RunFolder", mode: bool | str) -> None:
 
     settings = load_recipe(folder.recipe).recipe
     with explained(folder.path):
-        comparison = write_comparison(folder.path, margins=Margins.of(settings.eval), seed=settings.seed)
+        comparison = write_comparison(folder, margins=Margins.of(settings.eval), seed=settings.seed)
     enforce(comparison, mode)

@@ -47,7 +47,7 @@ def _evaluate(recipe: Recipe, folder: RunFolder) -> dict[str, PointResult]:
             measure_cache(folder, point, model, device)
             bar.update()
         bar.note("statistics")
-        write_comparison(folder.path, margins=Margins.of(recipe.eval), seed=recipe.seed)
+        write_comparison(folder, margins=Margins.of(recipe.eval), seed=recipe.seed)
     return {point: PointResult.model_validate(result) for point, result in results.items()}
 
 
