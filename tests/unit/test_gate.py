@@ -259,7 +259,7 @@ def test_the_command_line_exits_with_4_after_writing_everything(tmp_path: Path):
     assert done.returncode == 4, done.stderr
     assert "error: The quality gate failed" in done.stderr and "margin of 2.0 points: -10.0" in done.stderr
     assert json.loads(done.stdout) == json.loads((tmp_path / "report.json").read_text())
-    assert json.loads((tmp_path / "eval" / "comparison.json").read_text())["status"] == "margin_broken"
+    assert json.loads(done.stdout)["status"] == "margin_broken"
     assert cla("report", str(tmp_path)).returncode == 0
     early = cla("run", "demo", "--out", str(tmp_path / "run"), "--until", "convert", "--gate")
     assert early.returncode == 2 and "nothing to judge" in early.stderr
