@@ -29,7 +29,7 @@ from ..run_folder import PointFolder, RunFolder
 from . import retrieval
 from .missing import missing
 from .paired import Comparison, compare, compare_likelihoods, macro_average
-from .stale import stale_points, told
+from .stale import stale_points
 from .statistics import holm, p_inferior
 from .verdict import JUDGED_UNITS, Margins, judge
 
@@ -77,7 +77,11 @@ def compare_points(run: RunFolder, left: str, right: str, *, margins: Margins, s
     tasks = _table(comparisons, chosen, margin)
     texts, one_sided = _texts(points, seed) if point else ({}, [])
     problems += one_sided
-    problems += [told(name) for name in stale_points(run) if name in (left, right)]
+    problems += [
+        f"{name}: the model is not the one that was measured; it was made anew or changed since."
+        for name in stale_points(run)
+        if name in (left, right)
+    ]
     if point:
         lacks = missing(run)
         problems += [f"{name}: not measured: {', '.join(lacks[name])}." for name in (left, right) if name in lacks]

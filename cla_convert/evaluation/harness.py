@@ -25,7 +25,7 @@ from .context import CHARACTERS_PER_TOKEN, LOGITS, generation_of
 from .prepare import Prepared, prepare, reset
 from .quiet import quiet
 from .results import digest, finished, store, summary
-from .room import check_room
+from .room import check_answers_fit
 from .samples import compact, grid, scores
 
 Results = Iterator[tuple[str, dict[str, Any]]]
@@ -65,7 +65,7 @@ def evaluate(
     first = accelerator is None or accelerator.is_main_process
     with quiet():
         prepared = prepare(spec, seed, model_dir)
-        check_room(prepared, model_dir, spec.max_length)
+        check_answers_fit(prepared, model_dir, spec.max_length)
         processes = accelerator.num_processes if accelerator else 1
         common = common_settings(spec, device, seed, processes)
         model = fingerprint(model_dir)
@@ -94,7 +94,7 @@ def check_tasks(spec: Evaluate, model_dir: Path | None = None, seed: int = 0) ->
     with quiet():
         found = prepare(spec, seed, model_dir)
         if model_dir:
-            check_room(found, model_dir, spec.max_length)
+            check_answers_fit(found, model_dir, spec.max_length)
     if spec.include_path and not any("files" in task.frozen for task in found):
         warn(f"eval.tasks names none of the tasks in {spec.include_path} (eval.include_path)")
     unused = sorted(spec.limits.keys() - set(spec.tasks) - {task.name for task in found})

@@ -34,13 +34,13 @@ def evaluate(recipe: Recipe, folder: RunFolder) -> dict[str, PointResult]:
 
 def _evaluate(recipe: Recipe, folder: RunFolder) -> dict[str, PointResult]:
     from ..evaluation.comparison import write_comparison
-    from ..evaluation.points import Bench, evaluate_points
+    from ..evaluation.points import Conditions, evaluate_points
     from ..evaluation.verdict import Margins
 
     points, device = folder.points(recipe), pick_device(recipe.device)
     texts = texts_of(recipe, folder)
-    bench = Bench(folder.evaluation.path, device, recipe.seed, texts, cache_dir=cache_of("eval"))
-    results = evaluate_points(points, recipe.eval, bench)
+    conditions = Conditions(folder.evaluation.path, device, recipe.seed, texts, cache_dir=cache_of("eval"))
+    results = evaluate_points(points, recipe.eval, conditions)
     with progress(len(points) + 1, "KV cache, statistics", unit="step", leave=False) as bar:
         for point, model in points.items():
             bar.note(point)

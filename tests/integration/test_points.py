@@ -14,7 +14,7 @@ from cla_convert.errors import InputError
 from cla_convert.evaluation import batch
 from cla_convert.evaluation.harness import common_settings, evaluate
 from cla_convert.evaluation.model import MeteredLM
-from cla_convert.evaluation.points import Bench, evaluate_points
+from cla_convert.evaluation.points import Conditions, evaluate_points
 from cla_convert.evaluation.texts import Texts, measure_texts
 from cla_convert.recipe import Evaluate, TextFile
 from tests.conftest import save_tiny_llama
@@ -29,7 +29,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def measure(models: dict[str, Path], out: Path, spec: Evaluate = SPEC, texts: Texts | None = None) -> dict:
-    return evaluate_points(models, spec, Bench(out, "cpu", 0, texts or Texts()))
+    return evaluate_points(models, spec, Conditions(out, "cpu", 0, texts or Texts()))
 
 
 def test_the_gpu_that_was_asked_for_is_used(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
