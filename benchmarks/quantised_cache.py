@@ -53,12 +53,12 @@ def main() -> None:
     points = folder.points(recipe)
     source, last = points["before"], "after" if "after" in points else "converted"
     device = pick_device(recipe.device)
-    dtype = choose_dtype("auto", device)
+    dtype = choose_dtype(device)
     loaded = {point: load_model(points[point], dtype=dtype, device=device) for point in ("before", last)}
     rows = domain_rows(load_tokenizer(source), recipe.eval.domain_tokens, device)
     found = []
     for point, label in (("before", "source model"), (last, folder.path.name)):
-        size = measure_cache(recipe, folder, point, points[point])
+        size = measure_cache(folder, point, points[point], device)
         scored = measured(uncached(loaded["before"]), cached(loaded[point], options.backend, options.prompt), rows)
         found.append(row(f"{label}, {options.backend} cache", size, scored))
     result = {"backend": options.backend, "prompt": options.prompt, "dtype": str(dtype), "device": device}

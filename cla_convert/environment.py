@@ -88,14 +88,12 @@ def _no_device(wanted: str) -> tuple[str, str]:
     )
 
 
-def choose_dtype(dtype: str, device: str) -> str:
-    """`auto` is float32 on a CPU and bfloat16 on an accelerator, however the weights are stored.
+def choose_dtype(device: str) -> str:
+    """float32 on a CPU and bfloat16 on an accelerator, however the weights are stored.
 
     It must not follow the checkpoint: source, converted and uptrained model may be stored differently and have to be
     measured alike.
     """
-    if dtype != "auto":
-        return dtype
     return "bfloat16" if device.startswith("cuda") else "float32"
 
 

@@ -4,7 +4,7 @@ Every stage leaves its result in the run folder by rename and is skipped when th
 line resumes after any interruption. This file holds the order of things; what a stage does is in stages/.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from .same_recipe import check_same_recipe
 from .stages.check import check
 from .stages.convert import convert
 from .stages.evaluate import evaluate
-from .stages.plan import checked_plan, plan
+from .stages.plan import checked_plan, planned
 from .stages.report import write_report
 from .stages.text import text
 from .stages.uptrain import uptrain, uptrain_control
@@ -52,13 +52,6 @@ def run(
         InputError, TrainingError, Interrupted: from the stages; what is finished stays.
     """
     folder = RunFolder(out)
-    stages: dict[str, Callable[[], Outcome]] = {
-        "plan": lambda: plan(recipe, folder),
-        "convert": lambda: convert(recipe, folder, overwrite=True),
-        "uptrain": lambda: train(recipe, folder, allow_changes),
-        "eval": lambda: evaluate(recipe, folder),
-        "report": lambda: write_report(recipe, folder),
-    }
     check_same_recipe(folder, recipe, overwrite, allow_changes)
     say(introduction)
     check(recipe, folder, anew=overwrite)
@@ -69,12 +62,26 @@ def run(
             folder.clear()  # only now: a run that cannot start must not cost the one before it
         folder.save_recipe(recipe)
         outcome: Outcome = {}
-        for number, (name, stage) in enumerate(stages.items(), 1):
-            say(f"\n[{number}/{len(stages)}] {name}")
-            outcome = stage()
+        stages = _stages(recipe, folder, allow_changes)
+        for number, name in enumerate(STAGES, 1):
+            say(f"\n[{number}/{len(STAGES)}] {name}")
+            outcome = next(stages)
             if name == until:
                 break
         return outcome
+
+
+STAGES = ("plan", "convert", "uptrain", "eval", "report")
+
+
+def _stages(recipe: Recipe, folder: RunFolder, allow_changes: Collection[str]) -> Iterator[Outcome]:
+    """What each of STAGES makes; it begins when that is asked for."""
+    result, the_plan = planned(recipe, folder)
+    yield result
+    yield convert(recipe, folder, overwrite=True, the_plan=the_plan)
+    yield train(recipe, folder, allow_changes)
+    yield evaluate(recipe, folder)
+    yield write_report(recipe, folder)
 
 
 def dry_run(
@@ -86,9 +93,6 @@ def dry_run(
     say(introduction)
     check(recipe, folder, anew=overwrite)
     return checked_plan(recipe, folder, anew=overwrite)
-
-
-STAGES = ("plan", "convert", "uptrain", "eval", "report")
 
 
 def read_text(recipe: Recipe, folder: RunFolder) -> None:

@@ -10,8 +10,7 @@ from pydantic import ValidationError
 
 from .errors import UsageError
 from .recipe import Recipe
-from .recipe_mistakes import Origin
-from .recipe_mistakes import told as mistakes
+from .recipe_mistakes import Origin, mistakes
 from .refusals import refusal
 from .removed import without_removed
 from .yaml_text import Mistake, lines_of, parse

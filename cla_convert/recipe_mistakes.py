@@ -50,7 +50,7 @@ class _Mistake:
     """A name that resembles no other: only the list of all settings helps."""
 
 
-def told(error: ValidationError, tree: Any, places: Mapping[str, Origin]) -> tuple[list[str], bool]:
+def mistakes(error: ValidationError, tree: Any, places: Mapping[str, Origin]) -> tuple[list[str], bool]:
     """A line for every mistake in `tree`, with its origin in front where `places` has one for its dotted name.
 
     And whether only the list of all settings helps with one of them.

@@ -71,7 +71,7 @@ class Registry(Generic[T]):
         """All names."""
         return [entry.name for entry in self]
 
-    def told(self) -> str:
+    def summaries(self) -> str:
         """Every entry with its summary, for the docs."""
         return " ".join(f"{entry.name}: {entry.summary}" for entry in self)
 

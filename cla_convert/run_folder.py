@@ -29,8 +29,10 @@ POINTS = ("before", "converted", "after", "control")
 on the same tokens, where a control was asked for."""
 RECIPE = "recipe.yaml"
 """What is wanted, of a run; a model's folder holds a copy."""
-TEXTS = ("held_out", "agreement", "domains", "answers")
-"""What a point measures on text, the files that a recipe names apart."""
+TEXTS = {
+    "held_out": "held-out text", "domains": "domains", "answers": "answers", "agreement": "KL to the source",
+}  # fmt: skip
+"""What a point measures on text, in words; the files that a recipe names apart."""
 PICTURES = ("loss", "sharing", "pareto", "learning", "bench")
 
 

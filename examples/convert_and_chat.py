@@ -31,7 +31,7 @@ def main(model: str, corpus: str, out: str, *settings: str) -> None:
     models = {"source": folder.source(recipe), "trained": folder.training.model}
     manner = Manner(max_new_tokens=100)
     chat(
-        [Speaker.load(name, path, device=device, dtype=choose_dtype("auto", device), manner=manner)
+        [Speaker.load(name, path, device=device, dtype=choose_dtype(device), manner=manner)
          for name, path in models.items()],
         lines_of(sys.stdin),
     )  # fmt: skip

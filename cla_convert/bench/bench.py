@@ -50,7 +50,7 @@ def bench(
         InputError: the models are not comparable, or the memory does not suffice for the weights.
     """
     say(f"loading {source} and {converted} ...")
-    dtype = choose_dtype("auto", device)
+    dtype = choose_dtype(device)
     subjects = [_load(name, folder, dtype, device) for name, folder in (("source", source), ("converted", converted))]
     _check_comparable(subjects, prompt, new)
     sequence = shape_of(Checkpoint.open(source).config).kv_bytes_per_token(4) * (prompt + new)

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from ..models.upload import Destination
     from ..recipe import Recipe as Schema
     from ..recipe_file import Resolved
-    from ..run_folder import RunFolder
 
 app = Verbs(
     name="cla-convert",
@@ -151,19 +150,3 @@ def push(hub: "Destination | None", folder: Path) -> dict[str, str]:
 def gate_mode(gate: bool, strict: bool) -> bool | str:
     """The options of a verb as a value of `eval.gate`."""
     return "strict" if strict else gate
-
-
-def enforce_gate(folder: "RunFolder", mode: bool | str) -> None:
-    """Raise QualityGate if the gate fails on the results in a run folder; everything has been written by then."""
-    if not mode:
-        return
-    from ..evaluation.comparison import write_comparison
-    from ..evaluation.gate import enforce
-    from ..evaluation.verdict import Margins
-    from ..recipe_file import load_recipe
-    from ..report.run_folder import explained
-
-    settings = load_recipe(folder.recipe).recipe
-    with explained(folder.path):
-        comparison = write_comparison(folder.path, margins=Margins.of(settings.eval), seed=settings.seed)
-    enforce(comparison, mode)

@@ -52,7 +52,7 @@ def chat(
     speakers = [
         Speaker.load(
             Path(name).name if len(short) == len(folders) else name, folder,
-            device=device, dtype=choose_dtype("auto", device), manner=manner,
+            device=device, dtype=choose_dtype(device), manner=manner,
         )
         for name, folder in folders.items()
     ]  # fmt: skip

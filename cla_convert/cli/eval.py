@@ -89,7 +89,7 @@ def evaluate(
     device = pick_device(settings.device)
     from ..evaluation.backend import check_backend
     from ..evaluation.harness import check_tasks
-    from ..evaluation.points import Bench, evaluate_points, shared_work
+    from ..evaluation.points import Conditions, evaluate_points, shared_work
     from ..evaluation.results import render
     from ..evaluation.texts import Texts, check_texts
     from ..models.checkpoint import Checkpoint
@@ -109,7 +109,7 @@ def evaluate(
         alone_around(out) if out and rank() == 0 else nullcontext(),
     ):
         texts = Texts(fitted(settings.eval.perplexity, Checkpoint.open(folder).config))
-        bench = Bench(out or Path(scratch), device, settings.seed, texts, accelerator=shared_work(device))
-        result = evaluate_points({"": folder}, settings.eval, bench)[""]
+        conditions = Conditions(out or Path(scratch), device, settings.seed, texts, accelerator=shared_work(device))
+        result = evaluate_points({"": folder}, settings.eval, conditions)[""]
     if result:  # one process speaks for all
         data_json(result) if as_json else page(render(result, columns(sys.stdout)))

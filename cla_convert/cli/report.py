@@ -7,7 +7,7 @@ import typer
 
 from ..console import data, data_json, say
 from ..errors import InputError, UsageError
-from .app import Gate, GateStrict, Json, Quiet, app, enforce_gate, gate_mode
+from .app import Gate, GateStrict, Json, Quiet, app, gate_mode
 
 
 @app.command(epilog="Example: cla-convert report runs/mine")
@@ -42,11 +42,12 @@ def report(
             fix="Name each once; for its report alone only that.",
         )
     say("building the report ...")  # matplotlib takes seconds to import, on a busy machine many
+    from ..evaluation.gate import enforce
     from ..report.report import build_report
 
     result = build_report(run_dirs[0], run_dirs[1:])
     data_json(result) if as_json else data(str(folders[0].pages["html"]))
-    enforce_gate(folders[0], gate_mode(gate, gate_strict))
+    enforce(result, gate_mode(gate, gate_strict))
 
 
 def _same(folder: Path, others: list[Path]) -> bool:

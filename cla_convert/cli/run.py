@@ -8,6 +8,7 @@ import typer
 
 from ..console import columns, data, data_json, page
 from ..errors import UsageError, did_you_mean
+from ..files import load_json
 from .app import (
     AllowChanges,
     AllowPickle,
@@ -22,7 +23,6 @@ from .app import (
     TaskData,
     app,
     destination,
-    enforce_gate,
     gate_mode,
     load,
     push,
@@ -68,6 +68,7 @@ def run(
     }
     resolved = load(recipe, sets, options)
     from .. import pipeline
+    from ..evaluation.gate import enforce
     from ..report.last_lines import last_lines
     from ..run_folder import RunFolder
     from ..stages.plan import shown
@@ -102,6 +103,6 @@ def run(
     elif until == "report":
         data("\n".join(last_lines(pipeline.to_json(result), folder, min(80, columns(sys.stdout)))))
     if until in ("eval", "report"):
-        enforce_gate(folder, resolved.recipe.eval.gate)
+        enforce(load_json(folder.evaluation.comparison), resolved.recipe.eval.gate)
     trained = resolved.recipe.train.tokens and until != "convert"
     push(hub, folder.training.model if trained else folder.converted)  # not reached by one that failed the gate

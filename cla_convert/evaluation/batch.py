@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ..console import say
+from ..environment import choose_dtype
 from ..errors import InputError
 from ..files import read_json, write_json
 from ..recipe import Evaluate
@@ -44,7 +45,7 @@ def out_of_memory() -> Iterator[None]:
         raise
 
 
-def settle(spec: Evaluate, model_dir: Path, out: Path, device: str, dtype: str) -> int:
+def settle(spec: Evaluate, model_dir: Path, out: Path, device: str) -> int:
     """The batch size of this run: what is on record for the same request, else the recipe's, else probed."""
     kind = device.partition(":")[0]
     record = read_json(EvaluationFolder(out).batch_size) or {}
@@ -56,16 +57,16 @@ def settle(spec: Evaluate, model_dir: Path, out: Path, device: str, dtype: str) 
     elif kind == "cpu":
         size, found = ON_CPU, "default"
     else:
-        size, found = _probe(model_dir, spec.max_length, device, dtype), "probed"
+        size, found = _probe(model_dir, spec.max_length, device), "probed"
         say(f"batch size {size}: the largest power of two that fits {spec.max_length} tokens")
     record = {"requested": spec.batch_size, "batch_size": size, "found": found, "device": kind}
     write_json(EvaluationFolder(out).batch_size, record)
     return size
 
 
-def too_large(spec: Evaluate, model_dir: Path, size: int, device: str, dtype: str) -> InputError:
+def too_large(spec: Evaluate, model_dir: Path, size: int, device: str) -> InputError:
     """The refusal of a batch size that a point does not fit into, with one that does fit."""
-    fits = _probe(model_dir, spec.max_length, device, dtype, size // 2)
+    fits = _probe(model_dir, spec.max_length, device, size // 2)
     return InputError(
         f"Out of memory with batch size {size}",
         why="Every point must be measured with the same one, because scores can move with it.",
@@ -81,14 +82,14 @@ def too_long() -> InputError:
     )
 
 
-def _probe(model_dir: Path, max_length: int, device: str, dtype: str, largest: int = LARGEST) -> int:
+def _probe(model_dir: Path, max_length: int, device: str, largest: int = LARGEST) -> int:
     """`largest`, or the first of its halves whose full-length logits fit, as lm-eval computes them."""
     from accelerate.utils.memory import clear_device_cache
 
     from ..models.placement import load_where_it_fits
     from .context import fed_tokens
 
-    model: Any = load_where_it_fits(model_dir, dtype=dtype, device=device)
+    model: Any = load_where_it_fits(model_dir, dtype=choose_dtype(device), device=device)
     length, size = fed_tokens(model.config, max_length), largest
     while size:
         try:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..environment import pick_device
 from ..models.clean_check import cache_argument
 
 PROMPT = 8
@@ -28,7 +27,7 @@ def measure_kv_cache(model_dir: Path, *, device: str, tokens: int = 64) -> dict[
     """
     from ..models.placement import load_where_it_fits
 
-    return kv_cache_of(load_where_it_fits(model_dir, device=pick_device(device)), tokens)
+    return kv_cache_of(load_where_it_fits(model_dir, device=device), tokens)
 
 
 def kv_cache_of(model: Any, tokens: int = 64) -> dict[str, Any]:

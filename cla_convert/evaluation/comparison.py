@@ -19,7 +19,6 @@ eval/comparison.json:
 """
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,7 @@ from ..run_folder import PointFolder, RunFolder
 from . import retrieval
 from .missing import missing
 from .paired import Comparison, compare, compare_likelihoods, macro_average
-from .stale import stale_points, told
+from .stale import stale_points
 from .statistics import holm, p_inferior
 from .verdict import JUDGED_UNITS, Margins, judge
 
@@ -42,31 +41,31 @@ _RANK = {"acc_norm": 0, "acc": 1, "word_perplexity": 2}
 """Preferred metric of a task; acc_norm is the likelihood per character, which does not favour short answers."""
 
 
-def write_comparison(run_dir: Path, *, margins: Margins, seed: int) -> Json:
+def write_comparison(run: RunFolder, *, margins: Margins, seed: int) -> Json:
     """Compute `compare_run` and write it as eval/comparison.json."""
-    result = compare_run(run_dir, margins=margins, seed=seed)
-    write_json(RunFolder(run_dir).evaluation.comparison, result)
+    result = compare_run(run, margins=margins, seed=seed)
+    write_json(run.evaluation.comparison, result)
     return result
 
 
-def compare_run(run_dir: Path, *, margins: Margins, seed: int) -> Json:
-    """Compare `before` with the last point of a run folder."""
-    run = RunFolder(run_dir)
-    return compare_points(run.evaluation.path, "before", run.last_point, margins=margins, seed=seed)
+def compare_run(run: RunFolder, *, margins: Margins, seed: int) -> Json:
+    """Compare `before` with the last point of a run."""
+    return compare_points(run, "before", run.last_point, margins=margins, seed=seed)
 
 
-def compare_points(folder: Path, left: str, right: str, *, margins: Margins, seed: int) -> Json:
+def compare_points(run: RunFolder, left: str, right: str, *, margins: Margins, seed: int) -> Json:
     """Compare two measured points, document by document and window by window (see above).
 
     Args:
-        folder: eval/ of a run folder.
+        run: its folder.
         left, right: points; the differences are right - left. Where one of them was not measured, `compared` is None.
         margins: of the verdict.
         seed: of the resampling.
     """
-    sides = [read_json(PointFolder(folder / side).results.path) or {} for side in (left, right)]
+    points = [run.evaluation.point(side) for side in (left, right)]
+    sides = [read_json(one.results.path) or {} for one in points]
     point, margin = right if all(sides) else None, margins.accuracy
-    comparisons, problems = _tasks(folder, list(sides[0]["tasks"]), left, right, margin, seed) if point else ([], [])
+    comparisons, problems = _tasks(points, list(sides[0]["tasks"]), margin, seed) if point else ([], [])
     if point and sides[0].get("specification_hash") != sides[1].get("specification_hash"):
         problems.append("The points were not measured alike: their evaluation specifications differ.")
     chosen = primary(comparisons)
@@ -76,17 +75,20 @@ def compare_points(folder: Path, left: str, right: str, *, margins: Margins, see
     if summary is not None:
         summary["metrics"] = {c.task: c.metric for c in averaged if c.verdict}
     tasks = _table(comparisons, chosen, margin)
-    texts, one_sided = _texts(folder, left, right, seed) if point else ({}, [])
+    texts, one_sided = _texts(points, seed) if point else ({}, [])
     problems += one_sided
-    run = RunFolder(folder.parent)
-    problems += [told(name) for name in stale_points(run) if name in (left, right)]
+    problems += [
+        f"{name}: the model is not the one that was measured; it was made anew or changed since."
+        for name in stale_points(run)
+        if name in (left, right)
+    ]
     if point:
         lacks = missing(run)
         problems += [f"{name}: not measured: {', '.join(lacks[name])}." for name in (left, right) if name in lacks]
-    agreement = _agreement(PointFolder(folder / right)) if point and left == "before" else None
+    agreement = _agreement(points[1]) if point and left == "before" else None
     return {
         "compared": point,
-        "measured": measured(folder, left, right),
+        "measured": measured(run, left, right),
         "margin": margin,
         "margins": margins.as_dict(),
         "seed": seed,
@@ -99,10 +101,11 @@ def compare_points(folder: Path, left: str, right: str, *, margins: Margins, see
     }
 
 
-def measured(folder: Path, left: str, right: str) -> dict[str, str | None]:
+def measured(run: RunFolder, left: str, right: str) -> dict[str, str | None]:
     """What there is at both points: file -> the identity of what it was measured on and how."""
     found: dict[str, str | None] = {}
-    for one in (PointFolder(folder / left), PointFolder(folder / right)):
+    folder = run.evaluation.path
+    for one in map(run.evaluation.point, (left, right)):
         files = (*one.task_files, *map(one.measured, COMPARED), *one.text_files.values())
         found |= {str(file.relative_to(folder)): (read_json(file) or {}).get("identity") for file in files}
         found[str(one.results.path.relative_to(folder))] = (read_json(one.results.path) or {}).get("specification_hash")
@@ -127,14 +130,12 @@ def _preference(comparison: Comparison) -> tuple[bool, int, bool]:
     return not judged, _RANK.get(comparison.metric, 3), comparison.kind != "binary"
 
 
-def _tasks(
-    folder: Path, names: list[str], left: str, right: str, margin: float, seed: int
-) -> tuple[list[Comparison], list[str]]:
+def _tasks(points: list[PointFolder], names: list[str], margin: float, seed: int) -> tuple[list[Comparison], list[str]]:
     """The comparisons of all tasks and metrics, and why some are missing."""
     found: list[Comparison] = []
     problems: list[str] = []
     for name in names:
-        before, after = (read_json(PointFolder(folder / side).task(name)) for side in (left, right))
+        before, after = (read_json(point.task(name)) for point in points)
         if before is None or after is None:
             problems.append(f"{name}: no per-document results for both points, so no interval.")
             continue
@@ -167,13 +168,13 @@ def _table(comparisons: list[Comparison], chosen: list[Comparison], margin: floa
     return table
 
 
-def _texts(folder: Path, left: str, right: str, seed: int) -> tuple[dict[str, Json], list[str]]:
+def _texts(points: list[PointFolder], seed: int) -> tuple[dict[str, Json], list[str]]:
     """Perplexity of the held-out text and of text files, compared window by window; and what could not be."""
     files = {"held_out": "held_out"}
-    files |= {name: f"perplexity/{name}" for name in PointFolder(folder / left).text_files}
+    files |= {name: f"perplexity/{name}" for name in points[0].text_files}
     table, problems = {}, []
     for name, file in files.items():
-        both = [read_json(PointFolder(folder / side).measured(file)) for side in (left, right)]
+        both = [read_json(point.measured(file)) for point in points]
         sides: list[Any] = [(one or {}).get("windows") for one in both]
         if not any(sides) or None in both:  # what is missing is told by missing.py
             continue

@@ -21,6 +21,8 @@ _FIX = "Uptrain longer or on broader text, share fewer layers, or evaluate more 
 def enforce(comparison: Json, mode: bool | str) -> None:
     """Raise QualityGate if the gate of this mode (False: none, True, "strict") fails; warn where it cannot tell.
 
+    `comparison` may be a report, which says the same of it.
+
     Raises:
         QualityGate: with every reason.
     """

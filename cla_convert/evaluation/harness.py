@@ -9,13 +9,12 @@ import random
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ..console import progress, warn
-from ..environment import pick_device
+from ..environment import choose_dtype
 from ..files import write_json
 from ..models.fingerprint import fingerprint
 from ..recipe import Evaluate
@@ -26,7 +25,7 @@ from .context import CHARACTERS_PER_TOKEN, LOGITS, generation_of
 from .prepare import Prepared, prepare, reset
 from .quiet import quiet
 from .results import digest, finished, store, summary
-from .room import check_room
+from .room import check_answers_fit
 from .samples import compact, grid, scores
 
 Results = Iterator[tuple[str, dict[str, Any]]]
@@ -38,7 +37,6 @@ def evaluate(
     out_dir: Path,
     *,
     device: str,
-    dtype: str = "auto",
     seed: int,
     cache_dir: Path | None = None,
     label: str = "",
@@ -50,8 +48,7 @@ def evaluate(
         model_dir: plain transformers or CLA folder.
         spec: the recipe's `eval` section, with a batch size that is settled.
         out_dir: receives tasks/<task>.json and results.json.
-        device: `auto`, `cpu`, `cuda`, ...
-        dtype: `auto` is float32 on a CPU, bfloat16 on an accelerator.
+        device: `cpu`, `cuda`, ...
         seed: few-shot examples, generated documents and torch's generator.
         cache_dir: results by content of model and specification, shared between runs.
         label: what the progress bar calls this model.
@@ -64,16 +61,13 @@ def evaluate(
         UsageError, InputError: a task that does not exist or whose data cannot be had, before the model is loaded.
         BatchTooLarge: out of memory; finished tasks are kept.
     """
-    from ..environment import choose_dtype
-
     started = time.monotonic()
-    device = pick_device(device)
     first = accelerator is None or accelerator.is_main_process
     with quiet():
         prepared = prepare(spec, seed, model_dir)
-        check_room(prepared, model_dir, spec.max_length)
+        check_answers_fit(prepared, model_dir, spec.max_length)
         processes = accelerator.num_processes if accelerator else 1
-        common = common_settings(spec, choose_dtype(dtype, device), device, seed, processes)
+        common = common_settings(spec, device, seed, processes)
         model = fingerprint(model_dir)
         identity = {task.name: digest([model, common, *identity_of(task, model_dir)]) for task in prepared}
         done = {task.name: finished(task.name, identity[task.name], out_dir, cache_dir) for task in prepared}
@@ -100,7 +94,7 @@ def check_tasks(spec: Evaluate, model_dir: Path | None = None, seed: int = 0) ->
     with quiet():
         found = prepare(spec, seed, model_dir)
         if model_dir:
-            check_room(found, model_dir, spec.max_length)
+            check_answers_fit(found, model_dir, spec.max_length)
     if spec.include_path and not any("files" in task.frozen for task in found):
         warn(f"eval.tasks names none of the tasks in {spec.include_path} (eval.include_path)")
     unused = sorted(spec.limits.keys() - set(spec.tasks) - {task.name for task in found})
@@ -118,7 +112,7 @@ def identity_of(task: Prepared, model_dir: Path) -> list[Any]:
     return [task.name, task.frozen, *([generation_of(model_dir)] if generates else [])]
 
 
-def common_settings(spec: Evaluate, dtype: str, device: str, seed: int, processes: int = 1) -> dict[str, Any]:
+def common_settings(spec: Evaluate, device: str, seed: int, processes: int = 1) -> dict[str, Any]:
     """What all tasks of a specification share. Versions belong to it: scores may move with them; which of several
     GPUs it was, and over how many a model lies, does not.
     """
@@ -131,7 +125,7 @@ def common_settings(spec: Evaluate, dtype: str, device: str, seed: int, processe
         "batch_size": spec.batch_size,
         **together,
         "max_length": spec.max_length,
-        "dtype": dtype,
+        "dtype": choose_dtype(device),
         "device": kind,
         "processes": processes,
         "seed": seed,
@@ -200,7 +194,6 @@ def _run_task(task: Prepared, lm: Any, bar: Any, seed: int) -> dict[str, Any]:
         "task": task.name, "scores": values, "stderr": stderr, "n": task.frozen["n"],
         "higher_is_better": output["higher_is_better"].get(task.name, {}), "specification": task.frozen,
         "truncated": truncated, "max_length": lm.context, "seconds": round(time.monotonic() - began, 3),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "subtasks": {name: scores(output["results"][name])[0] for name in task.tasks["tasks"] if name != task.name},
         "equal_weights": [metric for metric in values if _weighs_equally(task, metric)],
         "samples": compact(output["samples"]), **grid(task.frozen["source"], output["samples"]),

@@ -1,9 +1,8 @@
 """What an evaluation that was interrupted has not measured: a point, or a part of it, that the others have."""
 
-from ..run_folder import POINTS, PointFolder, RunFolder
+from ..run_folder import POINTS, TEXTS, PointFolder, RunFolder
 
-_PARTS = {"results": "tasks", "held_out": "held-out text", "domains": "domains", "answers": "answers"}
-_AGREEMENT = "KL to the source"
+_PARTS = {"results": "tasks", **TEXTS}
 
 
 def missing(run: RunFolder) -> dict[str, list[str]]:
@@ -33,10 +32,9 @@ def _due(run: RunFolder) -> list[str]:
 
 def _measured(point: PointFolder) -> list[str]:
     parts = [words for name, words in _PARTS.items() if point.measured(name).exists()]
-    parts += [_AGREEMENT] if point.measured("agreement").exists() else []
-    return [*parts, *point.text_files, *(f"{_AGREEMENT} on {name}" for name in point.compared_texts)]
+    return [*parts, *point.text_files, *(f"{_PARTS['agreement']} on {name}" for name in point.compared_texts)]
 
 
 def _to_source(part: str) -> bool:
     """Whether it is told of other models than the source only."""
-    return part.startswith(_AGREEMENT)
+    return part.startswith(_PARTS["agreement"])

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..environment import choose_dtype, pick_device
 from ..recipe import Evaluate
 from . import batch
 from .harness import common_settings, evaluate
@@ -16,7 +15,7 @@ Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Bench:
+class Conditions:
     """What is the same at every point, the batch size apart."""
 
     out: Path
@@ -32,13 +31,13 @@ class Bench:
     """Where several processes share the work: see `shared_work`."""
 
 
-def evaluate_points(points: dict[str, Path], spec: Evaluate, bench: Bench) -> dict[str, Json]:
-    """Measure every point into `bench.out`/<point>; what is there already under the same settings is kept.
+def evaluate_points(points: dict[str, Path], spec: Evaluate, conditions: Conditions) -> dict[str, Json]:
+    """Measure every point into `conditions.out`/<point>; what is there already under the same settings is kept.
 
     Args:
         points: folders of models by name, the source model first.
         spec: the recipe's `eval` section.
-        bench: everything else.
+        conditions: everything else.
 
     Returns:
         {point: results.json, with `texts` by file name}.
@@ -48,36 +47,36 @@ def evaluate_points(points: dict[str, Path], spec: Evaluate, bench: Bench) -> di
     """
     from accelerate.utils.memory import clear_device_cache
 
-    first, device = next(iter(points)), pick_device(bench.device)
-    with bench.accelerator.main_process_first() if bench.accelerator else nullcontext():
-        size = batch.settle(spec, points[first], bench.out, device, choose_dtype("auto", device))
+    first = next(iter(points))
+    with conditions.accelerator.main_process_first() if conditions.accelerator else nullcontext():
+        size = batch.settle(spec, points[first], conditions.out, conditions.device)
     settled = spec.model_copy(update={"batch_size": size})
     results: dict[str, Json] = {}
     full = None
     for name, model in points.items():
         try:
-            results[name] = _measure(name, model, settled, bench, name == first)
+            results[name] = _measure(name, model, settled, conditions, name == first)
         except batch.BatchTooLarge:  # and leave the handler, which holds on to what did not fit
             full = model
             break
     if full is not None:
         clear_device_cache(garbage_collection=True)
-        raise batch.too_large(spec, full, size, device, choose_dtype("auto", device))
+        raise batch.too_large(spec, full, size, conditions.device)
     return results
 
 
-def _measure(name: str, model: Path, spec: Evaluate, bench: Bench, first: bool) -> Json:
-    device, seed = pick_device(bench.device), bench.seed
+def _measure(name: str, model: Path, spec: Evaluate, conditions: Conditions, first: bool) -> Json:
+    out, device, seed = conditions.out / name, conditions.device, conditions.seed
     result = evaluate(
-        model, spec, bench.out / name, device=device, seed=seed, cache_dir=bench.cache_dir if first else None,
-        label=name, accelerator=bench.accelerator,
+        model, spec, out, device=device, seed=seed, cache_dir=conditions.cache_dir if first else None, label=name,
+        accelerator=conditions.accelerator,
     )  # fmt: skip
     if not result:  # not the first process
         return result
     here = spec.model_copy(update={"backend": "hf"})  # texts are read with transformers, whatever scores the tasks
-    common = common_settings(here, choose_dtype("auto", device), device, seed)
+    common = common_settings(here, device, seed)
     identity = result["model_fingerprint"]
-    measured = measure_texts(bench.texts, model, bench.out / name, common, identity, device=device, label=name)
+    measured = measure_texts(conditions.texts, model, out, common, identity, device=device, label=name)
     return result | {"texts": measured}
 
 

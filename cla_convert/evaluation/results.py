@@ -1,8 +1,8 @@
 """The result files of one model: tasks/<task>.json as each task finishes, results.json at the end.
 
 tasks/<task>.json   task, scores, stderr, n, higher_is_better, specification, identity, truncated, max_length, seconds,
-finished, subtasks, equal_weights (metrics of a group that are means over its tasks), samples (one entry a document,
-see samples.py); passkey and needle: grid
+subtasks, equal_weights (metrics of a group that are means over its tasks), samples (one entry a document, see
+samples.py); passkey and needle: grid
 results.json        {tasks: {task: {metric: value}}, stderr, n, specification, specification_hash, ...}
 """
 
@@ -64,7 +64,6 @@ def summary(tasks: list[Prepared], done: Json, common: Json, model_dir: Path, mo
         "specification_hash": digest(specification),
         "versions": common["versions"],
         "seconds": round(seconds, 3),
-        "task_seconds": {name: result["seconds"] for name, result in results.items()},
         "from_cache": sorted(name for name, result in results.items() if result.get("cached")),
     }
 

@@ -16,7 +16,7 @@ _GENERATED = 256
 """Tokens that a task generates which does not say how many, in lm-eval."""
 
 
-def check_room(tasks: Iterable[Prepared], model_dir: Path, max_length: int) -> None:
+def check_answers_fit(tasks: Iterable[Prepared], model_dir: Path, max_length: int) -> None:
     """Raise InputError if an answer of a task, to be scored or generated, is longer than the model is fed."""
     context, tokenizer = context_of(model_dir, max_length), load_tokenizer(model_dir)
     for task in tasks:

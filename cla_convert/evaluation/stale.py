@@ -23,11 +23,6 @@ def stale_points(run: RunFolder) -> list[str]:
     return found
 
 
-def told(point: str) -> str:
-    """In words, for what could not be compared."""
-    return f"{point}: the model is not the one that was measured; it was made anew or changed since."
-
-
 def unlike_control(run: RunFolder, *, auto_rates: bool) -> list[str]:
     """In what the control of a run was not trained as the uptrained model; empty where one of the two is missing.
 

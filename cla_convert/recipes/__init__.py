@@ -83,7 +83,7 @@ def _meaning(field: Any) -> str:
     """What a setting does, and the values that registries give it."""
     from ..named import OneOf
 
-    values = [one.registry.told() for one in field.metadata if isinstance(one, OneOf)]
+    values = [one.registry.summaries() for one in field.metadata if isinstance(one, OneOf)]
     return " ".join([field.description or "", *values])
 
 

@@ -1,6 +1,6 @@
 """The paired comparisons of a run: what evaluation left, or else computed from its files."""
 
-from ..evaluation.comparison import compare_points, measured
+from ..evaluation.comparison import compare_points, compare_run, measured
 from ..evaluation.verdict import Margins
 from .run_folder import Json, RunFiles
 
@@ -10,12 +10,12 @@ def comparison_of(run: RunFiles, margins: Margins, seed: int) -> Json:
 
     Otherwise it is computed anew: an evaluation that was interrupted leaves new results beside the old comparison.
     """
-    folder, point, left = run.files.evaluation.path, run.last_point, run.comparison
+    point, left = run.last_point, run.comparison
     lacking = point not in run.results or not run.incomplete.keys().isdisjoint(("before", point))
-    stale = lacking or point in run.stale or _is_past(left, measured(folder, "before", point))
+    stale = lacking or point in run.stale or _is_past(left, measured(run.files, "before", point))
     if left and (left.get("compared"), left.get("margins")) == (point, margins.as_dict()) and not stale:
         return left
-    return compare_points(folder, "before", point, margins=margins, seed=seed)
+    return compare_run(run.files, margins=margins, seed=seed)
 
 
 def _is_past(comparison: Json, now: Json) -> bool:
@@ -28,7 +28,7 @@ def control_comparison(run: RunFiles, margins: Margins, seed: int) -> Json | Non
     """The control against the uptrained model, in the same shape; None without a measured control."""
     if "control" not in run.results:
         return None
-    return compare_points(run.files.evaluation.path, "control", "after", margins=margins, seed=seed)
+    return compare_points(run.files, "control", "after", margins=margins, seed=seed)
 
 
 def mean_at(run: RunFiles, summary: Json | None, point: str) -> float | None:

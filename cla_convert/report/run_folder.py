@@ -13,7 +13,7 @@ from ..evaluation.missing import missing
 from ..evaluation.stale import stale_points
 from ..files import read_json, read_rows, stays_in
 from ..recipe_file import read_yaml
-from ..run_folder import POINTS, RunFolder
+from ..run_folder import POINTS, TEXTS, RunFolder
 
 Json = dict[str, Any]
 
@@ -107,14 +107,9 @@ def read_run_folder(path: Path) -> RunFiles:
         control_train=read_json(run.control.result.path) or {},
         control_metrics=read_rows(run.control.metrics),
         environment=read_json(run.environment.path) or {},
-        results=_by_point(run, "results"),
-        held_out=_by_point(run, "held_out"),
-        kv_cache=_by_point(run, "kv_cache"),
-        agreement=_by_point(run, "agreement"),
+        **{name: _by_point(run, name) for name in ("results", "kv_cache", *TEXTS)},  # a field each
         texts={point: _texts(run.evaluation.point(point).text_files) for point in POINTS},
         text_agreement={point: _texts(run.evaluation.point(point).compared_texts) for point in POINTS},
-        domains=_by_point(run, "domains"),
-        answers=_by_point(run, "answers"),
         touched=touched.get("domains", {}),
         touched_texts=touched.get("texts", {}),
         comparison=read_json(run.evaluation.comparison) or {},

@@ -46,7 +46,8 @@ def check(recipe: Recipe, folder: RunFolder, *, anew: bool = False) -> None:
     tokenizer = load_tokenizer(source)
     say_untaught(recipe, tokenizer)
     check_data(recipe, tokenizer, source, device)
-    disk_of(recipe, folder, bound(recipe, folder, anew=anew), anew=anew).check(folder.path)
+    least_shared = bound(recipe, folder, anew=anew)  # the plan itself may take minutes of measuring
+    disk_of(recipe, folder, least_shared, anew=anew).check(folder.path)
 
 
 def _check_training(recipe: Recipe, folder: RunFolder) -> None:

@@ -34,25 +34,24 @@ def evaluate(recipe: Recipe, folder: RunFolder) -> dict[str, PointResult]:
 
 def _evaluate(recipe: Recipe, folder: RunFolder) -> dict[str, PointResult]:
     from ..evaluation.comparison import write_comparison
-    from ..evaluation.points import Bench, evaluate_points
+    from ..evaluation.points import Conditions, evaluate_points
     from ..evaluation.verdict import Margins
 
-    points, cache = folder.points(recipe), cache_of("eval")
-    bench = Bench(
-        folder.evaluation.path, pick_device(recipe.device), recipe.seed, texts_of(recipe, folder), cache_dir=cache
-    )
-    results = evaluate_points(points, recipe.eval, bench)
+    points, device = folder.points(recipe), pick_device(recipe.device)
+    texts = texts_of(recipe, folder)
+    conditions = Conditions(folder.evaluation.path, device, recipe.seed, texts, cache_dir=cache_of("eval"))
+    results = evaluate_points(points, recipe.eval, conditions)
     with progress(len(points) + 1, "KV cache, statistics", unit="step", leave=False) as bar:
         for point, model in points.items():
             bar.note(point)
-            measure_cache(recipe, folder, point, model)
+            measure_cache(folder, point, model, device)
             bar.update()
         bar.note("statistics")
-        write_comparison(folder.path, margins=Margins.of(recipe.eval), seed=recipe.seed)
+        write_comparison(folder, margins=Margins.of(recipe.eval), seed=recipe.seed)
     return {point: PointResult.model_validate(result) for point, result in results.items()}
 
 
-def measure_cache(recipe: Recipe, folder: RunFolder, point: str, model: Path) -> KvCache:
+def measure_cache(folder: RunFolder, point: str, model: Path, device: str) -> KvCache:
     """The KV cache of a real `generate` at a point."""
     from ..evaluation.cache import measure_kv_cache
     from ..models.fingerprint import fingerprint
@@ -60,7 +59,7 @@ def measure_cache(recipe: Recipe, folder: RunFolder, point: str, model: Path) ->
     stored, now = folder.evaluation.point(point).kv_cache, fingerprint(model)
     if (known := stored.read()) and known.model_fingerprint == now:
         return known
-    found = measure_kv_cache(model, device=pick_device(recipe.device))
+    found = measure_kv_cache(model, device=device)
     return stored.write(KvCache.model_validate(found | {"model_fingerprint": now}))
 
 

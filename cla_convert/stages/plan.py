@@ -30,13 +30,18 @@ def plan(recipe: Recipe, folder: RunFolder) -> PlanResult:
         UsageError: the sharing is unknown or impossible for this model, or the folder is of another recipe.
         InputError: the model cannot be converted, or the device has too little memory to train it.
     """
+    return planned(recipe, folder)[0]
+
+
+def planned(recipe: Recipe, folder: RunFolder) -> "tuple[PlanResult, Plan]":
+    """The same, and the plan itself for `convert`: `sharing: auto` chooses once."""
     continue_under(recipe, folder)
     with recorded(recipe, folder, "plan"):
         the_plan = plan_of(recipe, folder)
         say(shown(recipe, the_plan))
         _say_needs(recipe, folder, the_plan)
         result = PlanResult.model_validate(the_plan.to_json())
-        return result if folder.plan.read() == result else folder.plan.write(result)
+        return result if folder.plan.read() == result else folder.plan.write(result), the_plan
 
 
 def checked_plan(recipe: Recipe, folder: RunFolder, *, anew: bool) -> "Plan":

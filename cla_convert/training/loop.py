@@ -23,7 +23,7 @@ from ..models.writer import check_output
 from ..recipe import Recipe
 from ..results import TrainResult
 from ..run_folder import TrainingFolder
-from .agreement import check_agreement
+from .alike import check_alike
 from .data import TokenStore
 from .divergence import (
     HISTORY,
@@ -87,7 +87,7 @@ def uptrain(
     trainer = set_up(student_dir, teacher_dir, recipe, team.device, team, text)
     with team.leader_first():  # hashes of large files are kept
         identity = run_identity(student_dir, teacher_dir, recipe, trainer)
-    check_agreement(team, recipe.train, identity, folder.path)
+    check_alike(team, recipe.train, identity, folder.path)
     checkpoints = TrainingStates(
         folder.checkpoints, identity, recipe.train.keep_checkpoints, team=team, allow_changes=allow_changes
     )

@@ -40,7 +40,6 @@ def result_of(
         "loss": position.loss,
         "first_loss": position.first_loss,
         "validation": [row for row in rows if "validation_perplexity" in row],
-        "parameters_trained": sum(p.numel() for p in trainer.parameters.values()),
         "peak_memory_bytes": peak_memory_bytes(trainer.device),
         "expected_memory_bytes": round(trainer.forecast.needs(trainer.micro_batch).peak),
         "device": trainer.device,

@@ -57,7 +57,7 @@ def test_the_example_runs(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.
     # Measured again: the cache of another model. Refused: a model of other weights than the source has now.
     cache = folder.evaluation.point("converted").kv_cache
     assert cache.write(cache.read().model_copy(update={"model_fingerprint": "another", "bytes_per_token": 1.0}))
-    assert measure_cache(found["recipe"], folder, "converted", folder.converted).bytes_per_token == 512
+    assert measure_cache(folder, "converted", folder.converted, "cpu").bytes_per_token == 512
     changed = save_tiny_llama(tmp_path / "changed", seed=1)
     shutil.copy(changed / "model.safetensors", source / "model.safetensors")
     with pytest.raises(InputError, match="made from other weights"):

@@ -24,7 +24,7 @@ from cla_convert.evaluation.harness import check_tasks, common_settings
 from cla_convert.evaluation.model import MeteredLM
 from cla_convert.evaluation.paired import compare
 from cla_convert.evaluation.prepare import Prepared
-from cla_convert.evaluation.room import check_room
+from cla_convert.evaluation.room import check_answers_fit
 from cla_convert.evaluation.tasks import pack
 from cla_convert.models.export import load_model, load_tokenizer
 from cla_convert.recipe import Evaluate
@@ -226,8 +226,8 @@ def test_answers_without_room_are_refused_before_the_work(tmp_path: Path):
     task = SimpleNamespace(instances=[SimpleNamespace(request_type="generate_until", args=("", {"until": ["."]}))])
     prepared = Prepared("qa", {"tasks": {"qa": task}}, {}, 0)
     with pytest.raises(InputError, match="qa: an answer of 257 tokens does not fit into the context of 256"):
-        check_room([prepared], model, 256)
-    check_room([prepared], model, 257)
+        check_answers_fit([prepared], model, 256)
+    check_answers_fit([prepared], model, 257)
 
 
 def test_shortened_prompts_are_counted_and_said(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -359,7 +359,7 @@ def test_the_same_tokens_may_be_divided_anywhere_into_context_and_answer(tiny_ll
 
 
 def test_requests_go_together_as_the_specification_says(tiny_llama: Path):
-    one, other = (common_settings(SPEC, "float32", device, 0) for device in ("cpu", "cuda:1"))
+    one, other = (common_settings(SPEC, device, 0) for device in ("cpu", "cuda:1"))
     assert one["rolling_batch_size"] == 1 and other["logits_at_once"] > 0
     assert "logits_at_once" not in one
     for common, together in ((one, 0), (other, SPEC.batch_size * SPEC.max_length)):

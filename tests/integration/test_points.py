@@ -14,7 +14,7 @@ from cla_convert.errors import InputError
 from cla_convert.evaluation import batch
 from cla_convert.evaluation.harness import common_settings, evaluate
 from cla_convert.evaluation.model import MeteredLM
-from cla_convert.evaluation.points import Bench, evaluate_points
+from cla_convert.evaluation.points import Conditions, evaluate_points
 from cla_convert.evaluation.texts import Texts, measure_texts
 from cla_convert.recipe import Evaluate, TextFile
 from tests.conftest import save_tiny_llama
@@ -29,7 +29,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def measure(models: dict[str, Path], out: Path, spec: Evaluate = SPEC, texts: Texts | None = None) -> dict:
-    return evaluate_points(models, spec, Bench(out, "cpu", 0, texts or Texts()))
+    return evaluate_points(models, spec, Conditions(out, "cpu", 0, texts or Texts()))
 
 
 def test_the_gpu_that_was_asked_for_is_used(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -43,16 +43,15 @@ def test_the_gpu_that_was_asked_for_is_used(models: dict[str, Path], tmp_path: P
         asked.append(device)
         raise Asked
 
-    monkeypatch.setattr("cla_convert.evaluation.harness.pick_device", lambda device: device)
     monkeypatch.setattr("cla_convert.evaluation.model.load", loads)
     with pytest.raises(Asked):
-        evaluate(models["before"], SPEC, tmp_path, device="cuda:1", dtype="float32", seed=0)
+        evaluate(models["before"], SPEC, tmp_path, device="cuda:1", seed=0)
     monkeypatch.setattr("cla_convert.evaluation.texts.load_where_it_fits", loads)
-    common = common_settings(SPEC, "float32", "cuda:1", 0)
+    common = common_settings(SPEC, "cuda:1", 0)
     with pytest.raises(Asked):
         texts = Texts(held_out=torch.zeros(1, 8, dtype=torch.long))
         measure_texts(texts, models["before"], tmp_path, common, "model", device="cuda:1")
-    assert asked == ["cuda:1", "cuda:1"] and common == common_settings(SPEC, "float32", "cuda:0", 0)
+    assert asked == ["cuda:1", "cuda:1"] and common == common_settings(SPEC, "cuda:0", 0)
 
 
 def test_a_text_alone_has_the_perplexity_that_it_has_beside_tasks(
@@ -144,7 +143,7 @@ def test_auto_is_found_once_on_the_source(models: dict[str, Path], tmp_path: Pat
     monkeypatch.setattr(batch, "_probe", probe)
     spec = SPEC.model_copy(update={"batch_size": "auto"})
     for _ in range(2):
-        size = batch.settle(spec, models["before"], tmp_path, "cuda:0", "float32")
+        size = batch.settle(spec, models["before"], tmp_path, "cuda:0")
         assert size == 4
     assert probed == [models["before"]]  # the second time it is on record
     results = measure(models, tmp_path / "cpu", spec)
@@ -164,7 +163,7 @@ def test_the_probe_halves_until_it_fits(models: dict[str, Path], monkeypatch: py
         return original(logits, dim=dim)
 
     monkeypatch.setattr(torch, "log_softmax", log_softmax)
-    assert batch._probe(models["before"], 32, "cpu", "float32") == 16
+    assert batch._probe(models["before"], 32, "cpu") == 16
     assert sizes == [64, 32, 16]
 
 

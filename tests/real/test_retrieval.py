@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from cla_convert.evaluation.points import Bench, evaluate_points
+from cla_convert.evaluation.points import Conditions, evaluate_points
 from cla_convert.evaluation.prepare import prepare
 from cla_convert.evaluation.quiet import quiet
 from cla_convert.evaluation.texts import Texts
@@ -17,7 +17,7 @@ SPEC = Evaluate(
 
 
 def test_the_score_is_exact_match_of_greedy_generation(smollm2, tmp_path):
-    evaluate_points({"": smollm2}, SPEC, Bench(tmp_path, "cpu", 0, Texts()))
+    evaluate_points({"": smollm2}, SPEC, Conditions(tmp_path, "cpu", 0, Texts()))
     model, tokenizer = load_model(smollm2, dtype="float32"), load_tokenizer(smollm2)
     with quiet():
         prepared = prepare(SPEC, 0, smollm2)

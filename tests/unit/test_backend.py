@@ -52,7 +52,7 @@ def test_the_backend_is_part_of_the_specification(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("cla_convert.evaluation.harness.version", lambda _: "1")
     asked = ({"max_num_seqs": 2}, {"tensor_parallel_size": 2, "gpu_memory_utilization": 0.5})
     hf, vllm, other, elsewhere = (
-        common_settings(spec, "float32", "cpu", 0)
+        common_settings(spec, "cpu", 0)
         for spec in (Evaluate(), VLLM, *(Evaluate(backend="vllm", vllm=settings) for settings in asked))
     )
     assert hf["backend"] != vllm["backend"] != other["backend"]

@@ -15,6 +15,7 @@ from cla_convert.evaluation.statistics import mcnemar
 from cla_convert.evaluation.verdict import Margins
 from cla_convert.files import write_json
 from cla_convert.report.report import build_report
+from cla_convert.run_folder import RunFolder
 from tests.launch import cla
 
 
@@ -34,7 +35,7 @@ def right(n: int, share: float) -> list[float]:
 
 
 def gate(run: Path, **margins: float) -> dict:
-    return compare_run(run, margins=Margins(**margins), seed=0)
+    return compare_run(RunFolder(run), margins=Margins(**margins), seed=0)
 
 
 def test_no_loss_on_many_rows_passes_both_gates(tmp_path: Path):
@@ -258,7 +259,7 @@ def test_the_command_line_exits_with_4_after_writing_everything(tmp_path: Path):
     assert done.returncode == 4, done.stderr
     assert "error: The quality gate failed" in done.stderr and "margin of 2.0 points: -10.0" in done.stderr
     assert json.loads(done.stdout) == json.loads((tmp_path / "report.json").read_text())
-    assert json.loads((tmp_path / "eval" / "comparison.json").read_text())["status"] == "margin_broken"
+    assert json.loads(done.stdout)["status"] == "margin_broken"
     assert cla("report", str(tmp_path)).returncode == 0
     early = cla("run", "demo", "--out", str(tmp_path / "run"), "--until", "convert", "--gate")
     assert early.returncode == 2 and "nothing to judge" in early.stderr
@@ -271,7 +272,7 @@ def test_a_comparison_of_what_was_measured_before_is_not_believed(tmp_path: Path
         path = tmp_path / "eval" / name / "tasks" / "piqa.json"
         write_json(path, json.loads(path.read_text()) | {"identity": f"{name}, all rows"})
     (tmp_path / "recipe.yaml").write_text("{}")
-    assert write_comparison(tmp_path, margins=Margins(), seed=0)["gate"]["passed"]
+    assert write_comparison(RunFolder(tmp_path), margins=Margins(), seed=0)["gate"]["passed"]
     assert build_report(tmp_path)["gate"]["passed"]
 
     whole = path.read_text()

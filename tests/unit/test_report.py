@@ -373,7 +373,7 @@ def test_what_was_measured_on_another_model_is_said(run_dir: Path):
         path = run_dir / "eval" / point / "results.json"
         write_json(path, json.loads(path.read_text()) | {"model_fingerprint": fingerprint(model)})
     set_eval(run_dir, perplexity_margin=0.5, margin=0.5)
-    write_comparison(run_dir, margins=Margins(0.5, 0.5, 0.1), seed=3)
+    write_comparison(RunFolder(run_dir), margins=Margins(0.5, 0.5, 0.1), seed=3)
     report = build_report(run_dir)
     assert report["stale"] == [] and report["gate"]["passed"]
     (model / "model.safetensors").write_bytes(b"trained again")

@@ -26,7 +26,7 @@ if find_spec("vllm") and "vllm" not in packages_distributions().get("vllm", []):
 pytest.importorskip("lm_eval", reason="CLA_CONVERTER_PACKAGES is not set (make test-vllm sets it)")
 
 from cla_convert.evaluation.backend import load_backend
-from cla_convert.evaluation.points import Bench, evaluate_points
+from cla_convert.evaluation.points import Conditions, evaluate_points
 from cla_convert.evaluation.texts import Texts
 from cla_convert.models.shape import shape_of
 from cla_convert.recipe import Evaluate
@@ -53,7 +53,7 @@ def test_both_backends_agree_at_every_point(engine: dict, tmp_path: Path, monkey
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1" if "tensor_parallel_size" in engine else "auto")
     for name in ("hf", "vllm"):
         spec = SPEC.model_copy(update={"backend": name, "vllm": engine | CACHE})
-        evaluate_points(points, spec, Bench(tmp_path / name, "cpu", 0, Texts()))
+        evaluate_points(points, spec, Conditions(tmp_path / name, "cpu", 0, Texts()))
     for point in points:
         for task in SPEC.tasks:
             hf, vllm = (json.loads((tmp_path / name / point / "tasks" / f"{task}.json").read_text())

@@ -28,7 +28,6 @@ def collect(material: Material, report: Json) -> Json:
         "measured_bytes_after": after.get("measured_bytes"),
         "measured_bytes_per_token_before": before.get("bytes_per_token"),
         "measured_bytes_per_token_after": after.get("bytes_per_token"),
-        "layer_bytes_per_token_after": after.get("layer_bytes_per_token"),
         "measured_tokens": after.get("tokens") or before.get("tokens"),
         "heads_before": heads.get("before"),
         "heads_after": heads.get("after"),

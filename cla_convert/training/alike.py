@@ -13,7 +13,7 @@ from .continued import differences
 from .parallel import Team
 
 
-def check_agreement(team: Team, train: Train, identity: Mapping[str, Any], folder: Path) -> None:
+def check_alike(team: Team, train: Train, identity: Mapping[str, Any], folder: Path) -> None:
     """Check that all processes have one folder, and the same settings, models and text. All of them must ask.
 
     Args:
