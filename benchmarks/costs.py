@@ -48,8 +48,8 @@ SHAPES = {
     "qwen3-8b": decoder("qwen3", 4096, 12288, 36, (32, 8, 128), 151936) | UNTIED,
 }
 """Recipe -> shape of its model."""
-SHAPES["qwen3-8b-8gpu"] = SHAPES["qwen3-8b"]
-MEASURED = {("smollm2-135m", "H100"): 2, ("gemma-3-270m", "H100"): 5}
+SHAPES |= {"smollm2-135m-3x": SHAPES["smollm2-135m"], "qwen3-8b-8gpu": SHAPES["qwen3-8b"]}
+MEASURED = {("smollm2-135m", "H100"): 2, ("smollm2-135m-3x", "H100"): 3, ("gemma-3-270m", "H100"): 5}
 """Recipe and GPU -> minutes that it took (docs/measurements.md)."""
 
 
@@ -61,8 +61,8 @@ SIZES = {
 }
 """Shapes of Llama's kind."""
 SEVERAL, RECOMPUTED = 0.9, 0.75
-"""Shares of the speed that are left: of each of several GPUs (two reached 1.82 times one), and with activations
-recomputed."""
+"""Shares of the speed that are left: of each of several GPUs (two reached 1.83 times one, four 3.67), and with
+activations recomputed."""
 
 
 def main() -> None:
@@ -102,20 +102,24 @@ def two_digits(value: float) -> str:
 def row(name: str, config: dict[str, Any]) -> str:
     """A line of the table."""
     recipe = load_recipe(find_recipe(name)).recipe
-    shape = shape_of(config)
-    sources = pairs(recipe, config)
-    before, after = (shape.kv_bytes_per_token(2, owners) for owners in (len(sources), len(set(sources))))
-    foreseen = forecast(recipe.train, config, recipe.train.processes, sources)
+    sources, heads = pairs(recipe, config), recipe.convert.kv_heads
+    before = shape_of(config).kv_bytes_per_token(2)
+    after = shape_of(config | ({"num_key_value_heads": heads} if heads else {})).kv_bytes_per_token(
+        2, len(set(sources))
+    )
+    foreseen = forecast(recipe.train, config, recipe.train.processes, sources, heads)
     cells = [cell(foreseen, gpu, room, MEASURED.get((name, gpu))) for gpu, room in GPUS.items()]
     cache = f"{before:,} -> {after:,} ({before / after:.2f}x)"
     gpus = f", {recipe.train.processes} GPUs" if recipe.train.processes > 1 else ""
     return f"| `{name}` | {cache} | {recipe.train.parameters}{gpus} | {' | '.join(cells)} |"
 
 
-def forecast(train: Train, config: dict[str, Any], processes: int, sources: list[int] | None = None) -> Forecast:
+def forecast(
+    train: Train, config: dict[str, Any], processes: int, sources: list[int] | None = None, heads: int | None = None
+) -> Forecast:
     """Of a training in bfloat16 with compiled layers; the teacher of several GPUs is divided, too."""
     sources = sources or sharing_map("cla2-keep-ends", shape_of(config).kinds)
-    student = cla_config(config, FAMILIES[config["model_type"]], sources, "bfloat16")
+    student = cla_config(config, FAMILIES[config["model_type"]], sources, "bfloat16", heads)
     train = train.model_copy(update={"precision": "bfloat16", "micro_batch_size": "auto"})
     layout = Layout.of(train, processes).with_teacher(divided=processes > 1)
     foreseen = Forecast(train, student, config, "cuda", layout)
