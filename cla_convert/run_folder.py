@@ -12,6 +12,7 @@ A file that is not there is None: its stage did not run. A damaged one is an Inp
 hold: results.py.
 """
 
+import os
 import shutil
 from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
@@ -171,7 +172,8 @@ class RunFolder:
     @classmethod
     def around(cls, path: Path) -> "RunFolder | None":
         """The run that something lies in or is, if any: by its name, or behind links."""
-        places = (path, *path.absolute().parents, *path.resolve().parents)
+        named = Path(os.path.normpath(path.absolute()))  # `run/../other` is not in run
+        places = (path, *named.parents, *path.resolve().parents)
         return next((run for run in map(cls, places) if run.begun), None)
 
     @classmethod

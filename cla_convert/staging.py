@@ -185,7 +185,11 @@ def _swap(staging: Path, out: Path) -> bool:
 
 def _removed(folder: Path, *, ignore_errors: bool = False) -> None:
     """A folder, or a link to one, which is not ours to empty."""
-    folder.unlink(missing_ok=True) if folder.is_symlink() else shutil.rmtree(folder, ignore_errors=ignore_errors)
+    if not folder.is_symlink():
+        shutil.rmtree(folder, ignore_errors=ignore_errors)
+        return
+    with suppress(OSError if ignore_errors else FileNotFoundError):
+        folder.unlink()
 
 
 def _renamed(folder: Path, out: Path) -> bool:

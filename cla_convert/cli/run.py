@@ -102,7 +102,7 @@ def run(
         data_json(pipeline.to_json(result))
     elif until == "report":
         data("\n".join(last_lines(pipeline.to_json(result), folder, min(80, columns(sys.stdout)))))
-    if until in ("eval", "report"):
-        enforce(load_json(folder.evaluation.comparison), resolved.recipe.eval.gate)
+    if (mode := resolved.recipe.eval.gate) and until in ("eval", "report"):
+        enforce(load_json(folder.evaluation.comparison), mode)
     trained = resolved.recipe.train.tokens and until != "convert"
     push(hub, folder.training.model if trained else folder.converted)  # not reached by one that failed the gate

@@ -182,19 +182,22 @@ def refuse_damaged(folder: Path) -> None:
     """
     for path in (path for name in _SMALL if (path := folder / name).exists()):
         refuse_pointer(path)
-        load_json(path, _put_back(path))
+        load_json(path, put_back(folder, path))
     for path in [*folder.glob("*.jinja"), *folder.glob(f"{_TEMPLATES}/*.jinja")]:
         try:
             path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise unread(error, InputError(f"{path} cannot be read", fix=_put_back(path))) from error
+            raise unread(error, InputError(f"{path} cannot be read", fix=put_back(folder, path))) from error
 
 
-def _put_back(path: Path) -> str:
-    """How a file of a model becomes whole again."""
-    if (path.parent / "cla_manifest.json").exists():
-        return f"Put {path.name} back from a copy of the model, or make the model again."
-    return f"Download {path.name} of this model again (`hf download REPO {path.name}`)."
+def put_back(folder: Path, *paths: Path) -> str:
+    """How files of a model become whole again."""
+    names = [str(path.relative_to(folder)) for path in paths]
+    if (folder / "cla_manifest.json").exists():
+        return f"Put {' and '.join(names)} back from a copy of the model, or make the model again."
+    where = "" if folder.parent.name == "snapshots" else f" --local-dir {folder}"  # of the hub's cache, or one's own
+    command = f"hf download REPO {' '.join(names)}{where} --force-download"
+    return f"Download {' and '.join(names)} of this model again: `{command}`."
 
 
 def refuse_adapter(folder: Path) -> None:

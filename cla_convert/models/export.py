@@ -17,7 +17,7 @@ from ..console import human_bytes, say, say_once
 from ..errors import ClaError, InputError, first_line
 from ..files import read_json, refuse_pointer, write_json
 from ..refusals import unread
-from .checkpoint import Checkpoint, refuse_damaged
+from .checkpoint import Checkpoint, put_back, refuse_damaged
 from .classes import cla_classes as cla_classes
 from .classes import register as register
 from .classes import register_type
@@ -220,7 +220,8 @@ def _tokenizer_fix(folder: Path) -> str:
     names = ("tokenizer.json", "tokenizer_config.json")
     if not all((folder / name).exists() for name in names):
         return f"Put the model's tokenizer files ({', '.join(names)}) into the folder."
-    return f"Download {' and '.join(names)} again; if they are as published, this transformers cannot load them."
+    again = put_back(folder, *(folder / name for name in names))
+    return f"{again} If they are as published, this transformers cannot load them."
 
 
 def refuse_pieces(folder: Path) -> None:

@@ -89,7 +89,8 @@ def disk_of(recipe: Recipe, folder: RunFolder, the_plan: "Plan", *, anew: bool =
         if recipe.train.keep_checkpoints_after_success:
             lying[f"checkpoints of {name}"] = _size(training.checkpoints) if finished else kept * state
     most = max(most, lying, key=lambda parts: sum(parts.values()))
-    there = _size(folder.converted) + sum(_size(t.model) + _size(t.checkpoints) for _, t, _, _ in trainings)
+    ours = [folder.converted, *(one for _, t, _, _ in trainings for one in (t.model, t.checkpoints))]
+    there = sum(_size(one) for one in ours if not (anew and one.is_symlink()))  # what a link leads to stays
     cached, left = _cached(recipe, folder, anew=anew)
     return Disk({**most, _OTHER: _RECORDS}, there, cached, left)
 

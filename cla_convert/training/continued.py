@@ -8,16 +8,16 @@ from ..recipe_file import is_named, told
 
 _THINGS = {"model": "the model to train", "teacher": "the teacher", "data": "the text and its settings (data)"}
 """Parts of an identity that are told by what they hold; a user can put them back like a setting."""
+_WITH = {"train.hidden_distance": {"train.hidden_weight", "train.loss"}}
+"""What is no setting and is there only under some values of settings, which are told in its place."""
 
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What changed between two identities: name, before and after of each."""
-    names = sorted(saved.keys() | current.keys())
-    return [
-        {"name": name, "before": saved.get(name), "after": current.get(name)}
-        for name in names
-        if saved.get(name) != current.get(name)
-    ]
+    names = {name for name in saved.keys() | current.keys() if saved.get(name) != current.get(name)}
+    on_one_side = {name for name in names if name not in saved or name not in current}
+    follow = {name for name in on_one_side if names & _WITH.get(name, set())}
+    return [{"name": name, "before": saved.get(name), "after": current.get(name)} for name in sorted(names - follow)]
 
 
 def changes_told(changes: Sequence[Mapping[str, Any]]) -> str:

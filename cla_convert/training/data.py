@@ -126,7 +126,9 @@ def store_for(recipe: Recipe, tokenizer: Any, source: Path, device: str, *, cali
 
 
 def is_kept(recipe: Recipe, tokenizer: Any, source: Path, device: str, *, calibrates: bool) -> bool:
-    """Whether what `store_for` gives lies in the cache already."""
+    """Whether what `store_for` gives lies in the cache already; no for sampled text, as only all weights tell."""
+    if recipe.data.sampled:
+        return False
     mixture = _mixture_of(recipe, tokenizer, source, device, calibrates=calibrates)
     return (cache_of("tokens") / _cache_key(mixture)).exists()
 

@@ -70,6 +70,11 @@ def test_what_lies_there_counts_where_it_stays(tiny_llama: Path, tmp_path: Path,
     (kept,) = (bytes_ for name, bytes_ in done.parts.items() if name == "checkpoints of uptrained")
     assert kept == size(folder.training.checkpoints) and "checkpoints of uptrained" in done.describe()
     assert fresh.needed < models  # anew: in the place of what is there
+    moved = size(folder.converted)
+    folder.converted.rename(tmp_path / "elsewhere")
+    folder.converted.symlink_to(tmp_path / "elsewhere")  # of a link, what it leads to stays
+    linked = disk_of(recipe, folder, the_plan, anew=True)
+    assert linked.there == fresh.there - moved and disk_of(recipe, folder, the_plan).there == done.there
     assert fresh.tokens_left == done.tokens_left == 0  # whose text is in the cache, for another run of it, too
     assert not disk_of(recipe, RunFolder(tmp_path / "other"), the_plan).tokens_left
     shutil.rmtree(cache / "tokens")

@@ -442,6 +442,15 @@ def test_a_model_that_was_moved_and_left_a_link_is_still_of_its_run(tmp_path: Pa
     assert RunFolder.around(elsewhere) is None
 
 
+def test_a_path_that_leaves_a_run_again_is_not_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.save_recipe(Recipe())
+    (tmp_path / "other").mkdir()
+    assert RunFolder.around(run.path / ".." / "other") is None
+    monkeypatch.chdir(run.path)
+    assert RunFolder.around(Path("../other")) is None and RunFolder.around(Path("eval")) is not None
+
+
 def test_texts_are_named_as_their_files_are():
     paths = ["law.txt", "a/law.txt", "held_out.txt", "./piqa.txt", "b/law.md", "Zwei Wörter.txt", "..."]
     names = [text["name"] for text in texts_in(paths, ["held_out", "piqa"])]

@@ -31,7 +31,17 @@ def after(allowed: tuple[str, ...] = (), **changed: Any) -> str:
 )  # fmt: skip
 def test_only_what_can_be_done_is_asked_for(changed: dict[str, Any], first: str) -> None:
     assert after(**changed).startswith(first)
-    assert not after(("train", "seed", "data", "teacher"), **changed) or "model" in changed or "batch" in str(changed)
+    accepted = after(("train", "seed", "data", "teacher", "model"), **changed)
+    assert bool(accepted) == ("model" in changed or "train.batch_tokens" in changed)
+
+
+def test_what_comes_and_goes_with_a_setting_is_told_as_the_setting() -> None:
+    saved = IDENTITY | {STREAMS: "new", "train.hidden_weight": 1.0}
+    assert [one["name"] for one in differences(saved, IDENTITY | {"train.hidden_weight": 0.0})] == [
+        "train.hidden_weight"
+    ]
+    older = {name: value for name, value in saved.items() if name != STREAMS}
+    assert [one["name"] for one in differences(older, saved | {"train.clip": 2.0})] == ["train.clip", STREAMS]
 
 
 def test_what_this_version_decides_is_said_to_be_no_setting() -> None:

@@ -409,12 +409,13 @@ def test_a_windowed_model_says_at_which_context_its_cache_is_smaller(run_dir: Pa
 @pytest.mark.parametrize(
     ("heads", "sharing", "after", "words", "command"),
     [
-        ((3, 3), "cla2", 384, f"pool 3 KV heads into 1, for 33% of the cache: {EVIDENCE}.",
-         "RUN-heads1 --set convert.kv_budget=null --set convert.kv_heads=1 --set convert.sharing=cla1 --set "
+        ((3, 3), "cla2", 384, f"pool 3 KV heads into 1 and share no layers, for 33% of the cache: {EVIDENCE}.",
+         "RUN-heads1 --set convert.kv_budget=null --set convert.sharing=cla1 --set convert.kv_heads=1 --set "
          "convert.init=calibrated"),
-        ((8, 8), "auto", 384, "pool 8 KV heads into 4, and share the layers that cost least, for 38% of the cache: ",
-         "RUN-heads4 --set convert.kv_budget=0.38 --set convert.kv_heads=4 --set convert.sharing=auto --set "
-         "convert.init=calibrated"),
+        ((8, 8), "auto", 384, "try to share more layers.",
+         "RUN-kv38 --set convert.sharing=auto --set convert.kv_budget=0.38 --set convert.init=calibrated"),
+        ((1, 1), "cla12-keep-ends", 384, "try to share more layers.",
+         "RUN-cla13-keep-ends --set convert.sharing=cla13-keep-ends --set convert.kv_budget=null"),
         ((1, 1), "cla2", 384, "try to share more layers.",
          "RUN-cla3 --set convert.sharing=cla3 --set convert.kv_budget=null"),
         ((3, 1), "cla1", 256, "try to share more layers.",

@@ -133,7 +133,7 @@ def _more_saved(report: Json, run: RunFiles) -> Json:
         return pooled
     text = "The margins hold: try to share more layers."
     sharing = report["converted"].get("sharing")
-    if isinstance(sharing, str) and (match := re.fullmatch(r"cla([2-9]\d*)(.*)", sharing)):
+    if isinstance(sharing, str) and (match := re.fullmatch(r"cla(?!1\b|1-)(\d+)(.*)", sharing)):
         name = f"cla{int(match[1]) + 1}{match[2]}"
         return _step(run, "smaller_cache", text, name, f"convert.sharing={name}", "convert.kv_budget=null")
     share = 1 / report["kv"]["ratio"] if report["kv"]["ratio"] else 0.5
@@ -141,17 +141,16 @@ def _more_saved(report: Json, run: RunFiles) -> Json:
 
 
 def _heads_pooled(kv: Json, run: RunFiles) -> Json | None:
-    """A smaller cache by fewer KV heads, which lose less than more layers that share; None where none can go."""
+    """A smaller cache by fewer KV heads and no shared layers; None where their number does not come near to it."""
     heads, ratio = kv["heads_before"], kv["ratio"]
-    settings = heads_first(heads, ratio / _LESS) if heads and ratio else None
-    if not settings or settings["kv_heads"] >= kv["heads_after"]:
+    count = heads_first(heads, ratio / _LESS) if heads and ratio else None
+    if count is None or count >= kv["heads_after"]:
         return None
-    count, share = settings["kv_heads"], settings.get("kv_budget") or settings["kv_heads"] / heads
-    rest = ", and share the layers that cost least" if "kv_budget" in settings else ""
     text = (
-        f"The margins hold: pool {heads} KV heads into {count}{rest}, for {100 * share:.0f}% of the cache: {EVIDENCE}."
+        f"The margins hold: pool {heads} KV heads into {count} and share no layers, for {100 * count / heads:.0f}% of "
+        f"the cache: {EVIDENCE}."
     )
-    wanted = {"kv_budget": "null", **settings, "init": "calibrated"}
+    wanted = {"kv_budget": "null", "sharing": "cla1", "kv_heads": count, "init": "calibrated"}
     return _step(run, "smaller_cache", text, f"heads{count}", *(f"convert.{key}={wanted[key]}" for key in wanted))
 
 
