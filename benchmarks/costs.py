@@ -104,9 +104,8 @@ def row(name: str, config: dict[str, Any]) -> str:
     recipe = load_recipe(find_recipe(name)).recipe
     sources, heads = pairs(recipe, config), recipe.convert.kv_heads
     before = shape_of(config).kv_bytes_per_token(2)
-    after = shape_of(config | ({"num_key_value_heads": heads} if heads else {})).kv_bytes_per_token(
-        2, len(set(sources))
-    )
+    fewer = config | {"num_key_value_heads": heads or config["num_key_value_heads"]}
+    after = shape_of(fewer).kv_bytes_per_token(2, len(set(sources)))
     foreseen = forecast(recipe.train, config, recipe.train.processes, sources, heads)
     cells = [cell(foreseen, gpu, room, MEASURED.get((name, gpu))) for gpu, room in GPUS.items()]
     cache = f"{before:,} -> {after:,} ({before / after:.2f}x)"

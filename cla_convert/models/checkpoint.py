@@ -4,6 +4,7 @@ Tensors are read from their place in the file and not through a map of it, whose
 as it is open.
 """
 
+import shlex
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -195,7 +196,8 @@ def put_back(folder: Path, *paths: Path) -> str:
     names = [str(path.relative_to(folder)) for path in paths]
     if (folder / "cla_manifest.json").exists():
         return f"Put {' and '.join(names)} back from a copy of the model, or make the model again."
-    where = "" if folder.parent.name == "snapshots" else f" --local-dir {folder}"  # of the hub's cache, or one's own
+    own = folder.parent.name != "snapshots"  # of the hub's cache
+    where = f" --local-dir {shlex.quote(str(folder))}" if own else ""
     command = f"hf download REPO {' '.join(names)}{where} --force-download"
     return f"Download {' and '.join(names)} of this model again: `{command}`."
 

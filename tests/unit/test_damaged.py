@@ -19,7 +19,7 @@ from cla_convert.conversion.inspect import inspect_model
 from cla_convert.conversion.plan import make_plan
 from cla_convert.errors import ClaError, InputError, TrainingError, UsageError
 from cla_convert.files import load_json, read_json, read_kept, write_json
-from cla_convert.models.checkpoint import Checkpoint
+from cla_convert.models.checkpoint import Checkpoint, put_back
 from cla_convert.models.export import load_tokenizer
 from cla_convert.models.fingerprint import fingerprint
 from cla_convert.models.gguf_header import Header
@@ -165,6 +165,15 @@ def test_a_damaged_tokenizer_is_told_by_its_file_wherever_it_is_loaded(content: 
     (model / "cla_manifest.json").write_text("{}")  # of which there is nothing to download
     with pytest.raises(InputError, match="from a copy of the model, or make the model again"):
         load_tokenizer(model)
+
+
+@pytest.mark.parametrize(
+    ("folder", "options"),
+    [("my model", "--local-dir 'my model' --force-download"), ("hub/snapshots/1a2b", "--force-download")],
+)
+def test_a_damaged_file_is_downloaded_over_itself(folder: str, options: str):
+    path = Path(folder) / "templates" / "x.jinja"
+    assert f"`hf download REPO templates/x.jinja {options}`" in put_back(Path(folder), path)
 
 
 def test_a_tokenizer_that_transformers_does_not_load_is_not_said_to_be_missing(model: Path):

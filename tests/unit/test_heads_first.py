@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from cla_convert.conversion.auto import Choice
 from cla_convert.conversion.heads_first import EVIDENCE, heads_first
 from cla_convert.conversion.plan import make_plan
 from cla_convert.models.checkpoint import Checkpoint
@@ -55,5 +56,14 @@ def test_a_plan_that_shares_many_layers_says_so_once(
     assert len(told) == (count is not None)
     for warning in told:  # what it names is what `run` and `convert` take
         settings = re.findall(r"--set (\S+=\w+)", warning)
-        convert = load_recipe(None, settings, {"source.model": "m"}).recipe.convert
+        convert = load_recipe(None, ["convert.init=mean", *settings], {"source.model": "m"}).recipe.convert
         assert (convert.kv_heads, convert.sharing, convert.init) == (count, "cla1", "calibrated")
+
+
+def test_a_map_that_was_chosen_by_measurement_is_left_alone(tmp_path: Path) -> None:
+    source = Checkpoint.open(
+        save_tiny_llama(tmp_path / "m", hidden_size=48, num_attention_heads=12, num_key_value_heads=3)
+    )
+    for choice in (None, Choice(0.34, [], [])):
+        plan = make_plan(source, sharing="cla3", init="mean", choice=choice)
+        assert any(EVIDENCE in warning for warning in plan.warnings) == (choice is None)
