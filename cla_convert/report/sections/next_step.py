@@ -144,7 +144,7 @@ def _heads_pooled(kv: Json, run: RunFiles) -> Json | None:
     """A smaller cache by fewer KV heads and no shared layers; None where their number does not come near to it."""
     heads, ratio = kv["heads_before"], kv["ratio"]
     count = heads_first(heads, ratio / _LESS) if heads and ratio else None
-    if count is None or count >= kv["heads_after"]:
+    if count is None:
         return None
     text = (
         f"The margins hold: pool {heads} KV heads into {count} and share no layers, for {100 * count / heads:.0f}% of "
