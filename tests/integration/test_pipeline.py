@@ -61,6 +61,9 @@ def test_ctrl_c_saves_and_the_printed_command_resumes(tmp_path, tiny_llama):
     assert [row["loss"] for row in after if "loss" in row][: len(losses)] == losses  # nothing was done twice
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["train"]["tokens"] == 59968  # whole sequences of 64 within 60k
+    for until in ("eval", "report"):
+        judged = cla(*arguments, "--until", until, "--gate-strict")  # one row cannot tell
+        assert judged.returncode == 4 and "error: The quality gate failed" in judged.stderr, judged.stderr
 
 
 def test_a_run_that_cannot_start_costs_nothing(tmp_path, tiny_llama):
