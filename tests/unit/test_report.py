@@ -112,7 +112,8 @@ def test_a_task_that_nothing_judges_is_named(run_dir: Path):
 @pytest.mark.parametrize(
     ("state", "words", "command"),
     [
-        ("more_tokens", "4.1k took the validation perplexity from 50 to 33 (source 30), 85% of what sharing had added",
+        ("more_tokens",
+         "4.1k took the validation perplexity from 50 to 33 (source 30), 85% of what converting had added",
          "cla-convert run RUN/recipe.yaml --out RUN-26M --set train.tokens=26M"),
         ("more_rows", "Evaluate on more rows (about 1,500 a task would settle it at this difference; there are 100)",
          "cla-convert run RUN/recipe.yaml --out RUN --set eval.offline_pack=false"),
@@ -602,6 +603,7 @@ def test_markdown_holds_the_table_the_pictures_and_the_way_back(run_dir: Path):
         for line in lines
     )
     assert "0 | 1 <- 2 | 3 <- 4 | 5" in text
+    assert "Converted: nothing trained yet." in text  # K/V may have been pooled and not shared
     assert "cla-convert run recipe.yaml --out run" in text
     assert "memory 8.0 GiB" in text
     for picture in ("loss.png", "sharing.png"):

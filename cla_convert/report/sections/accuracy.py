@@ -133,9 +133,9 @@ def _note(report: Json) -> str:
     in_turns = any("in_turns" in row for metrics in report["tasks"].values() for row in metrics.values())
     asked = ", asked in turns by the model's chat template" if in_turns else ""
     return (
-        f"Per cent correct on the same documents{asked}. Before: the source model. Converted: K/V shared, nothing "
-        f"trained yet. After: uptrained.{control} The delta is {report['compared'] or 'the last point'} minus before, "
-        f"paired by document; p: exact McNemar test{holm}."
+        f"Per cent correct on the same documents{asked}. Before: the source model. Converted: nothing trained yet. "
+        f"After: uptrained.{control} The delta is {report['compared'] or 'the last point'} minus before, paired by "
+        f"document; p: exact McNemar test{holm}."
     )
 
 

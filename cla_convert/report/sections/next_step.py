@@ -76,7 +76,7 @@ def _more_tokens(train: Json, run: RunFiles, found: Json | None) -> Json:
             f": {count(tokens)} took the validation perplexity from {number(found['first'])} to {number(found['last'])}"
         )
         if found["regained"] is not None:
-            known += f" (source {number(found['source'])}), {100 * found['regained']:.0f}% of what sharing had added"
+            known += f" (source {number(found['source'])}), {100 * found['regained']:.0f}% of what converting had added"
         known += ", and it was still falling" if fell else ""
     return _trained_on(run, "more_tokens", f"Train on more tokens{known}.", wanted, train)
 
