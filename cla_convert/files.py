@@ -69,6 +69,20 @@ def alone_in(folder: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
+def check_free(folder: Path) -> None:
+    """Raise InputError if another process is at work in `folder`, as `alone_in` would; several may ask at once."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # not to be read, or gone: none of ours is at work in it
+        return
+    try:
+        lock(descriptor, shared=True)
+    except BlockingIOError as error:
+        raise _at_work(folder) from error
+    finally:
+        os.close(descriptor)
+
+
 def _lock(folder: Path) -> int:
     """An open descriptor that holds the lock. On file systems without locks it holds none."""
     while True:
@@ -81,12 +95,14 @@ def _lock(folder: Path) -> int:
             lock(descriptor)
         except BlockingIOError as error:
             os.close(descriptor)
-            raise InputError(
-                f"Another process is at work in {folder}", fix="Wait for it to end, or give another folder."
-            ) from error
+            raise _at_work(folder) from error
         if is_at(folder, descriptor):
             return descriptor
         os.close(descriptor)  # gone between the two: a lock on it would hold nobody off
+
+
+def _at_work(folder: Path) -> InputError:
+    return InputError(f"Another process is at work in {folder}", fix="Wait for it to end, or give another folder.")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

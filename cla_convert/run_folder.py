@@ -21,7 +21,7 @@ from pathlib import Path
 
 import yaml
 
-from .files import alone_in, write_bytes
+from .files import alone_in, check_free, existing, write_bytes
 from .recipe import Recipe
 from .results import ConvertResult, Domains, Environment, KvCache, PlanResult, PointResult, Stored, TrainResult
 
@@ -335,8 +335,10 @@ class RunFolder:
 
 def alone_around(out: Path) -> AbstractContextManager[None]:
     """Lock the run that `out` lies in or is, if any. Raises InputError if another process is at work in it."""
-    run = RunFolder.around(out)
-    return alone_in(run.path) if run else nullcontext()
+    if run := RunFolder.around(out):
+        return alone_in(run.path)
+    check_free(existing(out))  # of a run that still reads its text there is an empty folder, and its lock
+    return nullcontext()
 
 
 def _remove(*paths: Path) -> None:

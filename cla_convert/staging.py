@@ -34,16 +34,16 @@ def beside(path: Path, kind: str) -> Path:
     return path.with_name(f".{path.name}.{kind}-{_kernel()}-{uuid.uuid4().hex[:12]}")
 
 
-def lock(descriptor: int, *, wait: bool = False) -> bool:
+def lock(descriptor: int, *, wait: bool = False, shared: bool = False) -> bool:
     """Lock an open file or folder until it is closed; False on file systems without locks.
 
     Raises:
-        BlockingIOError: another process has it, and `wait` is off.
+        BlockingIOError: another process has it (not `shared`, if this one asks for no more), and `wait` is off.
     """
     if fcntl is None:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         raise
     except OSError:

@@ -432,6 +432,25 @@ def test_nothing_is_written_into_a_run_that_another_process_is_at_work_in(
     assert sorted(run.path.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["convert source {run}/converted --init mean", "uptrain converted {run}/uptrained --tokens 26M --teacher source -q",
+     "uptrain converted {run}/control/uptrained --tokens 26M --teacher source -q",
+     "eval source --tasks piqa --limit 1 --out {run}/eval/before"],
+)  # fmt: skip
+def test_nothing_is_written_into_a_run_that_still_reads_its_text(
+    line: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until it has, nothing but the lock of an empty folder tells that it is one."""
+    run = RunFolder(tmp_path / "run")
+    with run.alone():
+        code, said = refused(line.format(run=run.path), monkeypatch)
+        assert code == 3 and f"Another process is at work in {run.path}\n  fix: Wait for it" in said, said
+        assert not any(run.path.iterdir())
+    with alone_around(run.converted), alone_around(run.training.model):  # side by side in a folder that is no run's
+        pass
+
+
 def test_a_model_that_was_moved_and_left_a_link_is_still_of_its_run(tmp_path: Path) -> None:
     run, elsewhere = RunFolder(tmp_path / "run"), tmp_path / "disk" / "model"
     run.save_recipe(Recipe())
