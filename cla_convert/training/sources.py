@@ -4,6 +4,7 @@ import glob
 import random
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,21 +33,26 @@ def pinned(source: TextSource) -> TextSource:
     """
     if source.dataset is None or is_local(source):
         return source
+    return source.model_copy(update={"revision": _commit(source.dataset, source.revision or "main")})
+
+
+@cache
+def _commit(dataset: str, revision: str) -> str:
+    """Asked for once in a process: every stage of a run reads the same, also where the dataset moves on meanwhile."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-    revision = source.revision or "main"
-    note = cache_of("datasets") / f"{source.dataset}@{revision}".replace("/", "--")
+    note = cache_of("datasets") / f"{dataset}@{revision}".replace("/", "--")
     try:
-        commit = str(HfApi().dataset_info(source.dataset, revision=revision, expand=["sha"]).sha)
+        commit = str(HfApi().dataset_info(dataset, revision=revision, expand=["sha"]).sha)
     except Exception as error:  # of the HTTP library that huggingface_hub happens to use, or its own
         if isinstance(error, (RepositoryNotFoundError, RevisionNotFoundError)) or not note.exists():
-            raise _unreadable(source, error) from error
+            raise _unreadable(dataset, error) from error
         commit = note.read_text()
-        say_once(f"the hub cannot be asked about {source.dataset!r}: taking commit {commit[:12]}, seen last")
+        say_once(f"the hub cannot be asked about {dataset!r}: taking commit {commit[:12]}, seen last")
     else:
         write_bytes(note, commit.encode())
-    return source.model_copy(update={"revision": commit})
+    return commit
 
 
 def is_local(source: TextSource) -> bool:
@@ -147,12 +153,12 @@ def _dataset(source: TextSource, chats: Conversations | None) -> Iterator[Docume
     except ClaError:
         raise
     except Exception as error:  # the library raises whatever its many back ends raise
-        raise _unreadable(source, error) from error
+        raise _unreadable(source.dataset, error) from error
 
 
-def _unreadable(source: TextSource, error: Exception) -> InputError:
+def _unreadable(dataset: str | None, error: Exception) -> InputError:
     return InputError(
-        f"Cannot read the dataset {source.dataset!r}",
+        f"Cannot read the dataset {dataset!r}",
         f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}",
         "Check its name, config, split and revision, the network and HF_HUB_OFFLINE; a private or gated dataset needs "
         "HF_TOKEN and its terms accepted. Or name local files with `path`.",

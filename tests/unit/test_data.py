@@ -10,10 +10,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub import DatasetInfo, HfApi
 from tokenizers import processors
 
 from cla_convert.console import progress
@@ -480,6 +482,34 @@ def test_a_handful_of_tokens_is_refused_before_any_work_and_nothing_odd_is_said(
     said = capsys.readouterr().err
     assert "[1/5]" not in said and "passes" not in said and "held out" not in said
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_asks_the_hub_once_for_the_commit_of_a_dataset(
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, read = list[str](), list[str]()
+
+    def moving(_: HfApi, name: str, **options: Any) -> DatasetInfo:
+        asked.append(name)
+        return DatasetInfo(id=name, sha=f"commit {len(asked)}")
+
+    def rows(*_: Any, revision: str, **options: Any) -> list[dict[str, str]]:
+        read.append(revision)
+        return [{"text": text} for text in TEXTS]
+
+    monkeypatch.setattr(HfApi, "dataset_info", moving)
+    monkeypatch.setattr(datasets, "load_dataset", rows)
+    calibration = {"tokens": 512, "sequence_length": 64, "steps": 1}
+    settings = {
+        "source": {"model": str(tiny_llama)},
+        "convert": {"init": "calibrated", "calibration": calibration},
+        "data": {"sources": [{"dataset": "org/moving"}], "held_out": 0.2},
+        "train": {"tokens": 1024, "sequence_length": 64, "batch_tokens": 256},
+        "eval": {"tasks": ["arc_easy"], "limit": 2},
+        "device": "cpu",
+    }
+    run(validate(settings), tmp_path / "run", until="convert")
+    assert asked == ["org/moving"] and len(read) > 1 and set(read) == {"commit 1"}
 
 
 def test_held_out_rows_are_never_repeated() -> None:
