@@ -77,6 +77,7 @@ def convert(
     return plan.to_json() | {
         "output": str(out),
         "groups": _groups(plan, fits),
+        **({"calibration": made["calibration"]} if calibration else {}),
         "seconds": round(time.monotonic() - started, 3),
         "peak_rss_bytes": peak_memory_bytes("cpu"),
     }

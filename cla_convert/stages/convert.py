@@ -29,11 +29,12 @@ def convert(
         the_plan: of this recipe, where it is made already.
 
     Raises:
-        UsageError, InputError: as `plan`, or there is no room for the model.
+        UsageError, InputError: as `plan`, or there is no room for the model, or another one took its place.
     """
     continue_under(recipe, folder)
     if folder.converted.exists() and (done := folder.convert.read()):
         _check_source(recipe, folder)
+        _check_own(folder)
         say(f"found {folder.converted}")
         return done
     with recorded(recipe, folder, "convert"):
@@ -74,6 +75,19 @@ def _check_source(recipe: Recipe, folder: RunFolder) -> None:
             f"{folder.converted} was made from other weights than {recipe.source.model} has now",
             why=f"{source} has changed since; results of the two would be compared with each other.",
             fix="Name the old ones (source.model, source.revision), give another --out, or --overwrite to start anew.",
+        )
+
+
+def _check_own(folder: RunFolder) -> None:
+    """Refuse to go on with a model that was put in the place of the run's own: recipe and report tell of another."""
+    from ..evaluation.stale import unlike_record
+
+    if unlike := unlike_record(folder):
+        raise InputError(
+            f"{folder.converted} is not the model that this run converted",
+            why=f"It was made otherwise than {folder.convert.path} tells: {', '.join(unlike)} differ.",
+            fix="Remove it, and the run makes its own again. For a run with this one's settings, name them (convert.*) "
+            "and give another --out, or --overwrite to start anew.",
         )
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import cla_convert
 from cla_convert import Recipe, RunFolder, convert, evaluate, plan, run, uptrain, write_report
+from cla_convert.cli import app
 from cla_convert.errors import InputError, UsageError
 from cla_convert.stages.evaluate import measure_cache
 from tests.conftest import save_tiny_llama
@@ -62,6 +63,33 @@ def test_the_example_runs(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.
     shutil.copy(changed / "model.safetensors", source / "model.safetensors")
     with pytest.raises(InputError, match="made from other weights"):
         convert(found["recipe"], RunFolder("runs/mine"))
+
+
+@pytest.mark.parametrize(
+    ("others", "unlike"),
+    [(["--sharing", "cla3"], ["sharing", "kv_source_layers"]), (["--init", "first"], ["init"]),
+     (["--kv-heads", "1"], ["kv_heads"]), (["--set", "convert.calibration.tokens=2k"], ["calibration"]), ([], [])],
+)  # fmt: skip
+def test_no_run_goes_on_with_a_conversion_that_took_the_place_of_its_own(
+    tiny_llama: Path, tmp_path: Path, others: list[str], unlike: list[str]
+) -> None:
+    init = "calibrated" if unlike in (["calibration"], []) else "mean"
+    recipe = Recipe.model_validate(tiny({"convert": {"sharing": "cla2", "init": init}}, tiny_llama, tmp_path))
+    folder = RunFolder(tmp_path / "run")
+    made = convert(recipe, folder)
+    own = ["--recipe", str(folder.recipe), "--overwrite"]
+    app(["convert", str(tiny_llama), str(folder.converted), *own, *others], standalone_mode=False)
+    said = " ".join(write_report(recipe, folder)["caveats"])
+    if not unlike:  # the same again
+        assert convert(recipe, folder) == made and "RUN'S OWN" not in said
+        return
+    assert f"NOT THE RUN'S OWN ANY MORE: {', '.join(unlike)} differ" in said
+    with pytest.raises(InputError, match="is not the model that this run converted") as caught:
+        convert(recipe, folder)
+    assert f"{', '.join(unlike)} differ" in caught.value.why
+    shutil.rmtree(folder.converted)  # as the refusal says
+    assert convert(recipe, folder).kv_source_layers == made.kv_source_layers
+    assert convert(recipe, folder) and "RUN'S OWN" not in " ".join(write_report(recipe, folder)["caveats"])
 
 
 def test_no_stage_goes_on_under_another_recipe(tiny_llama: Path, tmp_path: Path) -> None:

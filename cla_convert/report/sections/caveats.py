@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ...evaluation.stale import unlike_control
+from ...evaluation.stale import unlike_control, unlike_record
 from ..content import Block, Bullets
 from ..formats import count
 from ..invocations import invocations_of, mixed
@@ -31,6 +31,11 @@ def _comparability(run: RunFiles) -> list[str]:
         found.append(
             "Tasks were scored with vLLM, through transformers' modelling code at every point; perplexity of texts, "
             "agreement and the KV cache were measured with transformers itself. Stock vLLM does not save the memory."
+        )
+    if unlike := unlike_record(run.files):
+        found.append(
+            f"THE CONVERTED MODEL IS NOT THE RUN'S OWN ANY MORE: {', '.join(unlike)} differ. The map and the sizes "
+            "here are of the one that it replaced."
         )
     if several := mixed(invocations_of(run)):
         found.append(
