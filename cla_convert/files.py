@@ -70,8 +70,13 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 def check_free(folder: Path) -> None:
-    """Raise InputError if another process is at work in `folder`, as `alone_in` would; several may ask at once."""
+    """Raise InputError if another process is at work in an empty `folder`; several may ask at once.
+
+    A lock on a folder that holds something may be anybody's (`flock DIR COMMAND`): ours is known by what a run wrote.
+    """
     try:
+        if any(folder.iterdir()):
+            return
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:  # not to be read, or gone: none of ours is at work in it
         return

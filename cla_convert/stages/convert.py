@@ -48,6 +48,7 @@ def _convert(recipe: Recipe, folder: RunFolder, overwrite: bool, the_plan: "Plan
     from ..report.model_card import write_first_card
 
     check_output(folder.converted, overwrite=overwrite)  # before the minutes that calibration may take
+    folder.convert.path.unlink(missing_ok=True)  # of a model that is gone; a new one must not stand beside it
     source = folder.source(recipe)
     checkpoint = Checkpoint.open(source)
     result = execute(
@@ -86,8 +87,8 @@ def _check_own(folder: RunFolder) -> None:
         raise InputError(
             f"{folder.converted} is not the model that this run converted",
             why=f"It was made otherwise than {folder.convert.path} tells: {', '.join(unlike)} differ.",
-            fix="Remove it, and the run makes its own again. For a run with this one's settings, name them (convert.*) "
-            "and give another --out, or --overwrite to start anew.",
+            fix="Remove it, and what was trained from it, and the run makes its own again. For a run with this one's "
+            "settings, name them (convert.*) and give another --out, or --overwrite to start anew.",
         )
 
 

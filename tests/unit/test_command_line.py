@@ -19,10 +19,11 @@ from cla_convert.cli import app, main
 from cla_convert.cli.words import texts_in
 from cla_convert.environment import command_line
 from cla_convert.errors import ClaError
+from cla_convert.files import alone_in
 from cla_convert.recipe import Recipe
 from cla_convert.refusals import is_refusal, refusal
 from cla_convert.run_folder import RunFolder, alone_around
-from cla_convert.staging import beside
+from cla_convert.staging import beside, lock
 from tests.conftest import save_tiny_llama
 from tests.tiny import cla_model
 
@@ -447,7 +448,13 @@ def test_nothing_is_written_into_a_run_that_still_reads_its_text(
         code, said = refused(line.format(run=run.path), monkeypatch)
         assert code == 3 and f"Another process is at work in {run.path}\n  fix: Wait for it" in said, said
         assert not any(run.path.iterdir())
-    with alone_around(run.converted), alone_around(run.training.model):  # side by side in a folder that is no run's
+    run.path.mkdir(exist_ok=True)
+    asking = os.open(run.path, os.O_RDONLY)
+    lock(asking, shared=True)
+    with alone_around(run.converted):  # two may ask at once
+        os.close(asking)
+    (run.path / "other").touch()
+    with alone_in(run.path), alone_around(run.converted):  # `flock DIR COMMAND`: not a run's folder, nor a run's lock
         pass
 
 

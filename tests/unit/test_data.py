@@ -35,7 +35,7 @@ from cla_convert.training.data import (
     say_passes,
     store_for,
 )
-from cla_convert.training.sources import SAMPLE, Document, documents, local_files
+from cla_convert.training.sources import SAMPLE, Document, _commit, documents, local_files
 from tests.conftest import Counting, byte_tokenizer
 
 TEXTS = [f"Document {i}: " + chr(97 + i % 26) * (20 + i) for i in range(200)]
@@ -488,6 +488,7 @@ def test_a_run_asks_the_hub_once_for_the_commit_of_a_dataset(
     tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, read = list[str](), list[str]()
+    _commit.cache_clear()
 
     def moving(_: HfApi, name: str, **options: Any) -> DatasetInfo:
         asked.append(name)
