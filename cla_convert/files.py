@@ -214,11 +214,12 @@ def stays_in(path: Path, folder: Path) -> bool:
 
 
 def check_place(folder: Path) -> None:
-    """Raise InputError if `folder` can be neither written to nor made: a file is in the way, or permissions are."""
+    """Raise InputError if `folder` can be neither written to nor made: a file, permissions or the disk forbid it."""
     for one in (folder, *folder.absolute().parents):
         if one.is_dir():
             if not os.access(one, os.W_OK | os.X_OK):
-                raise refusal(PermissionError(errno.EACCES, "", str(one)))
+                read_only = os.statvfs(one).f_flag & os.ST_RDONLY
+                raise refusal(OSError(errno.EROFS if read_only else errno.EACCES, "", str(one)))
             return
         if os.path.lexists(one):
             raise InputError(f"{one} is a file", "A folder is needed there.", "Give another place.")

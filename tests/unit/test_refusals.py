@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from cla_convert.cli import main
 from cla_convert.errors import ClaError, InputError
 from cla_convert.evaluation.local_rows import local_splits
 from cla_convert.evaluation.texts import check_texts
-from cla_convert.files import load_json
+from cla_convert.files import check_place, load_json
 from cla_convert.models.checkpoint import Checkpoint
 from cla_convert.models.export import load_tokenizer
 from cla_convert.models.pickles import read_pickles
@@ -95,3 +96,13 @@ def test_a_cache_that_cannot_be_written_to_is_named(
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 3 and ("CLA_CONVERT_CACHE" in capsys.readouterr().err) == of_cache
+
+
+@pytest.mark.parametrize(("flag", "why"), [(os.ST_RDONLY, "The disk can be read only."), (0, "You may not read or")])
+def test_a_disk_that_can_only_be_read_is_not_called_a_matter_of_permissions(
+    flag: int, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_flag=flag))
+    with pytest.raises(InputError, match=why):
+        check_place(tmp_path / "out")
