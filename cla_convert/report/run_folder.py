@@ -131,11 +131,12 @@ def _refuse_links(run: RunFolder) -> None:
 def explained(run_dir: Path) -> Iterator[None]:
     """Turn what a run's files lead to, once they are read, into an InputError that names the folder.
 
-    They have no schema of their own: what is missing or of another type is found where it is used.
+    They have no schema of their own: what is missing or of another type is found where it is used. A package that is
+    missing, or what the system refuses, says nothing of them.
     """
     try:
         yield
-    except ClaError:
+    except (ClaError, ImportError, OSError):
         raise
     except Exception as error:
         raise InputError(

@@ -3,6 +3,7 @@
 `tests/hostile.py` makes them by the thousand; these are the ones that once did harm.
 """
 
+import importlib
 import json
 import re
 import shutil
@@ -237,6 +238,12 @@ def test_an_environment_of_another_type_is_found_before_the_work(tmp_path: Path)
 def test_results_of_another_type_are_an_error(run_dir: Path):
     write_json(run_dir / "eval" / "after" / "results.json", {"tasks": {"piqa": 3}})
     with pytest.raises(InputError, match="cannot be read"):
+        build_report(run_dir)
+
+
+def test_a_missing_package_is_not_blamed_on_the_results(run_dir: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("cla_convert.report.report.pictures", lambda *_: importlib.import_module("not_installed"))
+    with pytest.raises(ModuleNotFoundError, match="not_installed"):
         build_report(run_dir)
 
 
