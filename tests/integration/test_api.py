@@ -92,6 +92,20 @@ def test_no_run_goes_on_with_a_conversion_that_took_the_place_of_its_own(
     assert convert(recipe, folder) and "RUN'S OWN" not in " ".join(write_report(recipe, folder)["caveats"])
 
 
+def test_no_record_of_a_conversion_outlives_its_model(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Recipe.model_validate(tiny({"convert": {"sharing": "cla2", "init": "mean"}}, tiny_llama, tmp_path))
+    folder = RunFolder(tmp_path / "run")
+    convert(recipe, folder)
+    shutil.rmtree(folder.converted)
+    with monkeypatch.context() as killed, pytest.raises(TypeError):  # behind the new model, before its record
+        killed.setattr("cla_convert.report.model_card.write_first_card", None)
+        convert(recipe, folder)
+    assert folder.converted.exists() and not folder.convert.path.exists()
+    assert convert(recipe, folder, overwrite=True) == convert(recipe, folder)
+
+
 def test_no_stage_goes_on_under_another_recipe(tiny_llama: Path, tmp_path: Path) -> None:
     settings = tiny({"convert": {"sharing": "cla2", "init": "mean"}}, tiny_llama, tmp_path)
     recipe, folder = Recipe.model_validate(settings), RunFolder(tmp_path / "run")

@@ -19,7 +19,7 @@ from cla_convert.cli import app, main
 from cla_convert.cli.words import texts_in
 from cla_convert.environment import command_line
 from cla_convert.errors import ClaError
-from cla_convert.files import alone_in
+from cla_convert.files import alone_in, check_free
 from cla_convert.recipe import Recipe
 from cla_convert.refusals import is_refusal, refusal
 from cla_convert.run_folder import RunFolder, alone_around
@@ -412,50 +412,46 @@ def test_a_gate_without_results_says_which_command_makes_them(models: Path, tmp_
     assert "Uptrain longer" not in str(caught.value) and "cla-convert run" in caught.value.fix
 
 
+@pytest.mark.parametrize("begun", [True, False])
 @pytest.mark.parametrize(
     "line",
     ["convert source {run}/converted --overwrite --init mean", "convert source {run}/new --init mean",
      "uptrain converted {run}/other --tokens 26M --teacher source -q",
+     "uptrain converted {run}/control/uptrained --tokens 26M --teacher source -q",
      "eval source --tasks piqa --limit 1 --out {run}/eval/before",
      "eval source --tasks piqa --limit 1 --out {run}"],
 )  # fmt: skip
 def test_nothing_is_written_into_a_run_that_another_process_is_at_work_in(
-    line: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    line: str, begun: bool, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Until it has read its text, nothing but the lock of an empty folder tells that it is one."""
     run = RunFolder(tmp_path / "run")
-    run.save_recipe(Recipe())
-    shutil.copytree(models / "converted", run.converted)
-    (run.converted / "cla_manifest.json").write_text("{}")
+    if begun:
+        run.save_recipe(Recipe())
+        shutil.copytree(models / "converted", run.converted)
+        (run.converted / "cla_manifest.json").write_text("{}")
     before = sorted(run.path.rglob("*"))
     with run.alone():
         code, said = refused(line.format(run=run.path), monkeypatch)
+        assert sorted(run.path.rglob("*")) == before
     assert code == 3 and f"Another process is at work in {run.path}\n  fix: Wait for it" in said, said
-    assert sorted(run.path.rglob("*")) == before
 
 
-@pytest.mark.parametrize(
-    "line",
-    ["convert source {run}/converted --init mean", "uptrain converted {run}/uptrained --tokens 26M --teacher source -q",
-     "uptrain converted {run}/control/uptrained --tokens 26M --teacher source -q",
-     "eval source --tasks piqa --limit 1 --out {run}/eval/before"],
-)  # fmt: skip
-def test_nothing_is_written_into_a_run_that_still_reads_its_text(
-    line: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Until it has, nothing but the lock of an empty folder tells that it is one."""
-    run = RunFolder(tmp_path / "run")
-    with run.alone():
-        code, said = refused(line.format(run=run.path), monkeypatch)
-        assert code == 3 and f"Another process is at work in {run.path}\n  fix: Wait for it" in said, said
-        assert not any(run.path.iterdir())
-    run.path.mkdir(exist_ok=True)
-    asking = os.open(run.path, os.O_RDONLY)
+def test_a_lock_is_a_runs_only_on_a_folder_that_is_empty_and_two_may_ask_at_once(tmp_path: Path) -> None:
+    folder, file = tmp_path / "folder", tmp_path / "file"
+    folder.mkdir()
+    file.touch()
+    asking = os.open(folder, os.O_RDONLY)
     lock(asking, shared=True)
-    with alone_around(run.converted):  # two may ask at once
-        os.close(asking)
-    (run.path / "other").touch()
-    with alone_in(run.path), alone_around(run.converted):  # `flock DIR COMMAND`: not a run's folder, nor a run's lock
-        pass
+    check_free(folder)
+    os.close(asking)
+    check_free(file)
+    with alone_in(folder), pytest.raises(ClaError, match="at work"):
+        check_free(folder)
+    folder.mkdir(exist_ok=True)
+    (folder / "other").touch()
+    with alone_in(folder):  # as by `flock DIR COMMAND`
+        check_free(folder)
 
 
 def test_a_model_that_was_moved_and_left_a_link_is_still_of_its_run(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import importlib
 import json
 import re
 import shutil
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -241,9 +242,16 @@ def test_results_of_another_type_are_an_error(run_dir: Path):
         build_report(run_dir)
 
 
-def test_a_missing_package_is_not_blamed_on_the_results(run_dir: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("cla_convert.report.report.pictures", lambda *_: importlib.import_module("not_installed"))
-    with pytest.raises(ModuleNotFoundError, match="not_installed"):
+@pytest.mark.parametrize(
+    ("fails", "error"),
+    [(lambda *_: importlib.import_module("not_installed"), ModuleNotFoundError),
+     (lambda *_: Path("not_there").read_text(), FileNotFoundError)],
+)  # fmt: skip
+def test_a_missing_package_or_what_the_system_refuses_is_not_blamed_on_the_results(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, fails: Callable[..., Any], error: type[Exception]
+):
+    monkeypatch.setattr("cla_convert.report.report.pictures", fails)
+    with pytest.raises(error, match="not_"):
         build_report(run_dir)
 
 
