@@ -1,6 +1,7 @@
 """Uptraining speed with one and with several processes, on a random Llama; needs no network.
 
 usage: scaling.py FOLDER [--shape 8b] [--layers 8] [--processes 1 2] [--steps 40] [--batch 64] [--set A.B=VALUE]
+       scaling.py FOLDER --gather layer step --profile  # both ways to gather, and where the time of a step goes
        scaling.py FOLDER --shape tiny --length 128 --batch 8 --set device=cpu --set train.micro_batch_size=2  # on a CPU
 
 Runs the command line as a user would (`torchrun -m cla_convert.cli uptrain`), by default cross-entropy of Llama 3.2
@@ -10,6 +11,7 @@ and how far the losses of the first 20 steps lie apart.
 """
 
 import argparse
+import json
 import shutil
 import subprocess
 import sys
@@ -40,18 +42,22 @@ def make_inputs(folder: Path, shape: dict[str, Any], device: str) -> None:
     convert(make_plan(checkpoint, sharing="cla2-keep-ends", init="first"), checkpoint, folder / "converted")
 
 
-def uptrain(folder: Path, processes: int, steps: int, settings: dict[str, Any], more: list[str]) -> Rows:
-    """Run so many steps; the rows of metrics.jsonl that belong to them."""
-    out = folder / f"out{processes}"
+def uptrain(
+    folder: Path, processes: int, steps: int, settings: dict[str, Any], more: list[str], *, profile: bool = False
+) -> Rows:
+    """Run so many steps; the rows of metrics.jsonl that belong to them. And print where the time of three more goes."""
+    out, profiled = folder / f"out{processes}", folder / "profile.json"
+    profiled.unlink(missing_ok=True)
     for left in (out, out.with_name(f"{out.name}.state")):
         shutil.rmtree(left, ignore_errors=True)
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
     values = [f"train.{name}={value}" for name, value in settings.items()]
     values += [f"data.sources=[{{path: {folder / 'source.jsonl'}}}]", *more]
-    command = [sys.executable, *launcher, "-m", "cla_convert.cli", "uptrain", folder / "converted", out, "--teacher",
+    program = [Path(__file__).parent / "profiled_steps.py", profiled, steps] if profile else ["-m", "cla_convert.cli"]
+    command = [sys.executable, *launcher, *program, "uptrain", folder / "converted", out, "--teacher",
                folder / "source", *(word for value in values for word in ("--set", value))]  # fmt: skip
     process, rows = psutil.Popen(list(map(str, command)), stdout=subprocess.DEVNULL), []
-    while len(rows) < steps and process.poll() is None:
+    while (len(rows) < steps or (profile and not profiled.exists())) and process.poll() is None:
         time.sleep(0.2)
         rows = [row for row in read_rows(out.with_name(f"{out.name}.state") / "metrics.jsonl") if "loss" in row]
     if len(rows) < steps:
@@ -61,6 +67,8 @@ def uptrain(folder: Path, processes: int, steps: int, settings: dict[str, Any], 
         with suppress(psutil.NoSuchProcess):
             one.kill()
     psutil.wait_procs(family)
+    if profiled.exists():
+        print(json.dumps(json.loads(profiled.read_text()), indent=1))
     return rows[:steps]
 
 
@@ -90,6 +98,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch", type=int, default=64, help="sequences a step")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
+    parser.add_argument("--gather", nargs="+", default=["auto"], help="train.gather of several processes, each in turn")
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--made-on", default="cpu", help="device that makes the random weights")
     parser.add_argument("--set", action="append", default=[])
     options = parser.parse_args()
@@ -101,15 +111,20 @@ def main() -> None:
         "sequence_length": options.length, "micro_batch_size": 8, "validation_tokens": options.length,
         "validate_every": 0, "checkpoint_every": 0, "learning_rate": 1e-4,
     }  # fmt: skip
-    runs = {number: uptrain(folder, number, options.steps, settings, options.set) for number in options.processes}
-    base, *others = options.processes
-    print(f"{base} process: {described(runs[base])}")
-    for n in others:
-        gain = speed(runs[n]) / speed(runs[base])
-        pairs = zip(runs[base][:COMPARED], runs[n][:COMPARED], strict=True)
-        apart = max(abs(one["loss"] - other["loss"]) / one["loss"] for one, other in pairs)
-        print(f"{n} processes: {described(runs[n])}, {gain:.2f} x ({gain * base / n:.0%} of ideal)")
-        print(f"losses of the first {COMPARED} steps: at most {apart:.1e} apart, relative to their size")
+    runs = [(n, way) for n in options.processes for way in (options.gather if n > 1 else ["auto"])]
+    base: Rows = []
+    for number, gather in runs:
+        one = {**settings, "gather": gather}
+        rows = uptrain(folder, number, options.steps, one, options.set, profile=options.profile)
+        print(f"{number} processes, gather={gather}: {described(rows)}", flush=True)
+        if not base:
+            base = rows
+            continue
+        gain, ideal = speed(rows) / speed(base), number / options.processes[0]
+        pairs = zip(base[:COMPARED], rows[:COMPARED], strict=True)
+        apart = max(abs(before["loss"] - after["loss"]) / before["loss"] for before, after in pairs)
+        print(f"    {gain:.2f} x the first ({gain / ideal:.0%} of ideal); losses of the first {COMPARED} steps at most "
+              f"{apart:.1e} apart, relative to their size", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

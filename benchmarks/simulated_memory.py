@@ -160,7 +160,7 @@ def simulate(train: Train, student: Mapping[str, Any], teacher: Mapping[str, Any
             guide.requires_grad_(False)
         settings = derived(train, model.config, guide and guide.config)
         settings = settings.model_copy(update={"learning_rate": 1e-4})  # weights without numbers have no size
-        shared = _divide(team, model, guide, teacher_too=layout.teacher_shards > 1)
+        shared = _divide(team, model, guide, layout)
         loss_of = objective.Objective(settings, model, guide)
         optimizer = make_optimizer(model, settings, "cpu")
         ids = torch.zeros(train.micro_batch_size, train.sequence_length, dtype=torch.long)
@@ -170,7 +170,7 @@ def simulate(train: Train, student: Mapping[str, Any], teacher: Mapping[str, Any
                 counter.see(parameter)
             for passes in ([True], [False, True]):
                 for last in passes:
-                    team.add_replicas(model, last)
+                    team.begin_pass(model, last=last, once=layout.gathers_once)
                     loss = team.run(loss_of, model, ids, None, 1.0)[0]
                     loss.backward()
                     del loss
@@ -179,14 +179,15 @@ def simulate(train: Train, student: Mapping[str, Any], teacher: Mapping[str, Any
     return counter.peak
 
 
-def _divide(team: Team, student: Any, teacher: Any, *, teacher_too: bool) -> list[torch.Tensor]:
+def _divide(team: Team, student: Any, teacher: Any, layout: Layout) -> list[torch.Tensor]:
     """Both models, as `teacher.fill_models` does; what of the student is one copy with the teacher's."""
+    teacher_too, once = layout.teacher_shards > 1, layout.gathers_once
     if teacher is not None and teacher_too:
         team.shard(teacher, torch.bfloat16)
-        team.shard(student, torch.bfloat16)
+        team.shard(student, torch.bfloat16, once=once)
     shared = [] if teacher is None else [ours for _, ours, _ in twins(student, teacher)]
     if teacher is None or not teacher_too:
-        team.shard(student, torch.bfloat16, whole=shared)
+        team.shard(student, torch.bfloat16, whole=shared, once=once)
     return shared
 
 

@@ -72,6 +72,9 @@ class Train(Section):
     shard_degree: Annotated[Annotated[int, Field(ge=1)] | Literal["all", "node"], FREE] = "all"
     """Processes among which parameters, gradients and optimiser are divided (FSDP). all: all of them. node: those of a
     machine; machines then hold the same, and only gradients travel between them (HSDP). Or a number."""
+    gather: Annotated[Literal["auto", "layer", "step"], FREE] = "auto"
+    """When several processes gather the model and add up its gradients. layer: each layer in every pass, which takes
+    least memory. step: all of it once a step, which takes least traffic. auto: a step, where a GPU has room for it."""
     shard_teacher: Annotated[bool | Literal["auto"], FREE] = "auto"
     """Divide the teacher among the processes too, at the price of its traffic. auto: where it does not fit whole."""
     activation_checkpointing: bool = False

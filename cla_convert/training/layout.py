@@ -16,6 +16,8 @@ class Layout:
     """Parts of the student's parameters, gradients and moments."""
     teacher_shards: int = 1
     """Parts of the teacher."""
+    gathers_once: bool = False
+    """Whether a step gathers the whole student and reduces its gradients once, and not in every pass."""
 
     @classmethod
     def of(cls, train: Train, processes: int, on_a_machine: int | None = None) -> "Layout":

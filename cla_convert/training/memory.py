@@ -3,7 +3,7 @@
 The peak of a step on one device is the larger of two moments.
 
     in a pass     weights + moments + teacher + copy + activations + what one layer or the loss needs at a time
-                  (+ gradients, from the second pass of a step on)
+                  (+ accumulated gradients, from the second pass of a step on)
     at its end    weights + moments + teacher + copy + gradients + gradients of the copy
 
     weights       4 bytes a trained parameter (float32), what is frozen in the compute dtype
@@ -16,8 +16,9 @@ The peak of a step on one device is the larger of two moments.
 
 Several processes divide weights, moments and gradients by their number, or that of a `Layout`'s shards, and a teacher
 if it is to be. Instead of a copy they gather, in the compute dtype, what lies outside of layers and a layer or two, and
-reduce gradients in float32 (parallel.py): `Gathered` has what exists when. Beside a whole teacher, the student's frozen
-weights that are the teacher's are whole as well, and nothing gathers them.
+reduce gradients in float32 (parallel.py): `Gathered` has what exists when. Where a step gathers once, the copy is
+whole, and so are gradients from the second pass on. Beside a whole teacher, the student's frozen weights that are the
+teacher's are whole as well, and nothing gathers them.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -58,16 +59,15 @@ class Needs:
     activations: float
     at_a_time: float
     """What one layer or the loss needs beside what is kept."""
-    passes: int
-    """Forward and backward passes a step."""
+    accumulated: float
+    """Gradients of a step's earlier passes."""
     copied_gradients: float
 
     @property
     def peak(self) -> float:
         """The most that tensors need at a time."""
         always = self.weights + self.moments + self.teacher + self.copy
-        earlier = self.gradients if self.passes > 1 else 0
-        in_a_pass = always + earlier + self.activations + self.at_a_time
+        in_a_pass = always + self.accumulated + self.activations + self.at_a_time
         return max(in_a_pass, always + self.gradients + self.copied_gradients)
 
     @property
@@ -76,7 +76,7 @@ class Needs:
         return {
             "weights": self.weights + self.copy,
             "optimiser": self.moments,
-            "gradients": self.gradients,
+            "gradients": max(self.gradients, self.accumulated),
             "teacher": self.teacher,
             "activations": self.activations + self.at_a_time,
         }
@@ -90,7 +90,7 @@ class Gathered:
     """Bytes that several processes gather or reduce at a time, by moments of a pass."""
 
     always: float = 0
-    """What lies outside of the student's layers."""
+    """What lies outside of the student's layers; all of it where a step gathers once."""
     in_a_layer: float = 0
     """Of the backward pass: two layers, the gradients of one."""
     in_the_loss: float = 0
@@ -147,7 +147,8 @@ class Forecast:
         activations, layer = self._activations(rows)
         streams, differences = self._followed(rows)
         copied = size * trained if size < 4 else 0
-        gathered = Gathered() if alone else self._gathered
+        once, passes = self.layout.gathers_once, -(-self.budget.batch // (self.layout.processes * rows))
+        gathered = Gathered() if alone else self._gathered(passes)
         return Needs(
             weights=(4 * trained + size * (frozen - _count(self._left_out))) * share,
             moments=8 * trained * share,
@@ -156,7 +157,7 @@ class Forecast:
             teacher=self._teacher,
             activations=activations + streams,
             at_a_time=max(layer + differences + gathered.in_a_layer, self._loss(rows) + gathered.in_the_loss),
-            passes=-(-self.budget.batch // (self.layout.processes * rows)),
+            accumulated=0 if passes == 1 else 4 * trained * (1 if once else share),
             copied_gradients=copied if alone else gathered.at_the_end,
         )
 
@@ -210,17 +211,23 @@ class Forecast:
         """Parameters of the student that are the teacher's, too: as far as a config tells, all that may be."""
         return set() if self.teacher is None else {ours for _, ours, _ in twins(self.student, self.teacher)}
 
-    @property
-    def _gathered(self) -> Gathered:
+    def _gathered(self, passes: int) -> Gathered:
         """What several processes gather and reduce. The head's gradient waits for the end of a pass."""
-        left_out = self._left_out
+        left_out, size, reducing = self._left_out, self._size, 4 + self._size
         outside, layer = _outside_and_largest(self.student, lambda parameter: parameter not in left_out)
         trained_outside, trained_layer = _outside_and_largest(self.student, lambda parameter: parameter.requires_grad)
         head = self.student.get_output_embeddings().weight
         waiting = head.numel() if head.requires_grad else 0
-        size, reducing = self._size, 4 + self._size
         divided = self.teacher is not None and self.layout.teacher_shards > 1
         teachers = _outside_and_largest(self.teacher, lambda _: True)[0] if divided else 0
+        if self.layout.gathers_once:
+            earlier = 4 * trained_outside if passes > 1 else 0  # layers have theirs reduced by then
+            return Gathered(
+                always=size * _count(p for p in self.student.parameters() if p not in left_out),
+                in_a_layer=size * waiting + reducing * trained_layer,
+                in_the_loss=size * teachers,
+                at_the_end=reducing * trained_outside + earlier,
+            )
         return Gathered(
             always=size * outside,
             in_a_layer=size * (2 * layer + waiting) + reducing * trained_layer,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,9 @@ def forecast(
     foreseen, total = Forecast(train, student, teacher, device, layout), device_memory(device)
     foreseen = foreseen.among(layout.with_teacher(divided=shards_teacher(foreseen, total)))
     rows = micro_batch_size(foreseen)
+    once = foreseen.among(replace(foreseen.layout, gathers_once=True))
+    if gathers_once(once, rows, total):
+        foreseen = once
     if total is not None and foreseen.needs(rows).peak + CONTEXT > total:
         raise _too_little(foreseen, rows, total)
     return foreseen, rows
@@ -68,6 +72,24 @@ def shards_teacher(foreseen: Forecast, total: int | None) -> bool:
         return False
     fewest = 1 if foreseen.train.micro_batch_size == "auto" else foreseen.train.micro_batch_size
     return wanted is True or (total is not None and foreseen.needs(fewest).peak + CONTEXT > (1 - _SPARE) * total)
+
+
+def gathers_once(once: Forecast, rows: int, total: int | None) -> bool:
+    """Whether a step gathers the model once: as the recipe says, or where a GPU holds that with as many sequences.
+
+    Args:
+        once: the training if it does.
+        rows: sequences in a pass if it does not.
+        total: bytes that the device has.
+    """
+    wanted = once.train.gather
+    if once.layout.shards == 1 or wanted == "layer":
+        return False
+    if wanted == "step":
+        return True
+    if total is None or not once.device.startswith("cuda"):  # processes on CPUs share what `total` is of
+        return False
+    return once.needs(rows).peak + CONTEXT <= (1 - _SPARE) * total
 
 
 def device_memory(device: str) -> int | None:
@@ -124,6 +146,9 @@ def _too_little(foreseen: Forecast, rows: int, total: int) -> InputError:
 def _what_fits(foreseen: Forecast, rows: int, total: int) -> Iterator[str]:
     """Settings that fit, the least change first; of the last resort only if nothing else does."""
     room, found = (1 - _SPARE) * total, False
+    first: dict[str, Any] = {}
+    if foreseen.layout.gathers_once:
+        foreseen, first = foreseen.among(replace(foreseen.layout, gathers_once=False)), {"gather": "layer"}
     options: tuple[dict[str, Any], ...] = (
         {},
         {"activation_checkpointing": True},
@@ -134,10 +159,10 @@ def _what_fits(foreseen: Forecast, rows: int, total: int) -> Iterator[str]:
         if found and len(changes) > 1:
             break
         other = foreseen.given(**changes)
-        fit = other.largest(room, rows if changes else rows - 1)
-        if fit and (changes or fit < rows):
+        fit = other.largest(room, rows if changes or first else rows - 1)
+        if fit and (changes or first or fit < rows):
             found = True
-            named = {**changes, **({"micro_batch_size": fit} if fit < rows else {})}
+            named = {**first, **changes, **({"micro_batch_size": fit} if fit < rows else {})}
             words = " ".join(f"train.{name}={str(value).lower()}" for name, value in named.items())
             yield f"{words} ({human_bytes(other.needs(fit).peak + CONTEXT)})"
     yield from _teams(foreseen, rows, room)

@@ -12,6 +12,9 @@ those of a single process:
 Of several machines, each may hold the whole model among its own processes (HSDP, `train.shard_degree`): rows of the
 mesh divide the parameters, columns hold the same, and only gradients travel between machines, once a step.
 
+Parameters are gathered layer by layer in every pass, and gradients reduced, which needs least memory; or, where there
+is room for a whole model and its gradients, once a step (ZeRO stages 3 and 1, Rajbhandari et al. 2020).
+
 A teacher is sharded the same way where it does not fit whole. Whole it needs no traffic, and the student's frozen
 weights that are the teacher's need none either: they are left out of the sharding.
 """
@@ -90,7 +93,12 @@ class Team:
         return [part for rank in range(self.size) for part in share(first, end, micro_batch, rank, self.size)]
 
     def shard(
-        self, model: torch.nn.Module, compute: torch.dtype, *, whole: Collection[torch.nn.Parameter] = ()
+        self,
+        model: torch.nn.Module,
+        compute: torch.dtype,
+        *,
+        whole: Collection[torch.nn.Parameter] = (),
+        once: bool = False,
     ) -> None:
         """Leave to this process its rows of every parameter; each layer is gathered when it runs.
 
@@ -98,6 +106,7 @@ class Team:
             model: may be on the meta device still.
             compute: dtype of what is gathered.
             whole: parameters that stay as they are, frozen ones; so do those of another dtype, which is no accident.
+            once: keep what a forward pass has gathered for its backward pass; see `begin_pass`.
         """
         if self.size == 1:
             return
@@ -106,7 +115,13 @@ class Team:
         names = set(getattr(model, "_no_split_modules", None) or ())
         kept = {p for p in model.parameters() if not p.requires_grad and p.dtype != compute}
         for layer in [*(module for module in model.modules() if type(module).__name__ in names), model]:
-            fully_shard(layer, mesh=mesh, mp_policy=policy, ignored_params={*whole, *kept})
+            fully_shard(
+                layer,
+                mesh=mesh,
+                mp_policy=policy,
+                ignored_params={*whole, *kept},
+                reshard_after_forward=False if once else None,
+            )
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
@@ -120,10 +135,19 @@ class Team:
             return init_device_mesh(kind, (self.size,))
         return init_device_mesh(kind, (self.size // self.shards, self.shards), mesh_dim_names=("replicas", "shards"))
 
-    def add_replicas(self, model: Any, wanted: bool) -> None:
-        """Let the next backward pass add up the gradients of all replicas, or of each alone: once a step will do."""
-        if self.replicated:
-            model.set_requires_all_reduce(wanted)
+    def begin_pass(self, model: Any, *, last: bool, once: bool) -> None:
+        """Say what the next backward pass of a sharded model reduces, and whether the model stays gathered after it.
+
+        Args:
+            model: to be run.
+            last: whether it is a step's last pass, which adds up the gradients of replicas.
+            once: until then, every process keeps its own gradients, and the whole model.
+        """
+        if once:
+            model.set_requires_gradient_sync(last)
+            model.set_reshard_after_backward(last)
+        elif self.replicated:
+            model.set_requires_all_reduce(last)
 
     def run(self, function: Callable[..., T], model: Any, *args: Any, **options: Any) -> T:
         """`function(model, ...)` with what lies outside the layers gathered, as within the model's own forward.

@@ -35,8 +35,9 @@ def run_gathered(function: Callable[..., T], model: Any, *args: Any, **options: 
 
 def release(model: torch.nn.Module) -> None:
     """Give back what `run_gathered` has gathered of a model that has no backward pass, which would do it."""
-    if isinstance(model, FSDPModule):
-        model.reshard()
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _run(model: Any, function: Callable[..., T], *args: Any, **options: Any) -> T:

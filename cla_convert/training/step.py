@@ -91,7 +91,7 @@ def gradients(trainer: Trainer, first: int, end: int) -> torch.Tensor:
     shares, done = [], first / trainer.budget.sequences
     parts = trainer.team.share(first, end, trainer.micro_batch)
     for number, part in enumerate(parts, 1):
-        trainer.team.add_replicas(trainer.student, number == len(parts))
+        trainer.team.begin_pass(trainer.student, last=number == len(parts), once=trainer.forecast.layout.gathers_once)
         some = part or range(first, first + 1)
         ids, positions = _batch(trainer, some)
         loss, record = trainer.team.run(

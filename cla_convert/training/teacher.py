@@ -12,6 +12,7 @@ from ..models.export import load_tokenizer
 from ..models.shape import positions_of
 from ..models.tokenization import segmentation_difference
 from ..recipe import Train
+from .layout import Layout
 from .parallel import Team
 from .weights import Unfilled
 
@@ -59,10 +60,8 @@ def _check_vocabulary(ours: dict[str, int], theirs: dict[str, int]) -> None:
         )
 
 
-def fill_models(
-    student: Unfilled, teacher: Unfilled | None, team: Team, compute: torch.dtype, *, shard_teacher: bool
-) -> None:
-    """Shard both models over the team, the teacher if it is asked for, and read their weights.
+def fill_models(student: Unfilled, teacher: Unfilled | None, team: Team, compute: torch.dtype, layout: Layout) -> None:
+    """Shard both models over the team as the layout has it, and read their weights.
 
     Weights of the student that are frozen and the teacher's too are one copy, of which each process has its rows where
     the teacher is sharded, and all where it is whole.
@@ -71,6 +70,7 @@ def fill_models(
         InputError: weights cannot be read, or the teacher is to be sharded and is quantised.
     """
     shared: dict[str, nn.Parameter] = {}
+    shard_teacher, once = layout.teacher_shards > 1, layout.gathers_once
     if teacher is not None:
         if teacher.quantised and shard_teacher:
             raise InputError(
@@ -79,11 +79,11 @@ def fill_models(
             )
         if shard_teacher:
             team.shard(teacher.model, compute)
-            team.shard(student.model, compute)
+            team.shard(student.model, compute, once=once)
         teacher.fill()
         shared = student.adopt(teacher.model)
     if teacher is None or not shard_teacher:
-        team.shard(student.model, compute, whole=shared.values())
+        team.shard(student.model, compute, whole=shared.values(), once=once)
     student.fill()
     if shared:
         say(f"teacher and student share {human_bytes(sum(p.nbytes for p in shared.values()))} of frozen weights")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,7 @@ def set_up(
         if compiled:
             compile_layers(model, len(team.share(0, budget.batch, rows)[0]), budget.length)
     with loading():  # before the optimiser, which is to hold the sharded parameters
-        fill_models(unfilled, source, team, precision.compute, shard_teacher=foreseen.layout.teacher_shards > 1)
+        fill_models(unfilled, source, team, precision.compute, foreseen.layout)
     settings = with_rates(settings, student)
     peak = peak_flops(device, precision.compute)
     trainer = Trainer(
@@ -152,8 +152,9 @@ def set_up(
 
 def alike(team: Team, foreseen: Forecast, rows: int) -> tuple[Forecast, int]:
     """A forecast and the sequences in a pass with which every process fits: machines may have other GPUs."""
-    divided = team.any(foreseen.layout.teacher_shards > 1)
-    return foreseen.among(foreseen.layout.with_teacher(divided=divided)), min(team.collect(rows))
+    layout = foreseen.layout.with_teacher(divided=team.any(foreseen.layout.teacher_shards > 1))
+    layout = replace(layout, gathers_once=not team.any(not layout.gathers_once))
+    return foreseen.among(layout), min(team.collect(rows))
 
 
 def run_identity(student_dir: Path, teacher_dir: Path, recipe: Recipe, trainer: Trainer) -> dict[str, Any]:
@@ -222,6 +223,7 @@ def _check_models(trainer: Trainer) -> None:
             release(teacher)
         with trainer.computing():
             trainer.team.run(check, trainer.student)
+        release(trainer.student)
 
 
 def _check_rows(model: Any, data: TokenStore, which: str = "model") -> None:
@@ -257,6 +259,8 @@ def text_seen(sequences: int, prepared: int, length: int) -> str:
 def _describe(trainer: Trainer) -> str:
     budget, count = trainer.budget, sum(p.numel() for p in trainer.parameters.values())
     where = trainer.device if trainer.team.size == 1 else f"{trainer.team.size} x {trainer.precision.device_type}"
+    if trainer.forecast.layout.gathers_once:
+        where += ", the model gathered once a step"
     skipped = not trainer.compiled and trainer.settings.compile == "auto" and trainer.precision.device_type == "cuda"
     compute = trainer.precision.name + ("" if trainer.precision.compute is torch.float32 else " over float32 weights")
     return (

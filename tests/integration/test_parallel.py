@@ -62,14 +62,24 @@ def rows(out: Path) -> list[dict[str, Any]]:
     return read_rows(out.with_name(f"{out.name}.state") / "metrics.jsonl")
 
 
-@pytest.mark.parametrize(("size", "recompute"), [(2, False), (3, True)])
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [
+        (2, {}),
+        (2, {"gather": "step"}),
+        (3, {"activation_checkpointing": True}),
+        (3, {"activation_checkpointing": True, "gather": "step"}),
+        (2, {"gather": "step", "shard_teacher": True}),
+    ],
+)
 def test_the_numbers_are_those_of_one_process(
-    work: Path, alone: Path, tmp_path: Path, size: int, recompute: bool
+    work: Path, alone: Path, tmp_path: Path, size: int, options: dict[str, Any]
 ) -> None:
     """Gradients (the first moment after a step is a tenth of them), losses, norms, validation, weights."""
     out = tmp_path / "out"
-    line = uptrain(work, out, steps=STEPS, activation_checkpointing=recompute, **EVERY_STEP)
+    line = uptrain(work, out, steps=STEPS, **EVERY_STEP, **options)
     assert finish(*start_team(line, tmp_path / "log", size)) == [0] * size, (tmp_path / "log").read_text()
+    assert ("gathered once a step" in (tmp_path / "log").read_text()) == ("gather" in options)
     for kind, step in (("exp_avg", 1), ("exp_avg", 5), ("model", 5)):
         assert_equal(saved(alone, step, kind), saved(out, step, kind))
     for mine, theirs in zip(rows(alone), rows(out), strict=True):

@@ -173,11 +173,11 @@ class TestFitting:
     def test_a_teacher_is_divided_where_it_does_not_fit_whole(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def teacher_is_divided(memory: float, **settings: Any) -> bool:
             monkeypatch.setattr("cla_convert.training.micro_batch.device_memory", lambda _: int(memory))
-            foreseen, _ = foresee(LLAMA_8B, processes=8, **settings)
+            foreseen, _ = foresee(LLAMA_8B, processes=8, gather="layer", **settings)
             return foreseen.layout.teacher_shards > 1
 
-        whole = foresee(LLAMA_8B, processes=8, shard_teacher=False)[0].needs(1).peak + CONTEXT
-        parts = foresee(LLAMA_8B, processes=8, shard_teacher=True)[0].needs(1).peak + CONTEXT
+        whole = foresee(LLAMA_8B, processes=8, gather="layer", shard_teacher=False)[0].needs(1).peak + CONTEXT
+        parts = foresee(LLAMA_8B, processes=8, gather="layer", shard_teacher=True)[0].needs(1).peak + CONTEXT
         assert parts < whole - 10e9  # of 16 GB an eighth stays, and two layers, embedding and head are gathered
         assert not teacher_is_divided(whole / 0.9 + 1)
         assert teacher_is_divided(whole / 0.9 + 1, shard_teacher=True)
@@ -198,9 +198,31 @@ class TestFitting:
 
         foreseen, rows = foresee(LLAMA_135M, processes=2, micro_batch_size=8)
         assert (foreseen.layout.teacher_shards, rows) == (1, 8)
+        assert foreseen.layout.gathers_once
         agreed, rows = alike(Others(size=2), foreseen, rows)
         assert (agreed.layout.teacher_shards, rows) == (2, 2) and agreed.needs(2).teacher < foreseen.needs(2).teacher
+        assert not agreed.layout.gathers_once
         assert alike(Team(), foreseen, 16)[0].layout == foreseen.layout
+
+    def test_a_step_gathers_once_where_that_costs_no_room(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def once(memory: float, processes: int = 8, **settings: Any) -> bool:
+            monkeypatch.setattr("cla_convert.training.micro_batch.device_memory", lambda _: int(memory))
+            return foresee(LLAMA_8B, processes=processes, **settings)[0].layout.gathers_once
+
+        both = {"micro_batch_size": 1, "shard_teacher": False, "batch_tokens": 2**16}
+        forecast = Forecast(training(**both), LLAMA_8B, {**LLAMA_8B, "model_type": "llama"}, "cuda", Layout(8, 8))
+        layouts = Layout(8, 8), Layout(8, 8, gathers_once=True)
+        least, most = (forecast.among(layout).needs(1).peak + CONTEXT for layout in layouts)
+        assert most > least + 35e9  # of 8e9 parameters 2 bytes, and 4 of gradients, of which an eighth was there
+        assert once(most / 0.9 + 1, **both) and not once(most, **both)  # which would leave no tenth free
+        assert not once(2 * most, gather="layer", **both) and not once(2 * most, 1, gather="step", **both)
+        assert once(most, gather="step", **both)
+        with pytest.raises(InputError, match="on each of 8 processes") as error:
+            once(most - 1e6, gather="step", **both)
+        assert f"What fits: train.gather=layer ({human_bytes(least)})" in error.value.fix
+        # a pass does not become smaller for it
+        rows = foresee(LLAMA_135M, processes=2, sequence_length=512, batch_tokens=2**20)[1]
+        assert rows == foresee(LLAMA_135M, processes=2, sequence_length=512, batch_tokens=2**20, gather="layer")[1]
 
     def test_frozen_weights_of_a_whole_teacher_are_not_divided(self) -> None:
         """They are one copy either way: whole with the teacher, or a part for each process."""
@@ -251,6 +273,9 @@ SIMULATED = {
         (Layout(8, 8, 8), {"parameters": "attention"}),
         (Layout(16, 4), {}),
         (Layout(64, 64), {"sequence_length": 128}),  # what is gathered outweighs activations
+        (Layout(64, 64, gathers_once=True), {"sequence_length": 128}),
+        (Layout(8, 8, gathers_once=True), {}),
+        (Layout(8, 8, 8, gathers_once=True), {"parameters": "attention"}),
     ],
     ids=str,
 )
