@@ -82,6 +82,8 @@ class ConvertResult(PlanResult):
     """convert.json and `convert --json`: what it did."""
 
     output: str
+    model_fingerprint: str = ""
+    """Of the converted model."""
     seconds: float
     peak_rss_bytes: int
 

@@ -1,5 +1,6 @@
 """What is not of its run any more: another conversion, measurements of another model, another training's control."""
 
+from pathlib import Path
 from typing import Any
 
 from ..files import read_json
@@ -7,7 +8,6 @@ from ..models.fingerprint import fingerprint
 from ..models.writer import read_manifest
 from ..run_folder import RunFolder, TrainingFolder
 
-_CONVERSION = ("sharing", "init", "kv_source_layers", "calibration")
 _RATES = {"train.learning_rate", "train.learning_rates"}
 _HOW = {"train.micro_batch_size", "train.compile", "train.precision", "train.activation_checkpointing"}
 """What changes the last bits only, and what `auto` makes of it depends on the machine."""
@@ -16,24 +16,18 @@ _HOW = {"train.micro_batch_size", "train.compile", "train.precision", "train.act
 def stale_points(run: RunFolder) -> list[str]:
     """Points of a run whose model was made anew, or changed, since it was measured; one that is gone is none."""
     models = {"converted": run.converted, "after": run.training.model, "control": run.control.model}
-    found = []
-    for point, model in models.items():
-        measured = (read_json(run.evaluation.point(point).results.path) or {}).get("model_fingerprint")
-        if measured and model.is_dir() and fingerprint(model) != measured:
-            found.append(point)
-    return found
+    measured = {point: read_json(run.evaluation.point(point).results.path) or {} for point in models}
+    return [point for point, model in models.items() if _is_other(model, measured[point].get("model_fingerprint"))]
 
 
-def unlike_record(run: RunFolder) -> list[str]:
-    """In what the converted model was made otherwise than convert.json tells: `convert` may have replaced it.
+def is_replaced(run: RunFolder) -> bool:
+    """Whether the converted model is another than convert.json tells of: `convert` may have put it there."""
+    return _is_other(run.converted, (read_json(run.convert.path) or {}).get("model_fingerprint"))
 
-    Empty where one of the two is missing.
-    """
-    told, made = read_json(run.convert.path), read_manifest(run.converted)
-    if not (told and made):
-        return []
-    told, made = _conversion_of(told), _conversion_of(made)
-    return [name for name in told if name in made and told[name] != made[name]]
+
+def trained_from_another(training: TrainingFolder, student: Path) -> bool:
+    """Whether a trained model began as another one than `student` is now."""
+    return _is_other(student, (read_manifest(training.model).get("uptraining") or {}).get("model"))
 
 
 def unlike_control(run: RunFolder, *, auto_rates: bool) -> list[str]:
@@ -51,12 +45,9 @@ def unlike_control(run: RunFolder, *, auto_rates: bool) -> list[str]:
     return ["the text" if name == "data" else name for name in told]
 
 
-def _conversion_of(record: dict[str, Any]) -> dict[str, Any]:
-    """What tells one conversion of a source from another."""
-    heads = record.get("kv_heads")
-    if isinstance(heads, dict):  # of a manifest only where they are fewer, and with their groups
-        heads = heads.get("after") if heads.get("after") != heads.get("before") else None
-    return {name: record[name] for name in _CONVERSION if name in record} | {"kv_heads": heads}
+def _is_other(model: Path, known: str | None) -> bool:
+    """Whether a model is not the one of this fingerprint; False where it is gone, or nothing was recorded."""
+    return bool(known) and model.is_dir() and fingerprint(model) != known
 
 
 def _training_of(folder: TrainingFolder) -> dict[str, Any]:

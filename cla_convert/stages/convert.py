@@ -44,6 +44,7 @@ def convert(
 def _convert(recipe: Recipe, folder: RunFolder, overwrite: bool, the_plan: "Plan | None") -> ConvertResult:
     from ..conversion.convert import convert as execute
     from ..models.checkpoint import Checkpoint
+    from ..models.fingerprint import fingerprint
     from ..models.writer import check_output
     from ..report.model_card import write_first_card
 
@@ -61,6 +62,7 @@ def _convert(recipe: Recipe, folder: RunFolder, overwrite: bool, the_plan: "Plan
         named={"model": _lasting(recipe.source.model), "revision": recipe.source.revision},
     )
     result["source"] |= recipe.source.model_dump(include={"model", "base_model", "revision"}) | checkpoint.origin
+    result["model_fingerprint"] = fingerprint(folder.converted)
     write_first_card(folder.converted, result, source)
     return folder.convert.write(ConvertResult.model_validate(result))
 
@@ -81,12 +83,12 @@ def _check_source(recipe: Recipe, folder: RunFolder) -> None:
 
 def _check_own(folder: RunFolder) -> None:
     """Refuse to go on with a model that was put in the place of the run's own: recipe and report tell of another."""
-    from ..evaluation.stale import unlike_record
+    from ..evaluation.stale import is_replaced
 
-    if unlike := unlike_record(folder):
+    if is_replaced(folder):
         raise InputError(
             f"{folder.converted} is not the model that this run converted",
-            why=f"It was made otherwise than {folder.convert.path} tells: {', '.join(unlike)} differ.",
+            why=f"Weights, settings, tokenizer or code in it are not those that {folder.convert.path} tells of.",
             fix="Remove it, and what was trained from it, and the run makes its own again. For a run with this one's "
             "settings, name them (convert.*) and give another --out, or --overwrite to start anew.",
         )

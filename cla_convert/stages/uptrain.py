@@ -87,6 +87,7 @@ def _train(it: _Training) -> TrainResult:
     """In several processes where the recipe asks for them, unless it is done already."""
     recipe, folder, training = it.recipe, it.folder, it.training
     if training.model.exists() and (done := training.result.read()):
+        _refuse_another(training, it.student)
         say(f"found {training.model}")
         training.finish(keep=recipe.train.keep_checkpoints_after_success)  # in case the end of it was interrupted
         return done
@@ -96,6 +97,18 @@ def _train(it: _Training) -> TrainResult:
             check_interface(Checkpoint.open(it.student).config.get("model_type", ""))  # or nothing can be counted
             check_room(recipe, training, it.student, fresh=it.fresh)
         return _train_together(it) if recipe.train.processes > 1 and world_size() == 1 else _train_here(it)
+
+
+def _refuse_another(training: TrainingFolder, student: Path) -> None:
+    """Refuse to go on with a model that began as another one than `student` is now."""
+    from ..evaluation.stale import trained_from_another
+
+    if trained_from_another(training, student):
+        raise InputError(
+            f"{training.model} was trained from another model than {student}",
+            why="That one was replaced or changed since; results of both would be told as one model's.",
+            fix=f"Put the other one back, or remove {training.model}: then this one is trained.",
+        )
 
 
 def _train_here(it: _Training) -> TrainResult:

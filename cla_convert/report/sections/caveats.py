@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ...evaluation.stale import unlike_control, unlike_record
+from ...evaluation.stale import is_replaced, trained_from_another, unlike_control
 from ..content import Block, Bullets
 from ..formats import count
 from ..invocations import invocations_of, mixed
@@ -32,10 +32,15 @@ def _comparability(run: RunFiles) -> list[str]:
             "Tasks were scored with vLLM, through transformers' modelling code at every point; perplexity of texts, "
             "agreement and the KV cache were measured with transformers itself. Stock vLLM does not save the memory."
         )
-    if unlike := unlike_record(run.files):
+    if is_replaced(run.files):
         found.append(
-            f"THE CONVERTED MODEL IS NOT THE RUN'S OWN ANY MORE: {', '.join(unlike)} differ. The map and the sizes "
-            "here are of the one that it replaced."
+            "THE CONVERTED MODEL IS NOT THE RUN'S OWN ANY MORE: the map and the sizes here are of the one that it "
+            "replaced."
+        )
+    if trained_from_another(run.files.training, run.files.converted):
+        found.append(
+            "THE UPTRAINED MODEL BEGAN AS ANOTHER CONVERSION than the one that is here: `after` is not what training "
+            "made of `converted`."
         )
     if several := mixed(invocations_of(run)):
         found.append(
