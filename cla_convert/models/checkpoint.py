@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InputError
 from ..files import load_json, read_json, refuse_pointer, stays_in
 from ..refusals import unread
+from .config_numbers import refuse_numbers
 from .families import FAMILIES, Family, as_transformers_reads, without_strays
 from .headers import ELEMENT_SIZE, FLOATING, TORCH_NAMES, TensorInfo, read_header
 from .shape import positions_of, shape_of
-from .whole import Around, around, text_config
+from .whole import Around, around, text_config, whole_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,9 +90,11 @@ class Checkpoint:
     def of(
         cls, folder: Path, config: dict[str, Any], tensors: dict[str, TensorInfo], *, as_stored: bool = False
     ) -> "Checkpoint":
-        """From the tensors as they are stored. Raises InputError for types that cannot be read."""
+        """From the tensors as they are stored. Raises InputError for types and settings that cannot be read."""
         if not tensors:
             raise InputError(f"{folder} holds no tensors", fix="Download the model again.")
+        if whole_of(config) or str(config.get("model_type")).removeprefix("cla_") in FAMILIES:  # others may mean them
+            refuse_numbers(folder, config)
         if outside := around(config, tensors):
             text = {name: tensors[stored] for name, stored in outside.names.items()}
             inner = cls.of(folder, text_config(config, text), text, as_stored=as_stored)

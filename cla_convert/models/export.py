@@ -26,6 +26,7 @@ from .headers import FLOATING
 from .packed import refuse_scales
 from .self_test import check_interface
 from .shipped import converted_family
+from .whole import cannot_be_built
 from .whole_rows import WHOLES
 from .writer import MANIFEST, ShardWriter, publishing, read_manifest
 
@@ -198,6 +199,7 @@ def refuse_missing(folder: Path, missing: Collection[str]) -> None:
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     """Load the tokenizer of a local folder. Raises InputError if it has none, or a damaged one."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer, PreTrainedConfig
 
     for name in ("tokenizer.json", "tokenizer.model"):
@@ -210,8 +212,10 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     try:
         with loading(f"{folder} has no usable tokenizer", _tokenizer_fix(folder)):
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **config)
-    except InputError:
+    except InputError as error:
         refuse_damaged(folder)  # what a parser said, by file and line
+        if isinstance(cause := error.__cause__, StrictDataclassError):  # the model's settings, which it reads first
+            raise cannot_be_built(cause) from cause
         raise
 
 

@@ -187,6 +187,37 @@ def test_a_tokenizer_that_transformers_does_not_load_is_not_said_to_be_missing(m
         load_tokenizer(model)
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"rms_norm_eps": float("-inf")}, "rms_norm_eps is -inf"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'"),
+        ({"rms_norm_eps": -1e-5}, "rms_norm_eps is -1e-05"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": float("inf")}}, "rope_parameters.factor is inf"),
+        ({"rope_scaling": {"long_factor": [1.0, float("nan")]}}, "rope_scaling.long_factor is nan"),
+        ({"rope_theta": True}, "rope_theta is True"),
+        ({"max_position_embeddings": -1}, "max_position_embeddings is -1"),
+    ],
+)
+def test_a_number_that_no_model_has_is_refused_where_it_is_opened(changes: dict[str, Any], told: str, model: Path):
+    edit(model / "config.json", **changes)
+    with pytest.raises(InputError, match=f"^{re.escape(told)} in config.json of {model}\n") as refused:
+        Checkpoint.open(model)
+    assert "number" in refused.value.why
+
+
+def test_no_number_of_an_unsupported_model_keeps_it_from_being_described(model: Path):
+    edit(model / "config.json", model_type="mamba2", time_step_limit=[0.0, float("inf")])  # as published
+    assert not inspect_model(str(model))["supported"]
+
+
+def test_what_is_wrong_with_the_settings_of_a_model_is_not_said_of_its_tokenizer(model: Path):
+    edit(model / "config.json", vocab_size="many")
+    with pytest.raises(InputError, match=r"cannot build the model that config.json describes(?s:.*)'vocab_size'"):
+        load_tokenizer(model)
+
+
 def test_a_damaged_result_is_not_trained_again(tmp_path: Path):
     recipe = Recipe.model_validate({"source": {"model": "m"}, "train": {"tokens": 2000}})
     folder = RunFolder(tmp_path)
