@@ -50,10 +50,19 @@ class Search:
             return cls(4, 4, Effort(20, 8192), 32_768)
         return cls(3, 4, Effort(4, 2048), 8192)
 
+    def check_rows(self, rows: int, length: int) -> None:
+        """Raise InputError if so many rows of calibration text leave nothing to fit to."""
+        if rows <= self.probe_rows:
+            raise InputError(
+                f"Choosing a sharing map needs more than {self.probe_rows} rows of calibration text",
+                why=f"It measures on {self.probe_rows} and fits to the others; there are {rows}, of {length} tokens.",
+                fix=f"Give {(self.probe_rows + 1) * length} tokens or more (convert.calibration.tokens, data.sources), "
+                "or shorter rows (convert.calibration.sequence_length).",
+            )
+
     def split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of `tokens` [rows, T] to fit to, and others to measure on. Raises InputError if there are too few."""
-        if tokens.dim() != 2 or tokens.shape[0] <= self.probe_rows:
-            raise InputError(f"Choosing a sharing map needs more than {self.probe_rows} rows of calibration text")
+        self.check_rows(*tokens.shape)
         fit, probe = tokens[: -self.probe_rows], tokens[-self.probe_rows :]
         return fit[: max(1, self.fit_tokens // fit.shape[1])], probe
 

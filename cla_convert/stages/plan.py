@@ -8,7 +8,7 @@ from ..console import say, warn
 from ..effort import MANY_PASSES
 from ..environment import cache_of, pick_device
 from ..files import read_rows
-from ..preflight import check_tokenizer
+from ..preflight import calibration_length, check_tokenizer
 from ..recipe import Recipe
 from ..record import recorded
 from ..results import PlanResult
@@ -96,8 +96,10 @@ def bound(recipe: Recipe, folder: RunFolder, *, anew: bool) -> "Plan":
 
     if not _measures(recipe, folder, anew=anew):
         return plan_of(recipe, folder, anew=anew)
+    checkpoint = Checkpoint.open(folder.source(recipe))
+    _check_rows(recipe, checkpoint)
     whole = recipe.convert.model_copy(update={"sharing": "cla1", "kv_budget": None})
-    return _plan(recipe.model_copy(update={"convert": whole}), Checkpoint.open(folder.source(recipe)), None)
+    return _plan(recipe.model_copy(update={"convert": whole}), checkpoint, None)
 
 
 def shown(recipe: Recipe, the_plan: "Plan") -> str:
@@ -164,12 +166,23 @@ def _choice(recipe: Recipe, folder: RunFolder, checkpoint: "Checkpoint") -> "Cho
     from ..conversion.supported import check_convertible
     from ..models.finite import naming_not_finite
 
+    _check_rows(recipe, checkpoint)
     family, shape, unused, _ = check_convertible(checkpoint)
     heads = check_kv_heads(recipe.convert.kv_heads, family, shape)
     looks_at = calibration(recipe, folder)
     assert looks_at is not None, "the recipe's schema wants `init: calibrated` here"
     with naming_not_finite(checkpoint, unused):
         return choose(checkpoint, shape, heads, recipe.convert.kv_budget, looks_at, cache_of("damage"))
+
+
+def _check_rows(recipe: Recipe, checkpoint: "Checkpoint") -> None:
+    """Raise InputError if the calibration asked for is too little to choose a map by, before any text is read."""
+    from ..conversion.sensitivity import Search
+    from ..training.data import calibration_tokens
+
+    device = pick_device(recipe.device)
+    length = calibration_length(recipe, checkpoint.config, device)
+    Search.default(device).check_rows(max(1, calibration_tokens(recipe, checkpoint, device) // length), length)
 
 
 def _say_needs(recipe: Recipe, folder: RunFolder, the_plan: "Plan", *, anew: bool = False) -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import namedtuple
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,7 +36,7 @@ from cla_convert.recipe_file import load_recipe
 from cla_convert.run_folder import RunFolder
 from cla_convert.stages.check import check
 from cla_convert.stages.evaluate import texts_of
-from cla_convert.stages.plan import plan_of, preview
+from cla_convert.stages.plan import bound, plan_of, preview
 from cla_convert.stages.text import calibration
 from cla_convert.stages.uptrain import uptrain
 from cla_convert.training.sources import documents
@@ -131,6 +132,17 @@ def test_calibration_is_cut_to_the_positions(tmp_path, capsys):
     looked_at = calibration(recipe, folder)
     assert looked_at is not None and looked_at.tokens.shape[1] == 64
     assert "sequences of 64 tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("source", [{"path": "not-there.txt"}, {"generate": {"tokens": 4096}}])
+def test_too_few_rows_to_choose_a_map_are_told_before_any_text(tmp_path: Path, source: dict):
+    model, settings = save_tiny("llama", tmp_path / "m"), {"tokens": 319, "sequence_length": 64}
+    tree = {"source": {"model": str(model)}, "device": "cpu", "data": {"sources": [source]}}
+    recipe = Recipe.model_validate(tree | {"convert": {"sharing": "auto", "calibration": settings}})
+    for stage in (plan_of, preview, partial(bound, anew=False)):
+        with pytest.raises(InputError, match="needs more than 4 rows of calibration text") as refused:
+            stage(recipe, RunFolder(tmp_path / "run"))
+        assert "there are 4, of 64 tokens" in refused.value.why and "Give 320 tokens or more" in refused.value.fix
 
 
 @pytest.mark.parametrize("init", ["calibrated", "mean"])
