@@ -46,6 +46,8 @@ class _Mistake:
     """Whether the name is wrong, or the section as a whole, and not the value."""
     meant: Any = None
     """The value as it was meant, where that can be told."""
+    bare: bool = False
+    """A number, or a yes or no, where text belongs."""
     unlike: bool = False
     """A name that resembles no other: only the list of all settings helps."""
 
@@ -64,19 +66,24 @@ def mistakes(error: ValidationError, tree: Any, places: Mapping[str, Origin]) ->
         fitting = [other for other in alternatives if other.place == mistake.place]
         first, *more = dict.fromkeys(other.what for other in fitting)
         said = ", or ".join([first, *(one.removeprefix("must be ") for one in more)])
+        said += "; put it into quotes" if mistake.bare and not more else ""
         got = min(other.got for other in fitting)
-        lines[mistake.choice, mistake.place] = f"{_named(places, mistake, said)}{got}{_meant(places, mistake)}"
+        lines[mistake.choice, mistake.place] = f"{_named(places, mistake, said)}{got}{_meant(places, mistake, said)}"
     return list(lines.values()), any(mistake.unlike for mistake in found)
 
 
-def _meant(places: Mapping[str, Origin], mistake: _Mistake) -> str:
-    """How to write a list of which only the content was given."""
-    if mistake.meant is None:
-        return ""
+def _meant(places: Mapping[str, Origin], mistake: _Mistake, said: str) -> str:
+    """How to write a list of which only the content was given, or quotes that a shell leaves alone."""
     name = ".".join(part for part in mistake.place if isinstance(part, str))
-    form = yaml.safe_dump(mistake.meant, default_flow_style=True, width=math.inf, allow_unicode=True, sort_keys=False)
-    form = form.strip()
     typed = _origin(places, mistake).startswith("--set")
+    if mistake.meant is not None:
+        form = yaml.safe_dump(
+            mistake.meant, default_flow_style=True, width=math.inf, allow_unicode=True, sort_keys=False
+        ).strip()
+    elif typed and said.endswith("into quotes") and name == ".".join(map(str, mistake.place)):
+        form = '"..."'
+    else:
+        return ""
     return f": --set {shlex.quote(f'{name}={form}')}" if typed else f": {name.rpartition('.')[2]}: {form}"
 
 
@@ -149,7 +156,8 @@ def _mistake(error: Any, tree: Any) -> _Mistake:
     wanted = _wanted(error)
     kind = kind.partition("_")[0]
     meant = _as_list(place, tree) if kind in ("list", "model") else None
-    return _Mistake(place, choice, alternative, wanted, got, of_name=whole, meant=meant)
+    bare = kind == "string" and isinstance(value, (bool, int, float))
+    return _Mistake(place, choice, alternative, wanted, got, of_name=whole, meant=meant, bare=bare)
 
 
 def _unknown(place: tuple[int | str, ...]) -> tuple[str, bool]:

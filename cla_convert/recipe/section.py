@@ -61,6 +61,8 @@ class Section(BaseModel):
     @classmethod
     def _no_answer(cls, value: Any, info: ValidationInfo) -> Any:
         """`yes` is true to YAML, and true is 1 to pydantic."""
-        if isinstance(value, bool) and "bool" not in str(cls.model_fields[info.field_name or ""].annotation):
-            raise ValueError("must not be true or false, nor yes or no; put text into quotes")
+        annotation = str(cls.model_fields[info.field_name or ""].annotation)
+        if isinstance(value, bool) and "bool" not in annotation:
+            quotes = "; put it into quotes" if re.search(r"\bstr\b", annotation) else ""
+            raise ValueError(f"must not be true or false, nor yes or no{quotes}")
         return value

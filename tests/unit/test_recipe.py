@@ -286,7 +286,10 @@ def test_mistakes_are_told_with_file_and_line_in_words_of_our_own(tmp_path):
         ("convert:\n  sharing:\n    - [0]\n    - 1,2\n", 4, "convert.sharing.1: must be a list"),
         ("eval:\n  perplexity:\n    - name: x\n", 3, "eval.perplexity.0.path: is missing"),
         ("train:\n  tokens: yes\n", 2, "train.tokens: must not be true or false"),
-        ("source:\n  revision:\n    no\n", 3, "source.revision: must not be true or false"),
+        ("source:\n  revision:\n    no\n", 3, "source.revision: must not be .* nor yes or no; put it into quotes"),
+        ("source:\n  revision: 2024\n", 2, r"source.revision: must be text; put it into quotes \(got 2024\)"),
+        ("source:\n  revision: {a: 1}\n", 2, r"source.revision: must be text \(got"),
+        ("eval:\n  tasks: [1.5]\n", 2, r"eval.tasks.0: must be text; put it into quotes \(got 1.5\)"),
         ("train:\n  clip: .inf\n", 2, "train.clip: must be a finite number"),
     ],
 )  # fmt: skip
@@ -312,6 +315,17 @@ def test_what_is_wrong_of_a_command_line_alone_is_not_called_a_recipe(tmp_path):
     path.write_text("seed: x\n")
     with pytest.raises(UsageError, match=r"\AThe recipe is not valid\n--set: train.clip: .*\n.*mine.yaml:1: seed: "):
         load_recipe(path, ["train.clip=x"])
+
+
+def test_text_that_is_a_number_to_yaml_can_be_set_as_it_is_told():
+    for value in ("2024", "no"):
+        with pytest.raises(UsageError) as caught:
+            load_recipe(None, [f"source.revision={value}"])
+        words = shlex.split(caught.value.what.rpartition(": ")[2])
+        assert words == ["--set", 'source.revision="..."']
+        assert load_recipe(None, [words[1].replace("...", value)]).recipe.source.revision == value
+    with pytest.raises(UsageError, match="nor yes or no$"):  # a number, which no quotes make of it
+        load_recipe(None, ["train.tokens=yes"])
 
 
 @pytest.mark.parametrize(
