@@ -114,16 +114,6 @@ def settings_of(recipe: str | None, sets: list[str] | None, options: dict[str, A
     return load(recipe, sets, options).recipe
 
 
-def check_revision(model: str, revision: str | None) -> None:
-    """Raise UsageError for --revision with a model that is here already, and has none."""
-    from ..models.source import local_path
-
-    if revision and (path := local_path(model)):
-        raise UsageError(
-            f"--revision is for models of the hub, and {path} is here", fix="Leave --revision out, or name a hub id."
-        )
-
-
 def destination(repo: str | None, private: bool) -> "Destination | None":
     """Where to upload, checked before any work; None: nowhere. Raises UsageError, InputError."""
     if repo is None:

@@ -22,7 +22,6 @@ from .app import (
     Revision,
     Sets,
     app,
-    check_revision,
     destination,
     push,
     settings_of,
@@ -92,7 +91,6 @@ def convert(
     settings = settings_of(recipe, sets, options)
     if settings.data.sampled:  # no hours of sampling for a training that is not here
         settings = settings.model_copy(update={"train": settings.train.model_copy(update={"tokens": 0})})
-    check_revision(model, revision)
     if not dry_run:
         local_path(model)
         check_output(out, overwrite=overwrite)

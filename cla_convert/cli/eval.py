@@ -21,7 +21,6 @@ from .app import (
     Sets,
     TaskData,
     app,
-    check_revision,
     load,
     settings_of,
 )
@@ -65,7 +64,7 @@ def evaluate(
     """
     from ..environment import import_slowly, pick_device, rank
     from ..evaluation.asked import check_asked
-    from ..models.source import local_path, resolve_source
+    from ..models.source import check_revision, local_path, resolve_source
 
     options: dict[str, Any] = {
         "eval.tasks": None if tasks is None else names_of(tasks),

@@ -8,7 +8,7 @@ import typer
 from ..console import columns, data_json, page, say
 from ..environment import import_slowly
 from ..errors import UsageError
-from .app import AllowPickle, Json, Model, Quiet, Recipe, Revision, Sets, app, check_revision, settings_of
+from .app import AllowPickle, Json, Model, Quiet, Recipe, Revision, Sets, app, settings_of
 from .words import numbers_of
 
 
@@ -31,7 +31,6 @@ def inspect(
     """Say what a model is and what each sharing pattern would save."""
     if not training and (gpus or recipe or sets):
         raise UsageError("--gpus, --recipe and --set say how to train", fix="Give --training, too.")
-    check_revision(model, revision)
     say(f"reading {model} ...")
     import_slowly("torch", "transformers")
     from ..conversion.inspect import inspect_model, render

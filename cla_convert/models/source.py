@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..console import say
 from ..environment import cache_of
-from ..errors import InputError
+from ..errors import InputError, UsageError
 from ..files import did_you_mean_path, models_in, read_json, refuse_pointer, write_json
 from ..kept import kept
 from . import gguf_source, hub, mxfp4
@@ -45,7 +45,9 @@ def resolve_source(
 
     Raises:
         InputError: there is no such model, it cannot be reached, or its weights are pickled and `allow_pickle` is off.
+        UsageError: a revision is asked for of a model that is here.
     """
+    check_revision(model, revision)
     path = local_path(model)
     if path is None:
         path = hub.download(model, revision, allow_pickle=allow_pickle, to_convert=to_convert)
@@ -63,6 +65,7 @@ def open_headers(
     With `to_convert`, a GGUF file has the tensors that it will be written as, and not its own. Pickled weights have no
     headers: those of a folder are rewritten with `allow_pickle`, and refused without.
     """
+    check_revision(model, revision)
     path = local_path(model)
     if path is None:
         return mxfp4.unpacked(hub.headers(model, revision))
@@ -96,6 +99,16 @@ def local_path(model: str) -> Path | None:
         hint = f" Did you mean {meant[1]!r}?" if meant else did_you_mean_path(path)
         raise InputError(f"There is no model at {model!r}.{hint}", fix="Check the path, or give a hub id (owner/name).")
     return None
+
+
+def check_revision(model: str, revision: str | None) -> None:
+    """Raise UsageError for a revision of a model that is here already, and has none."""
+    if revision and (path := local_path(model)):
+        raise UsageError(
+            f"Revisions are of models of the hub, and {path} is here",
+            why=f"{revision!r} was asked for; the model in the folder would be taken, whichever it is.",
+            fix="Leave --revision (source.revision) out, or name a hub id.",
+        )
 
 
 def _package_file(model: str) -> Path:

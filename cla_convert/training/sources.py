@@ -12,7 +12,7 @@ from ..console import say_once
 from ..conversations import Conversations
 from ..documents import SAMPLE, TABLES, Document, document_in, documents_of, name_of
 from ..environment import cache_of
-from ..errors import ClaError, InputError, did_you_mean
+from ..errors import ClaError, InputError, UsageError, did_you_mean
 from ..files import write_bytes
 from ..recipe import TextSource
 
@@ -29,8 +29,18 @@ def sample_source() -> TextSource:
 def pinned(source: TextSource) -> TextSource:
     """The source with the branch or tag of its hub dataset resolved to a commit: what is cached is what was asked for.
 
-    Without a network it is the commit seen last, so that text tokenised earlier is found again. Raises InputError.
+    Without a network it is the commit seen last, so that text tokenised earlier is found again.
+
+    Raises:
+        InputError: it is not there, or the hub cannot be asked.
+        UsageError: a revision is asked for of a folder that is here.
     """
+    if source.revision and is_local(source):
+        raise UsageError(
+            f"Revisions are of datasets of the hub, and {source.dataset} is here",
+            why=f"{source.revision!r} was asked for; what lies in the folder would be taken, whichever it is.",
+            fix="Leave `revision` of this source (data.sources) out, or name a hub id.",
+        )
     if source.dataset is None or is_local(source):
         return source
     return source.model_copy(update={"revision": _commit(source.dataset, source.revision or "main")})

@@ -19,7 +19,7 @@ from huggingface_hub import DatasetInfo, HfApi
 from tokenizers import processors
 
 from cla_convert.console import progress
-from cla_convert.errors import InputError
+from cla_convert.errors import InputError, UsageError
 from cla_convert.models import long_text
 from cla_convert.pipeline import run
 from cla_convert.recipe import Data, Recipe, TextSource, Train
@@ -35,7 +35,7 @@ from cla_convert.training.data import (
     say_passes,
     store_for,
 )
-from cla_convert.training.sources import SAMPLE, Document, _commit, documents, local_files
+from cla_convert.training.sources import SAMPLE, Document, _commit, documents, local_files, pinned
 from tests.conftest import Counting, byte_tokenizer
 
 TEXTS = [f"Document {i}: " + chr(97 + i % 26) * (20 + i) for i in range(200)]
@@ -511,6 +511,14 @@ def test_a_run_asks_the_hub_once_for_the_commit_of_a_dataset(
     }
     run(validate(settings), tmp_path / "run", until="convert")
     assert asked == ["org/moving"] and len(read) > 1 and set(read) == {"commit 1"}
+
+
+def test_a_revision_of_a_dataset_that_is_here_is_refused(tmp_path: Path) -> None:
+    folder = TextSource(dataset=str(tmp_path))
+    assert pinned(folder) == folder
+    with pytest.raises(UsageError, match="'v1' was asked for") as refused:
+        pinned(folder.model_copy(update={"revision": "v1"}))
+    assert str(tmp_path) in refused.value.what
 
 
 def test_held_out_rows_are_never_repeated() -> None:
