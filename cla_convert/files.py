@@ -233,6 +233,11 @@ def did_you_mean_path(path: Path) -> str:
         return ""
 
 
+def looked_in(path: Path) -> str:
+    """`A relative path counts from the folder that you are in, /here.`; an empty string for another path."""
+    return "" if path.is_absolute() else f"Relative paths count from the folder that you are in, {Path.cwd()}."
+
+
 def models_in(folder: Path) -> str:
     """`Give a model in it: runs/a/converted, ...` of a folder that holds models; an empty string for another."""
     found = sorted(path.parent for path in folder.glob("*/config.json"))

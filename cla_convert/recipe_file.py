@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from .errors import UsageError
 from .recipe import Recipe
 from .recipe_mistakes import Origin, mistakes
+from .recipe_places import refuse_beside
 from .refusals import refusal
 from .removed import without_removed
 from .yaml_text import Mistake, lines_of, parse
@@ -91,7 +92,7 @@ def load_recipe(
     Options are settings by their dotted names. On the command line they are spelled as the last part of it: `--tokens`.
 
     Raises:
-        UsageError: the file is missing or not YAML, or a key or value is not accepted.
+        UsageError: the file is missing or not YAML, a key or value is not accepted, or a path is meant from its folder.
     """
     text = "" if path is None else _text(Path(path))  # once: a pipe has no second time
     tree = {} if path is None else _tree(Path(path), text)
@@ -104,7 +105,7 @@ def load_recipe(
         _assign(tree, name, value)
         origins[name] = "MODEL" if name == "source.model" else f"--{name.rpartition('.')[2].replace('_', '-')}"
     try:
-        return Resolved(_validated(tree), origins)
+        recipe = _validated(tree)
     except ValidationError as error:
         lines = {} if path is None else lines_of(text)
         replaced = [*overrides, *(options or {})]  # whole, whatever the file has below these names
@@ -115,6 +116,9 @@ def load_recipe(
         }
         places |= {name: Origin(f"{o}: ", f"{o}: ") for name, o in origins.items() if o != "recipe"}
         raise _not_valid(*mistakes(error, tree, places), path) from error
+    if path is not None:
+        refuse_beside(recipe, Path(path), origins)
+    return Resolved(recipe, origins)
 
 
 def validate(tree: dict[str, Any]) -> Recipe:

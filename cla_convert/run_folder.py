@@ -305,10 +305,8 @@ class RunFolder:
 
     def lost_with(self, recipe: Recipe) -> Path | None:
         """A model or text that the recipe reads and `clear` would remove: this run's control can be a source."""
-        texts = [name for one in recipe.data.sources for name in (one.path, one.dataset)]
-        texts += [recipe.eval.task_data, recipe.eval.include_path, *(text.path for text in recipe.eval.perplexity)]
-        read = [recipe.source.model, recipe.train.teacher, *texts]
-        places = [Path(name).expanduser().resolve() for name in read if name and Path(name).expanduser().exists()]
+        named = [Path(place).expanduser() for _, place in recipe.places]
+        places = [place.resolve() for place in named if place.exists()]
         cleared = (self.training.model, self.converted, self.control.path, self.evaluation.path)
         return next((one for one in places if any(one.is_relative_to(gone.resolve()) for gone in cleared)), None)
 

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from ..errors import InputError, UsageError, first_line
+from ..files import looked_in
 from ..refusals import unread
 from . import retrieval
 from .stock_tasks import parts_of
@@ -55,7 +56,9 @@ class OwnTasks:
             return cls()
         folder = Path(place).expanduser()
         if not folder.is_dir():
-            raise InputError(f"There is no folder {folder}", fix="Check eval.include_path (--include-path).")
+            raise InputError(
+                f"There is no folder {folder}", looked_in(folder), "Check eval.include_path (--include-path)."
+            )
         files: dict[str, list[Path]] = {}
         for path in _below(folder, "yaml"):
             settings, chain = _read(path, ())

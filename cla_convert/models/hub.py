@@ -126,7 +126,7 @@ def _explained(model: str) -> Iterator[None]:
         if offline():
             raise InputError(
                 f"There is no model {model!r} on this machine.{did_you_mean_path(Path(model))}",
-                why="It is no local folder and not in the hub's cache, and the hub cannot be reached.",
+                why=f"It is no folder in {Path.cwd()} and not in the hub's cache, and the hub cannot be reached.",
                 fix="Check the spelling, the network and HF_HUB_OFFLINE; or give a local folder or a .gguf file.",
             ) from error
         missing = isinstance(error, RepositoryNotFoundError)
@@ -134,7 +134,7 @@ def _explained(model: str) -> Iterator[None]:
             f"The model {model!r} was not found.{did_you_mean_path(Path(model))}"
             if missing
             else f"The model {model!r} could not be downloaded",
-            why=f"It is no local folder, and the hub says: {str(error).strip().splitlines()[0]}",
+            why=f"It is no folder in {Path.cwd()}, and the hub says: {str(error).strip().splitlines()[0]}",
             fix="Check the spelling (owner/name), HF_TOKEN for private models, the network and HF_HUB_OFFLINE; "
             "or give a local folder or a .gguf file.",
         ) from error

@@ -14,7 +14,7 @@ from pathlib import Path
 from ..console import say
 from ..environment import cache_of
 from ..errors import InputError, UsageError
-from ..files import did_you_mean_path, models_in, read_json, refuse_pointer, write_json
+from ..files import did_you_mean_path, looked_in, models_in, read_json, refuse_pointer, write_json
 from ..kept import kept
 from . import gguf_source, hub, mxfp4
 from .checkpoint import INDEX, Checkpoint, refuse_adapter, refuse_damaged
@@ -97,7 +97,11 @@ def local_path(model: str) -> Path | None:
     if is_place(model):
         meant = _PAGE.match(model) or _WITH_SLASH.fullmatch(model)
         hint = f" Did you mean {meant[1]!r}?" if meant else did_you_mean_path(path)
-        raise InputError(f"There is no model at {model!r}.{hint}", fix="Check the path, or give a hub id (owner/name).")
+        raise InputError(
+            f"There is no model at {model!r}.{hint}",
+            why=looked_in(path),
+            fix="Check the path, or give a hub id (owner/name).",
+        )
     return None
 
 

@@ -36,6 +36,21 @@ class Recipe(Section):
     """cpu, cuda, cuda:1, mps; auto: the best there is. cuda: the first GPU, and all of them to convert a wide model and
     to evaluate one that the first has no room for; cuda:1 is that one alone."""
 
+    @property
+    def places(self) -> list[tuple[str, str]]:
+        """What it reads that may be a path, and in which setting that stands; of what is in a list, the list."""
+        named = [
+            ("source.model", self.source.model),
+            ("train.teacher", self.train.teacher),
+            ("eval.task_data", self.eval.task_data),
+            ("eval.include_path", self.eval.include_path),
+            *(("eval.perplexity", text.path) for text in self.eval.perplexity),
+        ]
+        for one in self.data.sources:
+            openings = one.generate.openings if one.generate else None
+            named += [("data.sources", place) for place in (one.path, one.dataset, openings)]
+        return [(name, place) for name, place in named if place]
+
 
 def on_resume(name: str) -> OnResume | None:
     """What may become of a setting (`train.clip`) on resume: the mark of the innermost field with one."""

@@ -73,7 +73,8 @@ def reference() -> str:
 
 
 _PREFACE = """\
-Made from the schema by `cla-convert recipes reference`. Unknown keys are refused.
+Made from the schema by `cla-convert recipes reference`. Unknown keys are refused. Relative paths count from the folder
+that you are in.
 
 On resume: what may change in a run folder that holds work. free: as you like. named: while uptraining is not finished,
 once `--allow-change` names it; the result records it. Everything else: another `--out`, or `--overwrite`."""

@@ -13,7 +13,7 @@ from ..conversations import Conversations
 from ..documents import SAMPLE, TABLES, Document, document_in, documents_of, name_of
 from ..environment import cache_of
 from ..errors import ClaError, InputError, UsageError, did_you_mean
-from ..files import write_bytes
+from ..files import looked_in, write_bytes
 from ..recipe import TextSource
 
 SUFFIXES = (".txt", ".md", *TABLES)
@@ -147,7 +147,8 @@ def _why_nothing(path: Path) -> str:
     if path.is_dir():
         return "The folder holds no file with a supported ending."
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    return f"There is no such file or folder.{did_you_mean(path.name, siblings)}"
+    said = f"There is no such file or folder.{did_you_mean(path.name, siblings)}"
+    return f"{said} {looked_in(path)}".rstrip()
 
 
 def _dataset(source: TextSource, chats: Conversations | None) -> Iterator[Document]:

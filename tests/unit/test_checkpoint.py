@@ -96,7 +96,7 @@ def test_no_network_is_said(monkeypatch):
     with pytest.raises(InputError) as caught:
         resolve_source("nobody/no-such-model")
     assert "There is no model 'nobody/no-such-model' on this machine" in str(caught.value)
-    assert "HF_HUB_OFFLINE" in str(caught.value)
+    assert "HF_HUB_OFFLINE" in str(caught.value) and f"It is no folder in {Path.cwd()}" in caught.value.why
 
 
 def test_pickled_weights_only_when_asked(tmp_path, tiny_llama, monkeypatch):

@@ -55,9 +55,9 @@ def circles() -> list[list[str]]:
 LAYERS = [
     "cli", "pipeline", "stages", "same_recipe", "record", "bench", "report", "conversion", "training", "evaluation",
     "chat", "transformers_cli", "preflight", "documents", "conversations", "run_folder", "results", "serving", "models",
-    "recipes", "recipe_file", "recipe_mistakes", "recipe", "removed", "named", "registry", "effort", "kept",
-    "environment", "files", "staging", "yaml_text", "refusals", "surrogates", "console", "bars", "tables", "amounts",
-    "errors",
+    "recipes", "recipe_file", "recipe_mistakes", "recipe_places", "recipe", "removed", "named", "registry", "effort",
+    "kept", "environment", "files", "staging", "yaml_text", "refusals", "surrogates", "console", "bars", "tables",
+    "amounts", "errors",
 ]  # fmt: skip
 """From top to bottom, as in CONTRIBUTING.md."""
 _BESIDE = ("", ".__main__", ".version")

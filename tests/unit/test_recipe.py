@@ -317,6 +317,44 @@ def test_what_is_wrong_of_a_command_line_alone_is_not_called_a_recipe(tmp_path):
         load_recipe(path, ["train.clip=x"])
 
 
+@pytest.mark.parametrize(
+    ("text", "name", "place"),
+    [
+        ("source: {model: a/b}", "source.model", "a/b"),
+        ("source: {model: ./a}", "source.model", "./a"),
+        ("train: {teacher: a}", "train.teacher", "a"),
+        ("data: {sources: [{path: 'a/*.txt'}]}", "data.sources", "a/*.txt"),
+        ("data: {sources: [{generate: {openings: a}}]}", "data.sources", "a"),
+        ("eval: {task_data: a}", "eval.task_data", "a"),
+        ("eval: {perplexity: [{name: x, path: a/b/c.txt}]}", "eval.perplexity", "a/b/c.txt"),
+    ],
+)
+def test_a_path_that_was_meant_from_the_folder_of_the_recipe_is_told_so(tmp_path, monkeypatch, text, name, place):
+    recipe = Path("recipes") / "mine.yaml"
+    (tmp_path / "recipes" / "a" / "b").mkdir(parents=True)
+    for file in ("a/x.txt", "a/b/c.txt"):
+        (tmp_path / "recipes" / file).write_text("text")
+    (tmp_path / recipe).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=f"^{re.escape(f'{name}: there is no {place!r} in {tmp_path}')}\n") as caught:
+        load_recipe(recipe)
+    assert str(Path("recipes") / place) in caught.value.fix
+    with pytest.raises(UsageError, match="recipes/a"):
+        load_recipe(tmp_path / recipe)
+    (tmp_path / "a").symlink_to("recipes/a")
+    load_recipe(recipe)
+    (tmp_path / "a").unlink()
+    monkeypatch.chdir(tmp_path / "recipes")
+    load_recipe("mine.yaml")
+
+
+def test_a_path_of_the_command_line_counts_from_where_one_is_and_a_hub_id_is_none(tmp_path, monkeypatch):
+    (tmp_path / "recipes" / "a").mkdir(parents=True)
+    (tmp_path / "recipes" / "mine.yaml").write_text("source: {model: owner/name}")
+    monkeypatch.chdir(tmp_path)
+    load_recipe("recipes/mine.yaml", ["source.model=a"])
+
+
 def test_text_that_is_a_number_to_yaml_can_be_set_as_it_is_told():
     for value in ("2024", "no"):
         with pytest.raises(UsageError) as caught:
