@@ -4,6 +4,7 @@ import os
 import platform
 import re
 import shlex
+import signal
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -207,6 +208,12 @@ def rank() -> int:
 def machines() -> int:
     """Machines that torchrun started processes on; 1 without torchrun."""
     return int(os.environ.get("GROUP_WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+
+
+def stop_signals() -> list[signal.Signals]:
+    """What asks to stop: Ctrl-C, a scheduler, and a terminal that closes, unless nohup has that ignored."""
+    closes = [one for one in signal.Signals if one.name == "SIGHUP"]  # Windows has none
+    return [signal.SIGINT, signal.SIGTERM, *(one for one in closes if signal.getsignal(one) is not signal.SIG_IGN)]
 
 
 def may_restart() -> bool:

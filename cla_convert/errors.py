@@ -59,6 +59,13 @@ class Interrupted(ClaError):
     exit_code = ExitCode.INTERRUPTED
 
 
+class Stopped(BaseException):
+    """A signal asks to stop at once, wherever the work is.
+
+    No `Exception`: code on the way, libraries' too, would take it for a failure of what it calls, and go on.
+    """
+
+
 def first_line(error: BaseException) -> str:
     """What an error of a library says, in a line; the name of its type where it says nothing."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from ..console import data, debug, fail, mute, opened, unmute
-from ..environment import cache_folder, command_line, rank, world_size
-from ..errors import ClaError, ExitCode, InputError, Interrupted
+from ..environment import cache_folder, command_line, rank, stop_signals, world_size
+from ..errors import ClaError, ExitCode, InputError, Interrupted, Stopped
 from ..refusals import is_refusal, refusal
 from .app import app
 from .words import CLICK_ERROR, check_words, explained, help_of
@@ -32,13 +32,28 @@ def main() -> None:
     """Entry point: run the app and turn errors into what / why / how to fix and an exit code."""
     atexit.register(gc.freeze)  # Python would look through all that torch brings for garbage at its end: seconds
     opened()
-    leads, alone = rank() == 0, world_size() == 1
-    for signal_number in (signal.SIGINT, signal.SIGTERM):
+    leads = rank() == 0
+    for number in stop_signals():
         # One that waits for the first cannot run a handler, and has nothing to lose.
-        signal.signal(signal_number, _interrupt if leads else signal.SIG_DFL)
+        signal.signal(number, _interrupt if leads else signal.SIG_DFL)
     try:
         if not leads:
             mute()
+        _run()
+    except Stopped:
+        if debug():
+            raise
+        interrupted = Interrupted("Interrupted", fix=f"Nothing half-done is left behind. To resume: {command_line()}")
+        if world_size() == 1 or _speaks():
+            fail(interrupted)
+        sys.exit(interrupted.exit_code)
+    finally:
+        _heed_no_more()  # Python, which now ends, would show what a handler raises
+
+
+def _run() -> None:
+    alone = world_size() == 1
+    try:
         check_words(sys.argv[1:])
         sys.exit(app(prog_name="cla-convert", standalone_mode=False))
     except SystemExit as ended:
@@ -98,4 +113,11 @@ def _speaks() -> bool:
 
 def _interrupt(number: int, frame: object) -> None:
     """Stop at once; whatever is published is whole. Uptraining replaces this handler by one that saves first."""
-    raise Interrupted("Interrupted", fix=f"Nothing half-done is left behind. To resume: {command_line()}")
+    _heed_no_more()  # a second signal does not wait for what is being cleared away
+    raise Stopped
+
+
+def _heed_no_more() -> None:
+    for number in stop_signals():
+        if signal.getsignal(number) is _interrupt:
+            signal.signal(number, signal.SIG_DFL)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..console import say
-from ..errors import ClaError, InputError, Interrupted, UsageError
+from ..errors import ClaError, InputError, Interrupted, Stopped, UsageError
 from ..files import load_json, write_json
 from .writer import MANIFEST
 
@@ -78,7 +78,7 @@ class Destination:
                 commit_message="Upload with cla-convert",
                 delete_patterns=_REPLACED,
             )
-        except Interrupted as error:
+        except (Interrupted, Stopped) as error:
             raise Interrupted(f"Interrupted while uploading; {folder} is whole", fix=fix) from error
         except Exception as error:  # the client raises what its HTTP library does, and RuntimeError, ValueError, ...
             raise InputError(f"The upload to {self.repo!r} failed; {folder} is whole", _reason(error), fix) from error

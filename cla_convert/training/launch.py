@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..environment import command_line
+from ..environment import command_line, stop_signals
 from ..errors import ExitCode, Interrupted, TrainingError
 from ..files import LOCKED
 
@@ -43,9 +43,9 @@ def launch(arguments: Sequence[str], processes: int, locked: Path) -> None:
         subprocess.Popen(line, stdout=subprocess.DEVNULL, env=_environment(common | {"RANK": n, "LOCAL_RANK": n}))
         for n in range(processes)
     ]
-    with _passing_signals_on(started):
+    with _passing_signals_on(started) as passed:
         code = _wait(started)
-    if code == ExitCode.INTERRUPTED:
+    if code == ExitCode.INTERRUPTED or (passed and code < 0):  # those that still wait for the first just end
         raise Interrupted("Interrupted", fix=f"To resume: {command_line()}")
     if code:
         raise TrainingError(f"Uptraining in {processes} processes ended with code {code}", why="See above.")
@@ -57,17 +57,19 @@ def _environment(extra: Mapping[str, object]) -> dict[str, str]:
 
 
 @contextmanager
-def _passing_signals_on(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """Send SIGINT and SIGTERM to the processes too: they save, and end; and so does what waits for them."""
+def _passing_signals_on(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+    """Send what asks to stop to the processes too, and tell: they save, and end; and so does what waits for them."""
+    passed: list[int] = []
 
     def pass_on(number: int, _: object) -> None:
+        passed.append(number)
         for process in processes:
             if process.poll() is None:
                 process.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, pass_on) for number in stop_signals()}
     try:
-        yield
+        yield passed
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

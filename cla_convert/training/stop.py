@@ -1,4 +1,4 @@
-"""Stopping politely: the first SIGINT or SIGTERM asks the loop to finish its step, a second one stops at once.
+"""Stopping politely: the first signal (`stop_signals`) asks the loop to finish its step, a second one stops at once.
 
 Under torchrun a second one does nothing: torchrun passes on what a scheduler sends to every process itself, and it
 kills those that take too long. If torchrun itself is killed, what it started stops as politely.
@@ -10,7 +10,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from ..console import say
-from ..environment import world_size
+from ..environment import stop_signals, world_size
 from .torchrun import orphaned
 
 
@@ -29,7 +29,7 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         # Python delivers signals to the main thread only; elsewhere the host program decides.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in stop_signals():
                 self._previous[number] = signal.signal(number, self._on_signal)
         return self
 

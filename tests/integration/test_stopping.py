@@ -160,7 +160,7 @@ def test_killed_at_twenty_moments(work: Path, tmp_path: Path, uninterrupted: Pat
         attempts.attempt(lambda: False, 0)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_asked_to_stop_it_saves_and_resumes_bit_for_bit(
     work: Path, tmp_path: Path, uninterrupted: Path, number: signal.Signals
 ) -> None:

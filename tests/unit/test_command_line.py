@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,16 +16,17 @@ from typing import Any
 import pytest
 
 from cla_convert import console
-from cla_convert.cli import app, main
+from cla_convert.cli import _interrupt, app, main
 from cla_convert.cli.words import texts_in
-from cla_convert.environment import command_line
-from cla_convert.errors import ClaError
-from cla_convert.files import alone_in, check_free
+from cla_convert.conversations import Conversations
+from cla_convert.environment import command_line, stop_signals
+from cla_convert.errors import ClaError, InputError, Stopped
+from cla_convert.files import alone_in, check_free, check_place
 from cla_convert.recipe import Recipe
 from cla_convert.refusals import is_refusal, refusal
 from cla_convert.run_folder import RunFolder, alone_around
 from cla_convert.staging import beside, lock
-from tests.conftest import save_tiny_llama
+from tests.conftest import byte_tokenizer, save_tiny_llama
 from tests.tiny import cla_model
 
 ROOT = Path(console.__file__).parent.parent
@@ -315,6 +317,51 @@ def test_a_reader_that_has_gone_is_no_bug() -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 141
+
+
+def test_a_signal_is_no_failure_of_what_is_called_meanwhile() -> None:
+    """A template that is interrupted does not refuse the conversation, which would be left out for good."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    render = tokenizer.apply_chat_template
+
+    def interrupted(*turns: Any, **settings: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return render(*turns, **settings)
+
+    tokenizer.apply_chat_template = interrupted
+    before = {number: signal.signal(number, _interrupt) for number in stop_signals()}
+    try:
+        with pytest.raises(Stopped):
+            Conversations(tokenizer, "chats").text([{"role": "user", "content": "Hello"}], "row 1")
+        assert {signal.getsignal(number) for number in before} == {signal.SIG_DFL}  # a second one ends it at once
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+STOPPED = """
+import atexit, signal, sys
+atexit.register(lambda: signal.raise_signal(signal.SIGINT))
+from cla_convert.cli import main
+main()
+"""
+
+
+def test_ctrl_c_while_python_ends_shows_no_traceback() -> None:
+    words = [sys.executable, "-c", STOPPED, "verify", "nothere"]
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == -signal.SIGINT
+
+
+def test_a_closed_terminal_stops_it_unless_nohup_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert signal.SIGHUP in stop_signals()
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert stop_signals() == [signal.SIGINT, signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_what_is_no_mistake_of_a_users_stays_a_bug() -> None:
