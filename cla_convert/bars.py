@@ -7,6 +7,7 @@ belongs to whoever knows how much there is to do, and a loop far below need not 
 import sys
 import threading
 import time
+from contextlib import AbstractContextManager, suppress
 from itertools import cycle
 from types import TracebackType
 from typing import Any, Self
@@ -175,8 +176,9 @@ def write(text: str) -> None:
     if any(isinstance(bar, TerminalBar) for bar in _open):
         from tqdm import tqdm
 
-        tqdm.write(text, file=sys.stderr)
-        sys.stderr.flush()
+        with _lost_without_reader():
+            tqdm.write(text, file=sys.stderr)
+            sys.stderr.flush()
     else:
         _line(text)
 
@@ -184,4 +186,10 @@ def write(text: str) -> None:
 def _line(text: str) -> None:
     global _last_line
     _last_line = time.monotonic()
-    print(text, file=sys.stderr, flush=True)
+    with _lost_without_reader():
+        print(text, file=sys.stderr, flush=True)
+
+
+def _lost_without_reader() -> AbstractContextManager[None]:
+    """No work ends, and no checkpoint is lost, because nobody is told: a terminal or `tee` has gone, a disk is full."""
+    return suppress(OSError)

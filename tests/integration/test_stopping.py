@@ -175,6 +175,20 @@ def test_asked_to_stop_it_saves_and_resumes_bit_for_bit(
     assert same_weights(out, uninterrupted) and rows(out) == rows(uninterrupted)
 
 
+def test_asked_to_stop_it_saves_though_nobody_reads_what_it_says(work: Path, tmp_path: Path) -> None:
+    """Ctrl-C ends what the output is piped to (`2>&1 | tee log`) as well, and before."""
+    out, log = tmp_path / "out", tmp_path / "log"
+    line = uptrain(work, out, steps=STEPS, checkpoint_every=0)
+    os.mkfifo(log)
+    reader = os.open(log, os.O_RDONLY | os.O_NONBLOCK)
+    process = start(line, log, pause_at=5)
+    wait_until(process, lambda: len(rows(out)) > 4)
+    os.close(reader)
+    assert stop(process, signal.SIGINT, log) == 130
+    assert len(checkpoints(out)) == 1
+    assert "resuming from" in run(line, tmp_path / "second.log")
+
+
 def test_two_runs_do_not_share_a_folder(work: Path, tmp_path: Path, uninterrupted: Path) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
     line = uptrain(work, out, steps=STEPS, **EVERY_STEP)

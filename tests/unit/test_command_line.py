@@ -319,6 +319,12 @@ def test_a_reader_that_has_gone_is_no_bug() -> None:
     assert process.returncode == 141
 
 
+@pytest.mark.parametrize("stderr", ["2>/dev/full", "2>&1 >/dev/null | true"])
+def test_an_error_that_nobody_can_read_is_none_of_its_own(stderr: str) -> None:
+    words = f"set -o pipefail; {sys.executable} -m cla_convert verify nothere {stderr}"
+    assert subprocess.run(["bash", "-c", words], env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode == 3
+
+
 def test_a_signal_is_no_failure_of_what_is_called_meanwhile() -> None:
     """A template that is interrupted does not refuse the conversation, which would be left out for good."""
     tokenizer = byte_tokenizer()
