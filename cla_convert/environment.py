@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .console import waiting
-from .errors import UsageError, did_you_mean
+from .errors import InputError, UsageError, did_you_mean
+from .files import path_of
 from .version import __version__
 
 PACKAGES = ["torch", "transformers", "safetensors", "lm-eval", "datasets", "tokenizers", "numpy", "gguf"]
@@ -19,7 +20,14 @@ PACKAGES = ["torch", "transformers", "safetensors", "lm-eval", "datasets", "toke
 
 def cache_folder() -> Path:
     """Where rewritten sources and cached results live: $CLA_CONVERT_CACHE, or ~/.cache/cla-convert if that is empty."""
-    return Path(os.environ.get("CLA_CONVERT_CACHE") or "~/.cache/cla-convert").expanduser()
+    folder = path_of(os.environ.get("CLA_CONVERT_CACHE") or "~/.cache/cla-convert")
+    if folder.parts[0].startswith("~"):
+        raise InputError(
+            f"There is no home folder for the cache, {folder}",
+            why="HOME is not set, or the system knows no such user.",
+            fix="Let CLA_CONVERT_CACHE name a folder.",
+        )
+    return folder
 
 
 CacheKind = Literal["damage", "datasets", "eval", "fingerprints", "samples", "sources", "tokens"]

@@ -201,6 +201,14 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def path_of(written: Path | str) -> Path:
+    """A path as people write it. `~` is the home folder; where there is none, a name like any other."""
+    try:
+        return Path(written).expanduser()
+    except RuntimeError:
+        return Path(written)
+
+
 def existing(folder: Path) -> Path:
     """A folder, or the nearest above it that exists."""
     folder = folder.absolute()

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import yaml
 
-from .files import alone_in, check_free, existing, write_bytes
+from .files import alone_in, check_free, existing, path_of, write_bytes
 from .recipe import Recipe
 from .results import ConvertResult, Domains, Environment, KvCache, PlanResult, PointResult, Stored, TrainResult
 
@@ -305,7 +305,7 @@ class RunFolder:
 
     def lost_with(self, recipe: Recipe) -> Path | None:
         """A model or text that the recipe reads and `clear` would remove: this run's control can be a source."""
-        named = [Path(place).expanduser() for _, place in recipe.places]
+        named = [path_of(place) for _, place in recipe.places]
         places = [place.resolve() for place in named if place.exists()]
         cleared = (self.training.model, self.converted, self.control.path, self.evaluation.path)
         return next((one for one in places if any(one.is_relative_to(gone.resolve()) for gone in cleared)), None)

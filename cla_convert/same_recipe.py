@@ -1,10 +1,10 @@
 """Whether a run folder may be continued: under the recipe it was made with, unless the user accepts what changed."""
 
 from collections.abc import Collection
-from pathlib import Path
 
 from .environment import launched, on_command_line, rank
 from .errors import UsageError
+from .files import path_of
 from .models.source import is_place
 from .recipe import FREE, NAMED, PLACES, Recipe, on_resume
 from .recipe_file import flatten, is_named, read_yaml, told
@@ -85,7 +85,7 @@ def _changes(folder: RunFolder, recipe: Recipe) -> dict[str, str]:
 def _moved(folder: RunFolder, recipe: Recipe, refused: list[str]) -> str:
     """What to do if a source model was only moved: its weights are compared on resume, wherever they lie."""
     before, after = str(flatten(read_yaml(folder.recipe)).get("source.model")), recipe.source.model
-    exist = [Path(name).expanduser().exists() for name in (before, after)]
+    exist = [path_of(name).exists() for name in (before, after)]
     if refused != ["source.model"] or exist != [False, True] or not is_place(before):
         return ""
     return f" If the model was only moved, leave a link to it at {before} (ln -s) and name that."

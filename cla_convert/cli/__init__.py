@@ -5,6 +5,7 @@ import gc
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from ..console import data, debug, fail, mute, opened, unmute
@@ -94,7 +95,9 @@ def _run() -> None:
 def _refused(error: OSError) -> InputError:
     """What the system says of a path; of the cache, which nobody named, with what else it may be."""
     told = refusal(error)
-    if error.filename is not None:
+    with suppress(InputError):  # no home, and so no cache
+        if error.filename is None:
+            return told
         path, cache = Path(os.fsdecode(error.filename)).absolute(), cache_folder().absolute()
         if path.is_relative_to(cache) or (cache.is_relative_to(path) and not path.exists()):
             told.fix = "It is for the cache. Let CLA_CONVERT_CACHE name another folder, one that may be written to."

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from ..errors import InputError, UsageError, first_line
-from ..files import looked_in
+from ..files import looked_in, path_of
 from ..refusals import unread
 from . import retrieval
 from .stock_tasks import parts_of
@@ -54,7 +54,7 @@ class OwnTasks:
         """
         if place is None:
             return cls()
-        folder = Path(place).expanduser()
+        folder = path_of(place)
         if not folder.is_dir():
             raise InputError(
                 f"There is no folder {folder}", looked_in(folder), "Check eval.include_path (--include-path)."

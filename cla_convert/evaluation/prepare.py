@@ -11,7 +11,7 @@ from typing import Any
 
 from ..console import progress
 from ..errors import ClaError, InputError, UsageError, did_you_mean
-from ..files import looked_in
+from ..files import looked_in, path_of
 from ..recipe import Evaluate
 from . import retrieval
 from .asked import check_asked
@@ -95,7 +95,7 @@ class Sources:
     @classmethod
     def of(cls, spec: Evaluate) -> "Sources":
         """Raises InputError if `eval.task_data` is no folder, and what `OwnTasks.of` raises."""
-        folder = Path(spec.task_data).expanduser() if spec.task_data else None
+        folder = path_of(spec.task_data) if spec.task_data else None
         if folder is not None and not folder.is_dir():
             raise InputError(f"There is no folder {folder}", looked_in(folder), "Check eval.task_data (--task-data).")
         local = {path.name: path for path in folder.iterdir() if path.is_dir()} if folder else {}

@@ -11,6 +11,7 @@ import torch
 
 from ..documents import TABLES, Document, documents_of
 from ..errors import InputError
+from ..files import path_of
 from ..models.long_text import ids_of, piecewise_ids
 from ..recipe import TextFile, TextSource
 from ..refusals import refusal, unread
@@ -46,7 +47,7 @@ def content_of(text: TextFile) -> Content:
         digest.update(encoded)
         characters, size, blank = characters + len(block), size + len(encoded), blank and not block.strip()
     if blank:
-        raise InputError(f"eval.perplexity {text.name}: {Path(text.path).expanduser()} is empty")
+        raise InputError(f"eval.perplexity {text.name}: {path_of(text.path)} is empty")
     return Content(digest.hexdigest(), characters, size)
 
 
@@ -126,7 +127,7 @@ def _ids(text: TextFile, tokenizer: "PreTrainedTokenizerBase") -> Iterator[list[
 
 def _blocks(text: TextFile) -> Iterator[str]:
     """What is to be read of a file, `WHOLE` characters at a time. Raises InputError."""
-    path, left = Path(text.path).expanduser(), text.characters
+    path, left = path_of(text.path), text.characters
     try:
         with _opened(path, text) as file:
             while block := file.read(WHOLE if left is None else min(WHOLE, left)):

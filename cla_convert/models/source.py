@@ -14,7 +14,7 @@ from pathlib import Path
 from ..console import say
 from ..environment import cache_of
 from ..errors import InputError, UsageError
-from ..files import did_you_mean_path, looked_in, models_in, read_json, refuse_pointer, write_json
+from ..files import did_you_mean_path, looked_in, models_in, path_of, read_json, refuse_pointer, write_json
 from ..kept import kept
 from . import gguf_source, hub, mxfp4
 from .checkpoint import INDEX, Checkpoint, refuse_adapter, refuse_damaged
@@ -86,7 +86,7 @@ def local_path(model: str) -> Path | None:
     """The folder or .gguf file that `model` names; None for a hub id. Raises InputError."""
     if not model:
         raise InputError("No model was given", fix=_NAME)
-    path = _package_file(model) if model.startswith("package:") else Path(model).expanduser()
+    path = _package_file(model) if model.startswith("package:") else path_of(model)
     refuse_pointer(path)
     if path.is_file() and path.suffix != ".gguf":
         inside = (path.parent / "config.json").is_file()

@@ -1,10 +1,10 @@
 """Stage 2, convert: write the model whose layers share keys and values."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..console import say
 from ..errors import InputError
+from ..files import path_of
 from ..recipe import Recipe
 from ..record import recorded
 from ..results import ConvertResult
@@ -96,4 +96,4 @@ def _check_own(folder: RunFolder) -> None:
 
 def _lasting(model: str) -> str:
     """A name that means the same from another folder."""
-    return str(Path(model).expanduser().resolve()) if Path(model).expanduser().exists() else model
+    return str(path_of(model).resolve()) if path_of(model).exists() else model

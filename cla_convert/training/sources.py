@@ -13,7 +13,7 @@ from ..conversations import Conversations
 from ..documents import SAMPLE, TABLES, Document, document_in, documents_of, name_of
 from ..environment import cache_of
 from ..errors import ClaError, InputError, UsageError, did_you_mean
-from ..files import looked_in, write_bytes
+from ..files import looked_in, path_of, write_bytes
 from ..recipe import TextSource
 
 SUFFIXES = (".txt", ".md", *TABLES)
@@ -105,7 +105,7 @@ def local_files(source: TextSource) -> list[Path]:
     if is_local(source):
         return sorted(file for file in Path(str(source.dataset)).rglob("*") if file.is_file())
     assert source.path is not None
-    path = Path(source.path).expanduser()
+    path = path_of(source.path)
     if path.is_file():
         if not _is_text(path):
             raise InputError(
@@ -122,7 +122,7 @@ def passed_over(source: TextSource) -> dict[str, int]:
     """How many files of a source's folder or glob are not read, by their endings; hidden ones do not count."""
     if source.path is None:
         return {}
-    path = Path(source.path).expanduser()
+    path = path_of(source.path)
     unread = (file for file in _all_files(path) if not file.name.startswith(".") and not _is_text(file))
     return dict(Counter(file.suffix for file in unread).most_common())
 

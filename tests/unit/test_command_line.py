@@ -370,6 +370,22 @@ def test_a_closed_terminal_stops_it_unless_nohup_says_so(monkeypatch: pytest.Mon
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.parametrize("line", [
+    "inspect ~nobody-of-that-name/x", "uptrain converted out --tokens 1M --set data.sources=[{path:~nobody-here/x}]",
+])  # fmt: skip
+def test_a_home_that_there_is_not_is_a_name_like_any_other(
+    line: str, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, said = refused(line.replace("path:", "path: "), monkeypatch)
+    assert code in (2, 3) and "~nobody" in said
+
+
+def test_a_cache_without_a_home_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLA_CONVERT_CACHE", "~nobody-of-that-name/cache")
+    code, said = refused("cache ls", monkeypatch)
+    assert code == 3 and "Let CLA_CONVERT_CACHE name a folder" in said
+
+
 def test_what_is_no_mistake_of_a_users_stays_a_bug() -> None:
     assert not is_refusal(OSError("the server hung up"))
     assert not is_refusal(OSError(errno.EBADF, "Bad file descriptor"))
