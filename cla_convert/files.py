@@ -230,7 +230,8 @@ def check_place(folder: Path) -> None:
                 raise refusal(OSError(errno.EROFS if read_only else errno.EACCES, "", str(one)))
             return
         if os.path.lexists(one):
-            raise InputError(f"{one} is a file", "A folder is needed there.", "Give another place.")
+            what = "file" if one.exists() else "link that leads nowhere"
+            raise InputError(f"{one} is a {what}", "A folder is needed there.", "Give another place.")
 
 
 def did_you_mean_path(path: Path) -> str:

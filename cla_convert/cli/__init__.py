@@ -56,6 +56,7 @@ def _run() -> None:
     alone = world_size() == 1
     try:
         check_words(sys.argv[1:])
+        _check_here()
         sys.exit(app(prog_name="cla-convert", standalone_mode=False))
     except SystemExit as ended:
         # click ends with 1, which would say a bug, where whoever read the output has gone (`| head`).
@@ -90,6 +91,18 @@ def _run() -> None:
         if alone or _speaks():
             raise
         sys.exit(ExitCode.BUG)
+
+
+def _check_here() -> None:
+    """Raise InputError in a folder that has been removed: it has no path, and torch does not find its own parts."""
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise InputError(
+            "The folder that you are in is gone",
+            why="It was removed, or made anew, after it was entered.",
+            fix='Enter it again (`cd "$PWD"`), or another one.',
+        ) from error
 
 
 def _refused(error: OSError) -> InputError:

@@ -17,13 +17,24 @@ CLICK_ERROR = cast(type[Exception], typer.BadParameter.__mro__[2])
 
 
 def check_words(words: list[str]) -> None:
-    """Raise UsageError for an empty word, which would stand for this folder, or for the default."""
+    """Raise UsageError for an empty word, which would stand for this folder, or for the default; or for no UTF-8."""
     if empty := next((number for number, word in enumerate(words) if not word.strip()), None):
         raise UsageError(
             f"Nothing stands behind {words[empty - 1]}",
             why="An argument is empty, as of a variable of the shell that is not set.",
             fix="Give a value, or leave it out.",
         )
+    for option, word in zip(["", *words], words, strict=False):
+        if not _READABLE.fullmatch(word) and option != "--system":  # which is for the model: said with replacements
+            raise UsageError(
+                f"{word} cannot be read",
+                why="It is no UTF-8, or Python is told not to read it as that (LC_ALL, PYTHONUTF8=0).",
+                fix="Rename what it names, or give PYTHONUTF8=1.",
+            )
+
+
+_READABLE = re.compile("[^\ud800-\udfff]*")
+"""Python keeps bytes that it cannot read as halves of characters."""
 
 
 def whole(option: str, least: int, example: int) -> Callable[[Any], int]:

@@ -370,6 +370,20 @@ def test_a_closed_terminal_stops_it_unless_nohup_says_so(monkeypatch: pytest.Mon
         signal.signal(signal.SIGHUP, before)
 
 
+def test_a_folder_that_has_been_removed_is_no_place_to_be_in(tmp_path: Path) -> None:
+    words = f"mkdir gone; cd gone; rmdir ../gone; {sys.executable} -m cla_convert convert source out"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, shell=True, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 3 and "error: The folder that you are in is gone" in done.stderr, done.stderr
+
+
+def test_a_name_that_is_no_utf8_is_refused(tmp_path: Path) -> None:
+    words = [sys.executable.encode(), b"-m", b"cla_convert", b"convert", b"source", b"l\xe9"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and "It is no UTF-8" in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize("line", [
     "inspect ~nobody-of-that-name/x", "uptrain converted out --tokens 1M --set data.sources=[{path:~nobody-here/x}]",
 ])  # fmt: skip
@@ -384,6 +398,12 @@ def test_a_cache_without_a_home_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("CLA_CONVERT_CACHE", "~nobody-of-that-name/cache")
     code, said = refused("cache ls", monkeypatch)
     assert code == 3 and "Let CLA_CONVERT_CACHE name a folder" in said
+
+
+def test_a_link_that_leads_nowhere_is_called_that(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="link is a link that leads nowhere"):
+        check_place(tmp_path / "link")
 
 
 def test_what_is_no_mistake_of_a_users_stays_a_bug() -> None:
