@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..console import data, debug, fail, mute, opened, unmute
-from ..environment import cache_folder, command_line, rank, stop_signals, world_size
+from ..environment import cache_folder, command_line, launched, rank, stop_signals, world_size
 from ..errors import ClaError, ExitCode, InputError, Interrupted, Stopped
 from ..refusals import is_refusal, refusal
 from .app import app
@@ -45,7 +45,8 @@ def main() -> None:
         if debug():
             raise
         interrupted = Interrupted("Interrupted", fix=f"Nothing half-done is left behind. To resume: {command_line()}")
-        if world_size() == 1 or _speaks():
+        # Who launched this says so itself; and who speaks is not known before all have met, which they do not any more.
+        if not launched() and (world_size() == 1 or _speaks()):
             fail(interrupted)
         sys.exit(interrupted.exit_code)
     finally:

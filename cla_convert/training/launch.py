@@ -81,7 +81,7 @@ def _passing_signals_on(processes: Sequence[subprocess.Popen[bytes]]) -> Iterato
 def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
     """The exit code of the first that failed; 0 if none did."""
     failed, until = 0, float("inf")
-    while any(process.poll() is None for process in processes) and time.monotonic() < until:
+    while None in [process.poll() for process in processes] and time.monotonic() < until:  # a list: all are looked at
         codes = [process.returncode for process in processes if process.returncode]
         if codes and not failed:
             failed, until = codes[0], time.monotonic() + _GRACE

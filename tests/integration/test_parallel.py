@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from cla_convert.files import read_rows
+from cla_convert.training import launch
 from tests.conftest import save_tiny_llama
 from tests.launch import finish, go_on, prepare, start, start_team, uptrain
 
@@ -184,6 +185,32 @@ def test_uptrain_under_torchrun_stops_and_resumes(work: Path, tmp_path: Path) ->
     assert finish(*start_team(line, log)) == [0, 0], log.read_text()
     assert log.read_text().count("resuming from") == 1 and "not bit-exact" not in log.read_text()
     assert out.exists() and not (tmp_path / "out.state" / "checkpoints").exists()
+
+
+def test_ctrl_c_ends_processes_that_have_not_met_yet(work: Path, tmp_path: Path) -> None:
+    """A terminal sends it to all of them: some end before they can wait for the others."""
+    line = ["run", str(work / "recipe.yaml"), "--out", str(tmp_path / "run"), "--set", "train.processes=2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cla_convert", *line, "--set", "train.tokens=320"],
+        stderr=subprocess.PIPE, text=True, env=os.environ, start_new_session=True,
+    )  # fmt: skip
+    assert process.stderr and any(said.startswith("[3/5]") for said in process.stderr)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=50)  # less than what those have to end who wait for one that has failed
+    assert process.returncode == 130 and "cla-convert run" in stderr, stderr
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+
+
+def test_whichever_process_fails_first_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_GRACE", 0.1)
+    waits, fails = subprocess.Popen(["sleep", "60"]), subprocess.Popen(["false"])
+    try:
+        assert launch._wait([waits, fails]) == 1 and waits.poll() is None
+    finally:
+        waits.kill()
+        waits.wait()
 
 
 def test_run_starts_its_processes_stops_them_and_resumes(work: Path, alone: Path, tmp_path: Path) -> None:
