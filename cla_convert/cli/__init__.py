@@ -44,7 +44,7 @@ def main() -> None:
     except Stopped:
         if debug():
             raise
-        interrupted = Interrupted("Interrupted", fix=f"Nothing half-done is left behind. To resume: {command_line()}")
+        interrupted = Interrupted("Interrupted", fix=f"What is finished is whole. To resume: {command_line()}")
         # Who launched this says so itself; and who speaks is not known before all have met, which they do not any more.
         if not launched() and (world_size() == 1 or _speaks()):
             fail(interrupted)
