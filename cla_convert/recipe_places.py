@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .errors import UsageError
+from .files import path_of
 from .recipe import Recipe
 
 
@@ -12,7 +13,7 @@ def refuse_beside(recipe: Recipe, file: Path, origins: Mapping[str, str]) -> Non
     """Raise UsageError for a path in a recipe's file that leads to something from there, and to nothing from here."""
     for name, place in recipe.places:
         beside = file.parent / place
-        if origins.get(name) == "recipe" and not _leads(Path(place).expanduser()) and _leads(beside):
+        if origins.get(name) == "recipe" and not _leads(path_of(place)) and _leads(beside):
             raise UsageError(
                 f"{name}: there is no {place!r} in {Path.cwd()}",
                 why=f"It lies beside {file}, and relative paths count from the folder that you are in.",
