@@ -52,13 +52,23 @@ def files_of(out: Path, step: int) -> list[str]:
     return sorted(file.name for file in folder.glob("model-*"))
 
 
-@pytest.mark.parametrize(("each", "degree", "parts"), [(2, "node", 2), (2, 1, 1), (1, "node", 1), (2, "all", 4)])
+@pytest.mark.parametrize(
+    ("each", "degree", "parts", "gather"),
+    [
+        (2, "node", 2, "layer"),
+        (2, "node", 2, "step"),
+        (2, 1, 1, "step"),
+        (1, "node", 1, "layer"),
+        (2, "all", 4, "layer"),
+    ],
+)
 def test_machines_that_hold_the_same_have_the_numbers_of_one_process(
-    work: Path, alone: Path, tmp_path: Path, each: int, degree: str | int, parts: int
+    work: Path, alone: Path, tmp_path: Path, each: int, degree: str | int, parts: int, gather: str
 ) -> None:
     """Divided among the processes of a machine, and the machines add up: steps of one pass and of several."""
     out, log = tmp_path / "out", tmp_path / "log"
-    line = uptrain(work, out, steps=STEPS, shard_degree=degree, **EVERY_STEP | {"micro_batch_size": 1})
+    options = {"shard_degree": degree, "gather": gather, "micro_batch_size": 1}
+    line = uptrain(work, out, steps=STEPS, **EVERY_STEP | options)
     assert finish(*start_team(line, log, each, machines=TWO)) == [0] * 2 * each, log.read_text()
     assert files_of(out, 5) == [f"model-{i + 1:05d}-of-{parts:05d}.safetensors" for i in range(parts)]
     assert_same_training(alone, out)
