@@ -148,7 +148,7 @@ class Forecast:
         streams, differences = self._followed(rows)
         copied = size * trained if size < 4 else 0
         once, passes = self.layout.gathers_once, -(-self.budget.batch // (self.layout.processes * rows))
-        gathered = Gathered() if alone else self._gathered(passes)
+        gathered = Gathered() if alone else self._gathered
         return Needs(
             weights=(4 * trained + size * (frozen - _count(self._left_out))) * share,
             moments=8 * trained * share,
@@ -211,7 +211,8 @@ class Forecast:
         """Parameters of the student that are the teacher's, too: as far as a config tells, all that may be."""
         return set() if self.teacher is None else {ours for _, ours, _ in twins(self.student, self.teacher)}
 
-    def _gathered(self, passes: int) -> Gathered:
+    @property
+    def _gathered(self) -> Gathered:
         """What several processes gather and reduce. The head's gradient waits for the end of a pass."""
         left_out, size, reducing = self._left_out, self._size, 4 + self._size
         outside, layer = _outside_and_largest(self.student, lambda parameter: parameter not in left_out)
@@ -221,12 +222,11 @@ class Forecast:
         divided = self.teacher is not None and self.layout.teacher_shards > 1
         teachers = _outside_and_largest(self.teacher, lambda _: True)[0] if divided else 0
         if self.layout.gathers_once:
-            earlier = 4 * trained_outside if passes > 1 else 0  # layers have theirs reduced by then
             return Gathered(
                 always=size * _count(p for p in self.student.parameters() if p not in left_out),
                 in_a_layer=size * waiting + reducing * trained_layer,
                 in_the_loss=size * teachers,
-                at_the_end=reducing * trained_outside + earlier,
+                at_the_end=reducing * trained_outside,
             )
         return Gathered(
             always=size * outside,

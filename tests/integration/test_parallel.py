@@ -112,13 +112,13 @@ def test_only_one_process_speaks_and_the_output_is_as_any_other(work: Path, tmp_
     assert finish(start(["verify", out], tmp_path / "verify")) == [0], (tmp_path / "verify").read_text()
 
 
-@pytest.mark.parametrize("sizes", [(2, 1), (1, 2), (3, 2)])
+@pytest.mark.parametrize(("sizes", "gather"), [((2, 1), "layer"), ((1, 2), "layer"), ((3, 2), "step")])
 def test_a_checkpoint_fits_any_number_of_processes(
-    work: Path, alone: Path, tmp_path: Path, sizes: tuple[int, int]
+    work: Path, alone: Path, tmp_path: Path, sizes: tuple[int, int], gather: str
 ) -> None:
     """The first ones are stopped half-way, others finish."""
     out, log, (before, after) = tmp_path / "out", tmp_path / "log", sizes
-    line = uptrain(work, out, steps=STEPS, **EVERY_STEP)
+    line = uptrain(work, out, steps=STEPS, gather=gather, **EVERY_STEP)
     processes = start_team(line, log, before, pause_at=2) if before > 1 else [start(line, log, pause_at=2)]
     wait_for_step(processes, out, 2)
     for process in processes:

@@ -1,16 +1,23 @@
 """How a step's sequences, and parameters, are divided among processes; and who goes first."""
 
 import threading
-from typing import Literal
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import pytest
+import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cla_convert.errors import UsageError
 from cla_convert.training.layout import shards_of
 from cla_convert.training.parallel import Team, share
+from tests.tiny import cla_model
 
 counts = st.integers(1, 70)
 
@@ -63,3 +70,40 @@ def test_the_leader_goes_first_then_one_of_each_machine(monkeypatch: pytest.Monk
     for thread in threads:
         thread.join(300)
     assert order[0] == 0 and set(order[1:3]) == {2, 4} and set(order[3:]) == {1, 3, 5}
+
+
+class Exchanges(TorchDispatchMode):
+    """What processes ask each other for, counted by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = Counter[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func.__name__.split(".")[0]] += func.namespace == "c10d"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def two_processes() -> Iterator[None]:
+    """One of two, whose other one answers at once."""
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("two_processes")
+@pytest.mark.parametrize(("once", "gathers", "reduces"), [(False, 3 * (6 + 6 + 1), 3 * 7), (True, 7, 7)])
+def test_what_travels_in_a_step_of_three_passes(once: bool, gathers: int, reduces: int) -> None:
+    """Of six layers and what lies outside, which a pass gathers once, and layers for the backward pass again."""
+    model, team = cla_model("llama", None).train(), Team("cpu", 0, 2, shards=2)
+    assert model.config.num_hidden_layers == 6
+    team.shard(model, torch.float32, once=once)
+    for _ in range(2):  # steps
+        with Exchanges() as exchanges:
+            for last in (False, False, True):
+                team.begin_pass(model, last=last, once=once)
+                model(torch.zeros(1, 8, dtype=torch.long)).logits.sum().backward()
+        assert exchanges.counts["_allgather_base_"] == gathers
+        assert exchanges.counts["_reduce_scatter_base_"] == reduces
+        assert all(isinstance(parameter, DTensor) for parameter in model.parameters())

@@ -274,6 +274,7 @@ SIMULATED = {
         (Layout(16, 4), {}),
         (Layout(64, 64), {"sequence_length": 128}),  # what is gathered outweighs activations
         (Layout(64, 64, gathers_once=True), {"sequence_length": 128}),
+        (Layout(2, 2, gathers_once=True), {"sequence_length": 128}),  # where the end of a step is near to the peak
         (Layout(8, 8, gathers_once=True), {}),
         (Layout(8, 8, 8, gathers_once=True), {"parameters": "attention"}),
     ],
