@@ -20,8 +20,9 @@ PACKAGES = ["torch", "transformers", "safetensors", "lm-eval", "datasets", "toke
 
 def cache_folder() -> Path:
     """Where rewritten sources and cached results live: $CLA_CONVERT_CACHE, or ~/.cache/cla-convert if that is empty."""
-    folder = path_of(os.environ.get("CLA_CONVERT_CACHE") or "~/.cache/cla-convert")
-    if folder.parts[0].startswith("~"):
+    written = os.environ.get("CLA_CONVERT_CACHE") or "~/.cache/cla-convert"
+    folder = path_of(written)
+    if written.startswith("~") and folder == Path(written):
         raise InputError(
             f"There is no home folder for the cache, {folder}",
             why="HOME is not set, or the system knows no such user.",
@@ -216,6 +217,11 @@ def rank() -> int:
 def machines() -> int:
     """Machines that torchrun started processes on; 1 without torchrun."""
     return int(os.environ.get("GROUP_WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+
+
+ECHO = 0.5
+"""Seconds within which a second signal is the same request: `timeout`, a terminal with whoever launched this, and a
+shell that ends send theirs twice."""
 
 
 def stop_signals() -> list[signal.Signals]:

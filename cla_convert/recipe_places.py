@@ -1,6 +1,7 @@
 """Relative paths in a recipe count from the folder that one is in: who meant that of the recipe is told so."""
 
 import glob
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,15 +11,24 @@ from .recipe import Recipe
 
 
 def refuse_beside(recipe: Recipe, file: Path, origins: Mapping[str, str]) -> None:
-    """Raise UsageError for a path in a recipe's file that leads to something from there, and to nothing from here."""
+    """Raise UsageError for a path in a recipe's file that leads to something from there, and to nothing from here.
+
+    What may as well be an id of the hub is one, unless a model lies there.
+    """
     for name, place in recipe.places:
-        beside = file.parent / place
-        if origins.get(name) == "recipe" and not _leads(path_of(place)) and _leads(beside):
+        beside, of_hub = file.parent / place, name in _MAY_BE_OF_HUB and _HUB_ID.fullmatch(place)
+        there = (beside / "config.json").is_file() if of_hub else _leads(beside)
+        if origins.get(name.partition("[")[0]) == "recipe" and there and not _leads(path_of(place)):
+            hub = f"; for the hub's, --set {name}={place}" if of_hub else ""
             raise UsageError(
                 f"{name}: there is no {place!r} in {Path.cwd()}",
                 why=f"It lies beside {file}, and relative paths count from the folder that you are in.",
-                fix=f"Write {str(beside)!r}, or give an absolute path.",
+                fix=f"Write {str(beside)!r}, or give an absolute path{hub}.",
             )
+
+
+_MAY_BE_OF_HUB = {"source.model", "train.teacher", "data.sources[].dataset"}
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(?<!\.gguf)")
 
 
 def _leads(path: Path) -> bool:

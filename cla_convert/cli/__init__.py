@@ -5,11 +5,12 @@ import gc
 import os
 import signal
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
 from ..console import data, debug, fail, mute, opened, unmute
-from ..environment import cache_folder, command_line, launched, rank, stop_signals, world_size
+from ..environment import ECHO, cache_folder, command_line, launched, rank, stop_signals, world_size
 from ..errors import ClaError, ExitCode, InputError, Interrupted, Stopped
 from ..refusals import is_refusal, refusal
 from .app import app
@@ -57,7 +58,8 @@ def _run() -> None:
     alone = world_size() == 1
     try:
         check_words(sys.argv[1:])
-        _check_here()
+        if not {"--help", "--version"} & set(sys.argv):
+            _check_here()
         sys.exit(app(prog_name="cla-convert", standalone_mode=False))
     except SystemExit as ended:
         # click ends with 1, which would say a bug, where whoever read the output has gone (`| head`).
@@ -102,7 +104,7 @@ def _check_here() -> None:
         raise InputError(
             "The folder that you are in is gone",
             why="It was removed, or made anew, after it was entered.",
-            fix='Enter it again (`cd "$PWD"`), or another one.',
+            fix='Enter another one; or, if it was made anew, `cd "$PWD"`.',
         ) from error
 
 
@@ -130,8 +132,18 @@ def _speaks() -> bool:
 
 def _interrupt(number: int, frame: object) -> None:
     """Stop at once; whatever is published is whole. Uptraining replaces this handler by one that saves first."""
-    _heed_no_more()  # a second signal does not wait for what is being cleared away
-    raise Stopped
+    global _heard
+    now = time.monotonic()
+    if _heard is None:
+        _heard = now
+        raise Stopped
+    if now - _heard > ECHO:  # a second request does not wait for what is being cleared away
+        _heed_no_more()
+        signal.raise_signal(number)
+
+
+_heard: float | None = None
+"""When a signal asked to stop, in seconds of the monotonic clock."""
 
 
 def _heed_no_more() -> None:

@@ -131,7 +131,7 @@ def _recorded(settings: "Schema", model: Path) -> dict[str, str | bool | None] |
     """The source model that the converted one's manifest names, if it is there and the same still."""
     from ..models.checkpoint import Checkpoint
     from ..models.fingerprint import fingerprint
-    from ..models.source import resolve_source
+    from ..models.source import local_path, resolve_source
     from ..models.writer import read_manifest
 
     known = read_manifest(model).get("source") or {}
@@ -140,6 +140,7 @@ def _recorded(settings: "Schema", model: Path) -> dict[str, str | bool | None] |
         return None
     reads_only = Checkpoint.open(model).around is None  # of a source that also sees images: its language model
     try:
+        revision = None if local_path(name) else revision  # what lies there is compared below, whatever was said of it
         found = resolve_source(name, revision=revision, allow_pickle=settings.source.allow_pickle, text_only=reads_only)
     except ClaError as error:
         warn(f"{name}, which {model} was converted from, does not teach: {error.what}. {error.fix}")

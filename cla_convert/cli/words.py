@@ -25,11 +25,12 @@ def check_words(words: list[str]) -> None:
             fix="Give a value, or leave it out.",
         )
     for option, word in zip(["", *words], words, strict=False):
-        if not _READABLE.fullmatch(word) and option != "--system":  # which is for the model: said with replacements
+        of_model = "--system" in (option, word.partition("=")[0])  # said to the model with replacements
+        if not _READABLE.fullmatch(word) and not of_model:
             raise UsageError(
                 f"{word} cannot be read",
                 why="It is no UTF-8, or Python is told not to read it as that (LC_ALL, PYTHONUTF8=0).",
-                fix="Rename what it names, or give PYTHONUTF8=1.",
+                fix="Give it in UTF-8 (a file: rename it), or PYTHONUTF8=1.",
             )
 
 

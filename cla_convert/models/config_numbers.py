@@ -12,12 +12,14 @@ from typing import Any
 
 from ..errors import InputError
 
+_READ = re.compile(r"[^.]*|(text_config\.|vision_config\.|rope_[a-z]*\.).*")
+"""Names of what models read; other sections are notes of those who made them, and of other libraries."""
 _NOT_NEGATIVE = re.compile(r"(.*_)?(eps|epsilon|theta|max_position_embeddings)")
 
 
 def refuse_numbers(folder: Path, config: Mapping[str, Any]) -> None:
     """Raise InputError for a number that is not finite, or what is no number or negative where neither can be."""
-    for name, value in _values(config):
+    for name, value in filter(lambda pair: _READ.fullmatch(pair[0]), _values(config)):
         number = type(value) in (int, float)
         if isinstance(value, float) and not math.isfinite(value):
             wanted = "a finite number"

@@ -111,7 +111,7 @@ def check_revision(model: str, revision: str | None) -> None:
         raise UsageError(
             f"Revisions are of models of the hub, and {path} is here",
             why=f"{revision!r} was asked for; the model in the folder would be taken, whichever it is.",
-            fix="Leave --revision (source.revision) out, or name a hub id.",
+            fix="Leave --revision out (of a recipe: --set source.revision=null), or name a hub id.",
         )
 
 

@@ -38,17 +38,17 @@ class Recipe(Section):
 
     @property
     def places(self) -> list[tuple[str, str]]:
-        """What it reads that may be a path, and in which setting that stands; of what is in a list, the list."""
+        """What it reads that may be a path, and in which setting that stands."""
         named = [
             ("source.model", self.source.model),
             ("train.teacher", self.train.teacher),
             ("eval.task_data", self.eval.task_data),
             ("eval.include_path", self.eval.include_path),
-            *(("eval.perplexity", text.path) for text in self.eval.perplexity),
+            *(("eval.perplexity[].path", text.path) for text in self.eval.perplexity),
         ]
         for one in self.data.sources:
-            openings = one.generate.openings if one.generate else None
-            named += [("data.sources", place) for place in (one.path, one.dataset, openings)]
+            named += [("data.sources[].path", one.path), ("data.sources[].dataset", one.dataset)]
+            named += [("data.sources[].generate.openings", one.generate and one.generate.openings)]
         return [(name, place) for name, place in named if place]
 
 

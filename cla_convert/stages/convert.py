@@ -89,8 +89,9 @@ def _check_own(folder: RunFolder) -> None:
         raise InputError(
             f"{folder.converted} is not the model that this run converted",
             why=f"Weights, settings, tokenizer or code in it are not those that {folder.convert.path} tells of.",
-            fix="Remove it, and what was trained from it, and the run makes its own again. For a run with this one's "
-            "settings, name them (convert.*) and give another --out, or --overwrite to start anew.",
+            fix="Take out what was added, put back what was changed; or remove it, and what was trained from it: the "
+            "run makes its own again. For a run with this one's settings, name them (convert.*) and give another "
+            "--out, or --overwrite to start anew.",
         )
 
 

@@ -104,10 +104,11 @@ def _refuse_another(training: TrainingFolder, student: Path) -> None:
     from ..evaluation.stale import trained_from_another
 
     if trained_from_another(training, student):
+        made = " and ".join(str(path) for path in (training.model, training.checkpoints) if path.exists())
         raise InputError(
             f"{training.model} was trained from another model than {student}",
             why="That one was replaced or changed since; results of both would be told as one model's.",
-            fix=f"Put the other one back, or remove {training.model}: then this one is trained.",
+            fix=f"Put the other one back, or remove {made}: then this one is trained.",
         )
 
 

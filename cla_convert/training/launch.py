@@ -39,13 +39,15 @@ def launch(arguments: Sequence[str], processes: int, locked: Path) -> None:
     common = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     common |= {LOCKED: locked.resolve(), "CLA_CONVERT_COMMAND": command_line()}
     line = [sys.executable, "-m", "cla_convert", *arguments]
-    started = [
-        subprocess.Popen(line, stdout=subprocess.DEVNULL, env=_environment(common | {"RANK": n, "LOCAL_RANK": n}))
-        for n in range(processes)
-    ]
+    started: list[subprocess.Popen[bytes]] = []
     with _passing_signals_on(started) as passed:
+        for n in range(processes):
+            environment = _environment(common | {"RANK": n, "LOCAL_RANK": n})
+            started.append(subprocess.Popen(line, stdout=subprocess.DEVNULL, env=environment))
+            if passed:  # perhaps not to this one, which was not in the list yet
+                started[n].send_signal(passed[-1])
         code = _wait(started)
-    if code == ExitCode.INTERRUPTED or (passed and code < 0):  # those that still wait for the first just end
+    if code == ExitCode.INTERRUPTED or -code in passed:  # those that still wait for the first just end
         raise Interrupted("Interrupted", fix=f"To resume: {command_line()}")
     if code:
         raise TrainingError(f"Uptraining in {processes} processes ended with code {code}", why="See above.")

@@ -39,11 +39,12 @@ def forecast(
     Raises:
         InputError: the device has too little memory; the error says what does fit.
     """
+    layout = replace(layout, gathers_once=train.gather == "step" and layout.shards > 1)
     foreseen, total = Forecast(train, student, teacher, device, layout), device_memory(device)
     foreseen = foreseen.among(layout.with_teacher(divided=shards_teacher(foreseen, total)))
     rows = micro_batch_size(foreseen)
     once = foreseen.among(replace(foreseen.layout, gathers_once=True))
-    if gathers_once(once, rows, total):
+    if has_room_to_gather_once(once, rows, total):
         foreseen = once
     if total is not None and foreseen.needs(rows).peak + CONTEXT > total:
         raise _too_little(foreseen, rows, total)
@@ -74,19 +75,16 @@ def shards_teacher(foreseen: Forecast, total: int | None) -> bool:
     return wanted is True or (total is not None and foreseen.needs(fewest).peak + CONTEXT > (1 - _SPARE) * total)
 
 
-def gathers_once(once: Forecast, rows: int, total: int | None) -> bool:
-    """Whether a step gathers the model once: as the recipe says, or where a GPU holds that with as many sequences.
+def has_room_to_gather_once(once: Forecast, rows: int, total: int | None) -> bool:
+    """Whether a step gathers the model once where the recipe leaves that open: a GPU holds that with as many sequences.
 
     Args:
         once: the training if it does.
         rows: sequences in a pass if it does not.
         total: bytes that the device has.
     """
-    wanted = once.train.gather
-    if once.layout.shards == 1 or wanted == "layer":
+    if once.train.gather != "auto" or once.layout.shards == 1:
         return False
-    if wanted == "step":
-        return True
     if total is None or not once.device.startswith("cuda"):  # processes on CPUs share what `total` is of
         return False
     return once.needs(rows).peak + CONTEXT <= (1 - _SPARE) * total
@@ -165,11 +163,11 @@ def _what_fits(foreseen: Forecast, rows: int, total: int) -> Iterator[str]:
             named = {**first, **changes, **({"micro_batch_size": fit} if fit < rows else {})}
             words = " ".join(f"train.{name}={str(value).lower()}" for name, value in named.items())
             yield f"{words} ({human_bytes(other.needs(fit).peak + CONTEXT)})"
-    yield from _teams(foreseen, rows, room)
+    yield from _teams(foreseen, rows, room, "".join(f" train.{name}={value}" for name, value in first.items()))
 
 
-def _teams(foreseen: Forecast, rows: int, room: float) -> Iterator[str]:
-    """The smallest number of GPUs that fits."""
+def _teams(foreseen: Forecast, rows: int, room: float, also: str) -> Iterator[str]:
+    """The smallest number of GPUs that fits, with what is set also."""
     if not foreseen.device.startswith("cuda"):
         return
     for processes in _TEAMS:
@@ -178,7 +176,7 @@ def _teams(foreseen: Forecast, rows: int, room: float) -> Iterator[str]:
         if processes > foreseen.layout.shards and (fit := other.largest(room, rows)):
             size = f" train.micro_batch_size={fit}" if fit < rows else ""
             each = human_bytes(other.needs(fit).peak + CONTEXT)
-            yield f"train.processes={processes}{size} on as many GPUs ({each} each)"
+            yield f"train.processes={processes}{also}{size} on as many GPUs ({each} each)"
             return
 
 

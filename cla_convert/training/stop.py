@@ -6,11 +6,12 @@ kills those that take too long. If torchrun itself is killed, what it started st
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
 from ..console import say
-from ..environment import stop_signals, world_size
+from ..environment import ECHO, stop_signals, world_size
 from .torchrun import orphaned
 
 
@@ -18,13 +19,14 @@ class StopRequest:
     """Context manager; `requested` is true once the user, or a scheduler, has asked to stop."""
 
     def __init__(self) -> None:
-        self._asked = False
+        self._asked: float | None = None
+        """When, in seconds of the monotonic clock."""
         self._previous: dict[int, Any] = {}
 
     @property
     def requested(self) -> bool:
         """Whether to stop."""
-        return self._asked or orphaned()
+        return self._asked is not None or orphaned()
 
     def __enter__(self) -> "StopRequest":
         # Python delivers signals to the main thread only; elsewhere the host program decides.
@@ -39,13 +41,14 @@ class StopRequest:
         self._restore()
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        if self._asked:
+        now, alone = time.monotonic(), world_size() == 1
+        if self._asked is not None:
+            if alone and now - self._asked > ECHO:
+                self._restore()
+                signal.raise_signal(number)  # with its usual effect
             return
-        self._asked = True
-        again = ""
-        if world_size() == 1:
-            self._restore()  # the next signal has its usual effect
-            again = " (again: stop at once)"
+        self._asked = now
+        again = " (again: stop at once)" if alone else ""
         say(f"\n{signal.Signals(number).name}: finishing this step and saving a checkpoint{again}.")
 
     def _restore(self) -> None:

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from cla_convert import console
-from cla_convert.cli import _interrupt, app, main
-from cla_convert.cli.words import texts_in
+from cla_convert import cli, console
+from cla_convert.cli import app, main
+from cla_convert.cli.words import check_words, texts_in
 from cla_convert.conversations import Conversations
-from cla_convert.environment import command_line, stop_signals
+from cla_convert.environment import cache_folder, command_line, stop_signals
 from cla_convert.errors import ClaError, InputError, Stopped
 from cla_convert.files import alone_in, check_free, check_place
 from cla_convert.recipe import Recipe
@@ -325,7 +325,7 @@ def test_an_error_that_nobody_can_read_is_none_of_its_own(stderr: str) -> None:
     assert subprocess.run(["bash", "-c", words], env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode == 3
 
 
-def test_a_signal_is_no_failure_of_what_is_called_meanwhile() -> None:
+def test_a_signal_is_no_failure_of_what_is_called_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     """A template that is interrupted does not refuse the conversation, which would be left out for good."""
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{{ messages[0].content }}"
@@ -336,14 +336,35 @@ def test_a_signal_is_no_failure_of_what_is_called_meanwhile() -> None:
         return render(*turns, **settings)
 
     tokenizer.apply_chat_template = interrupted
-    before = {number: signal.signal(number, _interrupt) for number in stop_signals()}
+    monkeypatch.setattr(cli, "_heard", None)
+    before = {number: signal.signal(number, cli._interrupt) for number in stop_signals()}
     try:
         with pytest.raises(Stopped):
             Conversations(tokenizer, "chats").text([{"role": "user", "content": "Hello"}], "row 1")
-        assert {signal.getsignal(number) for number in before} == {signal.SIG_DFL}  # a second one ends it at once
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+SECOND = """
+import signal, time
+from cla_convert import cli, errors
+signal.signal(signal.SIGTERM, cli._interrupt)
+try:
+    signal.raise_signal(signal.SIGTERM)
+except errors.Stopped:
+    signal.raise_signal(signal.SIGTERM)
+    print("an echo", flush=True)
+    time.sleep(cli.ECHO + 0.1)
+    signal.raise_signal(signal.SIGTERM)
+    print("not here", flush=True)
+"""
+
+
+def test_a_second_signal_ends_it_at_once_but_its_echo_does_not() -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", SECOND], capture_output=True, text=True, env=environment)
+    assert (done.stdout, done.returncode) == ("an echo\n", -signal.SIGTERM), done.stderr
 
 
 STOPPED = """
@@ -375,6 +396,8 @@ def test_a_folder_that_has_been_removed_is_no_place_to_be_in(tmp_path: Path) -> 
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(words, shell=True, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert done.returncode == 3 and "error: The folder that you are in is gone" in done.stderr, done.stderr
+    words = words.replace("convert source out", "--version")
+    assert subprocess.run(words, shell=True, cwd=tmp_path, capture_output=True, env=environment).returncode == 0
 
 
 def test_a_name_that_is_no_utf8_is_refused(tmp_path: Path) -> None:
@@ -382,6 +405,7 @@ def test_a_name_that_is_no_utf8_is_refused(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert done.returncode == 2 and "It is no UTF-8" in done.stderr, done.stderr
+    check_words(["chat", "model", "--system=\udce9", "--system", "\udce9"])
 
 
 @pytest.mark.parametrize("line", [
@@ -572,3 +596,9 @@ def test_texts_are_named_as_their_files_are():
     paths = ["law.txt", "a/law.txt", "held_out.txt", "./piqa.txt", "b/law.md", "Zwei Wörter.txt", "..."]
     names = [text["name"] for text in texts_in(paths, ["held_out", "piqa"])]
     assert names == ["law", "law-2", "held_out-2", "piqa-2", "law-3", "Zwei-Wörter", "text"]
+
+
+@pytest.mark.parametrize("place", [".", "./", "./~here"])
+def test_a_cache_in_the_folder_that_one_is_in(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLA_CONVERT_CACHE", place)
+    assert cache_folder() == Path(place)

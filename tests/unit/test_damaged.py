@@ -207,6 +207,11 @@ def test_a_number_that_no_model_has_is_refused_where_it_is_opened(changes: dict[
     assert "number" in refused.value.why
 
 
+def test_notes_of_whoever_trained_a_model_may_hold_any_number(model: Path):
+    edit(model / "config.json", notes={"loss": float("nan")}, task_specific_params={"max_position_embeddings": -1})
+    Checkpoint.open(model)
+
+
 def test_no_number_of_an_unsupported_model_keeps_it_from_being_described(model: Path):
     edit(model / "config.json", model_type="mamba2", time_step_limit=[0.0, float("inf")])  # as published
     assert not inspect_model(str(model))["supported"]

@@ -323,16 +323,17 @@ def test_what_is_wrong_of_a_command_line_alone_is_not_called_a_recipe(tmp_path):
         ("source: {model: a/b}", "source.model", "a/b"),
         ("source: {model: ./a}", "source.model", "./a"),
         ("train: {teacher: a}", "train.teacher", "a"),
-        ("data: {sources: [{path: 'a/*.txt'}]}", "data.sources", "a/*.txt"),
-        ("data: {sources: [{generate: {openings: a}}]}", "data.sources", "a"),
+        ("data: {sources: [{path: 'a/*.txt'}]}", "data.sources[].path", "a/*.txt"),
+        ("data: {sources: [{generate: {openings: a}}]}", "data.sources[].generate.openings", "a"),
+        ("data: {sources: [{dataset: ./a}]}", "data.sources[].dataset", "./a"),
         ("eval: {task_data: a}", "eval.task_data", "a"),
-        ("eval: {perplexity: [{name: x, path: a/b/c.txt}]}", "eval.perplexity", "a/b/c.txt"),
+        ("eval: {perplexity: [{name: x, path: a/b/c.txt}]}", "eval.perplexity[].path", "a/b/c.txt"),
     ],
 )
 def test_a_path_that_was_meant_from_the_folder_of_the_recipe_is_told_so(tmp_path, monkeypatch, text, name, place):
     recipe = Path("recipes") / "mine.yaml"
     (tmp_path / "recipes" / "a" / "b").mkdir(parents=True)
-    for file in ("a/x.txt", "a/b/c.txt"):
+    for file in ("a/x.txt", "a/b/c.txt", "a/config.json", "a/b/config.json"):
         (tmp_path / "recipes" / file).write_text("text")
     (tmp_path / recipe).write_text(text)
     monkeypatch.chdir(tmp_path)
@@ -346,6 +347,22 @@ def test_a_path_that_was_meant_from_the_folder_of_the_recipe_is_told_so(tmp_path
     (tmp_path / "a").unlink()
     monkeypatch.chdir(tmp_path / "recipes")
     load_recipe("mine.yaml")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["source: {model: a/b}", "train: {teacher: a/b}", "data: {sources: [{dataset: a/b, revision: main}]}"],
+)
+def test_a_folder_beside_the_recipe_takes_no_name_from_the_hub(tmp_path, monkeypatch, text):
+    (tmp_path / "recipes" / "a" / "b").mkdir(parents=True)
+    (tmp_path / "recipes" / "mine.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    load_recipe("recipes/mine.yaml")
+    (tmp_path / "recipes" / "a" / "b" / "config.json").touch()
+    if "dataset" not in text:
+        with pytest.raises(UsageError, match=r"for the hub's, --set \S+=a/b\."):
+            load_recipe("recipes/mine.yaml")
+        load_recipe("recipes/mine.yaml", [f"{text.replace(': {', '.').replace(': ', '=').rstrip('}')}"])
 
 
 def test_a_path_of_the_command_line_counts_from_where_one_is_and_a_hub_id_is_none(tmp_path, monkeypatch):
