@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -212,7 +213,8 @@ def _run_in(line: list[str], out: Path, err: Path, cwd: Path, environment: dict[
 
 
 def _lead(*files: Path) -> None:
-    """Let what is printed go to these files: stdout, stderr."""
+    """Let what is printed go to these files, stdout and stderr, and a closed terminal be heard, even under nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     for number, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
 
