@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from cla_convert import pipeline
 from cla_convert.errors import InputError, UsageError
 from cla_convert.files import alone_in
+from cla_convert.models.writer import MANIFEST
 from cla_convert.recipe_file import load_recipe
 from cla_convert.recipes import find_recipe
 from cla_convert.run_folder import RunFolder
@@ -179,6 +180,11 @@ def test_uptrain_finds_the_teacher_that_the_manifest_names(tmp_path, tiny_llama)
     assert cla("convert", source, tmp_path / "c", "--init", "mean").returncode == 0
     small = [word for value in [*SMALL[:5], "device=cpu"] for word in ("--set", value)]
     done = cla("uptrain", tmp_path / "c", tmp_path / "u", *small, cwd=tmp_path / "c")
+    assert done.returncode == 0 and f"the teacher is {source}" in done.stderr, done.stderr
+    manifest = tmp_path / "c" / MANIFEST  # as it was written when a revision of what is here was passed over
+    made = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(made | {"source": made["source"] | {"revision": "main"}}))
+    done = cla("uptrain", tmp_path / "c", tmp_path / "w", *small)
     assert done.returncode == 0 and f"the teacher is {source}" in done.stderr, done.stderr
     tensors = load_file(source / "model.safetensors")
     tensors["model.norm.weight"] += 1
