@@ -1,12 +1,11 @@
 """Relative paths in a recipe count from the folder that one is in: who meant that of the recipe is told so."""
 
 import glob
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from .errors import UsageError
-from .files import path_of
+from .files import is_place, path_of
 from .recipe import Recipe
 
 
@@ -16,8 +15,8 @@ def refuse_beside(recipe: Recipe, file: Path, origins: Mapping[str, str]) -> Non
     What may as well be an id of the hub is one, unless a model lies there.
     """
     for name, place in recipe.places:
-        beside, of_hub = file.parent / place, name in _MAY_BE_OF_HUB and _HUB_ID.fullmatch(place)
-        there = (beside / "config.json").is_file() if of_hub else _leads(beside)
+        beside, of_hub = file.parent / place, name in (*_MODELS, "data.sources[].dataset") and not is_place(place)
+        there = name in _MODELS and (beside / "config.json").is_file() if of_hub else _leads(beside)
         if origins.get(name.partition("[")[0]) == "recipe" and there and not _leads(path_of(place)):
             hub = f"; for the hub's, --set {name}={place}" if of_hub else ""
             raise UsageError(
@@ -27,8 +26,7 @@ def refuse_beside(recipe: Recipe, file: Path, origins: Mapping[str, str]) -> Non
             )
 
 
-_MAY_BE_OF_HUB = {"source.model", "train.teacher", "data.sources[].dataset"}
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(?<!\.gguf)")
+_MODELS = ("source.model", "train.teacher")
 
 
 def _leads(path: Path) -> bool:

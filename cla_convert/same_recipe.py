@@ -4,8 +4,7 @@ from collections.abc import Collection
 
 from .environment import launched, on_command_line, rank
 from .errors import UsageError
-from .files import path_of
-from .models.source import is_place
+from .files import is_place, path_of
 from .recipe import FREE, NAMED, PLACES, Recipe, on_resume
 from .recipe_file import flatten, is_named, read_yaml, told
 from .removed import without_removed

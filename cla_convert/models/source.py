@@ -14,7 +14,7 @@ from pathlib import Path
 from ..console import say
 from ..environment import cache_of
 from ..errors import InputError, UsageError
-from ..files import did_you_mean_path, looked_in, models_in, path_of, read_json, refuse_pointer, write_json
+from ..files import did_you_mean_path, is_place, looked_in, models_in, path_of, read_json, refuse_pointer, write_json
 from ..kept import kept
 from . import gguf_source, hub, mxfp4
 from .checkpoint import INDEX, Checkpoint, refuse_adapter, refuse_damaged
@@ -26,7 +26,6 @@ _FORMAT = 4
 """Raise it when the same files would become another folder: what an older version wrote is not used then."""
 _PAGE = re.compile(r"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)([\w.-]+/[\w.-]+)")
 """Where people copy the name of a model from."""
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _WITH_SLASH = re.compile(r"([\w-][\w.-]*/[\w.-]+)/+")
 
 
@@ -75,11 +74,6 @@ def open_headers(
 
 
 _NAME = "Name a hub id, a local folder or a .gguf file: source.model in the recipe, or --set source.model=NAME."
-
-
-def is_place(model: str) -> bool:
-    """Whether `model` can only be a path: it is written as one, or is no possible id of the hub."""
-    return model.startswith((".", "/", "~")) or model.endswith(".gguf") or not _HUB_ID.fullmatch(model)
 
 
 def local_path(model: str) -> Path | None:

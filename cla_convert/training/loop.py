@@ -42,7 +42,6 @@ from .monitor import Monitor
 from .parallel import Team
 from .publish import publish, result_of
 from .schedule import crossed
-from .sharded import release
 from .state import Position, TrainingStates
 from .step import take_step
 from .stop import StopRequest
@@ -210,7 +209,6 @@ class Loop:
             rows = trainer.validation
             with progress(len(rows), "validating", unit="row", counts="rows", leave=False):
                 score = trainer.team.run(token_perplexity, trainer.student, rows, batch_size=size)
-        release(trainer.student)
         perplexity = score["perplexity"]
         if last and not math.isfinite(perplexity):
             raise ruined(position, "The validation perplexity is not finite", self.checkpoints)
