@@ -58,7 +58,7 @@ def _run() -> None:
     alone = world_size() == 1
     try:
         check_words(sys.argv[1:])
-        if not {"--help", "--version"} & set(sys.argv):
+        if not {"-h", "--help", "--version"} & set(sys.argv):
             _check_here()
         sys.exit(app(prog_name="cla-convert", standalone_mode=False))
     except SystemExit as ended:
